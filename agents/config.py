@@ -1,0 +1,139 @@
+"""Configuration of the environment, network, agent, actor and learner: plain data in, no behaviour.
+
+Every field becomes a command-line flag of the same name (see pipelines/options.py); its help text,
+with unit and source, stands beside it.
+"""
+
+import dataclasses
+from typing import Any
+
+TORSOS = ('nature', 'dqn2013')
+LOSSES = ('huber', 'squared')
+
+
+def described(default: Any, text: str) -> Any:
+    """A dataclass field with its flag's help text."""
+    return dataclasses.field(default=default, metadata={'help': text})
+
+
+def require(config: Any, name: str, satisfied: bool, allowed: str) -> None:
+    """Raises ValueError, naming the field, its value and what is allowed, unless `satisfied`."""
+    if not satisfied:
+        raise ValueError(f'{name} is {getattr(config, name)!r}; it must be {allowed}')
+
+
+def require_at_least(config: Any, least: float, *names: str) -> None:
+    """Raises ValueError unless each of the named fields is at least `least`."""
+    for name in names:
+        require(config, name, getattr(config, name) >= least, f'at least {least}')
+
+
+def require_fraction(config: Any, *names: str) -> None:
+    """Raises ValueError unless each of the named fields is from 0 to 1."""
+    for name in names:
+        require(config, name, 0 <= getattr(config, name) <= 1, 'from 0 to 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvironmentConfig:
+    """The Atari game and its preprocessing (Mnih et al. 2015, Methods)."""
+
+    game: str = described('pong', 'Atari game, e.g. pong, breakout, space_invaders')
+    action_repeat: int = described(4, 'emulator frames per agent step (Mnih et al. 2015)')
+    frame_stack: int = described(4, 'frames in one observation (Mnih et al. 2015)')
+    max_noops: int = described(30, 'at most this many no-ops start a game (Mnih et al. 2015)')
+    max_episode_frames: int = described(
+        108_000, 'emulator frames after which a game is cut (30 minutes; Mnih et al. 2015)'
+    )
+    sticky_action_probability: float = described(
+        0.0, 'probability that the emulator repeats the last action (the paper: 0)'
+    )
+    life_loss_ends_episode: bool = described(
+        True, 'the loss of a life ends a training episode (paper, section 5)'
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, 'action_repeat', 'frame_stack', 'max_episode_frames')
+        require_at_least(self, 0, 'max_noops')
+        require_fraction(self, 'sticky_action_probability')
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """The Q-network."""
+
+    torso: str = described(
+        'nature', "convolutions and dense layer: 'nature' (Mnih et al. 2015) or 'dqn2013'"
+    )
+    center_input: bool = described(
+        False,
+        "take each observation's mean from it: else a game's plain background drowns what moves"
+        ' while the first layer is young (not in the papers)',
+    )
+
+    def __post_init__(self) -> None:
+        require(self, 'torso', self.torso in TORSOS, f'one of {", ".join(TORSOS)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """The DQN loss."""
+
+    discount: float = described(0.99, 'discount per agent step (Mnih et al. 2015)')
+    n_step: int = described(1, 'agent steps of reward before the bootstrap')
+    double_dqn: bool = described(False, 'double DQN target (van Hasselt et al. 2016)')
+    loss: str = described('huber', "'huber' (clipped error, Mnih et al. 2015) or 'squared'")
+    gradient_clip_norm: float = described(10.0, 'global norm of the gradient; 0: not clipped')
+
+    def __post_init__(self) -> None:
+        require_fraction(self, 'discount')
+        require_at_least(self, 1, 'n_step')
+        require_at_least(self, 0, 'gradient_clip_norm')
+        require(self, 'loss', self.loss in LOSSES, f'one of {", ".join(LOSSES)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorConfig:
+    """Acting: how many environments, how greedy, how fresh."""
+
+    envs_per_actor: int = described(8, 'environments stepped as one batch by an actor')
+    actor_pull_period: int = described(
+        16, 'agent steps of one environment between two looks at the parameter server'
+    )
+    epsilon_start: float = described(1.0, 'epsilon before the first update (paper, section 5)')
+    epsilon_end: float = described(0.1, 'epsilon after the annealing (paper, section 5)')
+    epsilon_updates: int = described(
+        1_000_000, 'global updates over which epsilon falls linearly (paper, section 5)'
+    )
+    clip_reward: bool = described(True, 'rewards are clipped to [-1, 1] in training (paper)')
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, 'envs_per_actor', 'actor_pull_period')
+        require_at_least(self, 0, 'epsilon_updates')
+        require_fraction(self, 'epsilon_start', 'epsilon_end')
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """Learning: the batch, the freshness of parameters, the outlier test."""
+
+    batch_size: int = described(32, 'transitions in a gradient (Mnih et al. 2015)')
+    learner_pull_period: int = described(
+        1, "updates between two refreshes of a learner's parameters (paper: not stated)"
+    )
+    overlap_push: bool = described(
+        True, 'send a gradient while the next is computed (one more update of staleness)'
+    )
+    outlier_deviations: float = described(
+        6.0,
+        'standard deviations above the mean loss at which a gradient is dropped; 0: never'
+        ' (paper, section 4.3: "several")',
+    )
+    outlier_decay: float = described(
+        0.999, 'decay per update of the running mean and deviation of the loss (not in the paper)'
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, 'batch_size', 'learner_pull_period')
+        require_at_least(self, 0, 'outlier_deviations')
+        require(self, 'outlier_decay', 0 <= self.outlier_decay < 1, 'at least 0 and less than 1')

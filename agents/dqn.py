@@ -1,0 +1,251 @@
+"""DQN and double DQN: transitions in, a flat gradient out; observations in, greedy actions out.
+
+Parameters travel as one flat float32 vector: the network's trainable variables in their own order,
+each in row-major order. That is the order of the parameter server's `Layout`.
+
+Where the discount is: a `Transition` from our replay carries discount = gamma^n * product of the
+episode's discounts, so its loss is taken with gamma = 1. The agent itself is built with the gamma
+and n of the configuration, so whoever gives it TF-Agents' own `Trajectory` (or a Transition in
+TF-Agents' form, with gamma^(n-1) in it) gets the right loss too, from `train` and from `loss`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tf_agents.agents.dqn import dqn_agent
+from tf_agents.networks import network as network_lib
+from tf_agents.specs import tensor_spec
+from tf_agents.trajectories import policy_step, trajectory
+from tf_agents.trajectories import time_step as ts
+from tf_agents.utils import common
+
+from agents import networks
+from agents.config import AgentConfig, NetworkConfig
+
+LOSSES = {
+    'huber': common.element_wise_huber_loss,  # error^2 / 2 up to 1, then linear
+    'squared': common.element_wise_squared_loss,  # error^2
+}
+# The parameter server rules over the target; TF-Agents' own copying must never come due.
+_NEVER = 2**31 - 1
+
+
+class Transition(NamedTuple):
+    """A batch of n-step transitions, as the replay's dataset yields them (see infra/replay)."""
+
+    observation: Any  # uint8 [B, 84, 84, stack]
+    action: Any  # int32 [B]
+    reward: Any  # float32 [B], n-step, discounted
+    discount: Any  # float32 [B], gamma^n times the product of the episode's discounts
+    next_observation: Any  # uint8 [B, 84, 84, stack]
+
+
+class DqnAgent(dqn_agent.DqnAgent):
+    """TF-Agents' DQN (or double DQN) whose `loss` is the one that `train` minimises.
+
+    TF-Agents' `loss` silently takes gamma = 1 and no reward scale, and its DQN runs the target
+    network twice per loss (once for the values, once for their argmax).
+    """
+
+    def __init__(self, *args: Any, double_dqn: bool = False, **kwargs: Any) -> None:
+        self._double_dqn = double_dqn
+        super().__init__(*args, **kwargs)
+
+    @property
+    def q_network(self) -> network_lib.Network:
+        """The network that acts and learns."""
+        return self._q_network
+
+    @property
+    def target_q_network(self) -> network_lib.Network:
+        """The network of the targets."""
+        return self._target_q_network
+
+    def _loss(
+        self,
+        experience: Any,
+        td_errors_loss_fn: Any = None,
+        gamma: float | None = None,
+        reward_scale_factor: float | None = None,
+        weights: Any = None,
+        training: bool = False,
+    ) -> Any:
+        return super()._loss(
+            experience,
+            td_errors_loss_fn,
+            self._gamma if gamma is None else gamma,
+            self._reward_scale_factor if reward_scale_factor is None else reward_scale_factor,
+            weights,
+            training,
+        )
+
+    def _compute_next_q_values(self, next_time_steps: ts.TimeStep, info: Any) -> tf.Tensor:
+        del info
+        observation, step_type = next_time_steps.observation, next_time_steps.step_type
+        target, _ = self._target_q_network(observation, step_type=step_type)
+        if not self._double_dqn:
+            return tf.reduce_max(target, axis=-1)
+        online, _ = self._q_network(observation, step_type=step_type)
+        return tf.gather(target, tf.argmax(online, axis=-1), axis=-1, batch_dims=1)
+
+
+def make_agent(
+    config: AgentConfig,
+    network_config: NetworkConfig,
+    time_step_spec: ts.TimeStep,
+    action_spec: Any,
+    seed: int = 0,
+) -> DqnAgent:
+    """The agent of `config`, its network's first weights given by `seed`, its target equal to it.
+
+    Specs may be array or tensor specs. The agent's own optimizer (SGD with rate 0) changes nothing:
+    the parameter server owns the optimizer. Nor does the agent clip: `config.gradient_clip_norm` is
+    the norm of the whole gradient and belongs to `DqnLearner`; TF-Agents' clips each variable's.
+    """
+    time_step_spec = tensor_spec.from_spec(time_step_spec)
+    action_spec = tensor_spec.from_spec(action_spec)
+    q_network = networks.q_network(time_step_spec.observation, action_spec, network_config, seed)
+    agent = DqnAgent(
+        time_step_spec,
+        action_spec,
+        q_network,
+        tf.compat.v1.train.GradientDescentOptimizer(0.0),
+        n_step_update=config.n_step,
+        target_update_period=_NEVER,
+        td_errors_loss_fn=LOSSES[config.loss],
+        gamma=config.discount,
+        train_step_counter=tf.Variable(0, dtype=tf.int64, name='train_step'),
+        double_dqn=config.double_dqn,
+    )
+    agent.initialize()
+    return agent
+
+
+def tf_agents_transition(transition: Any) -> trajectory.Transition:
+    """Our transition in TF-Agents' type, all rows MID steps; its discount is left as it is."""
+    reward = transition.reward
+    step_type = tf.ones_like(transition.action)
+    nothing = tf.zeros_like(reward)
+    return trajectory.Transition(
+        ts.TimeStep(step_type, nothing, tf.ones_like(reward), transition.observation),
+        policy_step.PolicyStep(transition.action, state=(), info=()),
+        ts.TimeStep(step_type, reward, transition.discount, transition.next_observation),
+    )
+
+
+def _function(function: Callable, *signature: Any) -> Callable:
+    """`function` traced once. Without AutoGraph, which takes 10 s over TF-Agents' code."""
+    return tf.function(function, input_signature=signature, autograph=False)
+
+
+class FlatVariables:
+    """A network's trainable variables as one float32 vector [parameters]."""
+
+    def __init__(self, variables: Sequence[tf.Variable]) -> None:
+        self.variables = tuple(variables)
+        self.size = sum(variable.shape.num_elements() for variable in self.variables)
+        self._assign = _function(self._assign_all, tf.TensorSpec([self.size], tf.float32))
+
+    def values(self) -> np.ndarray:
+        """A copy of all parameters, float32 [parameters]."""
+        return np.concatenate([variable.numpy().ravel() for variable in self.variables])
+
+    def assign(self, flat: Any) -> None:
+        """Sets all variables from float32 [parameters].
+
+        Raises:
+          ValueError: `flat` has another shape or type.
+        """
+        self._assign(tf.convert_to_tensor(flat))
+
+    def _assign_all(self, flat: tf.Tensor) -> None:
+        begin = 0
+        for variable in self.variables:
+            end = begin + variable.shape.num_elements()
+            # Slices share the vector's memory; tf.split would copy it once more.
+            variable.assign(tf.reshape(flat[begin:end], variable.shape))
+            begin = end
+
+
+class DqnLearner:
+    """The learner's half of an agent: the gradient of its loss at parameters from outside."""
+
+    def __init__(self, agent: DqnAgent, gradient_clip_norm: float) -> None:
+        """`gradient_clip_norm` bounds the global norm of the gradient; 0: not clipped."""
+        self.agent = agent
+        self._clip_norm = gradient_clip_norm
+        self._online = FlatVariables(agent.q_network.trainable_variables)
+        self._target = FlatVariables(agent.target_q_network.trainable_variables)
+        observation = agent.time_step_spec.observation
+        frames = tf.TensorSpec([None, *observation.shape], observation.dtype)
+        numbers = tf.TensorSpec([None], tf.float32)
+        signature = Transition(frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames)
+        self._gradient = _function(self._flat_gradient, signature)
+
+    @property
+    def variables(self) -> tuple[tf.Variable, ...]:
+        """What the flat vectors hold, in their order."""
+        return self._online.variables
+
+    def gradient(self, transition: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """float32 [parameters] clipped gradient, float32 [] mean loss, float32 [B] |TD error|."""
+        return self._gradient(Transition(*transition))
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the network's parameters, float32 [parameters]."""
+        return self._online.values()
+
+    def set_parameters(self, flat: Any) -> None:
+        """Sets the network from float32 [parameters]."""
+        self._online.assign(flat)
+
+    def set_target(self, flat: Any) -> None:
+        """Sets the target network from float32 [parameters]."""
+        self._target.assign(flat)
+
+    def _flat_gradient(self, transition: Transition) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        variables = self._online.variables
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(variables)
+            # gamma=1: the transition's discount already holds gamma^n.
+            info = self.agent.loss(tf_agents_transition(transition), training=True, gamma=1.0)
+        gradients = tape.gradient(info.loss, variables)
+        flat = tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
+        if self._clip_norm:
+            # Half the time of tf.clip_by_norm, which writes the squares to memory.
+            norm = tf.sqrt(2 * tf.nn.l2_loss(flat))
+            flat *= self._clip_norm / tf.maximum(norm, self._clip_norm)
+        return flat, info.loss, tf.abs(info.extra.td_error)
+
+
+class GreedyPolicy:
+    """The actor's half of an agent: a Q-network's best actions at parameters from outside."""
+
+    def __init__(self, q_network: network_lib.Network) -> None:
+        self._network = q_network
+        self._parameters = FlatVariables(q_network.trainable_variables)
+        spec = q_network.input_tensor_spec
+        self._act = _function(self._best_action, tf.TensorSpec([None, *spec.shape], spec.dtype))
+
+    @property
+    def variables(self) -> tuple[tf.Variable, ...]:
+        """What the flat vector holds, in its order."""
+        return self._parameters.variables
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Greedy actions int32 [E] for uint8 [E, 84, 84, stack]."""
+        return self._act(observation).numpy()
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the network's parameters, float32 [parameters]."""
+        return self._parameters.values()
+
+    def set_parameters(self, flat: Any) -> None:
+        """Sets the network from float32 [parameters]."""
+        self._parameters.assign(flat)
+
+    def _best_action(self, observation: tf.Tensor) -> tf.Tensor:
+        q_values, _ = self._network(observation)
+        return tf.argmax(q_values, axis=-1, output_type=tf.int32)

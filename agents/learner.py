@@ -1,0 +1,183 @@
+"""Learner: batches from the replay in, gradients to the parameter server out (paper, section 4.1).
+
+replay -> transitions -> loss -> gradient -> outlier test -> push
+                            ^                                 |
+                            +------ parameters, target <------+
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import numpy as np
+
+from agents.config import LearnerConfig
+from infra.parameter_server.protocol import NotInitialisedError
+
+
+class Network(Protocol):
+    """What the learner needs of an agent (see agents/dqn.py)."""
+
+    def gradient(self, transition: Any) -> tuple[Any, Any, Any]:
+        """(float32 [parameters] gradient, float32 [] loss, float32 [batch_size] absolute error)."""
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the network's parameters, float32 [parameters]."""
+
+    def set_parameters(self, flat: Any) -> None:
+        """Assigns float32 [parameters] to the network."""
+
+    def set_target(self, flat: Any) -> None:
+        """Assigns float32 [parameters] to the target network."""
+
+
+class Parameters(Protocol):
+    """What the learner needs of the parameter server's client."""
+
+    def initialise(self, values: np.ndarray) -> bool: ...
+
+    def pull(self, agent_steps: int = 0) -> Any: ...
+
+    def pull_target(self) -> Any: ...
+
+    def push_async(self, gradient: np.ndarray, versions: Any, pull: bool = True) -> Future: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LossStatistics:
+    """Running mean and variance of the absolute loss, exponentially weighted, bias corrected.
+
+    Attributes:
+      mean: of the absolute loss.
+      variance: of the absolute loss.
+      weight: total weight of what was seen, 1 - decay^count; below 1 - 1/e the statistics are
+        too young to judge by.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    weight: float = 0.0
+
+    def including(self, loss: float, decay: float) -> 'LossStatistics':
+        """The statistics after one more loss."""
+        weight = decay * self.weight + (1.0 - decay)
+        rate = (1.0 - decay) / weight
+        delta = abs(loss) - self.mean
+        mean = self.mean + rate * delta
+        variance = (1.0 - rate) * (self.variance + rate * delta * delta)
+        return LossStatistics(mean, variance, weight)
+
+    def is_outlier(self, loss: float, deviations: float) -> bool:
+        """Whether `loss` lies more than `deviations` standard deviations above the mean.
+
+        Never while fewer than about 1 / (1 - decay) losses were seen, nor when `deviations` is 0.
+        """
+        young = self.weight < 1.0 - math.exp(-1.0)
+        if deviations == 0.0 or young or not math.isfinite(loss):
+            return False  # what is not finite the shards refuse, and count
+        return abs(loss) > self.mean + deviations * math.sqrt(self.variance)
+
+
+@dataclasses.dataclass
+class LearnerCounters:
+    """What a learner did since it started, and how its latest updates looked."""
+
+    gradients: int = 0
+    outliers: int = 0
+    stale: int = 0
+    invalid: int = 0
+    loss: float = 0.0
+    mean_absolute_error: float = 0.0
+
+
+class Learner:
+    """Computes gradients and pushes them; applies none itself (paper, section 4.1).
+
+    With `overlap_push` the push of one gradient travels while the next is computed, so a gradient
+    may be one update older than without.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        network: Network,
+        samples: Iterator[Any],
+        parameters: Parameters,
+    ):
+        """`samples` yields replay samples; `parameters` is a connected, initialised client."""
+        self._config = config
+        self._network = network
+        self._samples = samples
+        self._parameters = parameters
+        self._statistics = LossStatistics()
+        self._pending: Future | None = None
+        self._target_versions: tuple[int, ...] | None = None
+        self._versions: tuple[int, ...] = ()
+        self.counters = LearnerCounters()
+        self.clock: Any = None
+        self._refresh(parameters.pull())
+
+    def update(self) -> None:
+        """One batch: gradient, outlier test, push, and what the push brings back.
+
+        Raises:
+          ReplayTimeout: the replay had no batch within its bound; the learner can be asked again.
+          ParameterServerUnavailable: a shard stayed away longer than the client's bound.
+        """
+        transition = next(self._samples).transition
+        gradient, loss, absolute_error = self._network.gradient(transition)
+        versions = self._versions
+        self.finish_push()
+        counters = self.counters
+        counters.gradients += 1
+        counters.loss = float(loss)
+        counters.mean_absolute_error = float(np.mean(absolute_error))
+        outlier = self._statistics.is_outlier(counters.loss, self._config.outlier_deviations)
+        if math.isfinite(counters.loss):
+            self._statistics = self._statistics.including(counters.loss, self._config.outlier_decay)
+        if outlier:
+            counters.outliers += 1
+            return
+        due = counters.gradients % self._config.learner_pull_period == 0
+        self._pending = self._parameters.push_async(np.asarray(gradient), versions, pull=due)
+        if not self._config.overlap_push:
+            self.finish_push()
+
+    def look(self) -> Any:
+        """Asks the parameter server for parameters and clock without a push; returns the clock."""
+        self.finish_push()
+        self._refresh(self._parameters.pull())
+        return self.clock
+
+    def finish_push(self) -> None:
+        """Waits for the push under way and takes what it brings: verdict, parameters, target."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            reply = pending.result()
+        except NotInitialisedError:
+            # A shard came back without a checkpoint: what this learner has is the best there is.
+            self._parameters.initialise(self._network.parameters())
+            self._refresh(self._parameters.pull())
+            return
+        if 'stale' in reply.rejected:
+            self.counters.stale += 1
+        elif 'invalid' in reply.rejected:
+            self.counters.invalid += 1
+        self._refresh(reply.snapshot)
+        if any(reply.rejected):
+            self._refresh(self._parameters.pull())  # the next gradient must not be refused too
+
+    def _refresh(self, snapshot: Any) -> None:
+        self.clock = snapshot.clock
+        if snapshot.values is not None:
+            self._network.set_parameters(snapshot.values)
+            self._versions = snapshot.versions
+        if snapshot.target_versions != self._target_versions:
+            target = self._parameters.pull_target()
+            if target.values is not None:
+                self._network.set_target(target.values)
+            self._target_versions = target.target_versions

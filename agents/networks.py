@@ -1,0 +1,147 @@
+"""Q-networks: uint8 frames in, one float32 value per action out.
+
+The torsos are data. Weights and biases start uniform in +-1/sqrt(fan_in), as in the published code
+of Mnih et al. (2015) (Torch's default).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tf_agents.networks import network
+from tf_agents.specs import tensor_spec
+
+from agents.config import NetworkConfig
+
+_PIXEL_SCALE = 1 / 255  # uint8 pixels to [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Torso:
+    """Convolutions (filters, kernel size, stride), unpadded, and a dense layer, all with ReLU."""
+
+    convolutions: tuple[tuple[int, int, int], ...]
+    dense_units: int
+
+
+TORSOS = {
+    'nature': Torso(((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),  # Mnih et al. 2015, Methods
+    'dqn2013': Torso(((16, 8, 4), (32, 4, 2)), 256),  # Mnih et al. 2013, section 4.1
+}
+
+
+@tf.custom_gradient
+def dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """`x` float32 [batch, in] through `kernel` float32 [out, in]: float32 [batch, out].
+
+    A kernel stored as [out, in], and each product ordered so that TensorFlow need not repack the
+    kernel: at batch 32 and 3136 x 512 half the time of TensorFlow's own layer forwards, and a fifth
+    of its gradient of `x` (see tests/benchmarks/benchmark_gradient.py).
+    """
+
+    def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.matmul(dy, kernel), tf.matmul(dy, x, transpose_a=True)
+
+    return tf.transpose(tf.matmul(kernel, x, transpose_b=True)), gradient
+
+
+class _Layer(tf.Module):
+    """A kernel and a bias, uniform in +-1/sqrt(fan_in)."""
+
+    def __init__(self, kernel_shape: Sequence[int], units: int, seed: int, name: str) -> None:
+        super().__init__(name=name)
+        bound = math.sqrt(units / math.prod(kernel_shape))
+        kernel_seed, bias_seed = (seed, 0), (seed, 1)
+        self.kernel = tf.Variable(
+            tf.random.stateless_uniform(kernel_shape, kernel_seed, -bound, bound),
+            name=f'{name}/kernel',
+        )
+        self.bias = tf.Variable(
+            tf.random.stateless_uniform([units], bias_seed, -bound, bound),
+            name=f'{name}/bias',
+        )
+
+
+class QNetwork(network.Network):
+    """A torso and a linear layer with one output per action."""
+
+    def __init__(
+        self,
+        input_tensor_spec: Any,
+        num_actions: int,
+        torso: Torso,
+        center_input: bool = False,
+        seed: int = 0,
+        name: str = 'q_network',
+    ) -> None:
+        """The same `seed` gives the same first weights."""
+        super().__init__(input_tensor_spec=input_tensor_spec, name=name)
+        self._center_input = center_input
+        self._convolutions = []
+        height, width, channels = input_tensor_spec.shape
+        for index, (filters, size, stride) in enumerate(torso.convolutions):
+            name = f'convolution_{index + 1}'
+            kernel = (size, size, channels, filters)
+            self._convolutions.append(_Layer(kernel, filters, _layer_seed(seed, index), name))
+            height, width = ((side - size) // stride + 1 for side in (height, width))
+            channels = filters
+        self._strides = [stride for _, _, stride in torso.convolutions]
+        index, units = len(torso.convolutions), torso.dense_units
+        flat = height * width * channels
+        self._dense = _Layer((units, flat), units, _layer_seed(seed, index), 'dense')
+        self._q_values = _Layer(
+            (num_actions, units), num_actions, _layer_seed(seed, index + 1), 'q_values'
+        )
+
+    def call(
+        self,
+        observation: tf.Tensor,  # uint8 [B, height, width, stack]
+        step_type: Any = None,
+        network_state: Any = (),
+        training: bool = False,
+    ) -> tuple[tf.Tensor, Any]:
+        """Action values, float32 [B, num_actions], and the unchanged state."""
+        del step_type, training
+        x = tf.cast(observation, tf.float32) * _PIXEL_SCALE
+        shift = self._shift(x) if self._center_input else None
+        for layer, stride in zip(self._convolutions, self._strides):
+            x = tf.nn.conv2d(x, layer.kernel, stride, 'VALID')
+            if shift is not None:
+                x, shift = x - shift, None  # the first layer's only
+            x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
+        x = tf.reshape(x, (-1, self._dense.kernel.shape[1]))
+        x = tf.nn.relu(tf.nn.bias_add(dense(x, self._dense.kernel), self._dense.bias))
+        q_values = tf.nn.bias_add(dense(x, self._q_values.kernel), self._q_values.bias)
+        return q_values, network_state
+
+    def _shift(self, x: tf.Tensor) -> tf.Tensor:
+        """What the first convolution makes of each observation's mean, float32 [B, 1, 1, filters].
+
+        Without padding, convolving x - mean(x) is convolving x and taking this away, which writes
+        20 x 20 values a filter instead of 84 x 84 a frame.
+        """
+        mean = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
+        return mean * tf.reduce_sum(self._convolutions[0].kernel, axis=[0, 1, 2])
+
+
+def _layer_seed(seed: int, index: int) -> int:
+    return 100 * seed + index  # no torso has 100 layers: two seeds share no layer's stream
+
+
+def q_network(
+    observation_spec: Any, action_spec: Any, config: NetworkConfig, seed: int = 0
+) -> QNetwork:
+    """The Q-network of `config` for uint8 [height, width, stack] observations, its variables built.
+
+    Args:
+      observation_spec: TF-Agents spec without batch dimension, array or tensor.
+      action_spec: TF-Agents bounded scalar spec whose minimum is 0, array or tensor.
+      seed: the same seed gives the same first weights.
+    """
+    spec = tensor_spec.from_spec(observation_spec)
+    num_actions = int(tensor_spec.from_spec(action_spec).maximum) + 1
+    result = QNetwork(spec, num_actions, TORSOS[config.torso], config.center_input, seed)
+    result.create_variables()
+    return result

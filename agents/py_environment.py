@@ -1,0 +1,103 @@
+"""Atari as a batched TF-Agents `PyEnvironment`: actions in, TimeSteps of stacked frames out."""
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from tf_agents.environments import py_environment
+from tf_agents.specs import array_spec
+from tf_agents.trajectories import time_step as ts
+
+from agents import environment
+from agents.config import EnvironmentConfig
+
+_NOOP = 0  # first in every minimal action set
+
+
+def observation_spec(config: EnvironmentConfig) -> array_spec.BoundedArraySpec:
+    """uint8 [84, 84, frame_stack] without the batch dimension."""
+    return array_spec.BoundedArraySpec(
+        (*environment.FRAME_SHAPE, config.frame_stack), np.uint8, 0, 255, 'observation'
+    )
+
+
+def time_step_spec(config: EnvironmentConfig) -> ts.TimeStep:
+    """Array spec of a TimeStep of one environment."""
+    return ts.time_step_spec(observation_spec(config))
+
+
+def action_spec(num_actions: int) -> array_spec.BoundedArraySpec:
+    """int32 scalar in 0 .. num_actions - 1."""
+    return array_spec.BoundedArraySpec((), np.int32, 0, num_actions - 1, 'action')
+
+
+class AtariPyEnvironment(py_environment.PyEnvironment):
+    """E games by TF-Agents' conventions, for TF-Agents' own drivers and metrics.
+
+    Rewards are raw. A LAST step shows the old episode's last frame; the step after it ignores the
+    action and is the FIRST of the next episode. After the loss of a life (see
+    `environment.AtariEnvironment`) that step is one no-op in the game that goes on, and its reward
+    is lost. A game cut by the limit of frames ends with discount 1.
+    """
+
+    def __init__(
+        self, config: EnvironmentConfig, num_environments: int, seed: int, training: bool = True
+    ) -> None:
+        """
+        Raises:
+          UnknownGameError: `config.game` has no ROM.
+        """
+        # TF-Agents' own auto-reset restarts the whole batch; ours restarts single games.
+        super().__init__(handle_auto_reset=False)
+        self._config = config
+        self._emulators = environment.make_emulators(
+            config, num_environments, AutoresetMode.NEXT_STEP
+        )
+        self._stack = environment.FrameStack(num_environments, config.frame_stack)
+        self._seeds = environment.emulator_seeds(seed, num_environments)
+        self._lives_matter = training and config.life_loss_ends_episode
+        self._lives = np.zeros(num_environments, np.int32)
+        self._ended = np.zeros(num_environments, bool)
+
+    @property
+    def batched(self) -> bool:
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        return self._emulators.num_envs
+
+    def observation_spec(self) -> array_spec.BoundedArraySpec:
+        return observation_spec(self._config)
+
+    def action_spec(self) -> array_spec.BoundedArraySpec:
+        return action_spec(int(self._emulators.single_action_space.n))
+
+    def _reset(self) -> ts.TimeStep:
+        frame, info = self._emulators.reset(seed=self._seeds)
+        self._lives = info['lives']
+        self._ended = np.zeros(self.batch_size, bool)
+        first = np.ones(self.batch_size, bool)
+        return ts.restart(self._stack.push(frame[:, 0], first).copy(), self.batch_size)
+
+    def _step(self, action: np.ndarray) -> ts.TimeStep:
+        first = self._ended
+        environment.check_actions(action, self.action_spec().maximum + 1)
+        frame, reward, terminated, truncated, info = self._emulators.step(
+            np.where(first, _NOOP, action).astype(np.int32)
+        )
+        lives = info['lives']
+        # `first` games are new or go on after a life loss: no life was lost since.
+        life_lost = (lives < self._lives) & ~first & self._lives_matter
+        self._lives = lives
+        self._ended = terminated | truncated | life_lost
+        over = terminated | life_lost
+        step_type = np.where(first, ts.StepType.FIRST, ts.StepType.MID)
+        return ts.TimeStep(
+            step_type=np.where(self._ended, ts.StepType.LAST, step_type).astype(np.int32),
+            reward=np.where(first, 0, reward).astype(np.float32),
+            discount=np.where(over, 0, 1).astype(np.float32),
+            observation=self._stack.push(frame[:, 0], first).copy(),
+        )
+
+    def close(self) -> None:
+        """Ends the emulators' threads."""
+        self._emulators.close()

@@ -1,0 +1,1 @@
+"""The sharded parameter server: gradients in, versioned parameters out."""

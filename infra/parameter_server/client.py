@@ -1,0 +1,475 @@
+"""The client: gradients and agent steps go to all shards at once, parameters come back.
+
+Every wait is bounded by `timeout_seconds`. A broken stream (a shard restarted) is opened again
+with exponential back-off and the message repeated; the shards count each message once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infra.parameter_server import checkpoint, protocol
+from infra.parameter_server.connection import Request, ShardConnection, StreamBroken, Watchdog
+from infra.parameter_server.layout import Layout
+from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
+
+_FIRST_BACKOFF_SECONDS = 0.05
+_LAST_BACKOFF_SECONDS = 1.0
+# How long the first writer may take from shard 0 to the last before others finish its work.
+_WINNER_SECONDS = 5.0
+# A snapshot in use, the one before it, and one being filled.
+_MAX_BUFFERS = 3
+_RESTART_REMEDY = 'start it again, or check the address'
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """The global clock, kept by shard 0.
+
+    Attributes:
+      updates: gradients applied.
+      agent_steps: decisions of all actors.
+      stopping: whether somebody requested a stop.
+    """
+
+    updates: int
+    agent_steps: int
+    stopping: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Parameters as the shards had them, or the news that they have not changed.
+
+    Attributes:
+      values: read-only float32 [layout.size]; None: not modified since this client last got it.
+      versions: gradients applied, per shard; a gradient is pushed with those it was computed from.
+      target_versions: the version at which each shard took its target network.
+      clock: the global clock.
+    """
+
+    values: np.ndarray | None
+    versions: tuple[int, ...]
+    target_versions: tuple[int, ...]
+    clock: Clock
+
+
+@dataclasses.dataclass(frozen=True)
+class PushReply:
+    """What became of a gradient.
+
+    Attributes:
+      snapshot: the parameters after it (no values when `pull` was false).
+      rejected: per shard, None when it was applied, else 'stale' or 'invalid'.
+      message: why the first refusing shard refused, '' when none did.
+    """
+
+    snapshot: Snapshot
+    rejected: tuple[str | None, ...]
+    message: str
+
+    @property
+    def reason(self) -> str | None:
+        """The first refusal, None when every shard applied the gradient."""
+        return next((reason for reason in self.rejected if reason), None)
+
+
+class _Store:
+    """The last values got from the shards, in buffers that are used again once nobody reads them.
+
+    Fresh memory for each snapshot would cost more in page faults than the copy itself.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._buffers: list[np.ndarray] = []
+        self._current: np.ndarray | None = None
+
+    def update(self, parts: Sequence[slice], bodies: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Returns read-only float32 [size]: new bodies where there are any, else the last ones."""
+        buffer = self._free_buffer()
+        for part, body in zip(parts, bodies):
+            if body is not None:
+                protocol.convert(body, buffer[part])
+            elif self._current is not None:
+                np.copyto(buffer[part], self._current[part])
+        self._current = buffer
+        view = buffer.view()
+        view.flags.writeable = False
+        return view
+
+    def _free_buffer(self) -> np.ndarray:
+        for index in range(len(self._buffers)):
+            # The list's own reference and the call's argument: nobody holds a view of it.
+            unused = sys.getrefcount(self._buffers[index]) == 2
+            if unused and self._buffers[index] is not self._current:
+                return self._buffers[index]
+        buffer = np.empty(self._size, np.float32)
+        if len(self._buffers) < _MAX_BUFFERS:
+            self._buffers.append(buffer)
+        return buffer
+
+
+class ParameterClient:
+    """A connection to all shards; a context manager. Calls from several threads take turns."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        layout: Layout,
+        *,
+        wire_dtype: str = 'float32',
+        shared_memory: bool = True,
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        """Prepares; the first call connects.
+
+        Args:
+          addresses: `host:port` of every shard, in order.
+          layout: of the network.
+          wire_dtype: 'float32' or 'bfloat16'; tensors in shared memory are always float32.
+          shared_memory: whether to use it with shards on this host.
+          timeout_seconds: no call takes longer than about this.
+
+        Raises:
+          ValueError: there is no address, or the wire type does not exist.
+        """
+        if not addresses:
+            raise ValueError('no parameter shard given; pass at least one host:port')
+        if wire_dtype not in protocol.WIRE_TYPES:
+            raise ValueError(
+                f'wire_dtype is {wire_dtype!r}; use one of {", ".join(protocol.WIRE_TYPES)}'
+            )
+        self.layout = layout
+        self._timeout_seconds = timeout_seconds
+        self._parts = layout.slices(len(addresses))
+        hello = {
+            'protocol': protocol.PROTOCOL_VERSION,
+            'session': uuid.uuid4().hex,
+            'layout': layout.to_json(),
+            'num_shards': len(addresses),
+            'wire_dtype': wire_dtype,
+        }
+        self._connections = [
+            ShardConnection(
+                address, {**hello, 'shard': shard}, part.stop - part.start, shared_memory
+            )
+            for shard, (address, part) in enumerate(zip(addresses, self._parts))
+        ]
+        self._watchdog = Watchdog(self._connections)
+        self._lock = threading.Lock()
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
+        self._outstanding: concurrent.futures.Future | None = None
+        self._sequence = 0
+        self._agent_steps = 0
+        self._parameters = _Store(layout.size)
+        self._target = _Store(layout.size)
+
+    def __enter__(self) -> ParameterClient:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def initialise(self, values: np.ndarray) -> bool:
+        """Offers the first parameters, float32 [layout.size]; the first writer wins on shard 0.
+
+        Returns when every shard has parameters. A client that lost waits for the winner to reach
+        the other shards; if the winner died on its way, its own values fill what is missing.
+
+        Returns:
+          Whether these values became the parameters.
+
+        Raises:
+          ValueError: the values have another size or are not finite.
+          ParameterServerError: a shard refused, or did not answer in time.
+        """
+        values = self._check(values)
+        if not np.isfinite(values).all():
+            raise ValueError('first parameters must be finite; check the network')
+        first = self._offer([0], values)[0]['first']
+        rest = list(range(1, len(self._connections)))
+        if not first:
+            patience = min(_WINNER_SECONDS, self._timeout_seconds / 2)
+            rest = self._wait_for_winner(rest, time.monotonic() + patience)
+        if rest:
+            self._offer(rest, values)
+        return first
+
+    def pull(self, agent_steps: int = 0) -> Snapshot:
+        """Returns the parameters, and adds the agent steps made since the last call.
+
+        Waits for the shards to be initialised. A call that failed is made good by the next one.
+
+        Raises:
+          NotInitialisedError: nobody initialised the shards in time.
+          ParameterServerError: a shard refused, or did not answer in time.
+        """
+        with self._lock:
+            self._agent_steps += agent_steps
+            return self._pull('pull', self._parameters, 'known')
+
+    def pull_target(self) -> Snapshot:
+        """Returns the target network: the parameters at the last multiple of the target period.
+
+        Raises:
+          NotInitialisedError: nobody initialised the shards in time.
+          ParameterServerError: a shard refused, or did not answer in time.
+        """
+        with self._lock:
+            return self._pull('pull_target', self._target, 'known_target')
+
+    def push(self, gradient: np.ndarray, versions: Sequence[int], pull: bool = True) -> PushReply:
+        """Sends a gradient, float32 [layout.size], and with `pull` gets the parameters after it.
+
+        Args:
+          gradient: of the loss, in layout order.
+          versions: `Snapshot.versions` of the parameters it was computed from.
+          pull: whether to bring parameters back in the same round trip.
+
+        Raises:
+          ValueError: the gradient or the versions have another length.
+          NotInitialisedError: a shard restarted without a checkpoint; the others applied the
+            gradient. `initialise` with the last values fills the empty one.
+          ParameterServerError: a shard refused, or did not answer in time; the gradient may have
+            been applied.
+        """
+        with self._lock:
+            return self._push(self._stage(gradient, versions, pull, copy=False))
+
+    def push_async(
+        self, gradient: np.ndarray, versions: Sequence[int], pull: bool = True
+    ) -> concurrent.futures.Future[PushReply]:
+        """Like `push`, but returns once the gradient is copied; at most one may be outstanding.
+
+        Raises:
+          RuntimeError: the reply of the last one has not been waited for.
+          ValueError: the gradient or the versions have another length.
+        """
+        if self._outstanding is not None and not self._outstanding.done():
+            raise RuntimeError('a push is still outstanding; call result() on its future first')
+        self._lock.acquire()
+        try:
+            requests = self._stage(gradient, versions, pull, copy=True)
+            self._outstanding = self._executor.submit(self._push_and_release, requests)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self._outstanding
+
+    def report(self) -> dict[str, Any]:
+        """Returns {'shards': [counters per shard]}: versions, rejected {stale, invalid}, clients.
+
+        Raises:
+          ParameterServerError: a shard did not answer in time.
+        """
+        replies = self._ask_all('report')
+        return {'shards': [reply['report'] for reply in replies]}
+
+    def request_stop(self) -> None:
+        """Makes the clock say `stopping` to everyone from now on.
+
+        Raises:
+          ParameterServerError: shard 0 did not answer in time.
+        """
+        self._ask([0], 'stop')
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes a checkpoint that all shards can reach; others' updates go on meanwhile.
+
+        Raises:
+          FileExistsError: the directory already holds a checkpoint.
+          ParameterServerError: a shard could not write, or did not answer in time; the directory
+            then is no checkpoint.
+        """
+        path = os.path.abspath(directory)
+        if checkpoint.is_published(path):
+            raise FileExistsError(f'{path} already holds a checkpoint; save to another directory')
+        replies = self._ask_all('save', directory=path)
+        checkpoint.publish(path, replies[0]['optimizer'], [reply['part'] for reply in replies])
+
+    def close(self) -> None:
+        """Ends the streams; waits a bounded time for an outstanding push."""
+        self._executor.shutdown(wait=True)
+        with self._lock:
+            self._watchdog.close()
+            for connection in self._connections:
+                connection.close()
+
+    def _check(self, values: np.ndarray) -> np.ndarray:
+        values = np.ascontiguousarray(values, np.float32)
+        if values.shape != (self.layout.size,):
+            raise ValueError(
+                f'values of shape {values.shape} do not fit the layout; pass [{self.layout.size}]'
+            )
+        return values
+
+    def _offer(self, shards: list[int], values: np.ndarray) -> list[dict]:
+        with self._lock:
+            requests = []
+            for shard in shards:
+                connection = self._connections[shard]
+                body = connection.stage(values[self._parts[shard]], exact=True)
+                requests.append(Request(connection, self._header('initialise'), body))
+            return self._exchange(requests)
+
+    def _wait_for_winner(self, shards: list[int], deadline: float) -> list[int]:
+        """Returns the shards that still have no parameters at the deadline."""
+        while shards:
+            replies = self._ask(shards, 'report')
+            shards = [s for s, r in zip(shards, replies) if not r['report']['initialised']]
+            if time.monotonic() > deadline:
+                break
+            if shards:
+                time.sleep(_FIRST_BACKOFF_SECONDS)
+        return shards
+
+    def _pull(self, operation: str, store: _Store, known: str) -> Snapshot:
+        requests = [
+            Request(connection, self._header(operation), known=known)
+            for connection in self._connections
+        ]
+        requests[0].header['agent_steps'] = self._agent_steps
+        return self._snapshot(requests, self._exchange(requests, wait_initialised=True), store)
+
+    def _stage(
+        self, gradient: np.ndarray, versions: Sequence[int], pull: bool, copy: bool
+    ) -> list[Request]:
+        gradient = self._check(gradient)
+        if len(versions) != len(self._connections):
+            raise ValueError(
+                f'{len(versions)} versions for {len(self._connections)} shards; '
+                'pass the versions of a snapshot'
+            )
+        requests = []
+        for connection, part, version in zip(self._connections, self._parts, versions):
+            header = {**self._header('push'), 'version': int(version), 'pull': pull}
+            body = connection.stage(gradient[part], copy=copy)
+            requests.append(Request(connection, header, body, known='known'))
+        return requests
+
+    def _push(self, requests: list[Request]) -> PushReply:
+        replies = self._exchange(requests)
+        return PushReply(
+            snapshot=self._snapshot(requests, replies, self._parameters),
+            rejected=tuple(reply['rejected'] for reply in replies),
+            message=next((reply['message'] for reply in replies if reply['rejected']), ''),
+        )
+
+    def _push_and_release(self, requests: list[Request]) -> PushReply:
+        try:
+            return self._push(requests)
+        finally:
+            self._lock.release()
+
+    def _snapshot(self, requests: list[Request], replies: list[dict], store: _Store) -> Snapshot:
+        values = None
+        if any(reply.get('modified') for reply in replies):
+            values = store.update(self._parts, [request.reply_body for request in requests])
+        for request, reply in zip(requests, replies):
+            request.remember(reply)
+        return Snapshot(
+            values=values,
+            versions=tuple(reply['version'] for reply in replies),
+            target_versions=tuple(reply['target_version'] for reply in replies),
+            clock=Clock(replies[0]['version'], replies[0]['agent_steps'], replies[0]['stopping']),
+        )
+
+    def _header(self, operation: str) -> dict[str, Any]:
+        self._sequence += 1
+        return {'operation': operation, 'sequence': self._sequence, 'agent_steps': 0}
+
+    def _ask_all(self, operation: str, **fields: Any) -> list[dict]:
+        return self._ask(range(len(self._connections)), operation, **fields)
+
+    def _ask(self, shards: Sequence[int], operation: str, **fields: Any) -> list[dict]:
+        with self._lock:
+            return self._exchange(
+                [
+                    Request(self._connections[s], {**self._header(operation), **fields})
+                    for s in shards
+                ]
+            )
+
+    def _exchange(self, requests: list[Request], wait_initialised: bool = False) -> list[dict]:
+        """Sends all requests, then collects all replies; repeats those whose stream broke."""
+        deadline = time.monotonic() + self._timeout_seconds
+        replies: list[dict | None] = [None] * len(requests)
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            pending = [i for i, reply in enumerate(replies) if reply is None]
+            with self._watchdog.until(deadline):
+                problem = self._attempt(requests, replies, pending, deadline, wait_initialised)
+            if problem is None:
+                return replies  # type: ignore[return-value]
+            if time.monotonic() + backoff > deadline:
+                raise problem
+            time.sleep(backoff)
+            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+
+    def _attempt(
+        self,
+        requests: list[Request],
+        replies: list[dict | None],
+        pending: list[int],
+        deadline: float,
+        wait_initialised: bool,
+    ) -> ParameterServerUnavailable | None:
+        """Fills in `replies`; returns the first problem that may pass with time."""
+        problem: ParameterServerUnavailable | None = None
+        sent = []
+        for index in pending:
+            try:
+                requests[index].send(deadline)
+                sent.append(index)
+            except StreamBroken as broken:
+                problem = problem or _unavailable(requests[index], broken)
+        failure: Exception | None = None
+        for index in sent:
+            try:
+                reply = requests[index].receive()
+            except StreamBroken as broken:
+                problem = problem or _unavailable(requests[index], broken)
+                continue
+            failure = failure or _failure(requests[index], reply, wait_initialised)
+            if reply.get('error') is None:
+                replies[index] = reply
+            elif failure is None:
+                problem = problem or _uninitialised(requests[index])
+        # Only now: every reply on its way had to be read, or the streams would be out of step.
+        if failure is not None:
+            raise failure
+        return problem
+
+
+def _failure(request: Request, reply: dict, wait_initialised: bool) -> Exception | None:
+    """Returns the error that asking again cannot mend."""
+    error = reply.get('error')
+    if error is None or (error == protocol.UNINITIALISED and wait_initialised):
+        return None
+    if error == protocol.UNINITIALISED:
+        return _uninitialised(request)
+    address = request.connection.address
+    return protocol.ERRORS[error](f'parameter shard {address}: {reply["message"]}')
+
+
+def _uninitialised(request: Request) -> NotInitialisedError:
+    return NotInitialisedError(
+        request.connection.address,
+        'it has no parameters',
+        'call initialise(), or restart it with --restore',
+    )
+
+
+def _unavailable(request: Request, broken: StreamBroken) -> ParameterServerUnavailable:
+    return ParameterServerUnavailable(request.connection.address, str(broken), _RESTART_REMEDY)

@@ -1,0 +1,259 @@
+"""One client's stream to one shard: requests in, replies out, broken streams reported."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from infra.parameter_server import protocol
+from infra.parameter_server.shared_memory import Segment, host_identity, is_loopback
+
+# Connections of a process would otherwise share one channel, and its long back-off.
+_CHANNEL_OPTIONS = [('grpc.use_local_subchannel_pool', 1)]
+_WATCH_SECONDS = 0.2
+_BROKEN = (flight.FlightError, pa.ArrowException, StopIteration, OSError)
+
+
+class StreamBroken(Exception):
+    """The stream ended or was cancelled; another one may be opened."""
+
+
+class ShardConnection:
+    """A stream that is opened when needed, and the memory shared with the shard if there is any.
+
+    Attributes:
+      address: `host:port`.
+      known: version of the parameters, and `known_target` of the target, that this client holds;
+        -1 for none. Forgotten with the stream: versions of another server do not compare.
+    """
+
+    def __init__(self, address: str, hello: dict[str, Any], size: int, shared_memory: bool) -> None:
+        self.address = address
+        self.known = {'known': -1, 'known_target': -1}
+        self._hello = hello
+        self._size = size
+        self._wire_dtype = hello['wire_dtype']
+        self._wants_segment = shared_memory and is_loopback(address.rpartition(':')[0])
+        self._segment: Segment | None = None
+        self._client: flight.FlightClient | None = None
+        self._writer: Any = None
+        self._reader: Any = None
+
+    def connect(self, deadline: float) -> None:
+        """Opens the stream unless it is open.
+
+        Raises:
+          StreamBroken: the shard does not answer.
+          LayoutMismatchError, RequestRefusedError: it does, and does not want this client.
+        """
+        if self._reader is not None:
+            return
+        try:
+            reply = self._open(deadline)
+        except _BROKEN as error:
+            self.drop()
+            raise StreamBroken(_first_line(error)) from error
+        if 'error' in reply:
+            self.drop()
+            error_class = protocol.ERRORS[reply['error']]
+            raise error_class(f'parameter shard {self.address}: {reply["message"]}')
+
+    def stage(self, values: np.ndarray, copy: bool = False, exact: bool = False) -> np.ndarray:
+        """Brings values where `send` will take them from.
+
+        Args:
+          values: float32 [size].
+          copy: whether the caller may change `values` before they are sent.
+          exact: whether they must travel as float32.
+
+        Returns:
+          The array to give to `send`: in shared memory, or of the wire's type.
+        """
+        if self._segment is not None:
+            np.copyto(self._segment.gradient, values)
+            return self._segment.gradient
+        wire_type = protocol.WIRE_TYPES['float32' if exact else self._wire_dtype]
+        if not copy and wire_type == values.dtype:
+            return values
+        staged = np.empty(values.size, wire_type)
+        protocol.convert(values, staged)
+        return staged
+
+    def send(self, header: dict[str, Any], body: np.ndarray | None) -> None:
+        """Sends one message on the open stream; raises StreamBroken."""
+        try:
+            metadata = protocol.encode_header(header)
+            if body is not None and self._segment is not None:
+                if body is not self._segment.gradient:
+                    protocol.convert(body, self._segment.gradient)
+                body = None
+            if body is None:
+                self._writer.write_metadata(metadata)
+                return
+            if header['operation'] != 'initialise' and body.dtype.name != self._wire_dtype:
+                converted = np.empty(body.size, protocol.WIRE_TYPES[self._wire_dtype])
+                protocol.convert(body, converted)
+                body = converted
+            self._writer.write_with_metadata(protocol.encode_body(body), metadata)
+        except _BROKEN as error:
+            self.drop()
+            raise StreamBroken(_first_line(error)) from error
+
+    def receive(self) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Returns the next reply and the values it brought; raises StreamBroken."""
+        try:
+            chunk = self._reader.read_chunk()
+            header = protocol.decode_header(chunk.app_metadata)
+            if chunk.data is not None:
+                return header, protocol.decode_body(chunk.data, self._wire_dtype)
+        except (*_BROKEN, ValueError) as error:
+            self.drop()
+            raise StreamBroken(_first_line(error)) from error
+        if header.get('modified') and self._segment is not None:
+            return header, self._segment.parameters
+        return header, None
+
+    def cancel(self) -> None:
+        """Ends whatever waits on the stream, from another thread."""
+        reader = self._reader
+        if reader is not None:
+            reader.cancel()
+
+    def close(self) -> None:
+        """Tells the shard that no more will come, and drops the stream."""
+        if self._writer is not None:
+            with contextlib.suppress(*_BROKEN):
+                self._writer.done_writing()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the stream; the next message opens another."""
+        reader, self._reader = self._reader, None
+        writer, self._writer = self._writer, None
+        client, self._client = self._client, None
+        self._segment = None
+        self.known = {'known': -1, 'known_target': -1}
+        # Cancelled first, so that closing does not wait for a shard that hangs.
+        for end in (reader and reader.cancel, writer and writer.close, client and client.close):
+            with contextlib.suppress(*_BROKEN):
+                if end is not None:
+                    end()
+
+    def _open(self, deadline: float) -> dict[str, Any]:
+        self._client = flight.FlightClient(
+            f'grpc://{self.address}', generic_options=_CHANNEL_OPTIONS
+        )
+        # A call with a time limit first: opening the stream itself could wait for ever.
+        options = flight.FlightCallOptions(timeout=max(0.05, deadline - time.monotonic()))
+        list(self._client.do_action(flight.Action('health', b''), options))
+        descriptor = flight.FlightDescriptor.for_command(b'parameters')
+        self._writer, self._reader = self._client.do_exchange(descriptor)
+        self._writer.begin(protocol.SCHEMA)
+        segment = self._create_segment()
+        try:
+            offer = segment and {'name': segment.name, 'host': host_identity()}
+            hello = {**self._hello, 'segment': offer}
+            self._writer.write_metadata(protocol.encode_header(hello))
+            reply = protocol.decode_header(self._reader.read_chunk().app_metadata)
+        finally:
+            if segment is not None:
+                segment.unlink()
+        self._segment = segment if reply.get('shared_memory') else None
+        return reply
+
+    def _create_segment(self) -> Segment | None:
+        if not self._wants_segment or host_identity() is None:
+            return None
+        try:
+            return Segment.create(self._size)
+        except OSError:
+            return None  # A full or absent /dev/shm costs speed, not the run.
+
+
+class Request:
+    """One message to one shard, which can be sent again when its stream breaks.
+
+    Attributes:
+      connection: to the shard.
+      header: what is asked; fixed, so that a repeat is the same message.
+      reply_body: the values of the last reply.
+    """
+
+    def __init__(
+        self,
+        connection: ShardConnection,
+        header: dict[str, Any],
+        body: np.ndarray | None = None,
+        known: str | None = None,
+    ) -> None:
+        self.connection = connection
+        self.header = header
+        self.reply_body: np.ndarray | None = None
+        self._body = body
+        self._known = known
+
+    def send(self, deadline: float) -> None:
+        """Opens the stream if need be and sends; raises StreamBroken or what `connect` raises."""
+        self.connection.connect(deadline)
+        if self._known is not None:
+            self.header['known'] = self.connection.known[self._known]
+        self.connection.send(self.header, self._body)
+
+    def receive(self) -> dict[str, Any]:
+        """Returns the reply's header; raises StreamBroken."""
+        reply, self.reply_body = self.connection.receive()
+        if reply.get('sequence') != self.header['sequence']:
+            self.connection.drop()
+            raise StreamBroken(f'reply {reply.get("sequence")} to {self.header["sequence"]}')
+        return reply
+
+    def remember(self, reply: dict[str, Any]) -> None:
+        """Notes which version the client now holds."""
+        if self._known is not None and reply.get('modified'):
+            version = 'target_version' if self._known == 'known_target' else 'version'
+            self.connection.known[self._known] = reply[version]
+
+
+class Watchdog:
+    """Cancels the streams of a call that runs past its deadline: Flight reads have no time-out."""
+
+    def __init__(self, connections: Sequence[ShardConnection]) -> None:
+        self._connections = connections
+        self._deadline = float('inf')
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Watches over the calls made inside."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        self._deadline = deadline
+        try:
+            yield
+        finally:
+            self._deadline = float('inf')
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_WATCH_SECONDS):
+            if time.monotonic() > self._deadline:
+                for connection in self._connections:
+                    connection.cancel()
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, StopIteration):
+        return 'the stream ended'
+    return str(error).split('. gRPC client debug context')[0].splitlines()[0]

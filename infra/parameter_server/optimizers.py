@@ -1,0 +1,129 @@
+"""Optimizers: a gradient slice in, TensorFlow's fused kernels update the parameters in place.
+
+Each equals the `tf.compat.v1.train` optimizer of the same name, which is what TF-Agents' DQN
+examples use: `AdagradOptimizer`, `RMSPropOptimizer(centered=True)`, `AdamOptimizer`. They work
+element by element, so slices of a vector make the same step as the whole vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from infra.parameter_server.config import ParameterServerConfig
+
+
+class _Optimizer:
+    """Slot variables as wide as the parameters, scalars, and one fused step.
+
+    Attributes:
+      slots: float32 [n] variables by name.
+      scalars: float32 [] variables by name.
+    """
+
+    def __init__(self, config: ParameterServerConfig) -> None:
+        self._config = config
+        self.slots: dict[str, tf.Variable] = {}
+        self.scalars: dict[str, tf.Variable] = {}
+
+    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+        """Makes one step; to be traced into a `tf.function`."""
+        raise NotImplementedError
+
+    def _add_slot(self, name: str, size: int, value: float) -> None:
+        self.slots[name] = tf.Variable(tf.fill([size], tf.constant(value, tf.float32)))
+
+
+class _Adagrad(_Optimizer):
+    """AdaGrad, the paper's rule: p -= rate * g / sqrt(sum of g^2); it has no epsilon."""
+
+    def __init__(self, config: ParameterServerConfig, size: int) -> None:
+        super().__init__(config)
+        self._add_slot('accumulator', size, config.adagrad_initial_accumulator)
+
+    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+        tf.raw_ops.ResourceApplyAdagrad(
+            var=parameters.handle,
+            accum=self.slots['accumulator'].handle,
+            lr=self._config.learning_rate,
+            grad=gradient,
+        )
+
+
+class _CenteredRMSProp(_Optimizer):
+    """Centered RMSProp, DQN 2015: the step is g / sqrt(mean of g^2 - (mean of g)^2 + epsilon)."""
+
+    def __init__(self, config: ParameterServerConfig, size: int) -> None:
+        super().__init__(config)
+        self._add_slot('mean', size, 0.0)
+        # TensorFlow's RMSPropOptimizer starts the mean square at one, so first steps are small.
+        self._add_slot('mean_square', size, 1.0)
+        self._add_slot('momentum', size, 0.0)
+
+    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+        tf.raw_ops.ResourceApplyCenteredRMSProp(
+            var=parameters.handle,
+            mg=self.slots['mean'].handle,
+            ms=self.slots['mean_square'].handle,
+            mom=self.slots['momentum'].handle,
+            lr=self._config.learning_rate,
+            rho=self._config.optimizer_decay,
+            momentum=self._config.optimizer_momentum,
+            epsilon=self._config.optimizer_epsilon,
+            grad=gradient,
+        )
+
+
+class _Adam(_Optimizer):
+    """Adam (Kingma and Ba 2015)."""
+
+    def __init__(self, config: ParameterServerConfig, size: int) -> None:
+        super().__init__(config)
+        self._add_slot('first_moment', size, 0.0)
+        self._add_slot('second_moment', size, 0.0)
+        self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
+        self.scalars['beta_2_power'] = tf.Variable(config.adam_beta_2, dtype=tf.float32)
+
+    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+        beta_1_power, beta_2_power = self.scalars['beta_1_power'], self.scalars['beta_2_power']
+        tf.raw_ops.ResourceApplyAdam(
+            var=parameters.handle,
+            m=self.slots['first_moment'].handle,
+            v=self.slots['second_moment'].handle,
+            beta1_power=beta_1_power,
+            beta2_power=beta_2_power,
+            lr=self._config.learning_rate,
+            beta1=self._config.adam_beta_1,
+            beta2=self._config.adam_beta_2,
+            epsilon=self._config.optimizer_epsilon,
+            grad=gradient,
+        )
+        beta_1_power.assign(beta_1_power * self._config.adam_beta_1)
+        beta_2_power.assign(beta_2_power * self._config.adam_beta_2)
+
+
+_OPTIMIZERS: dict[str, Any] = {'adagrad': _Adagrad, 'rmsprop': _CenteredRMSProp, 'adam': _Adam}
+
+
+class OptimizedSlice:
+    """A slice of the parameters with its optimizer's state.
+
+    Attributes:
+      parameters: float32 [n].
+      state: every variable of the slice by name: 'parameters', the slots and the scalars.
+      step: a function of a float32 [n] gradient tensor that makes one update in place.
+    """
+
+    def __init__(self, config: ParameterServerConfig, size: int) -> None:
+        optimizer = _OPTIMIZERS[config.optimizer](config, size)
+        self.parameters = tf.Variable(tf.zeros([size], tf.float32))
+        self.slot_names = tuple(optimizer.slots)
+        self.state = {'parameters': self.parameters, **optimizer.slots, **optimizer.scalars}
+
+        def step(gradient: tf.Tensor) -> None:
+            optimizer.apply(self.parameters, gradient)
+
+        signature = [tf.TensorSpec([size], tf.float32)]
+        # A concrete function is traced here, once, and skips the signature match of each call.
+        self.step = tf.function(step, signature, autograph=False).get_concrete_function()

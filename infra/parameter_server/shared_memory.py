@@ -1,0 +1,106 @@
+"""Shared memory between a client and a shard on one host: gradient in, parameters out.
+
+The client makes a file in /dev/shm, the shard maps it, and the client unlinks it at once: the
+memory lives as long as the two mappings, and nothing is left behind when either is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+import uuid
+
+import numpy as np
+
+_DIRECTORY = '/dev/shm'
+_NAME = re.compile(r'gorila-[0-9a-f]{32}')
+_LOOPBACK = re.compile(r'(localhost|127(\.\d+){3}|\[?::1\]?)')
+_ELEMENT_BYTES = np.dtype(np.float32).itemsize
+
+
+def host_identity() -> str | None:
+    """Returns what tells this running machine from others, None where the kernel does not say."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name can only mean this machine."""
+    return _LOOPBACK.fullmatch(host) is not None
+
+
+class Segment:
+    """Two float32 vectors in memory that two processes share, or that one keeps to itself.
+
+    Attributes:
+      name: of the file, None for private memory.
+      gradient: float32 [size], written by the client.
+      parameters: float32 [size], written by the shard.
+    """
+
+    def __init__(self, memory: mmap.mmap, size: int, name: str | None = None) -> None:
+        self.name = name
+        self.gradient = np.frombuffer(memory, np.float32, size)
+        # The second vector starts on a page of its own: TensorFlow wants aligned memory.
+        self.parameters = np.frombuffer(memory, np.float32, size, _region_bytes(size))
+
+    @classmethod
+    def private(cls, size: int) -> Segment:
+        """Returns memory that only this process sees, for a client on another host."""
+        return cls(mmap.mmap(-1, 2 * _region_bytes(size)), size)
+
+    @classmethod
+    def create(cls, size: int) -> Segment:
+        """Makes the file; the caller must `unlink` it.
+
+        Raises:
+          OSError: there is no /dev/shm, or it is full.
+        """
+        name = f'gorila-{uuid.uuid4().hex}'
+        path = os.path.join(_DIRECTORY, name)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Without its blocks reserved, a full /dev/shm would be a SIGBUS at the first write.
+            os.posix_fallocate(descriptor, 0, 2 * _region_bytes(size))
+            return cls(mmap.mmap(descriptor, 2 * _region_bytes(size)), size, name)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def open(cls, name: str, size: int) -> Segment:
+        """Maps the file another process made.
+
+        Raises:
+          ValueError: the name, owner or length is not that of such a file.
+          OSError: there is no such file here.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f'{name!r} is not the name of a shared segment')
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(os.path.join(_DIRECTORY, name), flags)
+        try:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.geteuid() or status.st_size != 2 * _region_bytes(size):
+                raise ValueError(f'{name} belongs to another user or has another size')
+            return cls(mmap.mmap(descriptor, 2 * _region_bytes(size)), size, name)
+        finally:
+            os.close(descriptor)
+
+    def unlink(self) -> None:
+        """Removes the file's name; the memory stays while it is mapped."""
+        if self.name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(_DIRECTORY, self.name))
+
+
+def _region_bytes(size: int) -> int:
+    pages = -(-size * _ELEMENT_BYTES // mmap.PAGESIZE)
+    return pages * mmap.PAGESIZE

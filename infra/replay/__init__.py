@@ -1,0 +1,1 @@
+"""Replay: transitions in from the actors' environments, batches of transitions out to learners."""

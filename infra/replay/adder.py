@@ -1,0 +1,266 @@
+"""Adder: agent steps of E environments in, overlapping windows of rows out to one replay shard.
+
+    rows t-stack+1 .. t+n  ->  item for step t
+
+One Reverb writer serves up to eight environments, a column each: a stream and its thread cost more
+than the frames they carry. Every row is sent once; neighbouring items share it.
+"""
+
+import collections
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from infra.replay.config import EXPERIENCE_TABLE
+from infra.replay.errors import ReplayTimeout, ReplayUnavailable
+from infra.replay.trajectory import Steps, TrajectorySpec, pack_rows
+
+# Rows compressed together. Longer chunks share more of Reverb's cost per chunk, but a sampled
+# window carries whole chunks over the wire (see benchmark_replay.py for the figures).
+CHUNK_LENGTH = 4
+# Reverb complains in the log from 50 unconfirmed items of a writer on; eight environments leave
+# room for a chunk of each, which is only sent when it is full, and for some on the way.
+WRITER_ENVIRONMENTS = 8
+MAX_WRITER_ITEMS = 49
+_SLICE_SECONDS = 0.2  # how late a stop request may be noticed
+_PROBE_SECONDS = 2  # whole seconds are all that Reverb's client takes
+_CLOSE_SECONDS = 2.0
+
+
+def never() -> bool:
+    """The default of `should_stop`."""
+    return False
+
+
+class _Stream:
+    """The rows of a few environments on their way to a shard, through one Reverb writer."""
+
+    def __init__(
+        self, client: Any, spec: TrajectorySpec, num_environments: int, max_in_flight: int
+    ):
+        """Opens nothing yet; `client` is a reverb.Client."""
+        self._client = client
+        self._spec = spec
+        self._columns = [str(e) for e in range(num_environments)]
+        unsendable = (CHUNK_LENGTH - 1) * num_environments  # before a chunk is full
+        self._room = max(min(max_in_flight, MAX_WRITER_ITEMS) - num_environments, unsendable)
+        # What a fresh writer needs to go on in mid-stream; zeros stand before the stream.
+        before = np.zeros((num_environments, spec.row_bytes), np.uint8)
+        self._recent = collections.deque([before] * (spec.frame_stack - 1), maxlen=spec.window)
+        # Truncations in the last rows: a window with one among its n steps has no bootstrap.
+        self._truncated: collections.deque[np.ndarray] = collections.deque(maxlen=spec.n_step + 1)
+        self._writer: Any = None
+        self.items = 0
+        self.reconnects = 0
+
+    def wait_for_room(self, timeout_seconds: float) -> None:
+        """Returns once a step may be added; raises whatever Reverb raises."""
+        if self._writer is None:
+            self._writer = self._open()
+        self._writer.flush(self._room, timeout_ms=max(1, int(1000 * timeout_seconds)))
+
+    def add(self, rows: np.ndarray, truncated: np.ndarray) -> None:
+        """Appends rows uint8[E, row_bytes] and creates the items they complete."""
+        self._recent.append(rows)
+        self._truncated.append(truncated)
+        try:
+            self._writer.append(self._by_column(rows))
+            if len(self._truncated) == self._spec.n_step + 1:
+                self._create_items()
+        except Exception:  # Reverb raises whatever ended its stream: the next wait reconnects
+            self.abandon()
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Whether every item was confirmed within the time."""
+        if self._writer is None:
+            return not self.items
+        try:
+            self._writer.flush(timeout_ms=max(1, int(1000 * timeout_seconds)))
+        except Exception:  # closed limiter or dead shard: either way not confirmed
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """Gives the writer up without a flush, which could wait for ever."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+            self.reconnects += 1
+
+    def _open(self) -> Any:
+        """A writer that knows the recent rows, so that a stream goes on where it was."""
+        self._client.server_info(timeout=_PROBE_SECONDS)  # else the writer waits without bound
+        keep = self._spec.window + CHUNK_LENGTH
+        writer = self._client.trajectory_writer(num_keep_alive_refs=keep)
+        for column in self._columns:
+            writer.configure((column,), num_keep_alive_refs=keep, max_chunk_length=CHUNK_LENGTH)
+        for rows in self._recent:
+            writer.append(self._by_column(rows))
+        return writer
+
+    def _by_column(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(self._columns, rows, strict=True))
+
+    def _create_items(self) -> None:
+        """One window per environment, ending with the newest row."""
+        history = self._writer.history
+        cut = np.any(list(self._truncated)[:-1], axis=0)  # steps t .. t+n-1
+        for e, column in enumerate(self._columns):
+            if cut[e]:
+                continue
+            window = history[column][-self._spec.window :]
+            self._writer.create_item(EXPERIENCE_TABLE, 1.0, {'rows': window})
+            self.items += 1
+
+
+class Adder:
+    """Writes the streams of E environments to one shard; use it in a `with`.
+
+    Memory is bounded: `add` waits while too many windows are unconfirmed. A shard that dies and
+    comes back on the same address is found again, and what was in flight is sent again.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        spec: TrajectorySpec,
+        num_environments: int,
+        max_in_flight_items: int = MAX_WRITER_ITEMS,
+        timeout_seconds: float = 60.0,
+        should_stop: Callable[[], bool] = never,
+    ):
+        """Connects lazily: the first `add` finds out whether the shard is there.
+
+        Args:
+          address: host:port of the shard.
+          spec: shape of rows and windows.
+          num_environments: E, environments per `add`.
+          max_in_flight_items: windows of up to eight environments not yet confirmed; at least one
+            chunk of each environment is always allowed.
+          timeout_seconds: longest wait of one `add`.
+          should_stop: asked every 0.2 s during a wait.
+        """
+        import reverb
+
+        self._address = address
+        self._spec = spec
+        self._num_environments = num_environments
+        self._timeout = timeout_seconds
+        self._should_stop = should_stop
+        self._client = reverb.Client(address)
+        starts = range(0, num_environments, WRITER_ENVIRONMENTS)
+        self._slices = [
+            slice(start, min(start + WRITER_ENVIRONMENTS, num_environments)) for start in starts
+        ]
+        self._streams = [
+            _Stream(self._client, spec, part.stop - part.start, max_in_flight_items)
+            for part in self._slices
+        ]
+
+    def __enter__(self) -> 'Adder':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def items(self) -> int:
+        """Windows handed to Reverb so far."""
+        return sum(stream.items for stream in self._streams)
+
+    @property
+    def reconnects(self) -> int:
+        """Writers given up so far, the closing of the adder included."""
+        return sum(stream.reconnects for stream in self._streams)
+
+    def add(
+        self,
+        frame: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        discount: np.ndarray,
+        first: np.ndarray,
+        truncated: np.ndarray,
+    ) -> bool:
+        """Adds one agent step of every environment, oldest first and without gaps.
+
+        Args:
+          frame: uint8[E, height, width], what the agent saw last when it decided.
+          action: int32[E], what it did.
+          reward: float32[E], what it got for it (clipped, if it is to be).
+          discount: float32[E], 0.0: the game or life ended with it; else 1.0.
+          first: bool[E], `frame` begins an episode: the agent saw no older frame.
+          truncated: bool[E], the episode was cut behind the step, without an end.
+
+        Returns:
+          True; or False when `should_stop` ended the wait: then nothing was added.
+
+        Raises:
+          ReplayTimeout: the limiter stayed closed for `timeout_seconds`; nothing was added.
+          ReplayUnavailable: the shard did not answer for `timeout_seconds`; nothing was added.
+          ValueError: the arrays do not fit the spec.
+        """
+        steps = Steps(frame, action, reward, discount, first)
+        rows = pack_rows(steps, self._spec)
+        if len(rows) != self._num_environments:
+            raise ValueError(f'{len(rows)} rows for {self._num_environments} environments')
+        if not self._wait_for_room():
+            return False
+        cut = np.asarray(truncated, bool)
+        for part, stream in zip(self._slices, self._streams, strict=True):
+            stream.add(rows[part], cut[part].copy())
+        return True
+
+    def flush(self, timeout_seconds: float | None = None) -> bool:
+        """Waits until every window is confirmed; whether it was, within the time."""
+        timeout = self._timeout if timeout_seconds is None else timeout_seconds
+        deadline = time.monotonic() + timeout
+        return all(stream.flush(deadline - time.monotonic()) for stream in self._streams)
+
+    def close(self) -> None:
+        """Sends what is left, as far as that takes no longer than two seconds; idempotent."""
+        self.flush(_CLOSE_SECONDS)
+        for stream in self._streams:
+            stream.abandon()
+
+    def _wait_for_room(self) -> bool:
+        """Waits until every stream takes a step; False: asked to stop."""
+        deadline = time.monotonic() + self._timeout
+        waiting = list(self._streams)
+        while True:
+            try:
+                while waiting:
+                    waiting[0].wait_for_room(_SLICE_SECONDS)
+                    waiting.pop(0)
+                return True
+            except Exception as caught:  # DeadlineExceededError, or what ended the stream
+                error = caught
+            if self._should_stop():
+                return False
+            if time.monotonic() >= deadline:
+                self._raise_for(error)
+            if not _is_deadline(error):
+                waiting[0].abandon()
+                time.sleep(_SLICE_SECONDS)
+
+    def _raise_for(self, error: Exception) -> None:
+        """Tells a closed limiter from a dead shard."""
+        waited = f'for {self._timeout:g} s'
+        try:
+            info = self._client.server_info(timeout=_PROBE_SECONDS)[EXPERIENCE_TABLE]
+        except Exception:  # no answer, or an answer without our table
+            raise ReplayUnavailable(
+                f'replay shard {self._address} has not answered {waited}: is it running?'
+            ) from error
+        raise ReplayTimeout(
+            f'replay shard {self._address} took no more rows {waited}: it holds'
+            f' {info.current_size} transitions and waits for its learners'
+        ) from error
+
+
+def _is_deadline(error: Exception) -> bool:
+    import reverb
+
+    return isinstance(error, reverb.errors.DeadlineExceededError)

@@ -1,0 +1,301 @@
+"""Dataset: addresses of replay shards in, batches of n-step transitions out.
+
+    shard 0 -> sampler -> to_transition -> one piece waiting \
+    shard 1 -> sampler -> to_transition -> one piece waiting  -> batch, pieces taken in turn
+    ...
+
+A thread per shard fetches pieces of a batch; the reader takes from the shards that have one, in
+turn, so a dead, slow or starved shard costs its share of the mixture and nothing else.
+
+Few samples are under way at any time: one piece at the sampler, one with the thread, one waiting,
+so at most three batches over all shards. More would let a learner train on what the limiter
+counted long ago; less could starve it (a piece takes 5 ms to come, an update tens of them).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from infra.replay.config import EXPERIENCE_TABLE
+from infra.replay.errors import ReplayError, ReplayTimeout, ReplayUnavailable
+from infra.replay.trajectory import TrajectorySpec, Transition, compiled_to_transition
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+_LOGGER = logging.getLogger(__name__)
+_SLICE_SECONDS = 0.2  # how late a stop request may be noticed
+_RETRY_SECONDS = 1.0  # between two attempts at a shard that refuses
+_JOIN_SECONDS = 5.0
+_PROBE_SECONDS = 1  # whole seconds are all that Reverb's client takes
+
+
+class Sample(NamedTuple):
+    """A sampled batch; all tensors."""
+
+    transition: Transition
+    key: Any  # uint64[B], the item, for a change of its priority at its shard
+    probability: Any  # float64[B], with which it was drawn at its shard
+    table_size: Any  # int64[B], items at its shard then
+    shard: Any  # int32[B], index into the addresses
+
+
+def piece_size(batch_size: int, num_shards: int) -> int:
+    """Samples fetched from a shard at a time: the largest divisor of a batch within its share."""
+    share = max(1, batch_size // num_shards)
+    return max(size for size in range(1, share + 1) if batch_size % size == 0)
+
+
+class _ShardReader:
+    """Keeps one piece of a batch from one shard waiting; runs a thread of its own."""
+
+    def __init__(self, address: str, shard: int, size: int, to_sample: Any, changed: Any):
+        """`changed` is the condition notified when a piece arrives."""
+        from tensorflow.python.eager import cancellation
+
+        self.shard = shard
+        self.piece: Sample | None = None
+        self._address = address
+        self._size = size
+        self._to_sample = to_sample
+        self._changed = changed
+        self._closed = threading.Event()
+        # The one way out of Reverb's wait for a shard that is gone; TensorFlow has no public name
+        # for it, and pins its version exactly.
+        self._cancellation = cancellation.CancellationManager()
+        self._thread = threading.Thread(target=self._run, name=f'replay_{shard}', daemon=True)
+        self._thread.start()
+
+    def take(self) -> Sample:
+        """The waiting piece; the next is fetched. Called with `changed` held."""
+        assert self.piece is not None
+        piece, self.piece = self.piece, None
+        self._changed.notify_all()
+        return piece
+
+    def close(self) -> None:
+        """Ends the thread's wait, without waiting for the thread."""
+        self._closed.set()
+        self._cancellation.start_cancel()
+        with self._changed:
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Waits for the thread, not without bound."""
+        self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._read()
+            except Exception as error:  # Reverb raises many kinds; none may end the reader
+                if not self._closed.is_set():
+                    _LOGGER.warning('replay shard %s: %s; trying again', self._address, error)
+            self._closed.wait(_RETRY_SECONDS)
+
+    def _read(self) -> None:
+        next_piece = self._open()
+        while not self._closed.is_set():
+            piece = next_piece()
+            with self._changed:
+                self._changed.wait_for(lambda: self.piece is None or self._closed.is_set())
+                self.piece = piece
+                self._changed.notify_all()
+
+    def _open(self) -> Callable[[], Sample]:
+        """A function that waits for the next piece; `close` interrupts it."""
+        import reverb
+        import tensorflow as tf
+
+        dataset = reverb.TrajectoryDataset(
+            server_address=self._address,
+            table=EXPERIENCE_TABLE,
+            dtypes={'rows': tf.uint8},
+            shapes={'rows': tf.TensorShape(self._to_sample.rows_shape)},
+            # With one worker the next request leaves when these are taken: no more are under way.
+            max_in_flight_samples_per_worker=self._size,
+            num_workers_per_iterator=1,
+        ).batch(self._size, drop_remainder=True)
+        iterator = iter(dataset.with_options(_single_threaded()))
+        fetch = tf.function(lambda: self._to_sample(next(iterator), self.shard))
+        return self._cancellation.get_cancelable_function(fetch.get_concrete_function())
+
+
+class _ToSample:
+    """Turns what Reverb yields into a Sample; in graph."""
+
+    def __init__(self, spec: TrajectorySpec, gamma: float):
+        self.rows_shape = (spec.window, spec.row_bytes)
+        self._to_transition = compiled_to_transition(spec, gamma)
+
+    def __call__(self, drawn: Any, shard: int) -> Sample:
+        import tensorflow as tf
+
+        rows, info = drawn.data['rows'], drawn.info
+        return Sample(
+            transition=self._to_transition(rows),
+            key=info.key,
+            probability=info.probability,
+            table_size=info.table_size,
+            shard=tf.fill([rows.shape[0]], tf.constant(shard, tf.int32)),
+        )
+
+
+def _single_threaded() -> 'tf.data.Options':
+    """Options of a pipeline that leaves the process's threads alone."""
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    options.autotune.enabled = False
+    return options
+
+
+class ReplayDataset:
+    """An endless iterator over batches from all shards; use it in a `with`, from one thread.
+
+    Iteration ends only when `should_stop` says so, or after `close`.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        to_sample: _ToSample,
+        batch_size: int,
+        timeout_seconds: float,
+        should_stop: Callable[[], bool],
+    ):
+        """See `sample_dataset`."""
+        self._addresses = tuple(addresses)
+        self._timeout = timeout_seconds
+        self._should_stop = should_stop
+        size = piece_size(batch_size, len(addresses))
+        self._pieces = batch_size // size
+        self._changed = threading.Condition()
+        self._next_shard = 0
+        self._closed = False
+        self._readers = [
+            _ShardReader(address, shard, size, to_sample, self._changed)
+            for shard, address in enumerate(addresses)
+        ]
+        self._partial: list[Sample] = []  # pieces of a batch whose wait was given up
+
+    def __enter__(self) -> 'ReplayDataset':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> 'ReplayDataset':
+        return self
+
+    def __next__(self) -> Sample:
+        """The next batch.
+
+        Raises:
+          StopIteration: `should_stop` said so, or the dataset is closed.
+          ReplayTimeout: shards answer but none gave a sample for `timeout_seconds`: too few
+            transitions, or the actors are behind. Calling again goes on where this stopped.
+          ReplayUnavailable: likewise, and no shard answers.
+        """
+        while len(self._partial) < self._pieces:
+            self._partial.append(self._next_piece())
+        pieces, self._partial = self._partial, []
+        return _concatenated(pieces)
+
+    def close(self) -> None:
+        """Ends the threads; idempotent."""
+        self._closed = True
+        for reader in self._readers:
+            reader.close()
+        for reader in self._readers:
+            reader.join()
+
+    def _next_piece(self) -> Sample:
+        deadline = time.monotonic() + self._timeout
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise StopIteration
+                if (reader := self._ready()) is not None:
+                    self._next_shard = (reader.shard + 1) % len(self._readers)
+                    return reader.take()
+                if self._should_stop():
+                    raise StopIteration
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, _SLICE_SECONDS))
+        raise self._starved()
+
+    def _ready(self) -> _ShardReader | None:
+        """The first shard in turn that has a piece waiting."""
+        for i in range(len(self._readers)):
+            reader = self._readers[(self._next_shard + i) % len(self._readers)]
+            if reader.piece is not None:
+                return reader
+        return None
+
+    def _starved(self) -> ReplayError:
+        """The error that says why there is no sample."""
+        import reverb
+
+        sizes = {}
+        for address in self._addresses:
+            try:
+                info = reverb.Client(address).server_info(timeout=_PROBE_SECONDS)
+                sizes[address] = info[EXPERIENCE_TABLE].current_size
+            except Exception:  # no answer, or no such table
+                continue
+        waited = f'for {self._timeout:g} s'
+        if not sizes:
+            return ReplayUnavailable(
+                f'no replay shard answered {waited}: {", ".join(self._addresses)}'
+            )
+        held = ', '.join(f'{address} holds {size}' for address, size in sizes.items())
+        return ReplayTimeout(
+            f'no replay shard gave a sample {waited} ({held} transitions): fewer than'
+            ' min_replay_size, or the actors are behind'
+        )
+
+
+def _concatenated(pieces: Sequence[Sample]) -> Sample:
+    import tensorflow as tf
+
+    if len(pieces) == 1:
+        return pieces[0]
+    return tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *pieces)
+
+
+def _never() -> bool:
+    return False
+
+
+def sample_dataset(
+    addresses: Sequence[str],
+    spec: TrajectorySpec,
+    batch_size: int,
+    gamma: float,
+    timeout_seconds: float = 60.0,
+    should_stop: Callable[[], bool] = _never,
+) -> ReplayDataset:
+    """Batches of `batch_size` transitions drawn uniformly at each of the shards.
+
+    Args:
+      addresses: host:port of the shards; one in local mode.
+      spec: of the trajectories stored there.
+      batch_size: B.
+      gamma: discount per agent step.
+      timeout_seconds: longest wait for a piece of a batch.
+      should_stop: asked every 0.2 s during a wait.
+
+    Raises:
+      ValueError: no address, or an empty batch.
+    """
+    if not addresses or batch_size < 1:
+        raise ValueError(f'{len(addresses)} addresses, batch size {batch_size}: both must be >= 1')
+    to_sample = _ToSample(spec, gamma)
+    return ReplayDataset(addresses, to_sample, batch_size, timeout_seconds, should_stop)

@@ -1,0 +1,255 @@
+"""A replay shard: configuration in, one Reverb server out, with the tables of its shard number.
+
+Run as `python -m infra.replay.server --config FILE --shard I --port N --ready_file F`. Tables:
+`experience` (uniform sampling, oldest out first) and, on shard 0, the queue `telemetry`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from infra import process
+from infra import telemetry as telemetry_lib
+from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
+from infra.replay.errors import ReplayUnavailable
+from infra.replay.trajectory import TrajectorySpec
+
+if TYPE_CHECKING:
+    import reverb
+
+_DONE_FILE = 'DONE'  # Reverb writes it last
+_INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
+_STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop; then the process just ends
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardConfig:
+    """What a shard's configuration file holds (JSON, this class as a dict)."""
+
+    replay: ReplayConfig
+    trajectory: TrajectorySpec
+    batch_size: int = 32  # transitions in an update: with the ratio gives samples per insert
+    telemetry: bool = True  # shard 0 holds the telemetry queue
+    experience: bool = True  # False: only telemetry (bundled topology on many machines)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> 'ShardConfig':
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+          TypeError: an unknown or missing field.
+          ValueError: a value out of its range.
+        """
+        nested = {
+            'replay': ReplayConfig(**values['replay']),
+            'trajectory': TrajectorySpec(**values['trajectory']),
+        }
+        return cls(**{**values, **nested})
+
+
+def rate_limiter(config: ReplayConfig, batch_size: int) -> 'reverb.rate_limiters.RateLimiter':
+    """Sampling starts at the minimum size, then keeps the ratio if there is one."""
+    import reverb
+
+    samples_per_insert = config.samples_per_insert(batch_size)
+    if not samples_per_insert:
+        return reverb.rate_limiters.MinSize(config.shard_min_size)
+    return reverb.rate_limiters.SampleToInsertRatio(
+        samples_per_insert=samples_per_insert,
+        min_size_to_sample=config.shard_min_size,
+        error_buffer=config.shard_tolerance(batch_size),
+    )
+
+
+def build_tables(config: ShardConfig, shard: int) -> list['reverb.Table']:
+    """The tables of shard number `shard`.
+
+    Raises:
+      ValueError: no such shard, or a shard that would hold no table.
+    """
+    import reverb
+    import tensorflow as tf
+
+    if not 0 <= shard < config.replay.num_replay_shards:
+        raise ValueError(f'shard {shard} of {config.replay.num_replay_shards}: no such shard')
+    tables = []
+    if config.experience:
+        spec = config.trajectory
+        rows = tf.TensorSpec((spec.window, spec.row_bytes), tf.uint8, name='rows')
+        tables.append(
+            reverb.Table(
+                name=EXPERIENCE_TABLE,
+                sampler=reverb.selectors.Uniform(),
+                remover=reverb.selectors.Fifo(),
+                max_size=config.replay.shard_capacity,
+                rate_limiter=rate_limiter(config.replay, config.batch_size),
+                signature={'rows': rows},
+            )
+        )
+    if config.telemetry and shard == 0:
+        tables.append(telemetry_lib.build_table())
+    if not tables:
+        raise ValueError(f'shard {shard} holds neither experience nor telemetry')
+    return tables
+
+
+def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2) -> list[str]:
+    """Asks every shard to write a checkpoint, side by side; returns their paths, in order.
+
+    Reverb deletes a shard's older checkpoint as soon as the next is written. Where the files can be
+    reached from here they are therefore moved out of its sight, and the last `keep` are kept, so
+    that a run can fall back to the one before. A shard answers no other call while it writes.
+
+    Raises:
+      ReplayUnavailable: a shard did not answer within the time, or could not write.
+    """
+    paths: list[Any] = ['no answer'] * len(addresses)
+    written = [False] * len(addresses)
+
+    def write(i: int) -> None:
+        import reverb
+
+        try:
+            paths[i] = reverb.Client(addresses[i]).checkpoint()
+            written[i] = True
+        except Exception as error:  # whatever Reverb raises, the caller learns which shard it was
+            paths[i] = error
+
+    threads = [
+        threading.Thread(target=write, args=(i,), daemon=True) for i in range(len(addresses))
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    for i, address in enumerate(addresses):
+        if not written[i]:
+            raise ReplayUnavailable(
+                f'replay shard {address} wrote no checkpoint within {timeout_seconds:g} s:'
+                f' {paths[i]}; look at its log and at the free disk space'
+            )
+    return [_publish(path, keep) for path in paths]
+
+
+def _publish(path: str, keep: int) -> str:
+    """Moves a new checkpoint one directory up, beside the ones before; returns its new path."""
+    incoming, name = os.path.split(path)
+    if not os.path.isdir(path) or not os.path.basename(incoming).startswith(_INCOMING):
+        return path  # on another host, or not written by `main`
+    parent = os.path.dirname(incoming)
+    published = os.path.join(parent, name)
+    os.rename(path, published)
+    complete = sorted(
+        entry
+        for entry in os.listdir(parent)
+        if os.path.exists(os.path.join(parent, entry, _DONE_FILE))
+    )
+    for entry in complete[:-keep]:
+        shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+    return published
+
+
+def _checkpointer(checkpoint_dir: str | None, restore_path: str | None) -> Any:
+    """Reverb's checkpointer: writes below `checkpoint_dir`, starts from `restore_path` alone.
+
+    Left to itself it would start from the newest checkpoint it finds in its own directory, asked
+    or not: hence an empty directory of its own at every start.
+    """
+    import reverb
+
+    if checkpoint_dir is None:
+        root = tempfile.mkdtemp(prefix='replay-')
+    else:
+        checkpoint_dir = os.path.abspath(checkpoint_dir)
+        os.makedirs(checkpoint_dir, exist_ok=True)
+        for entry in os.listdir(checkpoint_dir):  # what a killed predecessor left half-written
+            stale = os.path.join(checkpoint_dir, entry)
+            if entry.startswith(_INCOMING) and not (restore_path or '').startswith(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        root = tempfile.mkdtemp(prefix=_INCOMING, dir=checkpoint_dir)
+    return reverb.checkpointers.DefaultCheckpointer(root, fallback_checkpoint_path=restore_path)
+
+
+def start_server(
+    tables: Sequence['reverb.Table'],
+    port: int = 0,
+    checkpoint_dir: str | None = None,
+    restore_path: str | None = None,
+) -> 'reverb.Server':
+    """Starts a server over `tables`; port 0: any free one.
+
+    A restored table has the size, the limiter and the counts of the checkpoint.
+
+    Raises:
+      OSError: the port is busy.
+      FileNotFoundError: there is no complete checkpoint at `restore_path`.
+      RuntimeError: Reverb could not read the checkpoint.
+    """
+    import portpicker
+    import reverb
+
+    if restore_path is not None:
+        restore_path = os.path.abspath(restore_path)
+        if not os.path.exists(os.path.join(restore_path, _DONE_FILE)):
+            raise FileNotFoundError(f'{restore_path} holds no complete replay checkpoint')
+    if port == 0:
+        port = portpicker.pick_unused_port()
+    elif not portpicker.is_port_free(port):  # gRPC itself would share the port without a word
+        raise OSError(f'port {port} is in use; choose another, or 0 for any free one')
+    return reverb.Server(tables, port, _checkpointer(checkpoint_dir, restore_path))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog='python -m infra.replay.server', description=__doc__)
+    parser.add_argument('--config', required=True, help='JSON file: ShardConfig as a dict')
+    parser.add_argument('--shard', type=int, required=True, help='number of this shard, from 0')
+    parser.add_argument('--port', type=int, default=0, help='0: any free port')
+    parser.add_argument(
+        '--host', help='accepted for uniformity: Reverb listens on every interface of the host'
+    )
+    parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
+    parser.add_argument('--checkpoint_dir', help='where checkpoints go')
+    parser.add_argument('--restore', help='a checkpoint (directory) to start from')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serves until SIGTERM; returns the exit code: 0, or 2 when it could not start."""
+    process.exit_with_parent()
+    options = _parse(arguments)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when a run ends
+    try:
+        with open(options.config) as file:
+            config = ShardConfig.from_dict(json.load(file))
+        tables = build_tables(config, options.shard)
+        server = start_server(tables, options.port, options.checkpoint_dir, options.restore)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        print(f'replay shard {options.shard} cannot start: {error}', file=sys.stderr, flush=True)
+        return 2
+    if options.ready_file:
+        process.announce_ready(options.ready_file, server.port)
+    stopped.wait()
+    stopping = threading.Thread(target=server.stop, daemon=True)
+    stopping.start()
+    stopping.join(_STOP_SECONDS)
+    return 0
+
+
+if __name__ == '__main__':
+    code = main(sys.argv[1:])
+    # Without the interpreter's own shutdown: a destructor of Reverb may wait for open streams.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

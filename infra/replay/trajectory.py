@@ -1,0 +1,210 @@
+"""What is stored and what comes out: one packed row per agent step in, n-step transitions out.
+
+The stream of an environment is one row per agent step t, never cut:
+
+    frame_t, action_t, reward_{t+1}, discount_{t+1}, first_t
+
+A stored item for step t is the window of rows t-stack+1 .. t+n; neighbouring items share rows, and
+every frame is stored once. `discount` is 0 where the game (or life) ended with that step, else 1;
+`first` says that frame_t begins an episode, so the agent does not see the frames before it. With
+the product D_k = discount_{t+1} ... discount_{t+k} and D_0 = 1, a transition is
+
+    reward   = sum_{k=0}^{n-1} gamma^k D_k reward_{t+k+1}
+    discount = gamma^n D_n
+
+so rewards after an end do not count, and an ended window does not bootstrap.
+
+A row is one vector of bytes, not a structure of five: Reverb pays per column, and one column
+makes a sampled batch half as expensive as five (see tests/benchmarks/benchmark_replay.py).
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+# Bytes behind the frame: action int32, reward float32, discount float32, first int32.
+SCALAR_BYTES = 4
+ROW_SCALARS = 4
+# Integers with one byte per frame of a stack.
+_HISTORY_TYPES = {2: 'uint16', 4: 'uint32', 8: 'uint64'}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectorySpec:
+    """Shape of the rows and of the stored window."""
+
+    frame_shape: tuple[int, int] = (84, 84)
+    frame_stack: int = 4
+    n_step: int = 3
+
+    def __post_init__(self):
+        """Checks the sizes.
+
+        Raises:
+          ValueError: naming the field and its value.
+        """
+        # JSON has no tuples: a configuration file brings a list.
+        object.__setattr__(self, 'frame_shape', tuple(self.frame_shape))
+        if len(self.frame_shape) != 2 or min(self.frame_shape) < 1:
+            raise ValueError(f'frame_shape is {self.frame_shape}: two positive sizes are needed')
+        for name in ('frame_stack', 'n_step'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
+
+    @property
+    def window(self) -> int:
+        """Rows in a stored item: those of the observation and n more."""
+        return self.frame_stack + self.n_step
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame."""
+        return self.frame_shape[0] * self.frame_shape[1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: the frame and the scalars behind it."""
+        return self.frame_bytes + ROW_SCALARS * SCALAR_BYTES
+
+
+class Transition(NamedTuple):
+    """A batch of n-step transitions, tensors or arrays."""
+
+    observation: Any  # uint8[B, height, width, stack], newest frame last
+    action: Any  # int32[B]
+    reward: Any  # float32[B], n-step, discounted
+    discount: Any  # float32[B], gamma^n, or 0 behind an end
+    next_observation: Any  # uint8[B, height, width, stack]
+
+
+class Steps(NamedTuple):
+    """One agent step of E environments, as it is stored."""
+
+    frame: np.ndarray  # uint8[E, height, width], what the agent saw last
+    action: np.ndarray  # int32[E], what it did
+    reward: np.ndarray  # float32[E], what it got for it
+    discount: np.ndarray  # float32[E], 0.0: the game or life ended with it, else 1.0
+    first: np.ndarray  # bool[E], `frame` begins an episode
+
+
+def pack_rows(steps: Steps, spec: TrajectorySpec) -> np.ndarray:
+    """Rows of one agent step: uint8[E, row_bytes].
+
+    Raises:
+      ValueError: the arrays do not fit the spec or one another.
+    """
+    frames = np.asarray(steps.frame)
+    num_environments = len(frames)
+    if frames.shape[1:] != spec.frame_shape or frames.dtype != np.uint8:
+        raise ValueError(
+            f'frames are {frames.dtype}{list(frames.shape[1:])}, the replay stores'
+            f' uint8{list(spec.frame_shape)}'
+        )
+    rows = np.empty((num_environments, spec.row_bytes), np.uint8)
+    rows[:, : spec.frame_bytes] = frames.reshape(num_environments, spec.frame_bytes)
+    scalars = np.empty((num_environments, ROW_SCALARS), np.int32)
+    scalars[:, 0] = steps.action
+    scalars[:, 1] = np.asarray(steps.reward, np.float32).view(np.int32)
+    scalars[:, 2] = np.asarray(steps.discount, np.float32).view(np.int32)
+    scalars[:, 3] = steps.first
+    rows[:, spec.frame_bytes :] = scalars.view(np.uint8)
+    return rows
+
+
+def unpack_scalars(rows: 'tf.Tensor', spec: TrajectorySpec) -> 'tf.Tensor':
+    """The scalars behind the frames: int32[B, window, 4], floats still as their bits."""
+    import tensorflow as tf
+
+    tail = rows[:, :, spec.frame_bytes :]
+    return tf.bitcast(tf.reshape(tail, (-1, spec.window, ROW_SCALARS, SCALAR_BYTES)), tf.int32)
+
+
+def n_step_return(
+    reward: 'tf.Tensor', discount: 'tf.Tensor', gamma: float
+) -> tuple['tf.Tensor', 'tf.Tensor']:
+    """Rewards and discounts float32[B, n] to the n-step reward and discount, float32[B] each."""
+    import tensorflow as tf
+
+    total = tf.zeros_like(reward[:, 0])
+    running = tf.ones_like(total)  # gamma^k D_k
+    for k in range(reward.shape[1]):
+        total += running * reward[:, k]
+        running *= gamma * discount[:, k]
+    return total, running
+
+
+def visibility(first: 'tf.Tensor') -> list['tf.Tensor']:
+    """For first bool[B, stack], which of the frames the agent sees at the last: stack x bool[B].
+
+    A frame older than the youngest `first` belongs to the episode before.
+    """
+    import tensorflow as tf
+
+    visible = [tf.ones_like(first[:, 0])]
+    for i in reversed(range(1, first.shape[1])):
+        visible.insert(0, tf.logical_and(visible[0], tf.logical_not(first[:, i])))
+    return visible
+
+
+def stacked_frames(frames: 'tf.Tensor', first: 'tf.Tensor') -> 'tf.Tensor':
+    """Frames uint8[B, stack, pixels] and first bool[B, stack] to uint8[B, pixels, stack].
+
+    Frames the agent does not see become zeros. A pixel's history is built as one integer of
+    `stack` bytes, by shifts that vectorise; moving single bytes takes six times as long.
+    """
+    import tensorflow as tf
+
+    stack = frames.shape[1]
+    visible = visibility(first)
+    if stack not in _HISTORY_TYPES:
+        planes = [frames[:, i] * tf.cast(visible[i], tf.uint8)[:, None] for i in range(stack)]
+        return tf.stack(planes, axis=-1)
+    kind = tf.as_dtype(_HISTORY_TYPES[stack])
+    history = tf.zeros_like(frames[:, 0], kind)
+    for i in range(stack):
+        place = tf.cast(visible[i], kind) * tf.constant(1 << 8 * i, kind)  # little-endian
+        history += tf.cast(frames[:, i], kind) * place[:, None]
+    return tf.bitcast(history, tf.uint8)
+
+
+def to_transition(rows: 'tf.Tensor', spec: TrajectorySpec, gamma: float) -> Transition:
+    """Stored windows uint8[B, window, row_bytes] to transitions.
+
+    Written for XLA, which fuses each observation into one pass over its frames (0.8 ms for 32
+    windows, a plain tf.transpose 6 ms): use `compiled_to_transition` where speed counts.
+    """
+    import tensorflow as tf
+
+    stack, n_step = spec.frame_stack, spec.n_step
+    frames = rows[:, :, : spec.frame_bytes]
+    scalars = unpack_scalars(rows, spec)
+    now = slice(stack - 1, stack - 1 + n_step)  # rows t .. t+n-1
+    reward, discount = n_step_return(
+        tf.bitcast(scalars[:, now, 1], tf.float32),
+        tf.bitcast(scalars[:, now, 2], tf.float32),
+        gamma,
+    )
+    first = tf.not_equal(scalars[:, :, 3], 0)
+    shape = (-1, *spec.frame_shape, stack)
+    observation = stacked_frames(frames[:, :stack], first[:, :stack])
+    next_observation = stacked_frames(frames[:, n_step:], first[:, n_step:])
+    return Transition(
+        observation=tf.reshape(observation, shape),
+        action=scalars[:, stack - 1, 0],
+        reward=reward,
+        discount=discount,
+        next_observation=tf.reshape(next_observation, shape),
+    )
+
+
+@functools.cache
+def compiled_to_transition(spec: TrajectorySpec, gamma: float) -> Any:
+    """`to_transition` for one spec and discount, compiled by XLA: rows -> Transition."""
+    import tensorflow as tf
+
+    return tf.function(lambda rows: to_transition(rows, spec, gamma), jit_compile=True)

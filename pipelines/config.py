@@ -1,0 +1,173 @@
+"""The whole experiment as one frozen value: what `config.json` holds and every worker is given."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agents.config import (
+    ActorConfig,
+    AgentConfig,
+    EnvironmentConfig,
+    LearnerConfig,
+    NetworkConfig,
+    described,
+)
+from infra.parameter_server.config import ParameterServerConfig
+from infra.replay.config import ReplayConfig
+from pipelines.errors import UsageError
+
+TOPOLOGIES = ('separate', 'bundled')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How many workers, for how long, with which outputs."""
+
+    topology: str = described(
+        'separate',
+        "'separate': actors and learners are two Beam jobs that share a replay; 'bundled':"
+        ' one job of bundles, each an actor, its own replay and a learner (paper, section 4)',
+    )
+    num_actors: int = described(1, 'actors, each a worker process of its own')
+    num_learners: int = described(2, 'learners, each a worker process of its own')
+    worker_threads: int = described(
+        1, 'TensorFlow threads of an actor or learner; another learner uses a core better'
+    )
+    max_frames: int = described(4_000_000, 'emulator frames, over all actors, that end the run')
+    seed: int = described(1, 'seed of parameters, environments and exploration')
+    checkpoint_period_seconds: float = described(900.0, 'seconds between two checkpoints')
+    checkpoint_replay: bool = described(True, 'checkpoints hold the replay too')
+    evaluation_episodes: int = described(30, 'episodes of the final evaluation (paper: 30)')
+    evaluation_epsilon: float = described(0.05, 'epsilon of the final evaluation (paper: 0.05)')
+    evaluation_max_frames: int = described(
+        18_000, 'emulator frames of one evaluation episode at most (paper: 5 minutes)'
+    )
+
+    def __post_init__(self) -> None:
+        if self.topology not in TOPOLOGIES:
+            raise ValueError(f'--topology {self.topology!r}: choose one of {TOPOLOGIES}.')
+        for name in ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'--{name} {getattr(self, name)}: must be at least 1.')
+        if self.checkpoint_period_seconds <= 0:
+            raise ValueError(
+                f'--checkpoint_period_seconds {self.checkpoint_period_seconds}: must be positive.'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Every value that decides what a run computes.
+
+    Raises:
+      ValueError: values that contradict each other; the message names them and the remedy.
+    """
+
+    preset: str = 'laptop'
+    run: RunConfig = RunConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    network: NetworkConfig = NetworkConfig()
+    agent: AgentConfig = AgentConfig()
+    actor: ActorConfig = ActorConfig()
+    learner: LearnerConfig = LearnerConfig()
+    replay: ReplayConfig = ReplayConfig()
+    parameter_server: ParameterServerConfig = ParameterServerConfig()
+
+    def __post_init__(self) -> None:
+        run, replay = self.run, self.replay
+        if run.topology == 'bundled' and run.num_actors != run.num_learners:
+            raise ValueError(
+                f'--num_actors {run.num_actors} and --num_learners {run.num_learners} contradict'
+                ' --topology bundled: a bundle is one actor and one learner, make them equal.'
+            )
+        if run.topology == 'separate' and replay.replay_mode == 'local':
+            shards = replay.num_replay_shards
+            if shards != run.num_actors or shards != run.num_learners:
+                raise ValueError(
+                    f'--replay_mode local needs as many actors ({run.num_actors}), learners'
+                    f' ({run.num_learners}) and replay shards ({shards}): make them equal.'
+                )
+        elif replay.num_replay_shards > run.num_actors and run.topology == 'separate':
+            raise ValueError(
+                f'--num_replay_shards {replay.num_replay_shards} exceeds --num_actors'
+                f' {run.num_actors}: a shard would stay empty; use fewer shards or more actors.'
+            )
+
+    @property
+    def max_agent_steps(self) -> int:
+        """Agent steps, over all actors, that end the run."""
+        return -(-self.run.max_frames // self.environment.action_repeat)
+
+
+def groups() -> Iterator[tuple[str, type]]:
+    """Name and dataclass of each group of an experiment's configuration."""
+    for field in dataclasses.fields(ExperimentConfig):
+        if dataclasses.is_dataclass(field.type):
+            yield field.name, field.type
+
+
+def fields() -> dict[str, tuple[str, dataclasses.Field]]:
+    """Every value's group and field by the value's name, which is also its flag's."""
+    return {
+        field.name: (group, field)
+        for group, config in groups()
+        for field in dataclasses.fields(config)
+    }
+
+
+def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentConfig:
+    """`config` with the named values replaced, wherever in it they stand.
+
+    Raises:
+      UsageError: an unknown name, or values that are out of range or contradict each other.
+    """
+    known = fields()
+    grouped: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(f'{name}: no such setting.')
+        grouped.setdefault(known[name][0], {})[name] = value
+    try:
+        changed = {
+            group: dataclasses.replace(getattr(config, group), **group_values)
+            for group, group_values in grouped.items()
+        }
+        return dataclasses.replace(config, **changed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def to_json(config: ExperimentConfig) -> str:
+    """The text of `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text: str) -> ExperimentConfig:
+    """The experiment that `to_json` wrote.
+
+    Raises:
+      UsageError: the text is not an experiment of this version; the message says what is wrong.
+    """
+    try:
+        values = json.loads(text)
+        preset = values.pop('preset')
+        types = dict(groups())
+        return ExperimentConfig(
+            preset=preset, **{name: types[name](**group) for name, group in values.items()}
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f'config.json is damaged or of another version: {error}') from error
+
+
+def load(path: pathlib.Path) -> ExperimentConfig:
+    """The experiment in the file `path`.
+
+    Raises:
+      UsageError: no such file, or not an experiment.
+    """
+    try:
+        return from_json(path.read_text())
+    except OSError as error:
+        raise UsageError(f'{path}: cannot be read ({error.strerror}).') from error

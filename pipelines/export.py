@@ -1,0 +1,62 @@
+"""Export: a checkpoint's parameters in, a TF-Agents SavedModel policy out.
+
+Runs at the end of training and by itself:
+  python pipelines/export.py --run_dir runs/my-run
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from infra.process import exit_with_parent
+from pipelines import config as config_lib
+from pipelines.errors import UsageError
+from pipelines.run_directory import RunDirectory
+
+
+def export(
+    config: config_lib.ExperimentConfig, checkpoint: pathlib.Path, output: pathlib.Path
+) -> None:
+    """Writes the greedy policy of `checkpoint` as a SavedModel into the directory `output`.
+
+    Raises:
+      DamagedCheckpointError: the checkpoint's parameters cannot be read.
+    """
+    import tensorflow as tf
+    from tf_agents.policies import policy_saver
+
+    from agents import dqn
+    from infra.parameter_server.checkpoint import read_checkpoint
+    from pipelines.agent import build_agent
+
+    saved = read_checkpoint(str(checkpoint / 'parameters'))
+    agent = build_agent(config)
+    dqn.FlatVariables(agent.q_network.trainable_variables).assign(saved.parameters)
+    train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
+    policy_saver.PolicySaver(agent.policy, train_step=train_step).save(str(output))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exports the newest checkpoint of a run to its `policy/`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='export.py', description="Write a run's newest parameters as a TF-Agents policy."
+    )
+    parser.add_argument('--run_dir', type=pathlib.Path, required=True, help='directory of the run')
+    arguments = parser.parse_args(argv)
+    exit_with_parent()
+    try:
+        directory = RunDirectory.existing(arguments.run_dir)
+        config = config_lib.load(directory.config_file)
+        checkpoints = directory.latest_checkpoints()
+        if not checkpoints:
+            raise UsageError(f'{arguments.run_dir}: holds no checkpoint to export.')
+    except UsageError as error:
+        print(f'export.py: {error}', file=sys.stderr)
+        return 2
+    export(config, checkpoints[0], directory.policy)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,337 @@
+"""One run from servers to summary: starts the boxes, watches them, checkpoints, evaluates.
+
+    cluster (replay, parameter server) <- actors' job, learners' job -> telemetry -> monitor
+
+In: an experiment and a run directory. Out: the directory's files and an exit code. No data of the
+training passes through here, only statistics.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from infra.cluster import Cluster, ClusterConfig, ClusterError
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.protocol import LayoutMismatchError, ParameterServerError
+from infra.process import ProcessSpec, SupervisedProcess
+from infra.replay.errors import ReplayError
+from infra.replay.status import StatusReader
+from infra.replay.trajectory import TrajectorySpec
+from infra.telemetry import TelemetryReader
+from pipelines import agent
+from pipelines.checkpoints import Checkpoints
+from pipelines.config import ExperimentConfig
+from pipelines.display import Display, open_display
+from pipelines.errors import UsageError
+from pipelines.evaluate import EVALUATION_FILE
+from pipelines.jobs import Jobs, WorkersFailedError
+from pipelines.monitor import Monitor, MonitorConfig
+from pipelines.options import Launch
+from pipelines.run_directory import RunDirectory, read_json
+from pipelines.workers import Addresses
+
+_POLL_SECONDS = 0.5
+_STATUS_SECONDS = 2.0
+_DRAIN_SECONDS = 120.0
+_FINISH_SECONDS = 1_800.0
+_FAILED_EXIT_CODE = 1
+
+
+class Signals:
+    """Notes the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self.received: int | None = None
+
+    def __enter__(self) -> 'Signals':
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.received is not None:
+            self._display.abandon()
+            os._exit(128 + number)  # the children see their parent gone and end too
+        self.received = number
+
+    @property
+    def name(self) -> str:
+        """Name of the signal received."""
+        return signal.Signals(self.received).name if self.received else ''
+
+
+@dataclasses.dataclass
+class Launcher:
+    """What a run's phases share.
+
+    Attributes:
+      config: the experiment.
+      launch: how it was asked for.
+      directory: the run's, locked by this process.
+      display: where progress is shown.
+      signals: whether the user wants it to stop.
+    """
+
+    config: ExperimentConfig
+    launch: Launch
+    directory: RunDirectory
+    display: Display
+    signals: Signals
+
+    def run(self) -> int:
+        """Trains, evaluates and writes the summary; returns the exit code."""
+        checkpoints = Checkpoints(self.directory, self.config)
+        resumed = checkpoints.open(self.launch.resume, self.display.message)
+        with Monitor(self.directory, self._monitor_config(), resumed) as monitor:
+            try:
+                reason = self._train(checkpoints, monitor, resumed)
+            except (ClusterError, WorkersFailedError, ParameterServerError, OSError) as error:
+                reason = f'failed: {error}'
+                self.display.message(f'run.py: {error}')
+            monitor.end_training()
+            evaluation = None
+            if reason == 'max_frames':
+                evaluation = self._evaluate()
+            if self.signals.received and reason == 'max_frames':
+                reason = self.signals.name
+            monitor.write_summary(reason, evaluation)
+        return self._exit_code(reason)
+
+    def _exit_code(self, reason: str) -> int:
+        if self.signals.received:
+            return 128 + self.signals.received
+        return 0 if reason == 'max_frames' else _FAILED_EXIT_CODE
+
+    def _monitor_config(self) -> MonitorConfig:
+        return MonitorConfig(
+            game=self.config.environment.game,
+            preset=self.config.preset,
+            seed=self.config.run.seed,
+            max_frames=self.config.run.max_frames,
+            action_repeat=self.config.environment.action_repeat,
+        )
+
+    def _cluster_config(self) -> ClusterConfig:
+        bundled = self.config.run.topology == 'bundled'
+        return ClusterConfig(
+            run_directory=self.directory.path,
+            parameter_server=self.config.parameter_server,
+            replay=self.config.replay,
+            trajectory=TrajectorySpec(
+                frame_stack=self.config.environment.frame_stack, n_step=self.config.agent.n_step
+            ),
+            batch_size=self.config.learner.batch_size,
+            experience=not bundled,
+            replay_checkpoint_directory=self.directory.path / 'servers' / 'replay',
+            parameter_addresses=self.launch.parameter_addresses,
+            replay_addresses=self.launch.replay_addresses,
+            parameter_ports=self.launch.parameter_ports,
+            replay_ports=self.launch.replay_ports,
+        )
+
+    def _train(
+        self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
+    ) -> str:
+        """Runs servers and jobs until the budget, a signal or a failure; returns the reason."""
+        self.display.phase('starting servers')
+        with self._training(checkpoints, monitor, resumed) as training:
+            return training.run()
+
+    @contextlib.contextmanager
+    def _training(
+        self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
+    ) -> Iterator['Training']:
+        """Servers that serve, and everything that watches them; closed in the reverse order."""
+        with contextlib.ExitStack() as stack:
+            cluster = stack.enter_context(Cluster(self._cluster_config(), checkpoints.restore))
+            addresses = Addresses(
+                cluster.parameter_addresses, cluster.replay_addresses, cluster.telemetry_address
+            )
+            layout = agent.layout_of(agent.build_policy(self.config))
+            client = stack.enter_context(ParameterClient(addresses.parameters, layout))
+            _require_layout(client)
+            reader = stack.enter_context(TelemetryReader(addresses.telemetry))
+            first_submission = (resumed or {}).get('submissions', 0)
+            jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
+            stack.callback(jobs.stop)
+            replay = Replay(addresses.replay, StatusReader(addresses.replay))
+            yield Training(self, cluster, client, reader, jobs, monitor, checkpoints, replay)
+
+    def _evaluate(self) -> dict[str, Any] | None:
+        """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
+        self.directory.path.joinpath(EVALUATION_FILE).unlink(missing_ok=True)
+        children = [self._child(verb) for verb in ('evaluate', 'export')]
+        deadline = time.monotonic() + _FINISH_SECONDS
+        episodes = self.config.run.evaluation_episodes
+        try:
+            for child in children:
+                child.start()
+            while any(child.poll() is None for child in children):
+                if self.signals.received or time.monotonic() > deadline:
+                    return None
+                done = (read_json(self.directory.path / EVALUATION_FILE) or {}).get('episodes', 0)
+                self.display.phase(f'evaluating {done}/{episodes}')
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for child in children:
+                child.terminate()
+        for child in children:
+            if child.poll() != 0:
+                self.display.message(child.describe_failure())
+        result = read_json(self.directory.path / EVALUATION_FILE)
+        if children[0].poll() != 0 or result is None:
+            return None
+        return {name: result[name] for name in ('protocol', 'episodes', 'epsilon', 'mean', 'std')}
+
+    def _child(self, verb: str) -> SupervisedProcess:
+        return SupervisedProcess(
+            ProcessSpec(
+                name=verb,
+                argv=[
+                    sys.executable,
+                    '-m',
+                    f'pipelines.{verb}',
+                    f'--run_dir={self.directory.path}',
+                ],
+                log_file=self.directory.logs / f'{verb}.log',
+                environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_NUM_INTRAOP_THREADS': '1'},
+                unset=('PYTHONDONTWRITEBYTECODE',),
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Addresses of the replay shards (none in the bundled topology), and their status."""
+
+    addresses: tuple[str, ...]
+    status: StatusReader
+
+
+@dataclasses.dataclass
+class Training:
+    """The watch over a run whose servers serve: statistics in, restarts and checkpoints out."""
+
+    launcher: Launcher
+    cluster: Cluster
+    client: ParameterClient
+    reader: TelemetryReader
+    jobs: Jobs
+    monitor: Monitor
+    checkpoints: Checkpoints
+    replay: Replay
+    restarts: dict[str, int] = dataclasses.field(default_factory=dict)
+    status_due: float = 0.0
+
+    def run(self) -> str:
+        """Watches until the budget is reached or the user stops it; returns why it ended."""
+        launcher = self.launcher
+        self.jobs.start(time.time())
+        launcher.display.phase('starting workers')
+        checkpoint_due = time.monotonic() + launcher.config.run.checkpoint_period_seconds
+        while not (reason := self._reason()):
+            self._look()
+            self.jobs.supervise(self.monitor.heartbeats(), time.time())
+            self.cluster.check()
+            if time.monotonic() >= checkpoint_due:
+                self._checkpoint()
+                checkpoint_due = time.monotonic() + launcher.config.run.checkpoint_period_seconds
+            time.sleep(_POLL_SECONDS)
+        launcher.display.phase('stopping workers')
+        self._drain()
+        self._checkpoint()
+        return reason
+
+    def _reason(self) -> str:
+        if self.launcher.signals.received:
+            return self.launcher.signals.name
+        if self.monitor.frames >= self.launcher.config.run.max_frames:
+            return 'max_frames'
+        return ''
+
+    def _look(self) -> None:
+        """Takes in what the workers and servers tell, and shows it."""
+        now = time.monotonic()
+        if now >= self.status_due:
+            self.status_due = now + _STATUS_SECONDS
+            shards = self.client.report()['shards']
+            self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
+            self.monitor.parameter_server(shards)
+            if self.replay.addresses:
+                self.monitor.replay(self.replay.status.read())
+        self.monitor.fold(self.reader.drain(timeout_seconds=0.2))
+        self._count_restarts()
+        self.monitor.tick()
+        state = self.monitor.state()
+        self._show_phase(state)
+        self.launcher.display.update(state)
+
+    def _show_phase(self, state: Any) -> None:
+        if state.updates:
+            self.launcher.display.phase('training')
+        elif state.agent_steps:
+            needed = self.launcher.config.replay.min_replay_size
+            self.launcher.display.phase(f'filling replay {min(state.agent_steps, needed)}/{needed}')
+
+    def _count_restarts(self) -> None:
+        for component, count in {**self.cluster.restarts, **self.jobs.restarts}.items():
+            for _ in range(count - self.restarts.get(component, 0)):
+                self.monitor.restarted(component)
+                self.launcher.display.message(f'{component} restarted')
+            self.restarts[component] = count
+
+    def _drain(self) -> None:
+        """Asks the workers to end, and waits for them as long as it takes them at most."""
+        self.client.request_stop()
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while self.jobs.running and time.monotonic() < deadline:
+            self._look()
+            time.sleep(_POLL_SECONDS)
+        self.jobs.stop()
+        self.status_due = 0.0
+        self._look()
+
+    def _checkpoint(self) -> None:
+        self.launcher.display.phase('checkpointing')
+        try:
+            self.checkpoints.save(
+                self.client,
+                self.replay.addresses,
+                {**self.monitor.counters(), 'submissions': self.jobs.submissions},
+            )
+        except (OSError, ParameterServerError, ReplayError) as error:
+            # A full disk must not end the training; the checkpoint before stays in force.
+            logging.exception('no checkpoint')
+            self.launcher.display.message(f'no checkpoint written: {error}')
+
+
+def _require_layout(client: ParameterClient) -> None:
+    """Raises UsageError when the shards hold the parameters of another network."""
+    try:
+        client.report()
+    except LayoutMismatchError as error:
+        raise UsageError(str(error)) from error
+
+
+def launch(config: ExperimentConfig, launch_: Launch, directory: RunDirectory) -> int:
+    """Runs the experiment in `directory`; returns the exit code.
+
+    Raises:
+      UsageError: a resumed run has no checkpoint that can be read.
+    """
+    logging.basicConfig(filename=pathlib.Path(directory.logs) / 'launcher.log', level=logging.INFO)
+    with open_display() as display, Signals(display) as signals:
+        return Launcher(config, launch_, directory, display, signals).run()

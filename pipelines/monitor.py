@@ -1,0 +1,444 @@
+"""Folds the workers' telemetry and the servers' counters into the state of the run.
+
+In: telemetry events (from the queue, sometimes late, repeated or malformed), the clock and counters
+of the parameter server, the replay's. Out: a `RunState` to show, `episodes.jsonl`, TensorBoard
+scalars, the contents of `summary.json`, the learning curve, and the counters a checkpoint keeps.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from pipelines import records
+from pipelines.run_directory import RunDirectory, write_json
+from pipelines.tallies import (
+    REJECTIONS,
+    Rates,
+    RejectionTally,
+    ReplayTally,
+    count,
+    counts,
+    finite,
+    mean,
+    remember,
+)
+
+_KINDS = ('episode', 'actor', 'learner', 'heartbeat')
+# Fields of a learner's event whose mean over a period says nothing.
+_NOT_AVERAGED = frozenset(
+    {'time', 'worker', 'session', 'pid', 'updates', 'agent_steps', 'rejected_outlier'}
+)
+_EVALUATION_FIELDS = ('protocol', 'episodes', 'epsilon', 'mean', 'std')
+
+Worker = tuple[str, int]
+"""A worker's component ('actor', 'learner', ...) and its index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of a worker: its time (seconds since the epoch) and process id."""
+
+    time: float
+    pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """What the monitor must know of the run.
+
+    Attributes:
+      game, preset, seed: as in the summary.
+      max_frames: emulator frames that end the run.
+      action_repeat: emulator frames per agent step.
+      scalars_period_seconds: seconds between two writes to TensorBoard.
+      rate_window_seconds: frames/s, updates/s and the ETA are means over this long.
+    """
+
+    game: str
+    preset: str
+    seed: int
+    max_frames: int
+    action_repeat: int = 4
+    scalars_period_seconds: float = 10.0
+    rate_window_seconds: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """The run at one moment; a number that is not known yet is None.
+
+    Attributes:
+      max_frames, frames: emulator frames, the budget and those made.
+      frames_per_second, updates_per_second: over the recent window.
+      updates: global updates.
+      episodes: games ended.
+      mean_return_100: mean raw return of the last 100 (fewer at the start).
+      epsilon: mean over the actors of the latest each has told.
+      replay_size: transitions held, over all shards.
+      samples_per_insert: transitions sampled per transition inserted, over the whole run.
+      rejected: gradients refused, by reason (`REJECTIONS`).
+      restarts: by component.
+      eta_seconds: until `max_frames` at the present rate.
+      wall_seconds: since the launch, sessions before a resume included.
+      heartbeats: seconds since each worker's last sign of life.
+      learner: means of the learners' other figures (loss, mean_q, ...) over the last period.
+      malformed_events, repeated_events: telemetry that was left out.
+    """
+
+    game: str
+    preset: str
+    max_frames: int
+    frames: int = 0
+    agent_steps: int = 0
+    frames_per_second: float | None = None
+    updates: int = 0
+    updates_per_second: float | None = None
+    episodes: int = 0
+    mean_return_100: float | None = None
+    last_return: float | None = None
+    epsilon: float | None = None
+    replay_size: int | None = None
+    samples_per_insert: float | None = None
+    rejected: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(REJECTIONS, 0)
+    )
+    restarts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    eta_seconds: float | None = None
+    wall_seconds: float = 0.0
+    heartbeats: Mapping[Worker, float] = dataclasses.field(default_factory=dict)
+    learner: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    malformed_events: int = 0
+    repeated_events: int = 0
+
+    @property
+    def rejected_total(self) -> int:
+        return sum(self.rejected.values())
+
+
+class Monitor:
+    """The one reader of the run's statistics; used by one thread.
+
+    A context manager. Feed it with `fold`, `clock`, `parameter_server`, `replay` and `restarted`;
+    look at `state()`; call `tick()` about every second, which writes what is due.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: MonitorConfig,
+        resumed_from: Mapping[str, Any] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        """Opens the run's records.
+
+        Args:
+          directory: where they are written.
+          config: of the run.
+          resumed_from: what `counters()` gave when the checkpoint resumed from was written; None
+            for a new run.
+          monotonic, wall_clock: clocks, seconds.
+        """
+        self._config, self._directory = config, directory
+        self._monotonic, self._wall_clock = monotonic, wall_clock
+        before, resumed = resumed_from or {}, resumed_from is not None
+        self._agent_steps = count(before.get('agent_steps')) or 0
+        self._updates = count(before.get('updates')) or 0
+        self._wall_seconds_before = finite(before.get('wall_seconds')) or 0.0
+        self._restarts = counts(before.get('restarts'))
+        self._started = monotonic()
+        self._ended: float | None = None
+        self._rejections = RejectionTally(before, resumed)
+        self._replay = ReplayTally(before, resumed)
+        self._rates = Rates(config.rate_window_seconds)
+        self._epsilon: dict[Worker, float] = {}
+        self._last_seen: dict[Worker, float] = {}
+        self._heartbeats: dict[Worker, Heartbeat] = {}
+        self._learner_sums: dict[str, tuple[float, int]] = {}
+        self._learner: dict[str, float] = {}
+        self._malformed = self._repeated = 0
+        self._open_records(resumed)
+
+    def _open_records(self, resumed: bool) -> None:
+        self._episodes = records.EpisodeLog(
+            self._directory.episodes_file, self.frames if resumed else None
+        )
+        # A restored replay may hand out telemetry again that was recorded before the checkpoint.
+        self._seen_episodes: collections.OrderedDict[tuple, None] = collections.OrderedDict(
+            (row.identity, None) for row in self._episodes.kept
+        )
+        self._returns: collections.deque[float] = collections.deque(
+            (row.raw_return for row in self._episodes.kept), maxlen=records.RETURN_WINDOW
+        )
+        self._scalars = records.ScalarWriter(self._directory.events, self.frames)
+        self._scalars_due = self._started + self._config.scalars_period_seconds
+
+    @property
+    def frames(self) -> int:
+        """Emulator frames made by all actors."""
+        return self._agent_steps * self._config.action_repeat
+
+    # What comes in.
+
+    def clock(self, updates: int, agent_steps: int) -> None:
+        """Takes the parameter server's clock: global updates and agent steps."""
+        self._updates, self._agent_steps = int(updates), int(agent_steps)
+        self._rates.see(self._monotonic(), self.frames, self._updates)
+
+    def parameter_server(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Takes each shard's report; of it, `rejected: {stale, invalid}` is used."""
+        self._rejections.see_servers(shards)
+
+    def replay(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Takes each shard's status: `size`, and `samples` and `inserts` so far (transitions).
+
+        A shard that did not answer has an empty status: its last one stays.
+        """
+        self._replay.see(shards)
+
+    def restarted(self, component: str) -> None:
+        """Counts one restart of `component`."""
+        self._restarts[component] = self._restarts.get(component, 0) + 1
+
+    def heartbeats(self) -> dict[Worker, Heartbeat]:
+        """Each worker's latest sign of life by its own clock, of those that tell their `pid`."""
+        return dict(self._heartbeats)
+
+    def fold(self, events: Iterable[Any]) -> None:
+        """Takes telemetry events, in any order; those it cannot read are counted and left out."""
+        handlers = {'episode': self._fold_episode, 'actor': self._fold_actor}
+        handlers['learner'] = self._fold_learner
+        for event in events:
+            if not isinstance(event, Mapping) or event.get('kind') not in _KINDS:
+                self._malformed += 1
+                continue
+            worker = _worker(event)
+            if worker is None:
+                self._malformed += 1
+                continue
+            self._last_seen[worker] = self._monotonic()
+            self._see_heartbeat(event, worker)
+            handler = handlers.get(event['kind'])
+            if handler is not None and not handler(event, worker):
+                self._malformed += 1
+
+    def _see_heartbeat(self, event: Mapping[str, Any], worker: Worker) -> None:
+        when, pid = finite(event.get('time')), count(event.get('pid'))
+        if when is None or not pid:
+            return
+        known = self._heartbeats.get(worker)
+        if known is None or when >= known.time:  # events of a predecessor may come late
+            self._heartbeats[worker] = Heartbeat(when, pid)
+
+    def _fold_episode(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        raw_return = finite(event.get('raw_return'))
+        if raw_return is None:
+            return False
+        when = finite(event.get('time'))
+        episode = records.Episode(
+            episode=self._episodes.count + 1,
+            time=self._wall_clock() if when is None else when,
+            frames=self.frames,
+            updates=self._updates,
+            raw_return=raw_return,
+            clipped_return=finite(event.get('clipped_return')),
+            agent_steps=count(event.get('agent_steps')),
+            worker=worker[1],
+        )
+        if episode.identity in self._seen_episodes:
+            self._repeated += 1
+            return True
+        remember(self._seen_episodes, episode.identity, None, records.REMEMBERED_EPISODES)
+        self._episodes.append(episode)
+        self._returns.append(raw_return)
+        self._scalars.write(self.frames, {'return/episode': raw_return}, episode.time)
+        return True
+
+    def _fold_actor(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        epsilon = finite(event.get('epsilon'))
+        if epsilon is not None:
+            self._epsilon[worker] = epsilon
+        return epsilon is not None or 'epsilon' not in event
+
+    def _fold_learner(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        outliers = count(event.get('rejected_outlier'))
+        if outliers is not None:
+            key = (*worker, str(event.get('session')))
+            self._rejections.see_outliers(key, outliers)
+        for name, value in event.items():
+            number = finite(value)
+            if number is not None and name not in _NOT_AVERAGED:
+                total, numbers = self._learner_sums.get(name, (0.0, 0))
+                self._learner_sums[name] = (total + number, numbers + 1)
+        return 'rejected_outlier' not in event or outliers is not None
+
+    # What comes out.
+
+    def tick(self) -> None:
+        """Writes the scalars when they are due."""
+        if self._monotonic() >= self._scalars_due:
+            self._write_scalars()
+
+    def state(self) -> RunState:
+        """The run now."""
+        frame_rate, update_rate = self._rates.rates()
+        now = self._monotonic()
+        left = max(0, self._config.max_frames - self.frames)
+        return RunState(
+            game=self._config.game,
+            preset=self._config.preset,
+            max_frames=self._config.max_frames,
+            frames=self.frames,
+            agent_steps=self._agent_steps,
+            frames_per_second=frame_rate,
+            updates=self._updates,
+            updates_per_second=update_rate,
+            episodes=self._episodes.count,
+            mean_return_100=mean(self._returns),
+            last_return=self._returns[-1] if self._returns else None,
+            epsilon=mean(self._epsilon.values()),
+            replay_size=self._replay.size,
+            samples_per_insert=self._replay.samples_per_insert,
+            rejected=self._rejections.counts(),
+            restarts=dict(self._restarts),
+            eta_seconds=left / frame_rate if frame_rate else (None if left else 0.0),
+            wall_seconds=self.wall_seconds,
+            heartbeats={worker: now - seen for worker, seen in self._last_seen.items()},
+            learner=dict(self._learner),
+            malformed_events=self._malformed,
+            repeated_events=self._repeated,
+        )
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds from launch to now or to `end_training`, sessions before a resume included."""
+        now = self._monotonic() if self._ended is None else self._ended
+        return self._wall_seconds_before + now - self._started
+
+    def forget(self, worker: Worker) -> None:
+        """Leaves a worker that has ended, or is being replaced, out of heartbeats and epsilon."""
+        self._last_seen.pop(worker, None)
+        self._epsilon.pop(worker, None)
+        self._heartbeats.pop(worker, None)
+
+    def end_training(self) -> None:
+        """Stops the run's clock: the final evaluation is not part of `wall_seconds`."""
+        self._ended = self._monotonic()
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint must keep of the run: give it back as `resumed_from`."""
+        return {
+            'agent_steps': self._agent_steps,
+            'updates': self._updates,
+            'wall_seconds': round(self.wall_seconds, 3),
+            'rejected': self._rejections.counts(),
+            'restarts': dict(self._restarts),
+            'samples': self._replay.total('samples'),
+            'inserts': self._replay.total('inserts'),
+        }
+
+    def summary(
+        self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The contents of `summary.json` for the run now."""
+        return build_summary(self.state(), self._config, exit_reason, evaluation)
+
+    def write_summary(
+        self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Writes `summary.json` and the learning curve; returns the summary."""
+        summary = self.summary(exit_reason, evaluation)
+        write_json(self._directory.summary_file, summary)
+        self._write_scalars(evaluation)
+        records.draw_learning_curve(
+            self._directory.episodes_file,
+            self._directory.learning_curve_file,
+            f'{self._config.game}, preset {self._config.preset}, seed {self._config.seed}',
+            evaluation,
+            self.frames,
+        )
+        return summary
+
+    def _write_scalars(self, evaluation: Mapping[str, Any] | None = None) -> None:
+        self._learner = {
+            name: total / numbers for name, (total, numbers) in self._learner_sums.items()
+        }
+        self._learner_sums.clear()
+        state = self.state()
+        scalars: dict[str, float | None] = {
+            'return/mean_100': state.mean_return_100,
+            'progress/updates': state.updates,
+            'progress/episodes': state.episodes,
+            'rate/frames_per_second': state.frames_per_second,
+            'rate/updates_per_second': state.updates_per_second,
+            'actor/epsilon': state.epsilon,
+            'replay/size': state.replay_size,
+            'replay/samples_per_insert': state.samples_per_insert,
+        }
+        scalars |= {f'rejected/{reason}': number for reason, number in state.rejected.items()}
+        scalars |= {f'learner/{name}': value for name, value in state.learner.items()}
+        if evaluation is not None:
+            scalars['return/evaluation'] = evaluation['mean']
+        self._scalars.write(state.frames, scalars, self._wall_clock())
+        self._scalars.flush()
+        self._scalars_due = self._monotonic() + self._config.scalars_period_seconds
+
+    def close(self) -> None:
+        """Closes the records. Repeated calls do nothing."""
+        self._episodes.close()
+        self._scalars.close()
+
+    def __enter__(self) -> 'Monitor':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def build_summary(
+    state: RunState,
+    config: MonitorConfig,
+    exit_reason: str,
+    evaluation: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The contents of `summary.json`.
+
+    Args:
+      state: the run at its end.
+      config: of the run.
+      exit_reason: why it ended, such as 'max_frames' or 'SIGINT'.
+      evaluation: `{protocol, episodes, epsilon, mean, std}` (more is left out); None: there was
+        none, or not a single game of it.
+
+    `frames_per_second` and `updates_per_second` are over all of `wall_seconds`.
+    """
+    seconds = state.wall_seconds
+    return {
+        'game': state.game,
+        'preset': state.preset,
+        'seed': config.seed,
+        'frames': state.frames,
+        'agent_steps': state.agent_steps,
+        'updates': state.updates,
+        'episodes': state.episodes,
+        'mean_return_100': state.mean_return_100,
+        'evaluation': {name: evaluation[name] for name in _EVALUATION_FIELDS}
+        if evaluation
+        else None,
+        'wall_seconds': round(seconds, 3),
+        'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
+        'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,
+        'samples_per_insert': state.samples_per_insert,
+        'rejected': dict(state.rejected),
+        'restarts': dict(state.restarts),
+        'exit_reason': exit_reason,
+    }
+
+
+def _worker(event: Mapping[str, Any]) -> Worker | None:
+    """Who sent the event; None when it does not say."""
+    index = count(event.get('worker'))
+    component = event.get('component')
+    return (component, index) if isinstance(component, str) and index is not None else None

@@ -1,0 +1,239 @@
+"""Command-line flags in, one frozen experiment out: `run.py` reads the options here, once.
+
+Each field of the configuration dataclasses is a flag of the same name; Beam's own flags are
+accepted beside them; any other flag is an error.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipelines import config as config_lib
+from pipelines import presets
+from pipelines.errors import UsageError
+
+_EPILOG = """examples:
+  python pipelines/run.py --runner=DirectRunner
+  python pipelines/run.py --game breakout --preset nature --run_dir runs/breakout
+  python pipelines/run.py --topology bundled --num_actors 2 --num_learners 2
+  python pipelines/run.py --run_dir runs/breakout --resume
+
+Frames are emulator frames (4 an agent step); updates are gradients applied at the parameter server.
+A flag without a value of yours takes the preset's. Beam's own flags (--direct_*, --project, ...)
+are accepted too: see `--help_beam`.
+"""
+
+# Values that a resumed run may change: they decide how long and with whom it goes on, not what
+# was learned so far.
+RESUMABLE = frozenset(
+    {
+        'max_frames',
+        'num_actors',
+        'num_learners',
+        'num_parameter_shards',
+        'worker_threads',
+        'checkpoint_period_seconds',
+        'checkpoint_replay',
+        'evaluation_episodes',
+        'evaluation_epsilon',
+        'evaluation_max_frames',
+        'max_staleness',
+        'learning_rate',
+        'wire_dtype',
+        'shared_memory',
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How to launch: what is not part of the experiment itself."""
+
+    runner: str
+    run_dir: str | None
+    resume: bool
+    parameter_addresses: tuple[str, ...]
+    replay_addresses: tuple[str, ...]
+    parameter_ports: tuple[int, ...]
+    replay_ports: tuple[int, ...]
+    beam_flags: tuple[str, ...]
+
+
+def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    launch = parser.add_argument_group('launch')
+    launch.add_argument(
+        '--preset', help=f'set of values to start from: {", ".join(presets.PRESETS)} (laptop)'
+    )
+    launch.add_argument('--run_dir', help="directory of the run's outputs (runs/<game>-...)")
+    launch.add_argument(
+        '--resume', action='store_true', help='go on from the last checkpoint in --run_dir'
+    )
+    launch.add_argument(
+        '--parameter_addresses',
+        help='host:port,... of running parameter shards to attach to, in their order',
+    )
+    launch.add_argument(
+        '--replay_addresses', help='host:port,... of running replay shards, in their order'
+    )
+    for kind in ('parameter', 'replay'):
+        launch.add_argument(
+            f'--{kind}_ports', help=f'ports of the {kind} shards to start (default: free ones)'
+        )
+
+
+class GorilaOptions(PipelineOptions):
+    """The project's flags, one for each field of the configuration."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+        _add_launch_arguments(parser)
+        for group, config in config_lib.groups():
+            arguments = parser.add_argument_group(group.replace('_', ' '))
+            kinds = typing.get_type_hints(config)
+            for field in dataclasses.fields(config):
+                text = field.metadata['help'].replace('%', '%%')
+                kind = kinds[field.name]
+                extra: dict[str, Any] = (
+                    {'action': argparse.BooleanOptionalAction} if kind is bool else {'type': kind}
+                )
+                arguments.add_argument(f'--{field.name}', default=None, help=text, **extra)
+
+
+def _parser(own_only: bool) -> argparse.ArgumentParser:
+    """A strict parser of our flags, and of Beam's unless `own_only`."""
+    parser = argparse.ArgumentParser(
+        prog='run.py',
+        description='Train an Atari agent with parallel actors, parallel learners, a sharded'
+        ' replay and a sharded parameter server.',
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+        conflict_handler='resolve',
+    )
+    if not own_only:
+        for options in PipelineOptions.__subclasses__():
+            if options is not GorilaOptions:
+                options._add_argparse_args(_BeamArguments(parser))
+    else:
+        parser.add_argument('--runner', default='DirectRunner', help='Beam runner (DirectRunner)')
+        parser.add_argument('--help_beam', action='store_true', help="Beam's own flags")
+    GorilaOptions._add_argparse_args(parser)
+    return parser
+
+
+class _BeamArguments:
+    """Beam's option classes add their arguments to its own parser class; this adapts ours."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self._parser = parser
+
+    def add_value_provider_argument(self, *args: Any, **kwargs: Any) -> None:
+        self._parser.add_argument(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+
+def _refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raises UsageError naming the first of `unknown` and the flags that look like it."""
+    if not unknown:
+        return
+    flag = unknown[0].split('=')[0]
+    near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=3)
+    hint = f' Did you mean {", ".join(near)}?' if near else ' See --help.'
+    raise UsageError(f'{unknown[0]}: unknown flag.{hint}')
+
+
+def _addresses(text: str | None) -> tuple[str, ...]:
+    """The host:port pairs of a comma-separated flag."""
+    addresses = tuple(part.strip() for part in (text or '').split(',') if part.strip())
+    for address in addresses:
+        host, _, port = address.rpartition(':')
+        if not host or not port.isdigit():
+            raise UsageError(f'{address!r}: not an address; write host:port.')
+    return addresses
+
+
+def _ports(kind: str, text: str | None) -> tuple[int, ...]:
+    """The ports of a comma-separated flag."""
+    parts = [part.strip() for part in (text or '').split(',') if part.strip()]
+    for part in parts:
+        if not part.isdigit() or not 0 < int(part) < 65_536:
+            raise UsageError(f'--{kind}_ports {text}: {part!r} is no port; write 1 to 65535.')
+    return tuple(int(part) for part in parts)
+
+
+def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
+    """Reads the command line: how to launch, the preset named (or None), values overridden.
+
+    Raises:
+      UsageError: a flag is unknown, misses its value or has one of the wrong type.
+      SystemExit: `--help` was asked for.
+    """
+    own = _parser(own_only=True)
+    every = _parser(own_only=False)
+    try:
+        known, rest = own.parse_known_args(argv)
+        if known.help_beam:
+            every.print_help()
+            raise SystemExit(0)
+        _, unknown = every.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+    _refuse_unknown(unknown, every)
+    values = {
+        name: getattr(known, name)
+        for name in config_lib.fields()
+        if getattr(known, name) is not None
+    }
+    launch = Launch(
+        runner=known.runner,
+        run_dir=known.run_dir,
+        resume=known.resume,
+        parameter_addresses=_addresses(known.parameter_addresses),
+        replay_addresses=_addresses(known.replay_addresses),
+        parameter_ports=_ports('parameter', known.parameter_ports),
+        replay_ports=_ports('replay', known.replay_ports),
+        beam_flags=tuple(rest),
+    )
+    if launch.resume and launch.run_dir is None:
+        raise UsageError('--resume needs --run_dir: the directory of the run to go on with.')
+    return launch, known.preset, values
+
+
+def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.ExperimentConfig:
+    """The experiment of a new run.
+
+    Raises:
+      UsageError: an unknown preset, or values that are wrong or contradict each other.
+    """
+    return presets.experiment(preset or 'laptop', values)
+
+
+def resumed(
+    before: config_lib.ExperimentConfig, preset: str | None, values: dict[str, Any]
+) -> config_lib.ExperimentConfig:
+    """The experiment of a run that goes on from `before`.
+
+    Raises:
+      UsageError: a flag would change what the run has learned with so far.
+    """
+    if preset not in (None, before.preset):
+        raise UsageError(
+            f'--preset {preset} contradicts --resume: the run was started with {before.preset}.'
+        )
+    for name, value in values.items():
+        group, _ = config_lib.fields()[name]
+        old = getattr(getattr(before, group), name)
+        if value != old and name not in RESUMABLE:
+            raise UsageError(
+                f'--{name} {value} contradicts --resume: the run was started with {old};'
+                ' leave the flag out, or start a new run.'
+            )
+    return config_lib.replace(before, values)

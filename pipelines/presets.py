@@ -1,0 +1,104 @@
+"""Named sets of values: a preset is data over the defaults, and any flag overrides it.
+
+Sources: [G] Nair et al. 2015 (the paper), [N] Mnih et al. 2015 (Nature DQN, extended data table 1),
+[here] not stated in a paper, or chosen by experiment.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines import config as config_lib
+from pipelines.errors import UsageError
+
+PAPER: Mapping[str, Any] = {
+    'topology': 'bundled',  # [G] 5: the mode of all published results
+    'num_actors': 100,  # [G] 5
+    'num_learners': 100,  # [G] 5
+    'num_parameter_shards': 31,  # [G] 5
+    'torso': 'nature',  # [G] 5: network of [N]
+    'n_step': 1,  # [G] 4.1
+    'double_dqn': False,
+    'discount': 0.99,  # [N]
+    'optimizer': 'adagrad',  # [G] 5
+    'learning_rate': 0.01,  # [here] not stated; AdaGrad's customary rate
+    'adagrad_initial_accumulator': 0.1,  # [here] not stated
+    'gradient_clip_norm': 0.0,  # [N] clips the error (Huber), not the gradient
+    'batch_size': 32,  # [N]
+    'replay_capacity': 100_000_000,  # [G] 5: 1 M frames a bundle, 100 bundles
+    'min_replay_size': 5_000_000,  # [N] 50,000 a replay memory
+    'agent_steps_per_update': 4.0,  # [N] update frequency
+    'target_update_period': 60_000,  # [G] 5: N global updates
+    'epsilon_start': 1.0,  # [G] 5
+    'epsilon_end': 0.1,  # [G] 5
+    'epsilon_updates': 1_000_000,  # [G] 5: global updates
+    'envs_per_actor': 1,  # [G] 4
+    'actor_pull_period': 1,  # [G] 4.1: up to before every step
+    'learner_pull_period': 1,  # [G] 4.1
+    'max_staleness': 1_000,  # [here] "older than a maximum delay": ten a learner
+    'outlier_deviations': 6.0,  # [here] "several"
+    'max_frames': 20_000_000_000,  # [here] 200 M frames ([N]: 50 M agent steps) a bundle
+}
+
+NATURE: Mapping[str, Any] = {
+    'topology': 'separate',
+    'num_actors': 1,  # [N]: one process; here one actor and one learner
+    'num_learners': 1,
+    'torso': 'nature',
+    'n_step': 1,
+    'double_dqn': False,
+    'discount': 0.99,  # [N]
+    'optimizer': 'rmsprop',  # [N]: centered
+    'learning_rate': 0.00025,  # [N]
+    'optimizer_decay': 0.95,  # [N]: gradient and squared gradient momentum
+    'optimizer_momentum': 0.0,  # [N]: its "gradient momentum" is the decay of the mean
+    # [N]: min squared gradient 0.01, of a gradient summed over the batch; ours is its mean
+    'optimizer_epsilon': 0.01 / 32**2,
+    'gradient_clip_norm': 0.0,  # [N] clips the error, not the gradient
+    'batch_size': 32,  # [N]
+    'replay_capacity': 1_000_000,  # [N]
+    'min_replay_size': 50_000,  # [N]
+    'agent_steps_per_update': 4.0,  # [N]
+    'target_update_period': 10_000,  # [N]: in updates, as their published code counts
+    'epsilon_start': 1.0,  # [N]
+    'epsilon_end': 0.1,  # [N]
+    'epsilon_updates': 250_000,  # [N]: 1 M agent steps at 4 a update
+    'envs_per_actor': 1,  # [N]
+    'actor_pull_period': 4,  # [N]: acts with the newest parameters; 4 steps are one update
+    'learner_pull_period': 1,
+    'outlier_deviations': 0.0,  # [N]: no such test
+    'max_frames': 200_000_000,  # [N]: 50 M agent steps
+}
+
+LAPTOP: Mapping[str, Any] = {
+    'topology': 'separate',
+    'num_actors': 1,
+    'num_learners': 2,
+    'torso': 'dqn2013',
+    'center_input': True,
+    'n_step': 3,
+    'double_dqn': True,
+    'optimizer': 'adam',
+    'learning_rate': 0.0003,
+    'optimizer_epsilon': 1e-8,
+    'agent_steps_per_update': 4.0,
+    'target_update_period': 500,
+    'epsilon_end': 0.02,
+    'epsilon_updates': 20_000,
+    'replay_capacity': 250_000,
+    'min_replay_size': 5_000,
+    'max_frames': 4_000_000,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {'laptop': LAPTOP, 'nature': NATURE, 'paper': PAPER}
+
+
+def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.ExperimentConfig:
+    """The experiment of `preset` with `overrides` (setting's name to value) on top.
+
+    Raises:
+      UsageError: an unknown preset or setting, or values that are wrong or contradict each other.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f'--preset {preset!r}: choose one of {", ".join(sorted(PRESETS))}.')
+    values = {**PRESETS[preset], **overrides}
+    return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

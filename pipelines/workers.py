@@ -1,0 +1,403 @@
+"""What runs inside a worker process: a box opened from the configuration, driven by segments.
+
+In: the experiment, the servers' addresses, a worker's number. Out: segment summaries, and
+telemetry. Everything a worker opens is closed by the `with` that opened it.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.process import exit_with_parent
+from infra.replay.config import shard_of_worker
+from infra.replay.errors import ReplayError
+from pipelines.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from agents.actor import Actor
+    from agents.learner import Learner
+    from infra.replay.adder import Adder
+    from infra.telemetry import Telemetry
+
+SERVER_SECONDS = 90.0
+"""A worker waits so long for a parameter shard: a restart imports TensorFlow, on a busy machine."""
+
+STATUS_SECONDS = 2.0
+"""Between two status records of a worker, which are its heartbeat too."""
+
+# Names of random streams: the same number must never seed two different things.
+_ENVIRONMENT_STREAM, _EXPLORATION_STREAM = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Addresses:
+    """Where the servers are, each `host:port`.
+
+    Attributes:
+      parameters: parameter shards, in order.
+      replay: replay shards, in order; none in the bundled topology.
+      telemetry: the Reverb server with the telemetry queue.
+    """
+
+    parameters: tuple[str, ...]
+    replay: tuple[str, ...]
+    telemetry: str
+
+    def with_replay(self, address: str) -> 'Addresses':
+        """These addresses with one other replay."""
+        return dataclasses.replace(self, replay=(address,))
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSpec:
+    """One element of a job: a worker and the most segments it may ever need.
+
+    Attributes:
+      worker: number of the actor, learner or bundle, from 0.
+      submission: number of the submission it came with: a worker that replaces a dead one must
+        not play the same games again.
+      segments: upper bound; the run's global budget usually ends the worker sooner.
+    """
+
+    worker: int
+    submission: int
+    segments: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """The workers of one job.
+
+    Attributes:
+      workers: their numbers.
+      number: how many jobs of the run were submitted before this one, over all resumptions.
+    """
+
+    workers: tuple[int, ...]
+    number: int
+
+    def specs(self, segments: int) -> list[WorkerSpec]:
+        """The job's elements, each with at most `segments` segments."""
+        return [WorkerSpec(worker, self.number, segments) for worker in self.workers]
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentSummary:
+    """What one segment did."""
+
+    component: str
+    worker: int
+    segment: int
+    agent_steps: int = 0
+    updates: int = 0
+    episodes: int = 0
+
+
+def prepare_process(config: ExperimentConfig) -> None:
+    """Bounds this worker process's threads and life; call it before any TensorFlow operation."""
+    exit_with_parent()
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # oneDNN's kernels: a gradient takes two thirds of the time on processors where TensorFlow does
+    # not switch them on by itself (tests/benchmarks/benchmark_gradient.py).
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # another worker in this process was first
+        tf.config.threading.set_intra_op_parallelism_threads(config.run.worker_threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def budget_reached(config: ExperimentConfig) -> Callable[[Any], bool]:
+    """A test of the parameter server's clock: is the run over?"""
+    limit = config.max_agent_steps
+    return lambda clock: clock.stopping or clock.agent_steps >= limit
+
+
+class Status:
+    """Tells the monitor, every few seconds, that a worker lives and what it does."""
+
+    def __init__(self, telemetry: 'Telemetry', kind: str):
+        self._telemetry = telemetry
+        self._kind = kind
+        self._due = 0.0
+
+    def tell(self, describe: Callable[[], dict[str, Any]]) -> None:
+        """Records a heartbeat and `describe()` when they are due."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + STATUS_SECONDS
+            self._telemetry.record('heartbeat', pid=os.getpid())
+            self._telemetry.record(self._kind, **describe())
+            self._telemetry.flush()
+
+
+class ActorWorker:
+    """An actor that acts in segments and reports its episodes."""
+
+    def __init__(
+        self,
+        actor: 'Actor',
+        adder: 'Adder',
+        spec: WorkerSpec,
+        config: ExperimentConfig,
+        telemetry: 'Telemetry',
+    ):
+        self._actor = actor
+        self._adder = adder
+        self._spec = spec
+        self._config = config
+        self._telemetry = telemetry
+        self._status = Status(telemetry, 'actor')
+        self._look_due = 0.0
+        self._budget_reached = budget_reached(config)
+
+    def finished(self) -> bool:
+        """Whether the run's budget is reached, or it is being stopped."""
+        return self._budget_reached(self._actor.clock)
+
+    def run(self, segment: int, agent_steps: int) -> SegmentSummary:
+        """Acts for `agent_steps` decisions, or until the run is finished."""
+        seed, spec = self._config.run.seed, self._spec
+        rng = np.random.default_rng(
+            [seed, _EXPLORATION_STREAM, spec.worker, spec.submission, segment]
+        )
+        per_step = self._config.actor.envs_per_actor
+        made = episodes = 0
+        while made < agent_steps and not self.finished():
+            ended = self._actor.step(rng)
+            made += per_step
+            episodes += len(ended)
+            for episode in ended:
+                self._telemetry.record('episode', **dataclasses.asdict(episode))
+            self._status.tell(self._describe)
+        return SegmentSummary('actor', spec.worker, segment, made, 0, episodes)
+
+    def wait(self) -> bool:
+        """Called while the replay takes nothing: keeps reporting; whether to give up waiting."""
+        self._status.tell(self._describe)
+        now = time.monotonic()
+        if now >= self._look_due:
+            self._look_due = now + STATUS_SECONDS
+            self._actor.look()
+        return self.finished()
+
+    def _describe(self) -> dict[str, Any]:
+        return {'epsilon': self._actor.epsilon, 'reconnects': self._adder.reconnects}
+
+
+class LearnerWorker:
+    """A learner that learns in segments and reports its losses."""
+
+    def __init__(
+        self,
+        learner: 'Learner',
+        spec: WorkerSpec,
+        config: ExperimentConfig,
+        telemetry: 'Telemetry',
+    ):
+        self._learner = learner
+        self._spec = spec
+        self._status = Status(telemetry, 'learner')
+        self._budget_reached = budget_reached(config)
+
+    def finished(self) -> bool:
+        """Whether the run's budget is reached, or it is being stopped."""
+        return self._budget_reached(self._learner.clock)
+
+    def run(self, segment: int, updates: int) -> SegmentSummary:
+        """Computes `updates` gradients, or fewer when the run is finished before."""
+        made = 0
+        while made < updates and not self.finished():
+            try:
+                self._learner.update()
+                made += 1
+            except ReplayError:  # the actors are not that far, or a shard restarts: ask how it goes
+                self._learner.look()
+            self._status.tell(self._describe)
+        self._learner.finish_push()
+        return SegmentSummary('learner', self._spec.worker, segment, 0, made)
+
+    def _describe(self) -> dict[str, Any]:
+        counters = self._learner.counters
+        return {
+            'loss': counters.loss,
+            'mean_absolute_error': counters.mean_absolute_error,
+            'rejected_outlier': counters.outliers,
+        }
+
+
+def _connect(stack: contextlib.ExitStack, config: ExperimentConfig, addresses: Addresses, layout):
+    """A client of the parameter server, closed by `stack`."""
+    from infra.parameter_server.client import ParameterClient
+
+    server = config.parameter_server
+    return stack.enter_context(
+        ParameterClient(
+            addresses.parameters,
+            layout,
+            wire_dtype=server.wire_dtype,
+            shared_memory=server.shared_memory,
+            timeout_seconds=SERVER_SECONDS,
+        )
+    )
+
+
+@contextlib.contextmanager
+def open_actor(
+    config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec, component: str = 'actor'
+) -> Iterator[ActorWorker]:
+    """An actor with its environments, policy, adder and connections.
+
+    `component` is what its telemetry calls it.
+    """
+    from agents.actor import Actor
+    from agents.environment import AtariEnvironment
+    from infra.replay.adder import Adder
+    from infra.telemetry import Telemetry
+    from pipelines import agent
+
+    policy = agent.build_policy(config)
+    seeds = np.random.SeedSequence(
+        [config.run.seed, _ENVIRONMENT_STREAM, spec.worker, spec.submission]
+    )
+    with contextlib.ExitStack() as stack:
+        telemetry = stack.enter_context(Telemetry(addresses.telemetry, component, spec.worker))
+        parameters = _connect(stack, config, addresses, agent.layout_of(policy))
+        parameters.initialise(policy.parameters())
+        num_environments = config.actor.envs_per_actor
+        environment = stack.enter_context(
+            AtariEnvironment(
+                config.environment, num_environments, seed=int(seeds.generate_state(1)[0])
+            )
+        )
+        workers: list[ActorWorker] = []
+        adder = stack.enter_context(
+            Adder(
+                addresses.replay[shard_of_worker(spec.worker, len(addresses.replay))],
+                agent.trajectory_spec(config),
+                num_environments,
+                config.replay.max_in_flight_items,
+                should_stop=lambda: workers[0].wait(),  # noqa: PLW0108  (filled below)
+            )
+        )
+        actor = Actor(config.actor, environment, policy, adder, parameters)
+        workers.append(ActorWorker(actor, adder, spec, config, telemetry))
+        yield workers[0]
+        actor.look()  # reports the last agent steps
+
+
+@contextlib.contextmanager
+def open_learner(
+    config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec, component: str = 'learner'
+) -> Iterator[LearnerWorker]:
+    """A learner with its network, sample stream and connections.
+
+    `component` is what its telemetry calls it.
+    """
+    from agents.learner import Learner
+    from infra.replay.dataset import sample_dataset
+    from infra.telemetry import Telemetry
+    from pipelines import agent
+
+    network = agent.build_learner(config)
+    shards = addresses.replay
+    if config.replay.replay_mode == 'local':
+        shards = (shards[shard_of_worker(spec.worker, len(shards))],)
+    with contextlib.ExitStack() as stack:
+        telemetry = stack.enter_context(Telemetry(addresses.telemetry, component, spec.worker))
+        parameters = _connect(stack, config, addresses, agent.layout_of(network))
+        parameters.initialise(network.parameters())
+        samples = stack.enter_context(
+            sample_dataset(
+                shards,
+                agent.trajectory_spec(config),
+                config.learner.batch_size,
+                config.agent.discount,
+                timeout_seconds=STATUS_SECONDS,  # then the learner asks whether the run is over
+            )
+        )
+        learner = Learner(config.learner, network, samples, parameters)
+        yield LearnerWorker(learner, spec, config, telemetry)
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleSegment:
+    """A segment that a bundle's actor has acted, on its way to the bundle's learner.
+
+    Attributes:
+      spec: the bundle.
+      segment: number of the segment.
+      addresses: the servers, with the bundle's own replay.
+      summary: what the actor did.
+      updates: updates the learner is to make now.
+    """
+
+    spec: WorkerSpec
+    segment: int
+    addresses: Addresses
+    summary: SegmentSummary
+    updates: int
+
+
+class UpdatesOwed:
+    """Turns agent steps into updates at the configured ratio, from the minimum replay size on."""
+
+    def __init__(self, min_replay_size: int, agent_steps_per_update: float):
+        self._unlearned = min_replay_size
+        self._steps_per_update = agent_steps_per_update
+        self._steps = 0.0
+
+    def after(self, agent_steps: int) -> int:
+        """Updates due after `agent_steps` more decisions; with no ratio one each segment."""
+        waiting = min(self._unlearned, agent_steps)
+        self._unlearned -= waiting
+        self._steps += agent_steps - waiting
+        if self._unlearned:
+            return 0
+        if not self._steps_per_update:
+            return 1
+        updates = int(self._steps // self._steps_per_update)
+        self._steps -= updates * self._steps_per_update
+        return updates
+
+
+def bundle_config(config: ExperimentConfig) -> ExperimentConfig:
+    """The experiment as one bundle sees it: its share of the replay, and no limiter's ratio.
+
+    The bundle itself keeps the ratio by taking turns; a limiter that blocked its only thread would
+    block it for ever.
+    """
+    bundles = config.run.num_actors
+    replay = dataclasses.replace(
+        config.replay,
+        num_replay_shards=1,
+        replay_mode='global',
+        replay_capacity=-(-config.replay.replay_capacity // bundles),
+        min_replay_size=-(-config.replay.min_replay_size // bundles),
+        agent_steps_per_update=0.0,
+    )
+    return dataclasses.replace(config, replay=replay)
+
+
+@contextlib.contextmanager
+def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
+    """A replay server in this process, for this process; yields its address."""
+    from infra.replay.server import ShardConfig, build_tables, start_server
+    from pipelines import agent
+
+    shard = ShardConfig(
+        config.replay,
+        agent.trajectory_spec(config),
+        config.learner.batch_size,
+        telemetry=False,
+    )
+    server = start_server(build_tables(shard, 0))
+    try:
+        yield f'127.0.0.1:{server.port}'
+    finally:
+        server.stop()

@@ -1,0 +1,144 @@
+"""CPU time of a learner's gradient and an actor's inference on one core; prints JSON.
+
+Run it on one core: taskset -c 0 python -m tests.benchmarks.benchmark_gradient
+
+oneDNN's kernels are chosen when TensorFlow is loaded, so each setting has processes of its own,
+taken in turn; within a process the measurements interleave, and times are medians over all rounds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from agents.config import AgentConfig, EnvironmentConfig, NetworkConfig
+
+_BATCH, _ENVIRONMENTS, _NUM_ACTIONS = 32, 8, 6
+_MODULE = 'tests.benchmarks.benchmark_gradient'
+_ONEDNN = 'TF_ENABLE_ONEDNN_OPTS'
+
+
+def _frames(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(count, 84, 84, 4), dtype=np.uint8)
+
+
+def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], object]]:
+    """What a learner and an actor do with one agent."""
+    import tensorflow as tf
+
+    from agents import dqn, py_environment
+
+    agent = dqn.make_agent(
+        AgentConfig(double_dqn=double_dqn),
+        NetworkConfig(torso),
+        py_environment.time_step_spec(EnvironmentConfig()),
+        py_environment.action_spec(_NUM_ACTIONS),
+    )
+    learner = dqn.DqnLearner(agent, gradient_clip_norm=10.0)
+    policy = dqn.GreedyPolicy(agent.q_network)
+    frames = tf.constant(_frames(_BATCH))
+    transition = dqn.Transition(
+        frames, tf.zeros(_BATCH, tf.int32), tf.ones(_BATCH), tf.ones(_BATCH), frames
+    )
+    parameters, observation = learner.parameters(), _frames(_ENVIRONMENTS)
+    name = f'{torso}{"_double" if double_dqn else ""}'
+    actions: dict[str, Callable[[], object]] = {
+        f'{name}_gradient': lambda: np.asarray(learner.gradient(transition)[0])
+    }
+    if not double_dqn:
+        actions[f'{name}_set_parameters'] = lambda: learner.set_parameters(parameters)
+        actions[f'{name}_inference_of_{_ENVIRONMENTS}'] = lambda: policy.act(observation)
+    return actions
+
+
+def _dense_actions() -> dict[str, Callable[[], object]]:
+    """The Nature network's dense layer and its gradients, ours and TensorFlow's."""
+    import tensorflow as tf
+
+    from agents import networks
+
+    x, kernel = tf.random.normal([_BATCH, 3136]), tf.random.normal([512, 3136])
+    stock_kernel = tf.transpose(kernel)
+
+    def both(product: Callable, weights: tf.Tensor) -> Callable[[], object]:
+        @tf.function(autograph=False)
+        def run(x: tf.Tensor, weights: tf.Tensor) -> tuple:
+            with tf.GradientTape() as tape:
+                tape.watch((x, weights))
+                y = product(x, weights)
+            return y, tape.gradient(y, (x, weights))
+
+        return lambda: run(x, weights)
+
+    return {
+        'dense_ours': both(networks.dense, kernel),
+        'dense_tensorflow': both(tf.matmul, stock_kernel),
+    }
+
+
+def measure(repeats: int) -> dict[str, list[float]]:
+    """CPU ms of each action, one number a repeat."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    actions = _dense_actions()
+    for torso in ('nature', 'dqn2013'):
+        for double_dqn in (False, True):
+            actions |= _agent_actions(torso, double_dqn)
+    for action in actions.values():
+        action()
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            start = time.process_time()
+            action()
+            times[name].append(1e3 * (time.process_time() - start))
+    return times
+
+
+def measure_both(rounds: int, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Median and least CPU ms, without and with oneDNN, in processes taken in turn."""
+    times: dict[str, dict[str, list[float]]] = {
+        '0': defaultdict(list),
+        '1': defaultdict(list),
+    }
+    for _ in range(rounds):
+        for setting, collected in times.items():
+            environment = {'TF_CPP_MIN_LOG_LEVEL': '3', **os.environ, _ONEDNN: setting}
+            command = [sys.executable, '-m', _MODULE, '--repeats', str(repeats), '--child']
+            output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+            for name, values in json.loads(output.stdout).items():
+                collected[name] += values
+    return {
+        f'{_ONEDNN}={setting}': {
+            name: {'median': round(statistics.median(values), 2), 'least': round(min(values), 2)}
+            for name, values in collected.items()
+        }
+        for setting, collected in times.items()
+    }
+
+
+def main() -> None:
+    """Measures, or, as a child, measures under one setting."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--rounds', type=int, default=2, help='processes per setting')
+    parser.add_argument('--repeats', type=int, default=25, help='measurements per process')
+    parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.repeats)))
+        return
+    result = measure_both(options.rounds, options.repeats)
+    print(json.dumps({'unit': 'CPU ms on one core', 'batch_size': _BATCH, **result}, indent=2))
+
+
+if __name__ == '__main__':
+    main()

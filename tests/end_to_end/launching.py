@@ -1,0 +1,71 @@
+"""Starting `pipelines/run.py` as a user would, and finding the processes it leaves behind."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# A whole run in miniature: every box for real, a small network and few frames.
+SMALL = (
+    '--torso=dqn2013',
+    '--min_replay_size=400',
+    '--replay_capacity=20000',
+    '--envs_per_actor=4',
+    '--evaluation_episodes=2',
+    '--evaluation_max_frames=800',
+)
+
+
+def start(run_dir: pathlib.Path, *flags: str) -> subprocess.Popen:
+    """Starts the main job; its output goes to `<run_dir>.out`."""
+    with open(f'{run_dir}.out', 'ab') as output:
+        return subprocess.Popen(
+            [sys.executable, 'pipelines/run.py', f'--run_dir={run_dir}', *flags],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def output(run_dir: pathlib.Path) -> str:
+    """Everything the job has printed so far, and its workers' logs, for a failure's message."""
+    texts = [pathlib.Path(f'{run_dir}.out').read_text()]
+    for log in sorted(run_dir.glob('logs/*.log')):
+        texts.append(f'== {log.name}\n' + log.read_text(errors='replace')[-2000:])
+    return '\n'.join(texts)
+
+
+def summary(run_dir: pathlib.Path) -> dict:
+    """The content of `summary.json`."""
+    return json.loads((run_dir / 'summary.json').read_text())
+
+
+def processes_of(run_dir: pathlib.Path) -> Iterator[psutil.Process]:
+    """Processes, whoever their parent, that have the run directory in their command line."""
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and any(
+                str(run_dir) in part for part in process.cmdline()
+            ):
+                yield process
+        except psutil.Error:
+            continue
+
+
+def workers_of(run_dir: pathlib.Path) -> list[psutil.Process]:
+    """Beam's worker processes of the run's jobs, and everything else below its processes."""
+    found: dict[int, psutil.Process] = {}
+    for process in processes_of(run_dir):
+        try:
+            for child in process.children(recursive=True):
+                found[child.pid] = child
+        except psutil.Error:
+            continue
+    return list(found.values())

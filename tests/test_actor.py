@@ -1,0 +1,127 @@
+"""The actor with real games, a real replay shard and a real parameter shard."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import reverb
+
+from agents import dqn, py_environment
+from agents.actor import Actor, EpisodeTally, annealed_epsilon
+from agents.config import ActorConfig, AgentConfig, EnvironmentConfig, NetworkConfig
+from agents.environment import AtariEnvironment
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.layout import Layout
+from infra.replay.adder import Adder
+from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
+from infra.replay.server import ShardConfig, build_tables, start_server
+from infra.replay.trajectory import TrajectorySpec
+from tests import parameter_servers
+
+ENVS = 3
+SPEC = TrajectorySpec(n_step=2)
+
+
+@pytest.fixture
+def acting():
+    """Makes an actor of a game on servers in this process; gives it, its client and the table."""
+    with contextlib.ExitStack() as stack:
+
+        def make(game='pong', **actor_values):
+            environment_config = EnvironmentConfig(game=game)
+            config = ActorConfig(envs_per_actor=ENVS, **actor_values)
+            environment = stack.enter_context(AtariEnvironment(environment_config, ENVS, seed=1))
+            agent = dqn.make_agent(
+                AgentConfig(n_step=2),
+                NetworkConfig('dqn2013'),
+                py_environment.time_step_spec(environment_config),
+                py_environment.action_spec(environment.num_actions),
+            )
+            policy = dqn.GreedyPolicy(agent.q_network)
+            shards = stack.enter_context(
+                parameter_servers.serve(parameter_servers.config(num_parameter_shards=1))
+            )
+            client = stack.enter_context(
+                ParameterClient(
+                    [shard.address for shard in shards], Layout.from_variables(policy.variables)
+                )
+            )
+            client.initialise(policy.parameters())
+            replay = ReplayConfig(
+                replay_capacity=10_000, min_replay_size=1, agent_steps_per_update=0.0
+            )
+            shard = ShardConfig(replay, SPEC, telemetry=False)
+            server = start_server(build_tables(shard, 0))
+            stack.callback(server.stop)
+            address = f'127.0.0.1:{server.port}'
+            adder = stack.enter_context(Adder(address, SPEC, ENVS))
+            return Actor(config, environment, policy, adder, client), client, adder, address
+
+        yield make
+
+
+def test_epsilon_falls_linearly_with_the_global_updates():
+    config = ActorConfig(epsilon_start=1.0, epsilon_end=0.1, epsilon_updates=1000)
+    # 1 - 0.9 * u / 1000: at 0, at half the way, at the end and behind it.
+    assert annealed_epsilon(config, 0) == 1.0
+    assert annealed_epsilon(config, 500) == pytest.approx(0.55)
+    assert annealed_epsilon(config, 1000) == pytest.approx(0.1)
+    assert annealed_epsilon(config, 10**9) == pytest.approx(0.1)
+
+
+def test_every_step_but_the_last_n_is_stored_and_every_step_is_counted(acting):
+    actor, client, adder, address = acting(actor_pull_period=4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        actor.step(rng)
+    actor.look()
+    assert client.pull().clock.agent_steps == 20 * ENVS
+    assert adder.flush(10.0)
+    # A step's item needs n = 2 more rows, so the last two steps of each stream have none yet.
+    size = reverb.Client(address).server_info()[EXPERIENCE_TABLE].current_size
+    assert size == (20 - 2) * ENVS
+
+
+def test_the_server_is_asked_only_every_pull_period(acting):
+    actor, client, _, _ = acting(actor_pull_period=5)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        actor.step(rng)
+    assert client.pull().clock.agent_steps == 0  # the sixth step would tell
+    actor.step(rng)
+    assert client.pull().clock.agent_steps == 5 * ENVS
+
+
+def test_same_seed_acts_the_same(acting):
+    first, _, _, _ = acting()
+    second, _, _, _ = acting()
+    for _ in range(10):
+        first.step(np.random.default_rng(5))
+        second.step(np.random.default_rng(5))
+    np.testing.assert_array_equal(first._frames.frame, second._frames.frame)
+
+
+def test_games_end_with_raw_and_clipped_returns(acting):
+    actor, _, _, _ = acting('breakout')
+    rng = np.random.default_rng(0)
+    episodes = []
+    for _ in range(3000):  # a random game of Breakout has some 200 decisions
+        episodes += actor.step(rng)
+        if len(episodes) >= 4:
+            break
+    assert len(episodes) >= 4
+    for episode in episodes:
+        # A brick of the two lowest rows is worth 1, clipped or not; higher ones 4 and 7.
+        assert episode.raw_return >= episode.clipped_return >= 0
+        assert episode.agent_steps > 20
+
+
+def test_tally_adds_up_each_environment_until_its_game_ends():
+    tally = EpisodeTally(2)
+    no_end = np.array([False, False])
+    assert tally.add(np.array([5.0, 0.0]), np.array([1.0, 0.0]), no_end) == []
+    ended = tally.add(np.array([7.0, 2.0]), np.array([1.0, 1.0]), np.array([True, False]))
+    assert [(e.raw_return, e.clipped_return, e.agent_steps) for e in ended] == [(12.0, 2.0, 2)]
+    ended = tally.add(np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.array([True, True]))
+    # The first environment began anew; the second has played all three steps.
+    assert [(e.raw_return, e.agent_steps) for e in ended] == [(0.0, 1), (3.0, 3)]

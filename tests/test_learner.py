@@ -1,0 +1,232 @@
+"""The learner against real parameter shards, held to TF-Agents' own training."""
+
+import collections
+import contextlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf_agents.agents.dqn import dqn_agent
+from tf_agents.specs import tensor_spec
+from tf_agents.trajectories import policy_step, trajectory
+from tf_agents.trajectories import time_step as ts
+
+from agents import dqn
+from agents.config import AgentConfig, LearnerConfig, NetworkConfig
+from agents.learner import Learner, LossStatistics
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.layout import Layout
+from tests import parameter_servers
+
+BATCH, ACTIONS, DISCOUNT = 8, 4, 0.97
+UPDATES, TARGET_PERIOD = 25, 10
+TIME_STEP = ts.time_step_spec(tensor_spec.BoundedTensorSpec((84, 84, 4), tf.uint8, 0, 255))
+ACTION = tensor_spec.BoundedTensorSpec((), tf.int32, 0, ACTIONS - 1)
+NETWORK = NetworkConfig(torso='dqn2013')
+
+Sample = collections.namedtuple('Sample', 'transition')
+
+OPTIMIZERS = {
+    'adagrad': (
+        {'learning_rate': 0.01, 'adagrad_initial_accumulator': 0.1},
+        lambda: tf.compat.v1.train.AdagradOptimizer(0.01, initial_accumulator_value=0.1),
+    ),
+    'rmsprop': (
+        {'learning_rate': 2.5e-4, 'optimizer_decay': 0.95, 'optimizer_epsilon': 1e-5},
+        lambda: tf.compat.v1.train.RMSPropOptimizer(
+            2.5e-4, decay=0.95, epsilon=1e-5, centered=True
+        ),
+    ),
+    # An epsilon of 1e-8 would magnify the gradients' rounding (1e-9 where they are nearly 0) to
+    # whole steps; Rainbow's keeps the comparison one of arithmetic.
+    'adam': (
+        {'learning_rate': 2.5e-4, 'optimizer_epsilon': 1.5e-4},
+        lambda: tf.compat.v1.train.AdamOptimizer(2.5e-4, epsilon=1.5e-4),
+    ),
+}
+
+
+def batches(count):
+    """Random transitions; the discount is 1 or, behind an end, 0."""
+    rng = np.random.default_rng(3)
+    for _ in range(count):
+        yield {
+            'observation': rng.integers(0, 256, (BATCH, 84, 84, 4), np.uint8),
+            'action': rng.integers(0, ACTIONS, BATCH).astype(np.int32),
+            'reward': rng.normal(size=BATCH).astype(np.float32),
+            'discount': (rng.random(BATCH) > 0.2).astype(np.float32),
+            'next_observation': rng.integers(0, 256, (BATCH, 84, 84, 4), np.uint8),
+        }
+
+
+def our_samples(count):
+    """The batches as the replay's dataset gives them: the discount holds gamma."""
+    for batch in batches(count):
+        gamma = np.float32(DISCOUNT)
+        yield Sample(dqn.Transition(**{**batch, 'discount': gamma * batch['discount']}))
+
+
+def their_parameters(optimizer, count):
+    """Parameters after `count` calls of the stock TF-Agents agent's own `train`."""
+    network = dqn.make_agent(AgentConfig(), NETWORK, TIME_STEP, ACTION, seed=5).q_network
+    agent = dqn_agent.DqnAgent(
+        TIME_STEP,
+        ACTION,
+        network,
+        optimizer,
+        gamma=DISCOUNT,
+        td_errors_loss_fn=dqn.LOSSES['huber'],
+        target_update_period=TARGET_PERIOD,
+    )
+    agent.initialize()
+    for arrays in batches(count):
+        batch = {name: tf.constant(array) for name, array in arrays.items()}
+        nothing = tf.zeros(BATCH)
+        middle = tf.ones(BATCH, tf.int32)
+        agent.train(
+            trajectory.Transition(
+                ts.TimeStep(middle, nothing, nothing + 1, batch['observation']),
+                policy_step.PolicyStep(batch['action'], (), ()),
+                ts.TimeStep(middle, batch['reward'], batch['discount'], batch['next_observation']),
+            )
+        )
+    return np.concatenate([v.numpy().ravel() for v in network.trainable_variables])
+
+
+@pytest.fixture
+def connected():
+    """Makes a learner on real shards, in this process, with its client."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(samples, learner_config=None, **server_changes):
+            config = parameter_servers.config(**server_changes)
+            shards = stack.enter_context(parameter_servers.serve(config))
+            agent = dqn.make_agent(AgentConfig(), NETWORK, TIME_STEP, ACTION, seed=5)
+            network = dqn.DqnLearner(agent, gradient_clip_norm=0.0)
+            client = stack.enter_context(
+                ParameterClient(
+                    [shard.address for shard in shards], Layout.from_variables(network.variables)
+                )
+            )
+            client.initialise(network.parameters())
+            learner_config = learner_config or LearnerConfig(
+                batch_size=BATCH, overlap_push=False, outlier_deviations=0.0
+            )
+            return Learner(learner_config, network, samples, client), client, network
+
+        yield connect
+
+
+@pytest.mark.parametrize('num_shards', [1, 3])
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_updates_through_the_server_equal_tf_agents_own_train(connected, name, num_shards):
+    values, their_optimizer = OPTIMIZERS[name]
+    learner, client, network = connected(
+        our_samples(UPDATES),
+        num_parameter_shards=num_shards,
+        target_update_period=TARGET_PERIOD,
+        optimizer=name,
+        **values,
+    )
+    for _ in range(UPDATES):
+        learner.update()
+    assert learner.clock.updates == UPDATES
+    assert client.pull().target_versions == (20,) * num_shards  # 25 updates, every 10th
+    ours = network.parameters()
+    theirs = their_parameters(their_optimizer(), UPDATES)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_overlapped_pushes_lose_no_update(connected):
+    learner, client, _ = connected(
+        our_samples(10),
+        LearnerConfig(batch_size=BATCH, overlap_push=True, outlier_deviations=0.0),
+        num_parameter_shards=2,
+    )
+    for _ in range(10):
+        learner.update()
+    learner.finish_push()
+    assert learner.clock.updates == 10
+    assert [shard['version'] for shard in client.report()['shards']] == [10, 10]
+
+
+def test_shard_that_lost_its_parameters_gets_them_back_from_the_learner(tmp_path):
+    config = parameter_servers.config(num_parameter_shards=1, learning_rate=1.0)
+    agent = dqn.make_agent(AgentConfig(), NETWORK, TIME_STEP, ACTION, seed=5)
+    network = dqn.DqnLearner(agent, gradient_clip_norm=0.0)
+    with parameter_servers.ShardProcess(tmp_path, config, 0).wait_ready() as shard:
+        layout = Layout.from_variables(network.variables)
+        with ParameterClient([shard.address], layout, timeout_seconds=60.0) as client:
+            client.initialise(network.parameters())
+            learner = Learner(LearnerConfig(overlap_push=False), network, our_samples(4), client)
+            learner.update()
+            learned = network.parameters()
+            shard.kill()
+            shard.start()  # without a checkpoint: empty
+            shard.wait_ready()
+            learner.update()
+            assert learner.clock.updates == 0  # the shard counts from its new beginning
+            np.testing.assert_array_equal(network.parameters(), learned)
+            learner.update()
+            assert learner.clock.updates == 1
+
+
+def test_gradient_that_is_not_finite_is_refused_and_counted(connected):
+    def poisoned():
+        for sample in our_samples(2):
+            reward = np.full(BATCH, np.nan, np.float32)
+            yield Sample(sample.transition._replace(reward=reward))
+
+    learner, _, _ = connected(poisoned())
+    learner.update()
+    learner.update()
+    assert (learner.counters.invalid, learner.clock.updates) == (2, 0)
+
+
+def test_outlying_loss_is_dropped_by_the_learner(connected):
+    # A decay of 0.5 makes the statistics old enough to judge by after 1 / (1 - 0.5) = 2 losses.
+    config = LearnerConfig(
+        batch_size=BATCH, overlap_push=False, outlier_deviations=3.0, outlier_decay=0.5
+    )
+
+    def samples():
+        usual = list(our_samples(6))
+        yield from usual
+        yield Sample(usual[0].transition._replace(reward=usual[0].transition.reward + 1e4))
+
+    learner, _, _ = connected(samples(), config, max_staleness=100, learning_rate=1.0)
+    for _ in range(7):
+        learner.update()
+    assert learner.counters.outliers >= 1
+    assert learner.clock.updates == 7 - learner.counters.outliers
+
+
+def test_statistics_equal_a_weighted_mean_and_variance():
+    losses, decay = [1.0, 3.0, 2.0, 7.0], 0.8
+    statistics = LossStatistics()
+    for loss in losses:
+        statistics = statistics.including(loss, decay)
+    # Weights decay^age, normalised: the plain definition of the exponentially weighted moments.
+    weights = np.array([decay ** (len(losses) - 1 - i) for i in range(len(losses))])
+    mean = np.average(losses, weights=weights)
+    variance = np.average((np.array(losses) - mean) ** 2, weights=weights)
+    assert statistics.mean == pytest.approx(mean)
+    assert statistics.variance == pytest.approx(variance)
+    assert statistics.weight == pytest.approx(1 - decay**4)
+
+
+def test_outlier_bound_is_the_mean_plus_the_deviations():
+    # Mean 2, standard deviation 3: the bound at 4 deviations is 2 + 4 * 3 = 14.
+    statistics = LossStatistics(mean=2.0, variance=9.0, weight=1.0)
+    assert not statistics.is_outlier(14.0, 4.0)
+    assert statistics.is_outlier(14.1, 4.0)
+    assert not statistics.is_outlier(14.1, 0.0)  # switched off
+
+
+def test_young_statistics_judge_nothing():
+    # After 9 of 1 / (1 - 0.9) = 10 losses the weight 1 - 0.9^9 = 0.61 is below 1 - 1/e = 0.63.
+    statistics = LossStatistics()
+    for _ in range(9):
+        statistics = statistics.including(1.0, 0.9)
+    assert not statistics.is_outlier(1e6, 3.0)
+    assert statistics.including(1.0, 0.9).is_outlier(1e6, 3.0)

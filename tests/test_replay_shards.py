@@ -1,0 +1,404 @@
+"""Replay shards as processes: start, stop, death and return, limits, checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reverb
+
+from infra.replay import server as server_lib
+from infra.replay.adder import Adder
+from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
+from infra.replay.dataset import piece_size, sample_dataset
+from infra.replay.errors import ReplayTimeout, ReplayUnavailable
+from infra.replay.server import ShardConfig
+from infra.replay.trajectory import TrajectorySpec
+from tests.replay_shard import ShardProcess
+
+SPEC = TrajectorySpec(frame_shape=(8, 8), n_step=1)
+BATCH_SIZE = 8
+FREE = ReplayConfig(
+    num_replay_shards=2, replay_capacity=2000, min_replay_size=2, agent_steps_per_update=0.0
+)
+
+
+def step(t, environments=1, value=0):
+    """An ordinary agent step; `value` is the action, so that samples can be told apart."""
+    return {
+        'frame': np.full((environments, *SPEC.frame_shape), t % 256, np.uint8),
+        'action': np.full(environments, value, np.int32),
+        'reward': np.zeros(environments, np.float32),
+        'discount': np.ones(environments, np.float32),
+        'first': np.full(environments, t == 0),
+        'truncated': np.zeros(environments, bool),
+    }
+
+
+def fill(address, steps, value=0):
+    """Inserts `steps` agent steps (as many items less n) and confirms them."""
+    with Adder(address, SPEC, 1, timeout_seconds=20) as adder:
+        for t in range(steps):
+            assert adder.add(**step(t, value=value))
+        assert adder.flush()
+
+
+def size_of(address):
+    return reverb.Client(address).server_info(timeout=5)[EXPERIENCE_TABLE].current_size
+
+
+def actions_of(dataset, batches):
+    return np.concatenate([next(dataset).transition.action.numpy() for _ in range(batches)])
+
+
+@contextlib.contextmanager
+def shards(directory, config=FREE, count=2, batch_size=BATCH_SIZE):
+    """`count` shards, started side by side."""
+    shard_config = ShardConfig(config, SPEC, batch_size)
+    started = [ShardProcess(shard_config, directory, i) for i in range(count)]
+    try:
+        yield [process.wait() for process in started]
+    finally:
+        for process in started:
+            if process.process.poll() is None:
+                process.close()
+
+
+class TestServerProcess:
+    def test_sigterm_ends_it_with_exit_code_0_even_with_open_streams(self, tmp_path):
+        with shards(tmp_path, count=1) as (shard,):
+            fill(shard.address, 10)
+            with sample_dataset([shard.address], SPEC, BATCH_SIZE, 0.9) as dataset:
+                next(dataset)
+                start = time.monotonic()
+                assert shard.close() == 0
+                assert time.monotonic() - start < 5
+
+    def test_sigint_is_left_to_the_launcher(self, tmp_path):
+        with shards(tmp_path, count=1) as (shard,):
+            shard.process.send_signal(2)
+            time.sleep(0.3)
+            fill(shard.address, 5)
+            assert shard.process.poll() is None
+
+    def test_a_busy_port_is_one_line_and_exit_code_2(self, tmp_path):
+        with socket.socket() as taken:
+            taken.bind(('', 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            result = run_server(tmp_path, '--port', str(port))
+        assert result.returncode == 2
+        assert result.stderr.strip().splitlines()[-1] == (
+            f'replay shard 0 cannot start: port {port} is in use; choose another, or 0 for any'
+            ' free one'
+        )
+
+    def test_a_missing_checkpoint_is_one_line_and_exit_code_2(self, tmp_path):
+        result = run_server(tmp_path, '--restore', str(tmp_path / 'nothing'))
+        assert result.returncode == 2
+        assert 'nothing holds no complete replay checkpoint' in result.stderr
+
+    def test_only_the_first_shard_holds_the_telemetry(self):
+        config = ShardConfig(FREE, SPEC)
+        names = [[table.name for table in server_lib.build_tables(config, i)] for i in (0, 1)]
+        assert names == [['experience', 'telemetry'], ['experience']]
+
+    def test_a_shard_without_experience_holds_only_telemetry(self):
+        config = ShardConfig(FREE, SPEC, experience=False)
+        assert [table.name for table in server_lib.build_tables(config, 0)] == ['telemetry']
+        with pytest.raises(ValueError, match='neither'):
+            server_lib.build_tables(config, 1)
+
+
+@contextlib.contextmanager
+def local_shard(config):
+    """The address of a server in this process: starts at once, for what a process is not needed."""
+    tables = server_lib.build_tables(ShardConfig(config, SPEC, BATCH_SIZE), 0)
+    server = server_lib.start_server(tables)
+    try:
+        yield f'localhost:{server.port}'
+    finally:
+        server.stop()
+
+
+def run_server(directory, *options):
+    (directory / 'c.json').write_text(json.dumps(config_dict(ShardConfig(FREE, SPEC))))
+    command = [sys.executable, '-m', 'infra.replay.server', '--shard', '0']
+    command += ['--config', str(directory / 'c.json'), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+
+
+def config_dict(config):
+    return dataclasses.asdict(config)
+
+
+class TestShards:
+    def test_batches_mix_both_shards_and_name_them(self, tmp_path):
+        with shards(tmp_path) as (one, two):
+            fill(one.address, 20, value=1)
+            fill(two.address, 20, value=2)
+            addresses = [one.address, two.address]
+            with sample_dataset(addresses, SPEC, BATCH_SIZE, 0.9) as dataset:
+                # Until both have started, one may serve alone.
+                for _ in range(200):
+                    sample = next(dataset)
+                    if len(set(sample.shard.numpy())) == 2:
+                        break
+                    time.sleep(0.05)
+                # Pieces of 4 alternate: half of each batch comes from each shard.
+                assert piece_size(BATCH_SIZE, 2) == 4
+                for _ in range(5):
+                    sample = next(dataset)
+                    np.testing.assert_array_equal(
+                        sample.shard.numpy() + 1, sample.transition.action.numpy()
+                    )
+                    time.sleep(0.05)
+                    assert sorted(sample.shard.numpy()) == [0] * 4 + [1] * 4
+                assert sample.table_size.numpy().tolist() == [19] * 8  # 20 steps less n
+                np.testing.assert_allclose(sample.probability, 1 / 19)
+
+    def test_a_dead_shard_costs_only_its_share_and_is_taken_back(self, tmp_path):
+        with shards(tmp_path) as (one, two):
+            addresses = [one.address, two.address]
+            fill(one.address, 20, value=1)
+            fill(two.address, 20, value=2)
+            with sample_dataset(addresses, SPEC, BATCH_SIZE, 0.9, timeout_seconds=60) as dataset:
+                next(dataset)
+                two.kill()
+                actions_of(dataset, 10)  # what was under way
+                assert set(actions_of(dataset, 20)) == {1}
+                two.restart().wait()
+                fill(two.address, 20, value=3)
+                deadline = time.monotonic() + 30
+                while 3 not in actions_of(dataset, 1):
+                    assert time.monotonic() < deadline, 'the shard was not taken back'
+                    time.sleep(0.02)
+
+    def test_a_hanging_shard_stops_nobody(self, tmp_path):
+        with shards(tmp_path) as (one, two):
+            fill(one.address, 20, value=1)
+            fill(two.address, 20, value=2)
+            addresses = [one.address, two.address]
+            with sample_dataset(addresses, SPEC, BATCH_SIZE, 0.9) as dataset:
+                next(dataset)
+                two.pause()
+                actions_of(dataset, 10)
+                start = time.monotonic()
+                assert set(actions_of(dataset, 50)) == {1}
+                assert time.monotonic() - start < 10
+                two.resume()
+
+    def test_a_shard_that_was_never_there_stops_nobody(self, tmp_path):
+        with shards(tmp_path, count=1) as (one,):
+            fill(one.address, 20, value=1)
+            start = time.monotonic()
+            addresses = ['localhost:1', one.address]
+            with sample_dataset(addresses, SPEC, BATCH_SIZE, 0.9) as dataset:
+                assert set(actions_of(dataset, 5)) == {1}
+            assert time.monotonic() - start < 30  # closing does not wait for it either
+
+
+class TestBounds:
+    def test_sampling_too_few_transitions_ends_in_a_timeout(self):
+        config = ReplayConfig(replay_capacity=100, min_replay_size=50)
+        with local_shard(config) as address:
+            fill(address, 11)
+            dataset = sample_dataset([address], SPEC, BATCH_SIZE, 0.9, timeout_seconds=1)
+            with dataset, pytest.raises(ReplayTimeout, match='holds 10'):
+                next(dataset)
+
+    def test_sampling_from_nobody_ends_in_an_error(self):
+        dataset = sample_dataset(['localhost:1'], SPEC, BATCH_SIZE, 0.9, timeout_seconds=1)
+        with dataset, pytest.raises(ReplayUnavailable, match='localhost:1'):
+            next(dataset)
+
+    def test_a_stop_request_ends_the_wait_for_samples(self):
+        dataset = sample_dataset(['localhost:1'], SPEC, BATCH_SIZE, 0.9, should_stop=lambda: True)
+        start = time.monotonic()
+        with dataset:
+            assert list(dataset) == []
+        assert time.monotonic() - start < 10
+
+    def test_adding_to_nobody_ends_in_an_error(self):
+        with (
+            Adder('localhost:1', SPEC, 1, timeout_seconds=1) as adder,
+            pytest.raises(ReplayUnavailable, match='localhost:1'),
+        ):
+            adder.add(**step(0))
+
+    def test_a_closed_limiter_ends_adding_in_a_timeout_and_later_it_goes_on(self):
+        # One sample per insert, a tolerance of 16 = two batches: without a learner at most
+        # 20 + 16 items get in.
+        config = ReplayConfig(
+            replay_capacity=1000,
+            min_replay_size=20,
+            agent_steps_per_update=8.0,
+            sample_insert_tolerance=1.0,
+        )
+        with (
+            local_shard(config) as address,
+            Adder(address, SPEC, 1, max_in_flight_items=4, timeout_seconds=1) as adder,
+        ):
+            with pytest.raises(ReplayTimeout, match='waits for its learners'):
+                for t in range(200):
+                    adder.add(**step(t))
+            # In flight at most: 4, or what fits before a chunk is full.
+            assert 36 <= adder.items <= 41
+            assert size_of(address) == 36
+            before = adder.items
+            with sample_dataset([address], SPEC, BATCH_SIZE, 0.9) as dataset:
+                next(dataset)
+                assert adder.add(**step(200))
+                assert adder.items == before + 1
+
+    def test_a_stop_request_ends_the_wait_of_an_adder(self):
+        config = ReplayConfig(
+            replay_capacity=1000,
+            min_replay_size=5,
+            agent_steps_per_update=8.0,
+            sample_insert_tolerance=1.0,
+        )
+        stop = threading.Event()
+        with (
+            local_shard(config) as address,
+            Adder(address, SPEC, 1, timeout_seconds=60, should_stop=stop.is_set) as adder,
+        ):
+            threading.Timer(1.0, stop.set).start()
+            start = time.monotonic()
+            while adder.add(**step(0)):
+                assert time.monotonic() - start < 30
+            assert time.monotonic() - start < 10
+
+    @pytest.mark.parametrize('environments', [1, 8, 11])
+    def test_what_an_adder_holds_back_is_bounded(self, environments):
+        config = ReplayConfig(
+            replay_capacity=1000,
+            min_replay_size=5,
+            agent_steps_per_update=8.0,
+            sample_insert_tolerance=1.0,
+        )
+        with (
+            local_shard(config) as address,
+            Adder(address, SPEC, environments, timeout_seconds=1) as adder,
+        ):
+            with pytest.raises(ReplayTimeout):
+                for t in range(300):
+                    adder.add(**step(t, environments))
+            # Reverb warns from 50 unconfirmed items of a writer; 8 environments share one.
+            writers = -(-environments // 8)
+            assert adder.items - size_of(address) < 50 * writers
+
+    def test_the_ratio_of_samples_to_inserts_is_kept(self):
+        config = ReplayConfig(
+            replay_capacity=10_000,
+            min_replay_size=50,
+            agent_steps_per_update=2.0,
+            sample_insert_tolerance=32.0,
+        )
+        with (
+            local_shard(config) as address,
+            sample_dataset([address], SPEC, BATCH_SIZE, 0.9) as dataset,
+        ):
+            stop = threading.Event()
+            thread = threading.Thread(target=insert_until, args=(stop, address))
+            thread.start()
+            for _ in range(100):
+                next(dataset)
+            stop.set()
+            thread.join(20)
+            info = reverb.Client(address).server_info(timeout=5)[EXPERIENCE_TABLE]
+            limiter = info.rate_limiter_info
+            inserted, sampled = limiter.insert_stats.completed, limiter.sample_stats.completed
+            # Four samples per insert after the first 50, give or take the tolerance; and at most
+            # three batches are under way beyond the 100 taken.
+            assert abs((inserted - 50) * 4 - sampled) <= 32 + 4
+            assert 800 <= sampled <= 800 + 3 * BATCH_SIZE
+
+
+def insert_until(stop, address):
+    """Inserts until the event `stop` is set."""
+    with Adder(address, SPEC, 1, max_in_flight_items=4, should_stop=stop.is_set) as adder:
+        t = 0
+        while not stop.is_set() and adder.add(**step(t)):
+            t += 1
+
+
+class TestReturningShard:
+    def test_an_adder_goes_on_when_its_shard_returns(self, tmp_path):
+        with (
+            shards(tmp_path, count=1) as (shard,),
+            Adder(shard.address, SPEC, 1, timeout_seconds=60) as adder,
+        ):
+            for t in range(20):
+                adder.add(**step(t, value=t))
+            assert adder.flush()
+            shard.kill()
+            shard.restart()
+            for t in range(20, 60):
+                adder.add(**step(t, value=t))
+            shard.wait()
+            assert adder.flush(30)
+            # Nothing added after the death is lost: the stream goes on where it was.
+            assert 40 <= size_of(shard.address) <= 43  # a chunk's rest may be sent twice
+            with sample_dataset([shard.address], SPEC, BATCH_SIZE, 0.9) as dataset:
+                transition = next(dataset).transition
+            # The frame of step t is t everywhere, and so is the action.
+            newest = transition.observation.numpy()[:, 0, 0, -1]
+            np.testing.assert_array_equal(newest, transition.action.numpy())
+            oldest = transition.observation.numpy()[:, 0, 0, 0]
+            np.testing.assert_array_equal(oldest, transition.action.numpy() - 3)
+
+
+class TestCheckpoints:
+    def test_items_and_limiter_come_back(self, tmp_path):
+        with shards(tmp_path, count=1) as (shard,):
+            fill(shard.address, 31, value=7)
+            (path,) = server_lib.save([shard.address])
+            fill(shard.address, 10, value=8)  # behind the checkpoint: lost
+            assert shard.close() == 0
+            shard.restart('--restore', path).wait()
+            assert size_of(shard.address) == 30
+            info = reverb.Client(shard.address).server_info(timeout=5)[EXPERIENCE_TABLE]
+            assert info.rate_limiter_info.insert_stats.completed == 30
+            with sample_dataset([shard.address], SPEC, BATCH_SIZE, 0.9) as dataset:
+                assert set(actions_of(dataset, 10)) == {7}
+            fill(shard.address, 6, value=9)
+            assert size_of(shard.address) == 35
+
+    def test_a_shard_starts_empty_beside_checkpoints_nobody_asked_for(self, tmp_path):
+        with shards(tmp_path, count=1) as (shard,):
+            fill(shard.address, 10)
+            server_lib.save([shard.address])
+            shard.close()
+            shard.restart().wait()
+            assert size_of(shard.address) == 0
+
+    def test_the_checkpoint_before_is_kept_and_the_one_before_that_is_not(self, tmp_path):
+        with shards(tmp_path, count=1) as (shard,):
+            paths = []
+            for _ in range(3):
+                fill(shard.address, 5)
+                paths += server_lib.save([shard.address])
+            assert [os.path.isdir(path) for path in paths] == [False, True, True]
+            assert Path(paths[-1]).parent == tmp_path / 'checkpoints-0'
+
+    def test_saving_a_dead_shard_is_an_error_that_names_it(self, tmp_path):
+        with shards(tmp_path, count=1) as (shard,):
+            shard.kill()
+            with pytest.raises(ReplayUnavailable, match=shard.address):
+                server_lib.save([shard.address], timeout_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'num_shards', 'expected'), [(32, 1, 32), (32, 2, 16), (32, 3, 8), (3, 7, 1)]
+)
+def test_a_piece_is_a_divisor_of_the_batch_within_a_shards_share(batch_size, num_shards, expected):
+    assert piece_size(batch_size, num_shards) == expected
