@@ -45,6 +45,12 @@ def exit_with_parent() -> None:
     ).start()
 
 
+def exit_with_launcher() -> None:
+    """`exit_with_parent`, if a launcher started this process: a user may have, under `nohup`."""
+    if LAUNCHER_VARIABLE in os.environ:
+        exit_with_parent()
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process of this id exists (a zombie counts)."""
     try:

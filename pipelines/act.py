@@ -1,13 +1,12 @@
-"""The actors' job: actor numbers in, experience into the replay, one summary a segment out."""
-
-from collections.abc import Iterator
+"""The actors' job: actor numbers in, experience into the replay."""
 
 import apache_beam as beam
+from apache_beam.metrics import Metrics
 
 from pipelines import workers
 from pipelines.config import ExperimentConfig
 from pipelines.segments import Segments, claimed
-from pipelines.workers import Addresses, SegmentSummary, Submission, WorkerSpec
+from pipelines.workers import Addresses, Submission, WorkerSpec
 
 SEGMENT_AGENT_STEPS = 2_000
 """Decisions of one actor in one segment: some seconds, so that a claim costs next to nothing."""
@@ -16,7 +15,7 @@ SEGMENT_AGENT_STEPS = 2_000
 class Actors(beam.PTransform):
     """Parallel actors (paper, section 4.1).
 
-    Input: a pipeline's root. Output: a `SegmentSummary` of every segment acted.
+    Input: a pipeline's root. Output: nothing; the counter `agent_steps` counts.
     """
 
     def __init__(self, config: ExperimentConfig, addresses: Addresses, submission: Submission):
@@ -41,6 +40,7 @@ class Act(beam.DoFn):
     def __init__(self, config: ExperimentConfig, addresses: Addresses):
         self._config = config
         self._addresses = addresses
+        self._agent_steps = Metrics.counter('actor', 'agent_steps')
 
     def setup(self) -> None:
         workers.prepare_process(self._config)
@@ -49,8 +49,8 @@ class Act(beam.DoFn):
         self,
         spec: WorkerSpec,
         tracker=beam.DoFn.RestrictionParam(Segments()),
-    ) -> Iterator[SegmentSummary]:
+    ) -> None:
         """Acts segment by segment; everything opened is closed when it ends or fails."""
         with workers.open_actor(self._config, self._addresses, spec) as actor:
             for segment in claimed(tracker, actor.finished):
-                yield actor.run(segment, SEGMENT_AGENT_STEPS)
+                self._agent_steps.inc(actor.run(segment, SEGMENT_AGENT_STEPS))

@@ -1,4 +1,4 @@
-"""The bundled job: bundle numbers in, gradients to the parameter server, summaries out.
+"""The bundled job: bundle numbers in, gradients to the parameter server.
 
 A bundle is the paper's: one actor, its own replay and one learner in one worker (section 4); only
 parameters travel.
@@ -8,11 +8,12 @@ import contextlib
 from collections.abc import Iterator
 
 import apache_beam as beam
+from apache_beam.metrics import Metrics
 
 from pipelines import workers
 from pipelines.config import ExperimentConfig
 from pipelines.segments import Segments, claimed
-from pipelines.workers import Addresses, SegmentSummary, Submission, WorkerSpec
+from pipelines.workers import Addresses, Submission, WorkerSpec
 
 SEGMENT_AGENT_STEPS = 64
 """Decisions of a bundle's actor before its learner has its turn: 16 updates at 4 steps each."""
@@ -21,7 +22,7 @@ SEGMENT_AGENT_STEPS = 64
 class Bundles(beam.PTransform):
     """Bundles of actor, replay and learner.
 
-    Input: a pipeline's root. Output: a `SegmentSummary` of every segment, acted and learned.
+    Input: a pipeline's root. Output: nothing; the counters `agent_steps` and `gradients` count.
     """
 
     def __init__(self, config: ExperimentConfig, addresses: Addresses, submission: Submission):
@@ -47,6 +48,7 @@ class BundleAct(beam.DoFn):
     def __init__(self, config: ExperimentConfig, addresses: Addresses):
         self._config = config
         self._addresses = addresses
+        self._agent_steps = Metrics.counter('bundle', 'agent_steps')
 
     def setup(self) -> None:
         workers.prepare_process(self._config)
@@ -67,8 +69,8 @@ class BundleAct(beam.DoFn):
                 )
                 for segment in claimed(tracker, actor.finished):
                     acted = actor.run(segment, SEGMENT_AGENT_STEPS)
-                    updates = owed.after(acted.agent_steps)
-                    yield workers.BundleSegment(spec, segment, addresses, acted, updates)
+                    self._agent_steps.inc(acted)
+                    yield workers.BundleSegment(spec, addresses, owed.after(acted))
 
 
 class BundleLearn(beam.DoFn):
@@ -77,6 +79,7 @@ class BundleLearn(beam.DoFn):
     def __init__(self, config: ExperimentConfig, addresses: Addresses):
         self._config = config
         self._addresses = addresses
+        self._gradients = Metrics.counter('bundle', 'gradients')
 
     def setup(self) -> None:
         workers.prepare_process(self._config)
@@ -85,11 +88,10 @@ class BundleLearn(beam.DoFn):
         self._stack = contextlib.ExitStack()
         self._learners: dict[int, workers.LearnerWorker] = {}
 
-    def process(self, acted: workers.BundleSegment) -> Iterator[SegmentSummary]:
-        """Learns from the bundle's replay; passes both halves' summaries on."""
-        yield acted.summary
+    def process(self, acted: workers.BundleSegment) -> None:
+        """Learns from the bundle's replay."""
         if acted.updates:
-            yield self._learner(acted).run(acted.segment, acted.updates)
+            self._gradients.inc(self._learner(acted).run(acted.updates))
 
     def finish_bundle(self) -> None:
         self._stack.close()

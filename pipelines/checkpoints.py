@@ -1,18 +1,20 @@
 """Checkpoints of a whole run: parameters, optimizer, target, replay and counters, together.
 
 In: running servers. Out: `checkpoints/checkpoint-<n>/` with `parameters/`, `replay/shard-<i>/` and
-`run.json`, published only when all of it is written; and, for a resumed run, where each server
-starts from.
+`run.json`, published only when all of it is written; between them, `servers/parameters-<n>/` with
+parameters alone; and where each server starts from, at a resumption or after its death.
 """
 
 import logging
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.cluster import PARAMETER_SERVER
 from infra.parameter_server import checkpoint as parameter_checkpoint
+from infra.parameter_server.checkpoint import DamagedCheckpointError
 from infra.parameter_server.client import ParameterClient
 from infra.replay import server as replay_server
 from pipelines.config import ExperimentConfig
@@ -20,15 +22,27 @@ from pipelines.errors import UsageError
 from pipelines.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, read_json, write_json
 
 _KEEP = 2
+_PARAMETERS = 'parameters'
+_REPLAY = 'replay'
+_REPLAY_FILES = 'replay_files'  # in run.json: size in bytes by path below `replay/`
+_PARAMETERS_NAME = re.compile(r'parameters-(\d+)')
 
 
 class Checkpoints:
-    """Writes a run's checkpoints and knows which one its servers start from."""
+    """Writes a run's checkpoints and knows which one its servers start from.
 
-    def __init__(self, directory: RunDirectory, config: ExperimentConfig):
+    `restore` may be called from another thread than the other methods.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, config: ExperimentConfig, replay_is_ours: bool = True
+    ):
+        """`replay_is_ours`: False: the replay is attached to, it is neither saved nor restored."""
         self._directory = directory
-        self._config = config
-        self._newest: pathlib.Path | None = None
+        self._with_replay = replay_is_ours and config.run.checkpoint_replay
+        self._newest: pathlib.Path | None = None  # with the replay
+        # Of this run since it was started or resumed, newest first; the oldest may be removed.
+        self._parameters: tuple[pathlib.Path, ...] = ()
 
     def open(self, resume: bool, tell: Callable[[str], None]) -> Mapping[str, Any] | None:
         """Finds the newest checkpoint that can be read; returns its counters, None for a new run.
@@ -40,32 +54,66 @@ class Checkpoints:
         """
         if not resume:
             return None
+        reason = 'it has none'
         for path in self._directory.latest_checkpoints():
             try:
-                parameter_checkpoint.validate(str(path / 'parameters'))
-                counters = read_json(path / CHECKPOINT_RUN_FILE)
-                if counters is None:
-                    raise parameter_checkpoint.DamagedCheckpointError(f'{path}: no run.json')
-            except parameter_checkpoint.DamagedCheckpointError as error:
+                counters = _validate(path)
+            except DamagedCheckpointError as error:
+                reason = str(error)
                 aside = self._directory.set_aside(path)
                 tell(f'{error}; kept as {aside.name}, trying the checkpoint before')
                 continue
             self._newest = path
+            self._parameters = (path / _PARAMETERS,)
             tell(f'going on from {path.name}: {counters["updates"]} updates')
             return counters
-        raise UsageError(
-            f'{self._directory.path}: no checkpoint can be read; start a new run in another'
-            ' --run_dir.'
-        )
+        raise _none_readable(self._directory, reason)
 
     def restore(self, component: str, shard: int) -> pathlib.Path | None:
         """Where a server (re)starts from; None: empty."""
+        if component == PARAMETER_SERVER:
+            return self._newest_parameters()
         if self._newest is None:
             return None
-        if component == PARAMETER_SERVER:
-            return self._newest / 'parameters'
-        replay = self._newest / 'replay' / f'shard-{shard}'
+        replay = self._newest / _REPLAY / f'shard-{shard}'
         return replay if replay.exists() else None
+
+    def _newest_parameters(self) -> pathlib.Path | None:
+        """The newest parameters that can be read.
+
+        If none can, the newest: a server that starts empty would forget the run without a word, one
+        that cannot start says why.
+        """
+        candidates = self._parameters
+        for path in candidates:
+            try:
+                parameter_checkpoint.validate(str(path))
+                return path
+            except DamagedCheckpointError as error:
+                logging.warning('not restored: %s', error)
+        return candidates[0] if candidates else None
+
+    def save_parameters(self, client: ParameterClient) -> None:
+        """Writes the parameter server's state alone, for a shard that dies before the next `save`.
+
+        Cheap beside a replay; a resumed run does not start from it.
+
+        Raises:
+          OSError: it cannot be written; the one before stays in force.
+          ParameterServerError: a shard did not write its part; likewise.
+        """
+        servers = self._directory.path / 'servers'
+        servers.mkdir(exist_ok=True)
+        before = _numbered_parameters(servers)
+        path = servers / f'parameters-{max(before, default=0) + 1}'
+        try:
+            client.save(path)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        self._in_force(path)
+        for number in sorted(before)[: -(_KEEP - 1)]:
+            shutil.rmtree(before[number], ignore_errors=True)
 
     def save(
         self, client: ParameterClient, replay: Sequence[str], counters: Mapping[str, Any]
@@ -78,12 +126,100 @@ class Checkpoints:
           ReplayUnavailable: likewise.
         """
         with self._directory.new_checkpoint() as staging:
-            client.save(staging / 'parameters')
-            if replay and self._config.run.checkpoint_replay:
-                (staging / 'replay').mkdir()
+            client.save(staging / _PARAMETERS)
+            if replay and self._with_replay:
+                (staging / _REPLAY).mkdir()
                 for shard, path in enumerate(replay_server.save(replay)):
-                    shutil.move(path, staging / 'replay' / f'shard-{shard}')
-            write_json(staging / CHECKPOINT_RUN_FILE, counters)
+                    shutil.move(path, staging / _REPLAY / f'shard-{shard}')
+            files = {_REPLAY_FILES: _sizes(staging / _REPLAY)}
+            write_json(staging / CHECKPOINT_RUN_FILE, {**counters, **files})
         self._newest = self._directory.latest_checkpoints()[0]
+        self._in_force(self._newest / _PARAMETERS)
         self._directory.prune(_KEEP)
         logging.info('wrote %s', self._newest)
+
+    def _in_force(self, parameters: pathlib.Path) -> None:
+        # Two full checkpoints and two of parameters alone exist at most.
+        self._parameters = (parameters, *self._parameters)[: 2 * _KEEP]
+
+
+def require_readable(directory: RunDirectory) -> None:
+    """Checks that a run can go on, and changes nothing.
+
+    Raises:
+      UsageError: no checkpoint can be read.
+    """
+    reason = 'it has none'
+    for path in directory.latest_checkpoints():
+        try:
+            _validate(path)
+            return
+        except DamagedCheckpointError as error:
+            reason = str(error)
+    raise _none_readable(directory, reason)
+
+
+def read_newest(
+    directory: RunDirectory, tell: Callable[[str], None]
+) -> parameter_checkpoint.Checkpoint:
+    """The newest parameters of a run that can be read, also while it goes on.
+
+    `tell` is told of a damaged checkpoint.
+
+    Raises:
+      UsageError: there are none.
+    """
+    for path in directory.latest_checkpoints():
+        try:
+            return parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+        except DamagedCheckpointError as error:
+            tell(f'{error}; trying the checkpoint before')
+    raise UsageError(f'{directory.path}: no checkpoint can be read; train for longer first.')
+
+
+def _none_readable(directory: RunDirectory, reason: str) -> UsageError:
+    return UsageError(
+        f'{directory.path}: no checkpoint can be read ({reason}); start a new run in another'
+        ' --run_dir.'
+    )
+
+
+def _validate(path: pathlib.Path) -> dict[str, Any]:
+    """The counters of a checkpoint all of whose files are as they were written.
+
+    Replay files are compared by size: they are too large to be read twice.
+
+    Raises:
+      DamagedCheckpointError: naming the file that is missing or changed.
+    """
+    parameter_checkpoint.validate(str(path / _PARAMETERS))
+    run_file = path / CHECKPOINT_RUN_FILE
+    counters = read_json(run_file) or {}
+    if not isinstance(counters.get('updates'), int):
+        raise DamagedCheckpointError(f'{run_file} is damaged: it names no number of updates')
+    expected = counters.pop(_REPLAY_FILES, None)
+    found = _sizes(path / _REPLAY)
+    if not isinstance(expected, dict):
+        raise DamagedCheckpointError(f'{run_file} is damaged: it names no {_REPLAY_FILES}')
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise DamagedCheckpointError(
+                f'{path / _REPLAY / name} is damaged: {found.get(name, "no")} bytes where'
+                f' {run_file.name} says {expected.get(name, "no file")}'
+            )
+    return counters
+
+
+def _sizes(directory: pathlib.Path) -> dict[str, int]:
+    """Size in bytes of every file below `directory` (none: no files), by its relative path."""
+    return {
+        str(file.relative_to(directory)): file.stat().st_size
+        for file in sorted(directory.rglob('*'))
+        if file.is_file()
+    }
+
+
+def _numbered_parameters(servers: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Directories of `save_parameters`, complete or not, by number."""
+    matches = ((_PARAMETERS_NAME.fullmatch(path.name), path) for path in servers.iterdir())
+    return {int(match.group(1)): path for match, path in matches if match}

@@ -13,6 +13,8 @@ from agents.config import (
     LearnerConfig,
     NetworkConfig,
     described,
+    require_at_least,
+    require_fraction,
 )
 from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
@@ -51,6 +53,9 @@ class RunConfig:
         for name in ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes'):
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name} {getattr(self, name)}: must be at least 1.')
+        require_at_least(self, 0, 'seed')
+        require_at_least(self, 1, 'worker_threads', 'evaluation_max_frames')
+        require_fraction(self, 'evaluation_epsilon')
         if self.checkpoint_period_seconds <= 0:
             raise ValueError(
                 f'--checkpoint_period_seconds {self.checkpoint_period_seconds}: must be positive.'

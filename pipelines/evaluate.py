@@ -14,8 +14,10 @@ import numpy as np
 
 from agents.config import EnvironmentConfig
 from agents.environment import AtariEnvironment, FrameStack
-from infra.process import exit_with_parent
+from infra.parameter_server.checkpoint import Checkpoint
+from infra.process import exit_with_launcher
 from pipelines import config as config_lib
+from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
 from pipelines.run_directory import RunDirectory, write_json
 
@@ -85,17 +87,11 @@ def _result(returns: Sequence[float], epsilon: float, updates: int) -> dict[str,
 
 
 def evaluate(
-    config: config_lib.ExperimentConfig, checkpoint: pathlib.Path, output: pathlib.Path
+    config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path
 ) -> dict[str, Any]:
-    """Plays the evaluation of `checkpoint`, writing `output` after each game; returns the result.
-
-    Raises:
-      DamagedCheckpointError: the checkpoint's parameters cannot be read.
-    """
-    from infra.parameter_server.checkpoint import read_checkpoint
+    """Plays the evaluation of `saved`, writing `output` after each game; returns the result."""
     from pipelines.agent import build_policy
 
-    saved = read_checkpoint(str(checkpoint / 'parameters'))
     policy = build_policy(config)
     policy.set_parameters(saved.parameters)
     run = config.run
@@ -122,28 +118,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _config(directory: RunDirectory, arguments: argparse.Namespace) -> config_lib.ExperimentConfig:
+    """The run's experiment, with the evaluation that `arguments` ask for.
+
+    Raises:
+      UsageError: a value is out of its range, or the run's configuration cannot be read.
+    """
+    episodes, epsilon, seed = arguments.episodes, arguments.epsilon, arguments.seed
+    if episodes is not None and episodes < 1:
+        raise UsageError(f'--episodes {episodes}: must be at least 1.')
+    if epsilon is not None and not 0.0 <= epsilon <= 1.0:
+        raise UsageError(f'--epsilon {epsilon}: must be from 0 to 1.')
+    overrides = {'evaluation_episodes': episodes, 'evaluation_epsilon': epsilon, 'seed': seed}
+    return config_lib.replace(
+        config_lib.load(directory.config_file),
+        {name: value for name, value in overrides.items() if value is not None},
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Evaluates the newest checkpoint of a run; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    exit_with_parent()
+    exit_with_launcher()
     try:
         directory = RunDirectory.existing(arguments.run_dir)
-        overrides = {
-            'evaluation_episodes': arguments.episodes,
-            'evaluation_epsilon': arguments.epsilon,
-            'seed': arguments.seed,
-        }
-        config = config_lib.replace(
-            config_lib.load(directory.config_file),
-            {name: value for name, value in overrides.items() if value is not None},
-        )
-        checkpoints = directory.latest_checkpoints()
-        if not checkpoints:
-            raise UsageError(f'{arguments.run_dir}: holds no checkpoint to evaluate.')
+        config = _config(directory, arguments)
+        saved = read_newest(directory, lambda text: print(f'evaluate.py: {text}', file=sys.stderr))
     except UsageError as error:
         print(f'evaluate.py: {error}', file=sys.stderr)
         return 2
-    result = evaluate(config, checkpoints[0], directory.path / EVALUATION_FILE)
+    result = evaluate(config, saved, directory.path / EVALUATION_FILE)
     print(
         f'{config.environment.game}: mean return {result["mean"]:.1f}, standard deviation'
         f' {result["std"]:.1f}, over {result["episodes"]} games ({PROTOCOL},'

@@ -9,28 +9,22 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from infra.process import exit_with_parent
+from infra.parameter_server.checkpoint import Checkpoint
+from infra.process import exit_with_launcher
 from pipelines import config as config_lib
+from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
 from pipelines.run_directory import RunDirectory
 
 
-def export(
-    config: config_lib.ExperimentConfig, checkpoint: pathlib.Path, output: pathlib.Path
-) -> None:
-    """Writes the greedy policy of `checkpoint` as a SavedModel into the directory `output`.
-
-    Raises:
-      DamagedCheckpointError: the checkpoint's parameters cannot be read.
-    """
+def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path) -> None:
+    """Writes the greedy policy of `saved` as a SavedModel into the directory `output`."""
     import tensorflow as tf
     from tf_agents.policies import policy_saver
 
     from agents import dqn
-    from infra.parameter_server.checkpoint import read_checkpoint
     from pipelines.agent import build_agent
 
-    saved = read_checkpoint(str(checkpoint / 'parameters'))
     agent = build_agent(config)
     dqn.FlatVariables(agent.q_network.trainable_variables).assign(saved.parameters)
     train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
@@ -44,17 +38,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument('--run_dir', type=pathlib.Path, required=True, help='directory of the run')
     arguments = parser.parse_args(argv)
-    exit_with_parent()
+    exit_with_launcher()
     try:
         directory = RunDirectory.existing(arguments.run_dir)
         config = config_lib.load(directory.config_file)
-        checkpoints = directory.latest_checkpoints()
-        if not checkpoints:
-            raise UsageError(f'{arguments.run_dir}: holds no checkpoint to export.')
+        saved = read_newest(directory, lambda text: print(f'export.py: {text}', file=sys.stderr))
     except UsageError as error:
         print(f'export.py: {error}', file=sys.stderr)
         return 2
-    export(config, checkpoints[0], directory.policy)
+    export(config, saved, directory.policy)
     return 0
 
 

@@ -27,18 +27,18 @@ TRANSFORMS: Mapping[str, type[beam.PTransform]] = {
 
 
 def beam_flags(runner: str, num_workers: int, extra: Sequence[str]) -> list[str]:
-    """Beam's flags for a job of `num_workers` workers, the user's own last.
+    """Beam's flags for a job of `num_workers` workers; ours come last, since the last one counts.
 
     `DirectRunner` means Beam's in-process FnApiRunner with a process a worker, chosen by name:
     otherwise Beam looks for Prism first and then ignores the `direct_*` flags.
     """
     if runner != 'DirectRunner':
-        return [f'--runner={runner}', *extra]
+        return [*extra, f'--runner={runner}']
     return [
+        *extra,
         '--runner=FnApiRunner',
         '--direct_running_mode=multi_processing',
         f'--direct_num_workers={num_workers}',
-        *extra,
     ]
 
 

@@ -2,7 +2,8 @@
 
 In: which workers a run needs, and when each was last heard of. Out: running jobs. Beam's local
 runner does not replace a dead worker and reports it only when all its other workers have ended, so
-the launcher notices by the silence of the worker's telemetry.
+the launcher notices by the silence of the worker's telemetry. Other engines replace workers
+themselves: of their jobs only the end is looked at.
 """
 
 import contextlib
@@ -10,9 +11,9 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from infra.process import ProcessSpec, SupervisedProcess
+from infra.process import ProcessSpec, SupervisedProcess, describe_exit
 from pipelines.config import ExperimentConfig
 from pipelines.monitor import Heartbeat, Worker
 from pipelines.options import Launch
@@ -23,22 +24,56 @@ SILENCE_SECONDS = 45.0
 """A worker that worked and has not been heard of for so long is taken for dead."""
 START_SECONDS = 180.0
 """A worker that was submitted and has not been heard of for so long is taken for dead."""
+START_SECONDS_PER_WORKER = 20.0
+"""Added to `START_SECONDS` for each further worker of the job: they share the processors."""
+FINISHED_SECONDS = 30.0
+"""When all workers of a kind have ended well, the run may go on for so long at most."""
+MAX_FAILURES = 5
+"""So many failures of a worker, without `HEALTHY_SECONDS` of work between, end the run."""
+HEALTHY_SECONDS = 300.0
 _BACKOFF_SECONDS = 2.0
 _MAX_BACKOFF_SECONDS = 60.0
-_MAX_FAILURES = 5
-_HEALTHY_SECONDS = 300.0
+
+Command = Callable[[str, Sequence[int], int], Sequence[str]]
+"""Argument vector of the job for these workers of a kind, with this number of submission."""
 
 
 class WorkersFailedError(Exception):
     """A worker died again and again; the message says how, and where its log is."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Job:
+    """A process that runs workers of one kind.
+
+    Attributes:
+      process: leads a session of its own, which its workers are in too.
+      kind: what the workers are.
+      workers: numbers of those it is relied upon for.
+      submitted: when, seconds since the epoch.
+      start_seconds: a worker must have been heard of so long after.
+      lost: numbers of those given up, while others of the job work on.
+    """
+
     process: SupervisedProcess
     kind: str
     workers: set[int]
     submitted: float
+    start_seconds: float
+    lost: set[int] = dataclasses.field(default_factory=set)
+
+    def beat_of(self, number: int, heartbeats: Mapping[Worker, Heartbeat]) -> Heartbeat | None:
+        """The last heartbeat of its worker; None: only a predecessor was heard of, or nobody."""
+        beat = heartbeats.get((self.kind, number))
+        return None if beat is None or beat.time < self.submitted else beat
+
+    def kill(self, pid: int) -> None:
+        """Kills a process when it is of this job; ids told by telemetry may be out of date."""
+        if self.process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == self.process.pid:
+                os.kill(pid, signal.SIGKILL)
 
 
 @dataclasses.dataclass
@@ -47,7 +82,6 @@ class _History:
 
     failures: int = 0
     due: float | None = None
-    last_failure: float = 0.0
 
 
 class Jobs:
@@ -60,41 +94,53 @@ class Jobs:
         addresses: Addresses,
         directory: RunDirectory,
         first_submission: int = 0,
+        command: Command | None = None,
     ):
+        """Submits nothing yet.
+
+        Args:
+          config, launch, addresses, directory: of the run.
+          first_submission: number of the first job; those of a resumed run were used before.
+          command: how to start a job; None: as `python -m pipelines.job`.
+        """
         self._config = config
         self._launch = launch
         self._addresses = addresses
         self._directory = directory
         self.submissions = first_submission
+        self._command = command or self._beam_command
         self._jobs: list[_Job] = []
         self._history: dict[Worker, _History] = {}
+        self._finished: dict[Worker, _Job] = {}
+        self._finished_since: dict[str, float] = {}
         self.restarts: dict[str, int] = {}
 
     def start(self, now: float) -> None:
         """Submits every worker of the topology."""
-        run = self._config.run
-        if run.topology == 'bundled':
-            counts = {'bundle': run.num_actors}
-        else:
-            counts = {'actor': run.num_actors, 'learner': run.num_learners}
-        for kind, count in counts.items():
-            self._submit(kind, set(range(count)), now)
+        for kind, count in self._counts().items():
+            self._submit(kind, range(count), now)
 
-    def supervise(self, heartbeats: Mapping[Worker, Heartbeat], now: float) -> None:
+    def supervise(
+        self, heartbeats: Mapping[Worker, Heartbeat], now: float, *, deaf_until: float = 0.0
+    ) -> None:
         """Submits again the workers that died.
 
+        Args:
+          heartbeats: each worker's last sign of life.
+          now: seconds since the epoch.
+          deaf_until: the last moment at which nobody could be heard (seconds since the epoch), as
+            while the replay shard that hands on the telemetry restarts or checkpoints.
+
         Raises:
-          WorkersFailedError: one died `_MAX_FAILURES` times without minutes of work between.
+          WorkersFailedError: one died `MAX_FAILURES` times without minutes of work between.
         """
         for job in list(self._jobs):
-            ended = job.process.poll() is not None
-            for number in list(job.workers):
-                beat = heartbeats.get((job.kind, number))
-                if ended or self._is_silent(job, beat, now):
-                    job.workers.discard(number)
-                    self._failed((job.kind, number), job, beat, now)
-            if ended:
-                self._jobs.remove(job)
+            code = job.process.poll()
+            if code is not None:
+                self._ended(job, code, heartbeats, now)
+            elif self._launch.runner == 'DirectRunner':
+                self._watch(job, heartbeats, now, deaf_until)
+        self._recall_finished(now, deaf_until)
         due = [
             worker
             for worker, history in self._history.items()
@@ -103,7 +149,7 @@ class Jobs:
         for kind, number in due:
             self._history[kind, number].due = None
             self.restarts[kind] = self.restarts.get(kind, 0) + 1
-            self._submit(kind, {number}, now)
+            self._submit(kind, [number], now)
 
     @property
     def running(self) -> bool:
@@ -113,42 +159,101 @@ class Jobs:
     def stop(self, grace_seconds: float = 5.0) -> None:
         """Ends the jobs' processes, and with them the workers."""
         for job in self._jobs:
+            job.process.signal(signal.SIGTERM)  # all at once, so that the graces do not add up
+        for job in self._jobs:
             job.process.terminate(grace_seconds)
         self._jobs.clear()
 
-    @staticmethod
-    def _is_silent(job: _Job, beat: Heartbeat | None, now: float) -> bool:
-        if beat is None or beat.time < job.submitted:
-            return now - job.submitted > START_SECONDS
-        return now - beat.time > SILENCE_SECONDS
+    def _counts(self) -> dict[str, int]:
+        """How many workers of each kind the topology has."""
+        run = self._config.run
+        if run.topology == 'bundled':
+            return {'bundle': run.num_actors}
+        return {'actor': run.num_actors, 'learner': run.num_learners}
 
-    def _failed(self, worker: Worker, job: _Job, beat: Heartbeat | None, now: float) -> None:
-        history = self._history.setdefault(worker, _History())
-        if now - history.last_failure > _HEALTHY_SECONDS:
+    def _ended(
+        self, job: _Job, code: int, heartbeats: Mapping[Worker, Heartbeat], now: float
+    ) -> None:
+        """Takes note of a job's end; a good one means that its workers saw the run's end."""
+        self._jobs.remove(job)
+        for number in sorted(job.workers):
+            if code == 0:
+                self._finished[job.kind, number] = job
+            else:
+                self._failed(number, job, job.beat_of(number, heartbeats), describe_exit(code), now)
+
+    def _watch(
+        self, job: _Job, heartbeats: Mapping[Worker, Heartbeat], now: float, deaf_until: float
+    ) -> None:
+        """Gives up those workers of a running job that are silent, and ends them."""
+        for number in sorted(job.workers):
+            beat = job.beat_of(number, heartbeats)
+            silence = _silence(job, beat, now, deaf_until)
+            if silence:
+                self._failed(number, job, beat, silence, now)
+                job.workers.discard(number)
+                job.lost.add(number)
+        # They may hang, or start at last, rather than be dead: two of one must not work side by
+        # side.
+        for number in job.lost:
+            beat = job.beat_of(number, heartbeats)
+            if beat is not None:
+                job.kill(beat.pid)
+        if not job.workers:
+            job.process.terminate()
+            self._jobs.remove(job)
+
+    def _recall_finished(self, now: float, deaf_until: float) -> None:
+        """Counts it as a failure when all workers of a kind ended well but the run goes on."""
+        for kind, count in self._counts().items():
+            workers = [(kind, number) for number in range(count)]
+            if not all(worker in self._finished for worker in workers):
+                self._finished_since.pop(kind, None)
+                continue
+            since = self._finished_since.setdefault(kind, now)
+            if now - max(since, deaf_until) <= FINISHED_SECONDS:
+                continue
+            for worker in workers:
+                job = self._finished.pop(worker)
+                self._failed(worker[1], job, None, 'ended before the run did', now)
+
+    def _failed(self, number: int, job: _Job, beat: Heartbeat | None, how: str, now: float) -> None:
+        """Counts a worker's failure and says when to submit it again."""
+        history = self._history.setdefault((job.kind, number), _History())
+        if beat is not None and beat.time - job.submitted > HEALTHY_SECONDS:
             history.failures = 0
         history.failures += 1
-        history.last_failure = now
-        if history.failures > _MAX_FAILURES:
+        if history.failures >= MAX_FAILURES:
             raise WorkersFailedError(
-                f'{worker[0]} {worker[1]} failed {history.failures} times in a row;'
-                f' {job.process.describe_failure()}'
+                f'{job.kind} {number} failed {history.failures} times in a row,'
+                f' the last time it {how}; {job.process.describe_failure()}'
             )
-        if beat is not None and beat.time >= job.submitted:
-            # It may hang rather than be dead: two of it must not work side by side.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(beat.pid, signal.SIGKILL)
         backoff = _BACKOFF_SECONDS * 2 ** (history.failures - 1)
         history.due = now + min(backoff, _MAX_BACKOFF_SECONDS)
 
-    def _submit(self, kind: str, workers: set[int], now: float) -> None:
+    def _submit(self, kind: str, workers: Sequence[int], now: float) -> None:
         number, self.submissions = self.submissions, self.submissions + 1
-        argv = [
+        process = SupervisedProcess(
+            ProcessSpec(
+                name=f'the {kind} job {number}',
+                argv=self._command(kind, workers, number),
+                log_file=self._directory.logs / f'{kind}-{number}.log',
+                environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '1'},
+                unset=('PYTHONDONTWRITEBYTECODE',),
+            )
+        )
+        process.start()
+        start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
+        self._jobs.append(_Job(process, kind, set(workers), now, start_seconds))
+
+    def _beam_command(self, kind: str, workers: Sequence[int], submission: int) -> list[str]:
+        return [
             sys.executable,
             '-m',
             'pipelines.job',
             f'--kind={kind}',
-            f'--workers={",".join(map(str, sorted(workers)))}',
-            f'--submission={number}',
+            f'--workers={",".join(map(str, workers))}',
+            f'--submission={submission}',
             f'--config={self._directory.config_file.resolve()}',
             f'--parameter_addresses={",".join(self._addresses.parameters)}',
             f'--replay_addresses={",".join(self._addresses.replay)}',
@@ -156,14 +261,14 @@ class Jobs:
             f'--runner={self._launch.runner}',
             *self._launch.beam_flags,
         ]
-        process = SupervisedProcess(
-            ProcessSpec(
-                name=f'the {kind} job {number}',
-                argv=argv,
-                log_file=self._directory.logs / f'{kind}-{number}.log',
-                environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '1'},
-                unset=('PYTHONDONTWRITEBYTECODE',),
-            )
-        )
-        process.start()
-        self._jobs.append(_Job(process, kind, set(workers), now))
+
+
+def _silence(job: _Job, beat: Heartbeat | None, now: float, deaf_until: float) -> str:
+    """How a worker of a running job is silent; empty: it is not, or may merely not be heard."""
+    if now - deaf_until <= SILENCE_SECONDS:
+        return ''
+    if beat is None and now - job.submitted > job.start_seconds:
+        return f'was not heard of for {now - job.submitted:.0f} s after its start'
+    if beat is not None and now - beat.time > SILENCE_SECONDS:
+        return f'has not been heard of for {now - beat.time:.0f} s'
+    return ''

@@ -21,9 +21,7 @@ from infra.cluster import Cluster, ClusterConfig, ClusterError
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import LayoutMismatchError, ParameterServerError
 from infra.process import ProcessSpec, SupervisedProcess
-from infra.replay.errors import ReplayError
 from infra.replay.status import StatusReader
-from infra.replay.trajectory import TrajectorySpec
 from infra.telemetry import TelemetryReader
 from pipelines import agent
 from pipelines.checkpoints import Checkpoints
@@ -35,11 +33,10 @@ from pipelines.jobs import Jobs, WorkersFailedError
 from pipelines.monitor import Monitor, MonitorConfig
 from pipelines.options import Launch
 from pipelines.run_directory import RunDirectory, read_json
-from pipelines.workers import Addresses
+from pipelines.training import Replay, Training
+from pipelines.workers import SERVER_SECONDS, Addresses
 
 _POLL_SECONDS = 0.5
-_STATUS_SECONDS = 2.0
-_DRAIN_SECONDS = 120.0
 _FINISH_SECONDS = 1_800.0
 _FAILED_EXIT_CODE = 1
 
@@ -93,7 +90,8 @@ class Launcher:
 
     def run(self) -> int:
         """Trains, evaluates and writes the summary; returns the exit code."""
-        checkpoints = Checkpoints(self.directory, self.config)
+        ours = not self.launch.replay_addresses
+        checkpoints = Checkpoints(self.directory, self.config, replay_is_ours=ours)
         resumed = checkpoints.open(self.launch.resume, self.display.message)
         with Monitor(self.directory, self._monitor_config(), resumed) as monitor:
             try:
@@ -102,18 +100,16 @@ class Launcher:
                 reason = f'failed: {error}'
                 self.display.message(f'run.py: {error}')
             monitor.end_training()
-            evaluation = None
-            if reason == 'max_frames':
-                evaluation = self._evaluate()
-            if self.signals.received and reason == 'max_frames':
+            evaluation = self._evaluate() if reason == 'max_frames' else None
+            if self.signals.received:
                 reason = self.signals.name
             monitor.write_summary(reason, evaluation)
-        return self._exit_code(reason)
+        return self._exit_code(evaluation)
 
-    def _exit_code(self, reason: str) -> int:
+    def _exit_code(self, evaluation: Mapping[str, Any] | None) -> int:
         if self.signals.received:
             return 128 + self.signals.received
-        return 0 if reason == 'max_frames' else _FAILED_EXIT_CODE
+        return _FAILED_EXIT_CODE if evaluation is None else 0
 
     def _monitor_config(self) -> MonitorConfig:
         return MonitorConfig(
@@ -130,9 +126,7 @@ class Launcher:
             run_directory=self.directory.path,
             parameter_server=self.config.parameter_server,
             replay=self.config.replay,
-            trajectory=TrajectorySpec(
-                frame_stack=self.config.environment.frame_stack, n_step=self.config.agent.n_step
-            ),
+            trajectory=agent.trajectory_spec(self.config),
             batch_size=self.config.learner.batch_size,
             experience=not bundled,
             replay_checkpoint_directory=self.directory.path / 'servers' / 'replay',
@@ -153,7 +147,7 @@ class Launcher:
     @contextlib.contextmanager
     def _training(
         self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
-    ) -> Iterator['Training']:
+    ) -> Iterator[Training]:
         """Servers that serve, and everything that watches them; closed in the reverse order."""
         with contextlib.ExitStack() as stack:
             cluster = stack.enter_context(Cluster(self._cluster_config(), checkpoints.restore))
@@ -161,14 +155,27 @@ class Launcher:
                 cluster.parameter_addresses, cluster.replay_addresses, cluster.telemetry_address
             )
             layout = agent.layout_of(agent.build_policy(self.config))
-            client = stack.enter_context(ParameterClient(addresses.parameters, layout))
+            client = stack.enter_context(
+                ParameterClient(addresses.parameters, layout, timeout_seconds=SERVER_SECONDS)
+            )
             _require_layout(client)
             reader = stack.enter_context(TelemetryReader(addresses.telemetry))
             first_submission = (resumed or {}).get('submissions', 0)
             jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
             stack.callback(jobs.stop)
             replay = Replay(addresses.replay, StatusReader(addresses.replay))
-            yield Training(self, cluster, client, reader, jobs, monitor, checkpoints, replay)
+            yield Training(
+                self.config,
+                self.display,
+                lambda: self.signals.name,
+                cluster,
+                client,
+                reader,
+                jobs,
+                monitor,
+                checkpoints,
+                replay,
+            )
 
     def _evaluate(self) -> dict[str, Any] | None:
         """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
@@ -180,7 +187,10 @@ class Launcher:
             for child in children:
                 child.start()
             while any(child.poll() is None for child in children):
-                if self.signals.received or time.monotonic() > deadline:
+                if self.signals.received:
+                    return None
+                if time.monotonic() > deadline:
+                    self.display.message(f'no evaluation within {_FINISH_SECONDS:g} s: given up')
                     return None
                 done = (read_json(self.directory.path / EVALUATION_FILE) or {}).get('episodes', 0)
                 self.display.phase(f'evaluating {done}/{episodes}')
@@ -188,11 +198,11 @@ class Launcher:
         finally:
             for child in children:
                 child.terminate()
-        for child in children:
-            if child.poll() != 0:
-                self.display.message(child.describe_failure())
+        failed = [child for child in children if child.poll() != 0]
+        for child in failed:
+            self.display.message(child.describe_failure())
         result = read_json(self.directory.path / EVALUATION_FILE)
-        if children[0].poll() != 0 or result is None:
+        if failed or result is None:
             return None
         return {name: result[name] for name in ('protocol', 'episodes', 'epsilon', 'mean', 'std')}
 
@@ -211,111 +221,6 @@ class Launcher:
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """Addresses of the replay shards (none in the bundled topology), and their status."""
-
-    addresses: tuple[str, ...]
-    status: StatusReader
-
-
-@dataclasses.dataclass
-class Training:
-    """The watch over a run whose servers serve: statistics in, restarts and checkpoints out."""
-
-    launcher: Launcher
-    cluster: Cluster
-    client: ParameterClient
-    reader: TelemetryReader
-    jobs: Jobs
-    monitor: Monitor
-    checkpoints: Checkpoints
-    replay: Replay
-    restarts: dict[str, int] = dataclasses.field(default_factory=dict)
-    status_due: float = 0.0
-
-    def run(self) -> str:
-        """Watches until the budget is reached or the user stops it; returns why it ended."""
-        launcher = self.launcher
-        self.jobs.start(time.time())
-        launcher.display.phase('starting workers')
-        checkpoint_due = time.monotonic() + launcher.config.run.checkpoint_period_seconds
-        while not (reason := self._reason()):
-            self._look()
-            self.jobs.supervise(self.monitor.heartbeats(), time.time())
-            self.cluster.check()
-            if time.monotonic() >= checkpoint_due:
-                self._checkpoint()
-                checkpoint_due = time.monotonic() + launcher.config.run.checkpoint_period_seconds
-            time.sleep(_POLL_SECONDS)
-        launcher.display.phase('stopping workers')
-        self._drain()
-        self._checkpoint()
-        return reason
-
-    def _reason(self) -> str:
-        if self.launcher.signals.received:
-            return self.launcher.signals.name
-        if self.monitor.frames >= self.launcher.config.run.max_frames:
-            return 'max_frames'
-        return ''
-
-    def _look(self) -> None:
-        """Takes in what the workers and servers tell, and shows it."""
-        now = time.monotonic()
-        if now >= self.status_due:
-            self.status_due = now + _STATUS_SECONDS
-            shards = self.client.report()['shards']
-            self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
-            self.monitor.parameter_server(shards)
-            if self.replay.addresses:
-                self.monitor.replay(self.replay.status.read())
-        self.monitor.fold(self.reader.drain(timeout_seconds=0.2))
-        self._count_restarts()
-        self.monitor.tick()
-        state = self.monitor.state()
-        self._show_phase(state)
-        self.launcher.display.update(state)
-
-    def _show_phase(self, state: Any) -> None:
-        if state.updates:
-            self.launcher.display.phase('training')
-        elif state.agent_steps:
-            needed = self.launcher.config.replay.min_replay_size
-            self.launcher.display.phase(f'filling replay {min(state.agent_steps, needed)}/{needed}')
-
-    def _count_restarts(self) -> None:
-        for component, count in {**self.cluster.restarts, **self.jobs.restarts}.items():
-            for _ in range(count - self.restarts.get(component, 0)):
-                self.monitor.restarted(component)
-                self.launcher.display.message(f'{component} restarted')
-            self.restarts[component] = count
-
-    def _drain(self) -> None:
-        """Asks the workers to end, and waits for them as long as it takes them at most."""
-        self.client.request_stop()
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        while self.jobs.running and time.monotonic() < deadline:
-            self._look()
-            time.sleep(_POLL_SECONDS)
-        self.jobs.stop()
-        self.status_due = 0.0
-        self._look()
-
-    def _checkpoint(self) -> None:
-        self.launcher.display.phase('checkpointing')
-        try:
-            self.checkpoints.save(
-                self.client,
-                self.replay.addresses,
-                {**self.monitor.counters(), 'submissions': self.jobs.submissions},
-            )
-        except (OSError, ParameterServerError, ReplayError) as error:
-            # A full disk must not end the training; the checkpoint before stays in force.
-            logging.exception('no checkpoint')
-            self.launcher.display.message(f'no checkpoint written: {error}')
 
 
 def _require_layout(client: ParameterClient) -> None:

@@ -1,13 +1,12 @@
-"""The learners' job: learner numbers in, gradients to the parameter server, summaries out."""
-
-from collections.abc import Iterator
+"""The learners' job: learner numbers in, gradients to the parameter server."""
 
 import apache_beam as beam
+from apache_beam.metrics import Metrics
 
 from pipelines import workers
 from pipelines.config import ExperimentConfig
 from pipelines.segments import Segments, claimed
-from pipelines.workers import Addresses, SegmentSummary, Submission, WorkerSpec
+from pipelines.workers import Addresses, Submission, WorkerSpec
 
 SEGMENT_UPDATES = 500
 """Updates of one learner in one segment: some seconds, so that a claim costs next to nothing."""
@@ -16,7 +15,7 @@ SEGMENT_UPDATES = 500
 class Learners(beam.PTransform):
     """Parallel learners (paper, section 4.1).
 
-    Input: a pipeline's root. Output: a `SegmentSummary` of every segment learned.
+    Input: a pipeline's root. Output: nothing; the counter `gradients` counts.
     """
 
     def __init__(self, config: ExperimentConfig, addresses: Addresses, submission: Submission):
@@ -44,6 +43,7 @@ class Learn(beam.DoFn):
     def __init__(self, config: ExperimentConfig, addresses: Addresses):
         self._config = config
         self._addresses = addresses
+        self._gradients = Metrics.counter('learner', 'gradients')
 
     def setup(self) -> None:
         workers.prepare_process(self._config)
@@ -52,8 +52,8 @@ class Learn(beam.DoFn):
         self,
         spec: WorkerSpec,
         tracker=beam.DoFn.RestrictionParam(Segments()),
-    ) -> Iterator[SegmentSummary]:
+    ) -> None:
         """Learns segment by segment; everything opened is closed when it ends or fails."""
         with workers.open_learner(self._config, self._addresses, spec) as learner:
-            for segment in claimed(tracker, learner.finished):
-                yield learner.run(segment, SEGMENT_UPDATES)
+            for _ in claimed(tracker, learner.finished):
+                self._gradients.inc(learner.run(SEGMENT_UPDATES))

@@ -112,10 +112,6 @@ class RunState:
     malformed_events: int = 0
     repeated_events: int = 0
 
-    @property
-    def rejected_total(self) -> int:
-        return sum(self.rejected.values())
-
 
 class Monitor:
     """The one reader of the run's statistics; used by one thread.
@@ -316,12 +312,6 @@ class Monitor:
         """Seconds from launch to now or to `end_training`, sessions before a resume included."""
         now = self._monotonic() if self._ended is None else self._ended
         return self._wall_seconds_before + now - self._started
-
-    def forget(self, worker: Worker) -> None:
-        """Leaves a worker that has ended, or is being replaced, out of heartbeats and epsilon."""
-        self._last_seen.pop(worker, None)
-        self._epsilon.pop(worker, None)
-        self._heartbeats.pop(worker, None)
 
     def end_training(self) -> None:
         """Stops the run's clock: the final evaluation is not part of `wall_seconds`."""

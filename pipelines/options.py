@@ -24,9 +24,15 @@ _EPILOG = """examples:
   python pipelines/run.py --run_dir runs/breakout --resume
 
 Frames are emulator frames (4 an agent step); updates are gradients applied at the parameter server.
-A flag without a value of yours takes the preset's. Beam's own flags (--direct_*, --project, ...)
-are accepted too: see `--help_beam`.
+A flag without a value of yours takes the preset's. Beam's own flags are accepted too: see
+`--help_beam`.
 """
+
+RUNNERS = ('DirectRunner',)
+"""Values of --runner: the engines on which a run was seen to work."""
+
+# They would put several workers into one process, of which all but one would wait.
+_DECIDED_BY_US = ('--direct_num_workers', '--direct_running_mode')
 
 # Values that a resumed run may change: they decide how long and with whom it goes on, not what
 # was learned so far.
@@ -150,6 +156,19 @@ def _refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> 
     raise UsageError(f'{unknown[0]}: unknown flag.{hint}')
 
 
+def _refuse_unsupported(runner: str, beam_flags: Sequence[str]) -> None:
+    """Raises UsageError when the engine, or what is asked of it, cannot run our workers."""
+    if runner not in RUNNERS:
+        raise UsageError(f'--runner {runner}: not supported yet; use {" or ".join(RUNNERS)}.')
+    for flag in beam_flags:
+        name = flag.split('=')[0]
+        if name in _DECIDED_BY_US:
+            raise UsageError(
+                f'{name}: leave it out; each worker gets a process of its own, and'
+                ' --num_actors and --num_learners decide how many there are.'
+            )
+
+
 def _addresses(text: str | None) -> tuple[str, ...]:
     """The host:port pairs of a comma-separated flag."""
     addresses = tuple(part.strip() for part in (text or '').split(',') if part.strip())
@@ -173,7 +192,8 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
     """Reads the command line: how to launch, the preset named (or None), values overridden.
 
     Raises:
-      UsageError: a flag is unknown, misses its value or has one of the wrong type.
+      UsageError: a flag is unknown, misses its value, has one of the wrong type or one that is
+        not supported.
       SystemExit: `--help` was asked for.
     """
     own = _parser(own_only=True)
@@ -187,6 +207,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error
     _refuse_unknown(unknown, every)
+    _refuse_unsupported(known.runner, rest)
     values = {
         name: getattr(known, name)
         for name in config_lib.fields()

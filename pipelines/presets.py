@@ -10,6 +10,22 @@ from typing import Any
 from pipelines import config as config_lib
 from pipelines.errors import UsageError
 
+PREPROCESSING: Mapping[str, Any] = {
+    'action_repeat': 4,  # [N] Methods; [G] 5: "the same preprocessing"
+    'frame_stack': 4,  # [N]
+    'max_noops': 30,  # [N]
+    'life_loss_ends_episode': True,  # [G] 5
+    'clip_reward': True,  # [N]: to [-1, 1], in training only
+    'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
+    'sticky_action_probability': 0.0,  # both papers came before sticky actions
+}
+
+EVALUATION: Mapping[str, Any] = {
+    'evaluation_episodes': 30,  # [G] 5: no-op starts
+    'evaluation_epsilon': 0.05,  # [G] 5
+    'evaluation_max_frames': 18_000,  # [G] 5: five minutes of play
+}
+
 PAPER: Mapping[str, Any] = {
     'topology': 'bundled',  # [G] 5: the mode of all published results
     'num_actors': 100,  # [G] 5
@@ -37,6 +53,8 @@ PAPER: Mapping[str, Any] = {
     'max_staleness': 1_000,  # [here] "older than a maximum delay": ten a learner
     'outlier_deviations': 6.0,  # [here] "several"
     'max_frames': 20_000_000_000,  # [here] 200 M frames ([N]: 50 M agent steps) a bundle
+    **PREPROCESSING,
+    **EVALUATION,
 }
 
 NATURE: Mapping[str, Any] = {
@@ -58,7 +76,7 @@ NATURE: Mapping[str, Any] = {
     'replay_capacity': 1_000_000,  # [N]
     'min_replay_size': 50_000,  # [N]
     'agent_steps_per_update': 4.0,  # [N]
-    'target_update_period': 10_000,  # [N]: in updates, as their published code counts
+    'target_update_period': 10_000,  # [N]: its table's updates; its code counts agent steps
     'epsilon_start': 1.0,  # [N]
     'epsilon_end': 0.1,  # [N]
     'epsilon_updates': 250_000,  # [N]: 1 M agent steps at 4 a update
@@ -67,6 +85,8 @@ NATURE: Mapping[str, Any] = {
     'learner_pull_period': 1,
     'outlier_deviations': 0.0,  # [N]: no such test
     'max_frames': 200_000_000,  # [N]: 50 M agent steps
+    **PREPROCESSING,
+    **EVALUATION,
 }
 
 LAPTOP: Mapping[str, Any] = {
@@ -86,7 +106,7 @@ LAPTOP: Mapping[str, Any] = {
     'epsilon_updates': 20_000,
     'replay_capacity': 250_000,
     'min_replay_size': 5_000,
-    'max_frames': 4_000_000,
+    'max_frames': 2_000_000,
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {'laptop': LAPTOP, 'nature': NATURE, 'paper': PAPER}

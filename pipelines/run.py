@@ -1,23 +1,59 @@
 """Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from agents.environment import UnknownGameError, rom_id
 from pipelines import config as config_lib
-from pipelines import options, sizing
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.run_directory import RunDirectory, default_path, write_atomically
 
+# Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
+if TYPE_CHECKING:
+    from pipelines.options import Launch
 
-def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, options.Launch]:
+
+class StartUp:
+    """Until the launcher watches signals itself: SIGINT or SIGTERM ends the process at once.
+
+    A context manager. Nothing of a new run is left behind. No exception is raised, because one in
+    the middle of an import comes out of it as another.
+    """
+
+    def __init__(self) -> None:
+        self.directory: RunDirectory | None = None
+
+    def __enter__(self) -> 'StartUp':
+        self._before = {
+            number: signal.signal(number, self._end) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _end(self, number: int, _frame: Any) -> None:
+        if self.directory is not None and not self.directory.summary_file.exists():
+            # As for a mistake of the user's: the directory goes, if it is new and unused.
+            self.directory.__exit__(UsageError, UsageError(signal.Signals(number).name), None)
+        os._exit(128 + number)
+
+
+def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
     """Reads the command line and checks everything that can be checked before a file is written.
 
     Raises:
       UsageError: a flag, a value, or the machine is unfit; the message names it and the remedy.
     """
+    from agents.environment import UnknownGameError, rom_id
+    from pipelines import options, sizing
+
     launch, preset, values = options.parse(argv)
+    sizing.require_restorable(launch)
     if launch.resume:
         directory = RunDirectory.existing(launch.run_dir or '')
         config = options.resumed(config_lib.load(directory.config_file), preset, values)
@@ -34,17 +70,35 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, options.Launch]:
     return config, launch
 
 
+def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:
+    """Writes `config.json`; that of a run which cannot go on stays as it is.
+
+    Raises:
+      UsageError: it cannot be written, or no checkpoint can be read.
+    """
+    if resume:
+        from pipelines.checkpoints import require_readable
+
+        require_readable(directory)
+    try:
+        write_atomically(directory.config_file, config_lib.to_json(config))
+    except OSError as error:
+        raise UsageError(f'{directory.config_file}: cannot be written ({error}).') from error
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs a training from flags to summary; returns the exit code."""
     try:
-        config, launch = prepare(argv)
-        path = launch.run_dir or default_path(config.environment.game, config.preset)
-        with RunDirectory.open(path, launch.resume) as directory:
-            write_atomically(directory.config_file, config_lib.to_json(config))
-            print(f'run directory: {directory.path}')
-            from pipelines import launcher  # TensorFlow takes seconds: a wrong flag need not wait
+        with StartUp() as start_up:
+            config, launch = prepare(argv)
+            path = launch.run_dir or default_path(config.environment.game, config.preset)
+            with RunDirectory.open(path, launch.resume) as directory:
+                start_up.directory = directory
+                _write_config(config, directory, launch.resume)
+                print(f'run directory: {directory.path}', flush=True)
+                from pipelines import launcher
 
-            return launcher.launch(config, launch, directory)
+                return launcher.launch(config, launch, directory)
     except UsageError as error:
         print(f'run.py: {error}', file=sys.stderr)
         return 2

@@ -10,44 +10,79 @@ from collections.abc import Sequence
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.options import Launch
-from pipelines.run_directory import require_disk, require_memory
+from pipelines.run_directory import RunDirectory, require_disk, require_memory
 
 # Measured with tests/benchmarks/benchmark_replay.py on Pong, rounded up: games with busier screens
 # compress less, an uncompressed frame has 7,056 bytes.
 BYTES_PER_TRANSITION = 3_000
-_BYTES_PER_PROCESS = 600_000_000  # TensorFlow, its buffers and a batch
+# Resident memory, measured, rounded up: TensorFlow is most of it.
+_BYTES_PER_WORKER = 800_000_000
+_BYTES_PER_SERVER = 500_000_000
+_BYTES_PER_JOB = 200_000_000
+_BYTES_OF_LAUNCHER = 400_000_000
 _KEPT_CHECKPOINTS = 3  # two complete ones and the one being written
 _CONNECT_SECONDS = 5.0
-_BYTES_WITHOUT_REPLAY = 200_000_000  # parameters, slots, logs, events
+_BYTES_WITHOUT_REPLAY = 300_000_000  # parameters, slots, logs, events
 
 
-def memory_bytes(config: ExperimentConfig) -> int:
-    """Memory of a run on one machine, in bytes."""
-    run = config.run
-    processes = run.num_actors + run.num_learners + config.parameter_server.num_parameter_shards
-    return config.replay.replay_capacity * BYTES_PER_TRANSITION + processes * _BYTES_PER_PROCESS
+def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
+    """Memory of the run's processes and replay on this machine, in bytes."""
+    run, bundled = config.run, config.run.topology == 'bundled'
+    total = _BYTES_OF_LAUNCHER + (1 if bundled else 2) * _BYTES_PER_JOB
+    if not launch.parameter_addresses:
+        total += config.parameter_server.num_parameter_shards * _BYTES_PER_SERVER
+    if not launch.replay_addresses:
+        # Bundles hold the replay themselves; one server keeps their telemetry.
+        total += (1 if bundled else config.replay.num_replay_shards) * _BYTES_PER_SERVER
+    workers = run.num_actors if bundled else run.num_actors + run.num_learners
+    total += workers * _BYTES_PER_WORKER
+    if bundled or not launch.replay_addresses:
+        total += config.replay.replay_capacity * BYTES_PER_TRANSITION
+    return total
 
 
-def disk_bytes(config: ExperimentConfig) -> int:
+def disk_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Disk of a run directory, in bytes."""
-    replay = config.replay.replay_capacity if config.run.checkpoint_replay else 0
+    saved = config.run.checkpoint_replay and config.run.topology != 'bundled'
+    replay = config.replay.replay_capacity if saved and not launch.replay_addresses else 0
     return _KEPT_CHECKPOINTS * replay * BYTES_PER_TRANSITION + _BYTES_WITHOUT_REPLAY
 
 
+def _kept_bytes(run_dir: pathlib.Path) -> int:
+    """Disk that the checkpoints of a run to go on with occupy already, in bytes."""
+    checkpoints = RunDirectory.existing(run_dir).latest_checkpoints()
+    return sum(
+        file.stat().st_size for path in checkpoints for file in path.rglob('*') if file.is_file()
+    )
+
+
 def require_room(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that this machine can hold the run, when the run's boxes are on this machine.
+    """Checks that this machine can hold what of the run is on it.
 
     Raises:
       UsageError: too little memory or disk; the message says how much is there and needed.
     """
-    if launch.runner != 'DirectRunner' or launch.replay_addresses:
-        return
-    require_memory(memory_bytes(config))
+    run_dir = pathlib.Path(launch.run_dir or 'runs')
+    require_memory(memory_bytes(config, launch))
     require_disk(
-        pathlib.Path(launch.run_dir or 'runs'),
-        disk_bytes(config),
+        run_dir,
+        disk_bytes(config, launch) - (_kept_bytes(run_dir) if launch.resume else 0),
         'free some, choose a smaller --replay_capacity, or add --no-checkpoint_replay',
     )
+
+
+def require_restorable(launch: Launch) -> None:
+    """Checks that a run to go on with starts its servers itself.
+
+    Raises:
+      UsageError: it attaches to servers, which cannot be given a checkpoint to start from.
+    """
+    for kind in ('parameter', 'replay'):
+        if launch.resume and getattr(launch, f'{kind}_addresses'):
+            raise UsageError(
+                f'--{kind}_addresses contradicts --resume: a checkpoint cannot be restored into'
+                ' servers that already run; leave the addresses out.'
+            )
 
 
 def require_ports(config: ExperimentConfig, launch: Launch) -> None:

@@ -1,6 +1,6 @@
 """What runs inside a worker process: a box opened from the configuration, driven by segments.
 
-In: the experiment, the servers' addresses, a worker's number. Out: segment summaries, and
+In: the experiment, the servers' addresses, a worker's number. Out: work done in the servers, and
 telemetry. Everything a worker opens is closed by the `with` that opened it.
 """
 
@@ -20,12 +20,16 @@ from pipelines.config import ExperimentConfig
 
 if TYPE_CHECKING:
     from agents.actor import Actor
+    from agents.environment import AtariEnvironment
     from agents.learner import Learner
-    from infra.replay.adder import Adder
+    from infra.replay.status import StatusReader
     from infra.telemetry import Telemetry
 
 SERVER_SECONDS = 90.0
 """A worker waits so long for a parameter shard: a restart imports TensorFlow, on a busy machine."""
+
+REPLAY_SECONDS = 600.0
+"""An actor waits so long for the replay: learners may all be away, a shard may checkpoint."""
 
 STATUS_SECONDS = 2.0
 """Between two status records of a worker, which are its heartbeat too."""
@@ -86,18 +90,6 @@ class Submission:
         return [WorkerSpec(worker, self.number, segments) for worker in self.workers]
 
 
-@dataclasses.dataclass(frozen=True)
-class SegmentSummary:
-    """What one segment did."""
-
-    component: str
-    worker: int
-    segment: int
-    agent_steps: int = 0
-    updates: int = 0
-    episodes: int = 0
-
-
 def prepare_process(config: ExperimentConfig) -> None:
     """Bounds this worker process's threads and life; call it before any TensorFlow operation."""
     exit_with_parent()
@@ -133,7 +125,6 @@ class Status:
             self._due = now + STATUS_SECONDS
             self._telemetry.record('heartbeat', pid=os.getpid())
             self._telemetry.record(self._kind, **describe())
-            self._telemetry.flush()
 
 
 class ActorWorker:
@@ -142,40 +133,38 @@ class ActorWorker:
     def __init__(
         self,
         actor: 'Actor',
-        adder: 'Adder',
         spec: WorkerSpec,
         config: ExperimentConfig,
         telemetry: 'Telemetry',
+        replay: 'StatusReader | None' = None,
     ):
+        """`replay`: a bundle's own, which nobody else can ask."""
         self._actor = actor
-        self._adder = adder
         self._spec = spec
         self._config = config
         self._telemetry = telemetry
         self._status = Status(telemetry, 'actor')
         self._look_due = 0.0
         self._budget_reached = budget_reached(config)
+        self._replay = replay
 
     def finished(self) -> bool:
         """Whether the run's budget is reached, or it is being stopped."""
         return self._budget_reached(self._actor.clock)
 
-    def run(self, segment: int, agent_steps: int) -> SegmentSummary:
-        """Acts for `agent_steps` decisions, or until the run is finished."""
+    def run(self, segment: int, agent_steps: int) -> int:
+        """Acts for `agent_steps` decisions, or until the run is finished; returns how many."""
         seed, spec = self._config.run.seed, self._spec
         rng = np.random.default_rng(
             [seed, _EXPLORATION_STREAM, spec.worker, spec.submission, segment]
         )
-        per_step = self._config.actor.envs_per_actor
-        made = episodes = 0
+        made = 0
         while made < agent_steps and not self.finished():
-            ended = self._actor.step(rng)
-            made += per_step
-            episodes += len(ended)
-            for episode in ended:
+            for episode in self._actor.step(rng):
                 self._telemetry.record('episode', **dataclasses.asdict(episode))
+            made += self._config.actor.envs_per_actor
             self._status.tell(self._describe)
-        return SegmentSummary('actor', spec.worker, segment, made, 0, episodes)
+        return made
 
     def wait(self) -> bool:
         """Called while the replay takes nothing: keeps reporting; whether to give up waiting."""
@@ -187,21 +176,20 @@ class ActorWorker:
         return self.finished()
 
     def _describe(self) -> dict[str, Any]:
-        return {'epsilon': self._actor.epsilon, 'reconnects': self._adder.reconnects}
+        replay = {'replay': self._replay.read()[0]} if self._replay else {}
+        return {'epsilon': self._actor.epsilon, **replay}
 
 
 class LearnerWorker:
     """A learner that learns in segments and reports its losses."""
 
     def __init__(
-        self,
-        learner: 'Learner',
-        spec: WorkerSpec,
-        config: ExperimentConfig,
-        telemetry: 'Telemetry',
+        self, learner: 'Learner', config: ExperimentConfig, telemetry: 'Telemetry', patient: bool
     ):
+        """`patient`: waits for the replay as long as the run goes on. A bundle's learner must not:
+        it shares its thread with the actor that it would wait for."""
         self._learner = learner
-        self._spec = spec
+        self._patient = patient
         self._status = Status(telemetry, 'learner')
         self._budget_reached = budget_reached(config)
 
@@ -209,8 +197,8 @@ class LearnerWorker:
         """Whether the run's budget is reached, or it is being stopped."""
         return self._budget_reached(self._learner.clock)
 
-    def run(self, segment: int, updates: int) -> SegmentSummary:
-        """Computes `updates` gradients, or fewer when the run is finished before."""
+    def run(self, updates: int) -> int:
+        """Computes `updates` gradients, or fewer when the run is finished before; how many."""
         made = 0
         while made < updates and not self.finished():
             try:
@@ -218,9 +206,11 @@ class LearnerWorker:
                 made += 1
             except ReplayError:  # the actors are not that far, or a shard restarts: ask how it goes
                 self._learner.look()
+                if not self._patient:
+                    break
             self._status.tell(self._describe)
         self._learner.finish_push()
-        return SegmentSummary('learner', self._spec.worker, segment, 0, made)
+        return made
 
     def _describe(self) -> dict[str, Any]:
         counters = self._learner.counters
@@ -247,6 +237,18 @@ def _connect(stack: contextlib.ExitStack, config: ExperimentConfig, addresses: A
     )
 
 
+def _environment(config: ExperimentConfig, spec: WorkerSpec) -> 'AtariEnvironment':
+    """The games of one actor; another submission of it plays other ones."""
+    from agents.environment import AtariEnvironment
+
+    seeds = np.random.SeedSequence(
+        [config.run.seed, _ENVIRONMENT_STREAM, spec.worker, spec.submission]
+    )
+    return AtariEnvironment(
+        config.environment, config.actor.envs_per_actor, seed=int(seeds.generate_state(1)[0])
+    )
+
+
 @contextlib.contextmanager
 def open_actor(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec, component: str = 'actor'
@@ -256,37 +258,31 @@ def open_actor(
     `component` is what its telemetry calls it.
     """
     from agents.actor import Actor
-    from agents.environment import AtariEnvironment
     from infra.replay.adder import Adder
+    from infra.replay.status import StatusReader
     from infra.telemetry import Telemetry
     from pipelines import agent
 
     policy = agent.build_policy(config)
-    seeds = np.random.SeedSequence(
-        [config.run.seed, _ENVIRONMENT_STREAM, spec.worker, spec.submission]
-    )
+    workers: list[ActorWorker] = []
     with contextlib.ExitStack() as stack:
         telemetry = stack.enter_context(Telemetry(addresses.telemetry, component, spec.worker))
         parameters = _connect(stack, config, addresses, agent.layout_of(policy))
         parameters.initialise(policy.parameters())
-        num_environments = config.actor.envs_per_actor
-        environment = stack.enter_context(
-            AtariEnvironment(
-                config.environment, num_environments, seed=int(seeds.generate_state(1)[0])
-            )
-        )
-        workers: list[ActorWorker] = []
+        environment = stack.enter_context(_environment(config, spec))
         adder = stack.enter_context(
             Adder(
                 addresses.replay[shard_of_worker(spec.worker, len(addresses.replay))],
                 agent.trajectory_spec(config),
-                num_environments,
+                config.actor.envs_per_actor,
                 config.replay.max_in_flight_items,
+                timeout_seconds=REPLAY_SECONDS,
                 should_stop=lambda: workers[0].wait(),  # noqa: PLW0108  (filled below)
             )
         )
         actor = Actor(config.actor, environment, policy, adder, parameters)
-        workers.append(ActorWorker(actor, adder, spec, config, telemetry))
+        replay = StatusReader(addresses.replay) if component == 'bundle' else None
+        workers.append(ActorWorker(actor, spec, config, telemetry, replay))
         yield workers[0]
         actor.look()  # reports the last agent steps
 
@@ -322,7 +318,7 @@ def open_learner(
             )
         )
         learner = Learner(config.learner, network, samples, parameters)
-        yield LearnerWorker(learner, spec, config, telemetry)
+        yield LearnerWorker(learner, config, telemetry, patient=component == 'learner')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,16 +327,12 @@ class BundleSegment:
 
     Attributes:
       spec: the bundle.
-      segment: number of the segment.
       addresses: the servers, with the bundle's own replay.
-      summary: what the actor did.
       updates: updates the learner is to make now.
     """
 
     spec: WorkerSpec
-    segment: int
     addresses: Addresses
-    summary: SegmentSummary
     updates: int
 
 
@@ -386,12 +378,16 @@ def bundle_config(config: ExperimentConfig) -> ExperimentConfig:
 
 @contextlib.contextmanager
 def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
-    """A replay server in this process, for this process; yields its address."""
+    """A replay server in this process, for this process; yields its address.
+
+    Its table opens with the first transition: `UpdatesOwed` waits for the minimum size. The table's
+    own minimum counts confirmed transitions, which lag behind the steps.
+    """
     from infra.replay.server import ShardConfig, build_tables, start_server
     from pipelines import agent
 
     shard = ShardConfig(
-        config.replay,
+        dataclasses.replace(config.replay, min_replay_size=1),
         agent.trajectory_spec(config),
         config.learner.batch_size,
         telemetry=False,

@@ -1,11 +1,19 @@
 """Bad input to the main job: one clear line, exit code 2, nothing half-written."""
 
 import os
+import pathlib
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
-from pipelines import run
+from pipelines import config as config_lib
+from pipelines import evaluate, presets, run
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -59,6 +67,9 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--envs_per_actor=0',), 'envs_per_actor'),
         (('--parameter_addresses=localhost',), 'host:port'),
         (('--replay_capacity=1000000000',), 'GiB'),
+        (('--runner=PrismRunner',), 'not supported yet'),
+        (('--direct_num_workers=3',), '--num_actors'),
+        (('--direct_running_mode', 'in_memory'), '--direct_running_mode'),
     ],
 )
 def test_wrong_or_contradictory_value_is_named(rejected, flags, named):
@@ -110,3 +121,79 @@ def test_busy_port_is_named_and_nothing_written(rejected):
 
 def test_as_many_ports_as_shards_are_needed(rejected):
     assert '2 different ones' in rejected('--num_parameter_shards=2', '--parameter_ports=7001,7001')
+
+
+@pytest.mark.parametrize('kind', ['parameter', 'replay'])
+def test_resume_with_servers_that_already_run_is_refused(rejected, kind):
+    assert f'--{kind}_addresses' in rejected('--resume', f'--{kind}_addresses=localhost:1')
+
+
+def test_resume_without_a_readable_checkpoint_leaves_the_configuration_alone(tmp_path, capsys):
+    before = config_lib.to_json(presets.experiment('laptop', {'replay_capacity': 10_000}))
+    directory = tmp_path / 'run'
+    (directory / 'checkpoints').mkdir(parents=True)
+    (directory / 'config.json').write_text(before)
+    assert run.main(['--resume', f'--run_dir={directory}', '--max_frames=9000000']) == 2
+    assert 'no checkpoint can be read' in capsys.readouterr().err
+    assert (directory / 'config.json').read_text() == before
+
+
+def test_configuration_that_cannot_be_written_is_one_line(rejected, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(run, 'write_atomically', fail)
+    assert 'No space left' in rejected('--replay_capacity=10000')
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_during_the_start_ends_without_a_trace(tmp_path, number):
+    directory = tmp_path / 'runs' / 'run'
+    # The launcher is imported behind this line.
+    job = subprocess.Popen(
+        [sys.executable, 'pipelines/run.py', f'--run_dir={directory}', '--replay_capacity=10000'],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline().startswith('run directory')
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (128 + number, '')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signal_while_modules_are_imported_is_no_traceback(tmp_path):
+    job = subprocess.Popen(
+        [sys.executable, 'pipelines/run.py', f'--run_dir={tmp_path / "run"}'],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    status = pathlib.Path(f'/proc/{job.pid}/status')
+    deadline = time.monotonic() + 60
+    while not _catches(status.read_text(), signal.SIGTERM):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    assert job.communicate(timeout=60) == ('', '')
+    assert job.returncode == 130
+
+
+def _catches(status: str, number: int) -> bool:
+    """Whether a process has a handler of its own; `status` as in /proc/<pid>/status."""
+    mask = next(line for line in status.splitlines() if line.startswith('SigCgt:'))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    'flag', ['--episodes=0', '--epsilon=1.5', '--epsilon=-1', '--epsilon=nan', '--seed=-1']
+)
+def test_wrong_value_for_the_evaluation_is_one_line(tmp_path, capsys, flag):
+    (tmp_path / 'config.json').write_text(config_lib.to_json(presets.experiment('laptop', {})))
+    assert evaluate.main([f'--run_dir={tmp_path}', flag]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert flag.split('=')[0].strip('-') in line

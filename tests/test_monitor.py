@@ -143,8 +143,6 @@ class TestState:
         clock.now += 5
         seconds = monitor.state().heartbeats
         assert seconds == {('actor', 0): 35.0, ('actor', 1): 5.0, ('learner', 0): 35.0}
-        monitor.forget(('actor', 0))
-        assert ('actor', 0) not in monitor.state().heartbeats
 
     def test_a_late_event_of_a_predecessor_does_not_hide_its_successor(self, monitor):
         monitor.fold(

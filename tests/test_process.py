@@ -207,3 +207,14 @@ def test_ready_file_is_written_whole(tmp_path):
 )
 def test_exit_is_described(code, text):
     assert process_lib.describe_exit(code) == text
+
+
+@pytest.mark.parametrize(('variable', 'watched'), [(None, []), ('1', ['yes'])])
+def test_only_a_launcher_is_watched_by_what_a_user_may_start_too(monkeypatch, variable, watched):
+    calls: list[str] = []
+    monkeypatch.setattr(process_lib, 'exit_with_parent', lambda: calls.append('yes'))
+    monkeypatch.delenv(process_lib.LAUNCHER_VARIABLE, raising=False)
+    if variable:
+        monkeypatch.setenv(process_lib.LAUNCHER_VARIABLE, variable)
+    process_lib.exit_with_launcher()
+    assert calls == watched

@@ -129,6 +129,13 @@ def local_shard(config):
         server.stop()
 
 
+def test_a_server_without_checkpoint_directory_leaves_none(tmp_path, monkeypatch):
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    with local_shard(FREE) as address:
+        assert reverb.Client(address).server_info(timeout=5)
+        assert list(tmp_path.iterdir()) == []
+
+
 def run_server(directory, *options):
     (directory / 'c.json').write_text(json.dumps(config_dict(ShardConfig(FREE, SPEC))))
     command = [sys.executable, '-m', 'infra.replay.server', '--shard', '0']

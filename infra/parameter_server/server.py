@@ -145,11 +145,7 @@ class _FlightServer(flight.FlightServerBase):
         except Exception as error:
             writer.write_metadata(protocol.encode_header(_error_reply(error)))
             return
-        writer.write_metadata(
-            protocol.encode_header(
-                {'shared_memory': connection.shared, 'incarnation': self._shard.incarnation}
-            )
-        )
+        writer.write_metadata(protocol.encode_header({'shared_memory': connection.shared}))
         while True:
             chunk = reader.read_chunk()
             reply, body = self._answer(connection, chunk)

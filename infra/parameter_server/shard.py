@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-import uuid
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ class Shard:
     All methods may be called from several threads; each holds the lock only while it computes.
 
     Attributes:
-      incarnation: names this process's life; versions of two lives do not compare.
       layout: None until the first writer initialises the shard or a state is restored.
     """
 
@@ -50,7 +48,6 @@ class Shard:
             )
         self.config = config
         self.index = index
-        self.incarnation = uuid.uuid4().hex
         self.layout: Layout | None = None
         self._lock = threading.Lock()
         self._sessions: collections.OrderedDict[str, _Session] = collections.OrderedDict()
@@ -246,7 +243,6 @@ class Shard:
 
     def _clock(self) -> dict[str, Any]:
         return {
-            'incarnation': self.incarnation,
             'version': self._version,
             'target_version': self._target_version,
             'agent_steps': self._agent_steps,

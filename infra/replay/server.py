@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _DONE_FILE = 'DONE'  # Reverb writes it last
 _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
+_PORT_ATTEMPTS = 10
 _STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop; then the process just ends
 
 
@@ -159,25 +160,40 @@ def _publish(path: str, keep: int) -> str:
     return published
 
 
-def _checkpointer(checkpoint_dir: str | None, restore_path: str | None) -> Any:
-    """Reverb's checkpointer: writes below `checkpoint_dir`, starts from `restore_path` alone.
+def _checkpoint_root(checkpoint_dir: str | None, restore_path: str | None) -> str:
+    """A new, empty directory for Reverb's checkpointer.
 
     Left to itself it would start from the newest checkpoint it finds in its own directory, asked
     or not: hence an empty directory of its own at every start.
     """
-    import reverb
-
     if checkpoint_dir is None:
-        root = tempfile.mkdtemp(prefix='replay-')
-    else:
-        checkpoint_dir = os.path.abspath(checkpoint_dir)
-        os.makedirs(checkpoint_dir, exist_ok=True)
-        for entry in os.listdir(checkpoint_dir):  # what a killed predecessor left half-written
-            stale = os.path.join(checkpoint_dir, entry)
-            if entry.startswith(_INCOMING) and not (restore_path or '').startswith(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        root = tempfile.mkdtemp(prefix=_INCOMING, dir=checkpoint_dir)
-    return reverb.checkpointers.DefaultCheckpointer(root, fallback_checkpoint_path=restore_path)
+        return tempfile.mkdtemp(prefix='replay-')
+    checkpoint_dir = os.path.abspath(checkpoint_dir)
+    os.makedirs(checkpoint_dir, exist_ok=True)
+    for entry in os.listdir(checkpoint_dir):  # what a killed predecessor left half-written
+        stale = os.path.join(checkpoint_dir, entry)
+        if entry.startswith(_INCOMING) and not (restore_path or '').startswith(stale):
+            shutil.rmtree(stale, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=_INCOMING, dir=checkpoint_dir)
+
+
+def _require_free_port(port: int) -> int:
+    """`port`, or a free one for 0. gRPC itself would share a port in use without a word.
+
+    Raises:
+      OSError: the port is busy.
+    """
+    import portpicker
+
+    if port:
+        if not portpicker.is_port_free(port):
+            raise OSError(f'port {port} is in use; choose another, or 0 for any free one')
+        return port
+    for _ in range(_PORT_ATTEMPTS):
+        free = portpicker.pick_unused_port()
+        if portpicker.is_port_free(free):
+            return free
+    raise OSError('no free port was found; name one, or end other servers')
 
 
 def start_server(
@@ -186,27 +202,32 @@ def start_server(
     checkpoint_dir: str | None = None,
     restore_path: str | None = None,
 ) -> 'reverb.Server':
-    """Starts a server over `tables`; port 0: any free one.
+    """Starts a server over `tables`; port 0: any free one. It starts from `restore_path` alone.
 
-    A restored table has the size, the limiter and the counts of the checkpoint.
+    A restored table has the size, the limiter and the counts of the checkpoint. Without
+    `checkpoint_dir` no directory is left, unless the server is asked for a checkpoint.
 
     Raises:
       OSError: the port is busy.
       FileNotFoundError: there is no complete checkpoint at `restore_path`.
       RuntimeError: Reverb could not read the checkpoint.
     """
-    import portpicker
     import reverb
 
     if restore_path is not None:
         restore_path = os.path.abspath(restore_path)
         if not os.path.exists(os.path.join(restore_path, _DONE_FILE)):
             raise FileNotFoundError(f'{restore_path} holds no complete replay checkpoint')
-    if port == 0:
-        port = portpicker.pick_unused_port()
-    elif not portpicker.is_port_free(port):  # gRPC itself would share the port without a word
-        raise OSError(f'port {port} is in use; choose another, or 0 for any free one')
-    return reverb.Server(tables, port, _checkpointer(checkpoint_dir, restore_path))
+    root = _checkpoint_root(checkpoint_dir, restore_path)
+    try:
+        checkpointer = reverb.checkpointers.DefaultCheckpointer(
+            root, fallback_checkpoint_path=restore_path
+        )
+        # The port last: another process may take it between the look and the start.
+        return reverb.Server(tables, _require_free_port(port), checkpointer)
+    finally:
+        if checkpoint_dir is None:  # Reverb makes it again when it has something to write
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

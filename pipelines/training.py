@@ -1,0 +1,213 @@
+"""The watch over a run whose servers serve: statistics in, restarts and checkpoints out.
+
+Runs in the launcher, in one thread, about twice a second. No data of the training passes through
+here; what goes wrong with one box is left to the box's own supervisor (`infra/cluster.py` for
+servers, `pipelines/jobs.py` for workers).
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from infra.cluster import REPLAY, Cluster
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.protocol import ParameterServerError, ParameterServerUnavailable
+from infra.replay.errors import ReplayError
+from infra.replay.status import StatusReader
+from infra.telemetry import TelemetryReader
+from pipelines.checkpoints import Checkpoints
+from pipelines.config import ExperimentConfig
+from pipelines.display import Display
+from pipelines.jobs import Jobs, WorkersFailedError
+from pipelines.monitor import Monitor, RunState
+
+_POLL_SECONDS = 0.5
+_STATUS_SECONDS = 2.0
+_DRAIN_SECONDS = 120.0
+_PARAMETERS_SECONDS = 60.0
+_BACKLOG_SECONDS = 10.0
+_RESTART_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Addresses of the replay shards (none in the bundled topology), and their status."""
+
+    addresses: tuple[str, ...]
+    status: StatusReader
+
+
+class Due:
+    """Says, once every `period_seconds`, that something is due; the first time after one period."""
+
+    def __init__(self, period_seconds: float):
+        self._period = period_seconds
+        self.postpone()
+
+    def postpone(self) -> None:
+        """Begins a new period now."""
+        self._next = time.monotonic() + self._period
+
+    def __bool__(self) -> bool:
+        if time.monotonic() < self._next:
+            return False
+        self.postpone()
+        return True
+
+
+@dataclasses.dataclass
+class Training:
+    """A run's boxes at work.
+
+    Attributes:
+      config: the experiment.
+      display: where progress is shown.
+      interrupted: name of the signal by which the user asked for a stop, or empty.
+      cluster, client, reader, jobs, monitor, checkpoints, replay: the boxes, open.
+    """
+
+    config: ExperimentConfig
+    display: Display
+    interrupted: Callable[[], str]
+    cluster: Cluster
+    client: ParameterClient
+    reader: TelemetryReader
+    jobs: Jobs
+    monitor: Monitor
+    checkpoints: Checkpoints
+    replay: Replay
+
+    def __post_init__(self) -> None:
+        self._restarts: dict[str, int] = {}
+        self._bundles: dict[int, Mapping[str, Any]] = {}
+        self._status_due = Due(_STATUS_SECONDS)
+        self._parameters_due = Due(_PARAMETERS_SECONDS)
+        self._checkpoint_due = Due(self.config.run.checkpoint_period_seconds)
+        # Until then nobody could be heard: the telemetry's server was busy, or away.
+        self._deaf_until = 0.0
+        self._learned = False
+
+    def run(self) -> str:
+        """Watches until the budget is reached or the user stops it; returns why it ended.
+
+        Raises:
+          WorkersFailedError, ClusterError: a box cannot be kept alive; a checkpoint was tried.
+        """
+        self.display.phase('starting workers')
+        self.jobs.start(time.time())
+        try:
+            reason = self._watch()
+        except WorkersFailedError:
+            self._end()  # the servers are healthy: nothing learned is lost
+            raise
+        self._end()
+        return reason
+
+    def _watch(self) -> str:
+        while not (reason := self._reason()):
+            self._look()
+            self.cluster.check()
+            self.jobs.supervise(self.monitor.heartbeats(), time.time(), deaf_until=self._deaf_until)
+            self._save_if_due()
+            time.sleep(_POLL_SECONDS)
+        return reason
+
+    def _end(self) -> None:
+        self.display.phase('stopping workers')
+        self._drain()
+        self._checkpoint()
+
+    def _reason(self) -> str:
+        if signal := self.interrupted():
+            return signal
+        return 'max_frames' if self.monitor.frames >= self.config.run.max_frames else ''
+
+    def _look(self) -> None:
+        """Takes in what the workers and servers tell, and shows it."""
+        if self._status_due:
+            self._ask()
+        events = self.reader.drain(timeout_seconds=0.2)
+        self._bundles.update(_bundle_replays(events))
+        self.monitor.fold(events)
+        self._count_restarts()
+        self.monitor.tick()
+        state = self.monitor.state()
+        self._show_phase(state)
+        self.display.update(state)
+
+    def _ask(self) -> None:
+        """Asks the servers for clock and counts."""
+        with contextlib.suppress(ParameterServerUnavailable):  # restarts; the cluster sees to it
+            shards = self.client.report()['shards']
+            self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
+            self.monitor.parameter_server(shards)
+        if self.replay.addresses:
+            self.monitor.replay(self.replay.status.read())
+        elif self._bundles:
+            self.monitor.replay([self._bundles[worker] for worker in sorted(self._bundles)])
+
+    def _show_phase(self, state: RunState) -> None:
+        if state.updates:
+            self.display.phase('training')
+        elif state.agent_steps:
+            needed = self.config.replay.min_replay_size
+            self.display.phase(f'filling replay {min(state.agent_steps, needed)}/{needed}')
+
+    def _count_restarts(self) -> None:
+        for component, count in {**self.cluster.restarts, **self.jobs.restarts}.items():
+            new = count - self._restarts.get(component, 0)
+            for _ in range(new):
+                self.monitor.restarted(component)
+                self.display.message(f'{component} restarted')
+            if new and component == REPLAY:
+                self._deaf_until = time.time() + _RESTART_SECONDS
+            self._restarts[component] = count
+
+    def _save_if_due(self) -> None:
+        first = not self._learned and self.monitor.state().updates > 0
+        if self._checkpoint_due:
+            self._checkpoint()
+        elif first or (self._learned and self._parameters_due):
+            self._learned = True
+            with self._reported():
+                self.checkpoints.save_parameters(self.client)
+
+    def _drain(self) -> None:
+        """Asks the workers to end, and waits for them as long as it takes them at most."""
+        with contextlib.suppress(ParameterServerError):  # then they are ended below
+            self.client.request_stop()
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while self.jobs.running and time.monotonic() < deadline:
+            self._look()
+            time.sleep(_POLL_SECONDS)
+        self.jobs.stop()
+        self._ask()
+        self._look()
+
+    def _checkpoint(self) -> None:
+        self.display.phase('checkpointing')
+        counters = {**self.monitor.counters(), 'submissions': self.jobs.submissions}
+        with self._reported():
+            self.checkpoints.save(self.client, self.replay.addresses, counters)
+        self._deaf_until = time.time() + _BACKLOG_SECONDS
+
+    @contextlib.contextmanager
+    def _reported(self) -> Any:
+        """Tells of a checkpoint that cannot be written: the one before it stays in force."""
+        try:
+            yield
+        except (OSError, ParameterServerError, ReplayError) as error:
+            logging.exception('no checkpoint')
+            self.display.message(f'no checkpoint written: {error}')
+
+
+def _bundle_replays(events: Iterable[Any]) -> dict[int, Mapping[str, Any]]:
+    """Status of each bundle's own replay, by the bundle's number."""
+    return {
+        event['worker']: event['replay']
+        for event in events
+        if isinstance(event, Mapping) and event.get('component') == 'bundle' and 'replay' in event
+    }

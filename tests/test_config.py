@@ -1,0 +1,94 @@
+"""Configuration: presets as data, flags over presets, config.json there and back."""
+
+import dataclasses
+
+import pytest
+
+from pipelines import config as config_lib
+from pipelines import options, presets
+from pipelines.errors import UsageError
+
+
+@pytest.mark.parametrize('name', presets.PRESETS)
+def test_every_value_of_a_preset_is_a_setting_and_arrives(name):
+    experiment = presets.experiment(name, {})
+    known = config_lib.fields()
+    for setting, value in presets.PRESETS[name].items():
+        group, _ = known[setting]
+        assert getattr(getattr(experiment, group), setting) == value
+
+
+def test_settings_of_different_groups_have_different_names():
+    names = [field.name for _, group in config_lib.groups() for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_every_setting_has_help():
+    for name, (_, field) in config_lib.fields().items():
+        assert len(field.metadata['help']) > 10, name
+
+
+@pytest.mark.parametrize('name', presets.PRESETS)
+def test_config_json_comes_back_as_it_was(name):
+    experiment = presets.experiment(name, {'game': 'breakout', 'learning_rate': 0.125})
+    assert config_lib.from_json(config_lib.to_json(experiment)) == experiment
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[]', '{"preset": "laptop", "run": {"colour": 1}}'])
+def test_damaged_config_json_is_refused(text):
+    with pytest.raises(UsageError, match=r'config\.json'):
+        config_lib.from_json(text)
+
+
+def test_paper_preset_has_the_papers_constants():
+    paper = presets.experiment('paper', {})
+    assert (paper.run.topology, paper.run.num_actors, paper.run.num_learners) == (
+        'bundled',
+        100,
+        100,
+    )
+    assert paper.parameter_server.num_parameter_shards == 31
+    assert paper.parameter_server.target_update_period == 60_000
+    assert paper.parameter_server.optimizer == 'adagrad'
+    assert (paper.actor.epsilon_end, paper.actor.epsilon_updates) == (0.1, 1_000_000)
+    assert paper.replay.replay_capacity == 100 * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ('flag', 'setting', 'value'),
+    [
+        ('--n_step=5', 'n_step', 5),
+        ('--learning_rate=1e-3', 'learning_rate', 1e-3),
+        ('--optimizer=rmsprop', 'optimizer', 'rmsprop'),
+        ('--no-double_dqn', 'double_dqn', False),
+        ('--shared_memory', 'shared_memory', True),
+    ],
+)
+def test_a_flag_overrides_the_preset(flag, setting, value):
+    launch, preset, values = options.parse(['--preset=laptop', flag])
+    assert values == {setting: value}
+    group, _ = config_lib.fields()[setting]
+    assert getattr(getattr(options.experiment(preset, values), group), setting) == value
+    assert launch.runner == 'DirectRunner'
+
+
+def test_beams_own_flags_pass_through():
+    launch, _, values = options.parse(['--job_name=gorila', '--game=pong'])
+    assert launch.beam_flags == ('--job_name=gorila',)
+    assert values == {'game': 'pong'}
+
+
+def test_resuming_keeps_what_was_learned_with_and_extends_the_budget():
+    before = presets.experiment('laptop', {})
+    after = options.resumed(before, None, {'max_frames': 123})
+    assert after.run.max_frames == 123
+    assert dataclasses.replace(after, run=before.run) == before
+    with pytest.raises(UsageError, match='--n_step 7'):
+        options.resumed(before, None, {'n_step': 7})
+    with pytest.raises(UsageError, match='--preset nature'):
+        options.resumed(before, 'nature', {})
+
+
+def test_budget_is_counted_in_agent_steps_rounded_up():
+    # 10 frames at 4 a step need a third step.
+    assert presets.experiment('laptop', {'max_frames': 10}).max_agent_steps == 3

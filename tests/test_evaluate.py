@@ -1,0 +1,67 @@
+"""Evaluation games: how many each environment plays, and who chooses the actions."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from agents.config import EnvironmentConfig
+from agents.environment import AtariEnvironment
+from pipelines.evaluate import play
+
+STEPS = 8  # agent steps of a game
+
+
+class CountingEnvironment(AtariEnvironment):
+    """Real games, each cut after `STEPS` steps; reward 1 a step in environment 0, 2 in 1, ..."""
+
+    def __init__(self, num_environments):
+        config = EnvironmentConfig(max_noops=0, max_episode_frames=4 * STEPS)
+        super().__init__(config, num_environments, seed=1, training=False)
+        self.actions = []
+
+    def step_frames(self, action):
+        self.actions.append(action.copy())
+        frames = super().step_frames(action)
+        reward = np.arange(1, self.num_environments + 1, dtype=np.float32)
+        return dataclasses.replace(frames, reward=reward)
+
+
+def play_games(num_environments, episodes, epsilon=0.0):
+    """The returns, the actions taken, and those that the policy chose."""
+    chosen: list[np.ndarray] = []
+
+    def act(observation):
+        assert observation.shape == (num_environments, 84, 84, 4)
+        chosen.append(np.full(num_environments, len(chosen) % 3, np.int32))
+        return chosen[-1]
+
+    environment = CountingEnvironment(num_environments)
+    with environment:
+        rng = np.random.default_rng(1)
+        returns = list(play(environment, act, episodes, epsilon, rng))
+    return returns, environment.actions, chosen
+
+
+@pytest.mark.parametrize(
+    ('num_environments', 'episodes', 'games'),
+    [(3, 6, [2, 2, 2]), (3, 7, [3, 2, 2]), (3, 2, [1, 1, 0]), (1, 2, [2]), (2, 0, [0, 0])],
+)
+def test_every_environment_plays_its_share(num_environments, episodes, games):
+    returns, _, _ = play_games(num_environments, episodes)
+    assert len(returns) == episodes
+    # The return of a game tells whose it was: all games are equally long.
+    step = min(returns, default=0.0)
+    counts = [sum(value == step * (i + 1) for value in returns) for i in range(num_environments)]
+    assert counts == games
+
+
+def test_policy_alone_acts_without_exploration():
+    _, actions, chosen = play_games(2, 2, epsilon=0.0)
+    np.testing.assert_array_equal(actions, chosen)
+
+
+def test_chance_alone_acts_with_epsilon_one():
+    _, actions, chosen = play_games(2, 4, epsilon=1.0)
+    assert not np.array_equal(actions, chosen)
+    assert {*np.ravel(actions)} == set(range(6))  # Pong's minimal set

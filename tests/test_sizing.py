@@ -1,0 +1,65 @@
+"""What a run asks of the machine: counted by process, and less when others hold a part."""
+
+import pytest
+
+from pipelines import options, presets, sizing
+from pipelines.errors import UsageError
+from pipelines.run_directory import RunDirectory
+
+GB = 1_000_000_000
+REPLAY_BYTES = 100_000 * sizing.BYTES_PER_TRANSITION
+ONE_EACH = {'num_replay_shards': 1, 'num_parameter_shards': 1}
+
+
+def launch(*flags):
+    return options.parse(flags)[0]
+
+
+def config(**values):
+    values = {'num_actors': 2, 'num_learners': 2, 'replay_capacity': 100_000, **ONE_EACH, **values}
+    return presets.experiment('laptop', values)
+
+
+@pytest.mark.parametrize(
+    ('topology', 'flags', 'expected'),
+    [
+        # Launcher 0.4; jobs 2 x 0.2; servers 2 x 0.5; workers 4 x 0.8.
+        ('separate', (), 5.0 * GB + REPLAY_BYTES),
+        # One job and one worker for each bundle.
+        ('bundled', (), 3.2 * GB + REPLAY_BYTES),
+        ('separate', ('--replay_addresses=host:1',), 4.5 * GB),
+        ('separate', ('--parameter_addresses=host:1',), 4.5 * GB + REPLAY_BYTES),
+        # Bundles hold the replay, whoever holds the telemetry.
+        ('bundled', ('--replay_addresses=host:1',), 2.7 * GB + REPLAY_BYTES),
+    ],
+)
+def test_memory_counts_each_process_on_this_machine_once(topology, flags, expected):
+    assert sizing.memory_bytes(config(topology=topology), launch(*flags)) == expected
+
+
+def test_disk_counts_the_replay_only_where_it_is_saved():
+    with_replay = sizing.disk_bytes(config(), launch())
+    without = sizing.disk_bytes(config(checkpoint_replay=False), launch())
+    assert with_replay - without == 3 * REPLAY_BYTES  # two kept, one being written
+    assert sizing.disk_bytes(config(), launch('--replay_addresses=host:1')) == without
+    assert sizing.disk_bytes(config(topology='bundled'), launch()) == without
+
+
+def test_attached_replay_does_not_switch_off_the_check(monkeypatch):
+    monkeypatch.setattr('pipelines.run_directory.available_memory', lambda: 1 * GB)
+    with pytest.raises(UsageError, match='of memory'):
+        sizing.require_room(config(), launch('--replay_addresses=host:1'))
+
+
+def test_checkpoints_of_a_resumed_run_are_not_asked_for_again(tmp_path, monkeypatch):
+    run_dir = tmp_path / 'run'
+    with RunDirectory.open(run_dir) as directory:
+        directory.config_file.write_text('{}')
+        with directory.new_checkpoint() as staging:
+            (staging / 'run.json').write_bytes(b' ' * 1000)
+    asked = []
+    monkeypatch.setattr(sizing, 'require_memory', lambda needed: None)
+    monkeypatch.setattr(sizing, 'require_disk', lambda path, needed, remedy: asked.append(needed))
+    sizing.require_room(config(), launch(f'--run_dir={run_dir}'))
+    sizing.require_room(config(), launch(f'--run_dir={run_dir}', '--resume'))
+    assert asked[0] - asked[1] == 1000
