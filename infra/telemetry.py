@@ -95,6 +95,8 @@ class Telemetry:
         if self._closed.is_set():
             return
         self._closed.set()
+        # What the thread is sending just now must be confirmed, or given back, to be counted.
+        self._thread.join(_SEND_SECONDS + 2 * _PROBE_SECONDS)
         self.flush()
         with self._lock:
             self._dropped += len(self._pending)

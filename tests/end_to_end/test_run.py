@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.end_to_end import launching
+from tests.waiting import eventually, has_ended
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
@@ -79,9 +80,9 @@ def assert_policy_loads_and_acts(path: pathlib.Path) -> None:
     from tf_agents.trajectories import time_step as ts
 
     policy = py_tf_eager_policy.SavedModelPyTFEagerPolicy(str(path), load_specs_from_pbtxt=True)
-    observation = np.zeros((1, 84, 84, 4), np.uint8)
-    action = policy.action(ts.restart(observation, batch_size=1)).action
-    assert 0 <= int(action[0]) < 6  # Pong's minimal action set
+    observation = np.zeros((84, 84, 4), np.uint8)  # the policy adds the batch dimension itself
+    action = policy.action(ts.restart(observation)).action
+    assert 0 <= int(action) < 6  # Pong's minimal action set
 
 
 def test_bundled_topology_trains_breakout_with_two_bundles(tmp_path):
@@ -135,7 +136,7 @@ def test_killed_launcher_leaves_no_orphan(tmp_path):
     process.kill()
     process.wait()
     assert_nothing_runs(run_dir, within_seconds=15)
-    assert not any(worker.is_running() for worker in workers)
+    assert eventually(lambda: all(has_ended(worker.pid) for worker in workers), 15.0)
 
 
 def test_killed_learner_is_replaced_and_the_run_reaches_its_budget(tmp_path):
