@@ -80,10 +80,13 @@ def component(process: psutil.Process) -> str:
     for name in ('parameter_server', 'replay'):
         if f'infra.{name}.server' in command:
             return name
-    if 'sdk_worker_main' in command:
-        parent = ' '.join(process.parent().cmdline())
-        return parent.partition('--kind=')[2].split()[0]
-    return 'beam_job' if 'pipelines.job' in command else 'launcher'
+    if 'pipelines.job' in command:
+        return 'beam_job'
+    for ancestor in process.parents():  # Beam puts a shell between a job and its workers
+        kind = ' '.join(ancestor.cmdline()).partition('--kind=')[2]
+        if kind:
+            return kind.split()[0]
+    return 'launcher'
 
 
 def cpu_by_component() -> Counter[str]:
