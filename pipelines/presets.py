@@ -106,7 +106,7 @@ LAPTOP: Mapping[str, Any] = {
     'epsilon_updates': 20_000,
     'replay_capacity': 250_000,
     'min_replay_size': 5_000,
-    'max_frames': 2_000_000,
+    'max_frames': 3_000_000,
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {'laptop': LAPTOP, 'nature': NATURE, 'paper': PAPER}
