@@ -11,7 +11,7 @@ from pipelines import config as config_lib
 from pipelines.errors import UsageError
 
 PREPROCESSING: Mapping[str, Any] = {
-    'action_repeat': 4,  # [N] Methods; [G] 5: "the same preprocessing"
+    'action_repeat': 4,  # [N] Methods; [G] 5 preprocesses as [N] does
     'frame_stack': 4,  # [N]
     'max_noops': 30,  # [N]
     'life_loss_ends_episode': True,  # [G] 5

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from infra.cluster import REPLAY, Cluster
@@ -26,10 +26,10 @@ from pipelines.monitor import Monitor, RunState
 
 _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 2.0
-_DRAIN_SECONDS = 120.0
-_PARAMETERS_SECONDS = 60.0
-_BACKLOG_SECONDS = 10.0
-_RESTART_SECONDS = 60.0
+_DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a busy machine
+_PARAMETERS_SECONDS = 60.0  # what a shard's death may cost; a save takes under a second
+_BACKLOG_SECONDS = 10.0  # workers send what they kept while the telemetry's server was busy
+_RESTART_SECONDS = 60.0  # a server's import of TensorFlow and restore, on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Training:
         """Watches until the budget is reached or the user stops it; returns why it ended.
 
         Raises:
-          WorkersFailedError, ClusterError: a box cannot be kept alive; a checkpoint was tried.
+          WorkersFailedError: workers cannot be kept alive; a checkpoint was tried.
+          ClusterError: nor a server, without which there is none; the last one stays in force.
         """
         self.display.phase('starting workers')
         self.jobs.start(time.time())
@@ -195,7 +196,7 @@ class Training:
         self._deaf_until = time.time() + _BACKLOG_SECONDS
 
     @contextlib.contextmanager
-    def _reported(self) -> Any:
+    def _reported(self) -> Iterator[None]:
         """Tells of a checkpoint that cannot be written: the one before it stays in force."""
         try:
             yield
