@@ -20,8 +20,8 @@ class Policy(Protocol):
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Greedy actions, int32 [envs], for uint8 [envs, 84, 84, stack]."""
 
-    def set_parameters(self, flat: Any) -> None:
-        """Assigns float32 [parameters] to the network."""
+    def set_parameters(self, *parts: Any) -> None:
+        """Assigns float32 vectors that make up [parameters] to the network."""
 
 
 class Adder(Protocol):
@@ -122,8 +122,8 @@ class Actor:
         """Reports the agent steps made, takes newer parameters if there are any; the clock."""
         counted, self._uncounted = self._uncounted, 0
         snapshot = self._parameters.pull(agent_steps=counted)
-        if snapshot.values is not None:
-            self._policy.set_parameters(snapshot.values)
+        if snapshot.parts is not None:
+            self._policy.set_parameters(*snapshot.parts)
         self.clock = snapshot.clock
         self._steps_since_pull = 0
         return self.clock

@@ -9,6 +9,7 @@ and n of the configuration, so whoever gives it TF-Agents' own `Trajectory` (or 
 TF-Agents' form, with gamma^(n-1) in it) gets the right loss too, from `train` and from `loss`.
 """
 
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -150,25 +151,40 @@ class FlatVariables:
     def __init__(self, variables: Sequence[tf.Variable]) -> None:
         self.variables = tuple(variables)
         self.size = sum(variable.shape.num_elements() for variable in self.variables)
+        # Used again for every assignment: fresh memory would cost more than the copy into it.
+        self._flat, self._tensor = _shared_memory(self.size)
         self._assign = _function(self._assign_all, tf.TensorSpec([self.size], tf.float32))
 
     def values(self) -> np.ndarray:
         """A copy of all parameters, float32 [parameters]."""
         return np.concatenate([variable.numpy().ravel() for variable in self.variables])
 
-    def assign(self, flat: Any) -> None:
-        """Sets all variables from float32 [parameters].
+    def assign(self, *parts: Any) -> None:
+        """Sets all variables from float32 vectors that make up [parameters], in order.
+
+        Not while another thread computes with the variables: it could see some of both.
 
         Raises:
-          ValueError: `flat` has another shape or type.
+          ValueError: the parts have another size or type together; nothing was set.
         """
-        values = tf.convert_to_tensor(flat)
-        if values.shape != (self.size,) or values.dtype != tf.float32:
-            raise ValueError(
-                f'parameters are {values.dtype.name}{values.shape.as_list()}, the network takes'
-                f' float32[{self.size}]: they belong to another game or network.'
-            )
-        self._assign(values)
+        arrays = [np.asarray(part) for part in parts]
+        sizes, types = [array.shape for array in arrays], {array.dtype for array in arrays}
+        if any(len(size) != 1 for size in sizes) or sum(size[0] for size in sizes) != self.size:
+            raise ValueError(self._misfit(f'of shapes {sizes}'))
+        if types != {np.dtype(np.float32)}:
+            raise ValueError(self._misfit(f'of types {sorted(map(str, types))}'))
+        begin = 0
+        for array in arrays:
+            end = begin + array.size
+            np.copyto(self._flat[begin:end], array)
+            begin = end
+        self._assign(self._tensor)
+
+    def _misfit(self, what: str) -> str:
+        return (
+            f'parameters {what} given, the network takes float32[{self.size}]: they belong to'
+            ' another game or network.'
+        )
 
     def _assign_all(self, flat: tf.Tensor) -> None:
         begin = 0
@@ -177,6 +193,13 @@ class FlatVariables:
             # Slices share the vector's memory; tf.split would copy it once more.
             variable.assign(tf.reshape(flat[begin:end], variable.shape))
             begin = end
+
+
+def _shared_memory(size: int) -> tuple[np.ndarray, tf.Tensor]:
+    """float32 [size] as an array and as a tensor on the same memory."""
+    # On pages of its own: TensorFlow takes over aligned memory only.
+    array = np.frombuffer(mmap.mmap(-1, size * np.dtype(np.float32).itemsize), np.float32)
+    return array, tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 class DqnLearner:
@@ -207,13 +230,13 @@ class DqnLearner:
         """A copy of the network's parameters, float32 [parameters]."""
         return self._online.values()
 
-    def set_parameters(self, flat: Any) -> None:
-        """Sets the network from float32 [parameters]."""
-        self._online.assign(flat)
+    def set_parameters(self, *parts: Any) -> None:
+        """Sets the network from float32 vectors that make up [parameters], in order."""
+        self._online.assign(*parts)
 
-    def set_target(self, flat: Any) -> None:
-        """Sets the target network from float32 [parameters]."""
-        self._target.assign(flat)
+    def set_target(self, *parts: Any) -> None:
+        """Sets the target network from float32 vectors that make up [parameters], in order."""
+        self._target.assign(*parts)
 
     def _flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         transition = Transition(*columns)
@@ -253,9 +276,9 @@ class GreedyPolicy:
         """A copy of the network's parameters, float32 [parameters]."""
         return self._parameters.values()
 
-    def set_parameters(self, flat: Any) -> None:
-        """Sets the network from float32 [parameters]."""
-        self._parameters.assign(flat)
+    def set_parameters(self, *parts: Any) -> None:
+        """Sets the network from float32 vectors that make up [parameters], in order."""
+        self._parameters.assign(*parts)
 
     def _best_action(self, observation: tf.Tensor) -> tf.Tensor:
         q_values, _ = self._network(observation)

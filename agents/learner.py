@@ -26,11 +26,11 @@ class Network(Protocol):
     def parameters(self) -> np.ndarray:
         """A copy of the network's parameters, float32 [parameters]."""
 
-    def set_parameters(self, flat: Any) -> None:
-        """Assigns float32 [parameters] to the network."""
+    def set_parameters(self, *parts: Any) -> None:
+        """Assigns float32 vectors that make up [parameters] to the network."""
 
-    def set_target(self, flat: Any) -> None:
-        """Assigns float32 [parameters] to the target network."""
+    def set_target(self, *parts: Any) -> None:
+        """Assigns float32 vectors that make up [parameters] to the target network."""
 
 
 class Parameters(Protocol):
@@ -82,14 +82,23 @@ class LossStatistics:
 
 @dataclasses.dataclass
 class LearnerCounters:
-    """What a learner did since it started, and how its latest updates looked."""
+    """What a learner did since it started, and how its latest update looked.
+
+    Attributes:
+      gradients: computed, outliers included.
+      outliers: not pushed, for their loss.
+      stale: refused by a shard as too old.
+      invalid: refused by a shard as not finite or misshapen.
+      loss: of the latest batch.
+      absolute_error: |TD error| of the latest batch, float32 [batch_size].
+    """
 
     gradients: int = 0
     outliers: int = 0
     stale: int = 0
     invalid: int = 0
     loss: float = 0.0
-    mean_absolute_error: float = 0.0
+    absolute_error: Any = ()
 
 
 class Learner:
@@ -133,7 +142,7 @@ class Learner:
         counters = self.counters
         counters.gradients += 1
         counters.loss = float(loss)
-        counters.mean_absolute_error = float(np.mean(absolute_error))
+        counters.absolute_error = absolute_error
         outlier = self._statistics.is_outlier(counters.loss, self._config.outlier_deviations)
         if math.isfinite(counters.loss):
             self._statistics = self._statistics.including(counters.loss, self._config.outlier_decay)
@@ -173,11 +182,11 @@ class Learner:
 
     def _refresh(self, snapshot: Any) -> None:
         self.clock = snapshot.clock
-        if snapshot.values is not None:
-            self._network.set_parameters(snapshot.values)
+        if snapshot.parts is not None:
+            self._network.set_parameters(*snapshot.parts)
             self._versions = snapshot.versions
         if snapshot.target_versions != self._target_versions:
             target = self._parameters.pull_target()
-            if target.values is not None:
-                self._network.set_target(target.values)
+            if target.parts is not None:
+                self._network.set_target(*target.parts)
             self._target_versions = target.target_versions

@@ -216,7 +216,7 @@ class LearnerWorker:
         counters = self._learner.counters
         return {
             'loss': counters.loss,
-            'mean_absolute_error': counters.mean_absolute_error,
+            'mean_absolute_error': float(np.mean(counters.absolute_error)),
             'rejected_outlier': counters.outliers,
         }
 
@@ -232,6 +232,7 @@ def _connect(stack: contextlib.ExitStack, config: ExperimentConfig, addresses: A
             layout,
             wire_dtype=server.wire_dtype,
             shared_memory=server.shared_memory,
+            copy_parts=False,  # actor and learner assign them at once
             timeout_seconds=SERVER_SECONDS,
         )
     )

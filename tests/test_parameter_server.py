@@ -231,11 +231,11 @@ class _LostReply:
         self._connection = connection
         connection.receive = self.receive
 
-    def receive(self):
-        self._receive()
+    def receive(self, tensor):
+        self._receive(tensor)
         self._connection.receive = self._receive
         self._connection.cancel()
-        return self._receive()
+        return self._receive(tensor)
 
 
 class TestBrokenStreams:
@@ -292,16 +292,25 @@ class TestAsynchronousPush:
 
 
 class TestMemory:
-    def test_a_snapshot_that_is_kept_is_not_overwritten(self, client):
+    def test_values_that_are_kept_are_not_overwritten(self, client):
         kept = [client.pull().values]
         for update in range(6):
             kept.append(client.push(_ONES, (update, update)).snapshot.values)
         for update, values in enumerate(kept):
             np.testing.assert_allclose(values, -update * _ONES, atol=1e-4)
 
-    def test_snapshots_are_read_only(self, client):
-        with pytest.raises(ValueError, match='read-only'):
-            client.pull().values[0] = 1
+    @pytest.mark.parametrize('transport', _TRANSPORTS)
+    def test_parts_that_are_not_copied_hold_until_the_next_call_of_their_kind(
+        self, addresses, transport
+    ):
+        with connect(addresses, copy_parts=False, **transport) as client:
+            client.initialise(_ZEROS)
+            parameters, target = client.pull(), client.pull_target()
+            client.push(_ONES, (0, 0), pull=False)
+            assert [part.size for part in parameters.parts] == [9, 10]
+            np.testing.assert_array_equal(parameters.values, _ZEROS)
+            np.testing.assert_allclose(client.pull().values, -_ONES, atol=1e-5)
+            np.testing.assert_array_equal(target.values, _ZEROS)
 
     def test_nothing_is_left_in_dev_shm(self, client):
         before = {name for name in os.listdir('/dev/shm') if name.startswith('gorila-')}
@@ -336,7 +345,7 @@ class TestMismatch:
             connection = client._connections[0]
             header = {**client._header('push'), 'version': 0, 'pull': False}
             connection.send(header, np.ones(8, np.float32))
-            reply, _ = connection.receive()
+            reply, _ = connection.receive(None)
             assert reply['rejected'] == 'invalid'
             assert '8 values instead of 9' in reply['message']
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-import sys
 import threading
 import time
 import uuid
@@ -22,13 +21,12 @@ from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.connection import Request, ShardConnection, StreamBroken, Watchdog
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
+from infra.parameter_server.shared_memory import PARAMETERS, TARGET
 
 _FIRST_BACKOFF_SECONDS = 0.05
 _LAST_BACKOFF_SECONDS = 1.0
 # How long the first writer may take from shard 0 to the last before others finish its work.
 _WINNER_SECONDS = 5.0
-# A snapshot in use, the one before it, and one being filled.
-_MAX_BUFFERS = 3
 _RESTART_REMEDY = 'start it again, or check the address'
 
 
@@ -52,16 +50,22 @@ class Snapshot:
     """Parameters as the shards had them, or the news that they have not changed.
 
     Attributes:
-      values: read-only float32 [layout.size]; None: not modified since this client last got it.
+      parts: each shard's float32 [n], in order, together [layout.size]; None: not modified since
+        this client last got them. See `copy_parts` of the client for how long they hold.
       versions: gradients applied, per shard; a gradient is pushed with those it was computed from.
       target_versions: the version at which each shard took its target network.
       clock: the global clock.
     """
 
-    values: np.ndarray | None
+    parts: tuple[np.ndarray, ...] | None
     versions: tuple[int, ...]
     target_versions: tuple[int, ...]
     clock: Clock
+
+    @property
+    def values(self) -> np.ndarray | None:
+        """A copy of `parts` as one float32 [layout.size]; None: not modified."""
+        return None if self.parts is None else np.concatenate(self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,42 +88,6 @@ class PushReply:
         return next((reason for reason in self.rejected if reason), None)
 
 
-class _Store:
-    """The last values got from the shards, in buffers that are used again once nobody reads them.
-
-    Fresh memory for each snapshot would cost more in page faults than the copy itself.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._buffers: list[np.ndarray] = []
-        self._current: np.ndarray | None = None
-
-    def update(self, parts: Sequence[slice], bodies: Sequence[np.ndarray | None]) -> np.ndarray:
-        """Returns read-only float32 [size]: new bodies where there are any, else the last ones."""
-        buffer = self._free_buffer()
-        for part, body in zip(parts, bodies):
-            if body is not None:
-                protocol.convert(body, buffer[part])
-            elif self._current is not None:
-                np.copyto(buffer[part], self._current[part])
-        self._current = buffer
-        view = buffer.view()
-        view.flags.writeable = False
-        return view
-
-    def _free_buffer(self) -> np.ndarray:
-        for index in range(len(self._buffers)):
-            # The list's own reference and the call's argument: nobody holds a view of it.
-            unused = sys.getrefcount(self._buffers[index]) == 2
-            if unused and self._buffers[index] is not self._current:
-                return self._buffers[index]
-        buffer = np.empty(self._size, np.float32)
-        if len(self._buffers) < _MAX_BUFFERS:
-            self._buffers.append(buffer)
-        return buffer
-
-
 class ParameterClient:
     """A connection to all shards; a context manager. Calls from several threads take turns."""
 
@@ -130,6 +98,7 @@ class ParameterClient:
         *,
         wire_dtype: str = 'float32',
         shared_memory: bool = True,
+        copy_parts: bool = True,
         timeout_seconds: float = 30.0,
     ) -> None:
         """Prepares; the first call connects.
@@ -139,6 +108,8 @@ class ParameterClient:
           layout: of the network.
           wire_dtype: 'float32' or 'bfloat16'; tensors in shared memory are always float32.
           shared_memory: whether to use it with shards on this host.
+          copy_parts: whether a snapshot's parts are its own. Without, they are where the shards
+            write the next ones: faster, and good until the next call for parameters or target.
           timeout_seconds: no call takes longer than about this.
 
         Raises:
@@ -152,6 +123,7 @@ class ParameterClient:
             )
         self.layout = layout
         self._timeout_seconds = timeout_seconds
+        self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
         hello = {
             'protocol': protocol.PROTOCOL_VERSION,
@@ -172,8 +144,10 @@ class ParameterClient:
         self._outstanding: concurrent.futures.Future | None = None
         self._sequence = 0
         self._agent_steps = 0
-        self._parameters = _Store(layout.size)
-        self._target = _Store(layout.size)
+        # What the shards sent last; a part stays as it is while its shard has nothing new.
+        self._latest: dict[str, list[Any]] = {
+            tensor: [None] * len(addresses) for tensor in (PARAMETERS, TARGET)
+        }
 
     def __enter__(self) -> ParameterClient:
         return self
@@ -217,7 +191,7 @@ class ParameterClient:
         """
         with self._lock:
             self._agent_steps += agent_steps
-            return self._pull('pull', self._parameters, 'known')
+            return self._pull('pull', PARAMETERS)
 
     def pull_target(self) -> Snapshot:
         """Returns the target network: the parameters at the last multiple of the target period.
@@ -227,7 +201,7 @@ class ParameterClient:
           ParameterServerError: a shard refused, or did not answer in time.
         """
         with self._lock:
-            return self._pull('pull_target', self._target, 'known_target')
+            return self._pull('pull_target', TARGET)
 
     def push(self, gradient: np.ndarray, versions: Sequence[int], pull: bool = True) -> PushReply:
         """Sends a gradient, float32 [layout.size], and with `pull` gets the parameters after it.
@@ -334,13 +308,13 @@ class ParameterClient:
                 time.sleep(_FIRST_BACKOFF_SECONDS)
         return shards
 
-    def _pull(self, operation: str, store: _Store, known: str) -> Snapshot:
+    def _pull(self, operation: str, tensor: str) -> Snapshot:
         requests = [
-            Request(connection, self._header(operation), known=known)
+            Request(connection, self._header(operation), tensor=tensor)
             for connection in self._connections
         ]
         requests[0].header['agent_steps'] = self._agent_steps
-        return self._snapshot(requests, self._exchange(requests, wait_initialised=True), store)
+        return self._snapshot(requests, self._exchange(requests, wait_initialised=True), tensor)
 
     def _stage(
         self, gradient: np.ndarray, versions: Sequence[int], pull: bool, copy: bool
@@ -355,13 +329,13 @@ class ParameterClient:
         for connection, part, version in zip(self._connections, self._parts, versions):
             header = {**self._header('push'), 'version': int(version), 'pull': pull}
             body = connection.stage(gradient[part], copy=copy)
-            requests.append(Request(connection, header, body, known='known'))
+            requests.append(Request(connection, header, body, PARAMETERS))
         return requests
 
     def _push(self, requests: list[Request]) -> PushReply:
         replies = self._exchange(requests)
         return PushReply(
-            snapshot=self._snapshot(requests, replies, self._parameters),
+            snapshot=self._snapshot(requests, replies, PARAMETERS),
             rejected=tuple(reply['rejected'] for reply in replies),
             message=next((reply['message'] for reply in replies if reply['rejected']), ''),
         )
@@ -372,14 +346,16 @@ class ParameterClient:
         finally:
             self._lock.release()
 
-    def _snapshot(self, requests: list[Request], replies: list[dict], store: _Store) -> Snapshot:
-        values = None
-        if any(reply.get('modified') for reply in replies):
-            values = store.update(self._parts, [request.reply_body for request in requests])
-        for request, reply in zip(requests, replies):
+    def _snapshot(self, requests: list[Request], replies: list[dict], tensor: str) -> Snapshot:
+        parts = self._latest[tensor]
+        modified = False
+        for shard, (request, reply) in enumerate(zip(requests, replies)):
+            if request.reply_body is not None:
+                modified = True
+                parts[shard] = request.reply_body.copy() if self._copy_parts else request.reply_body
             request.remember(reply)
         return Snapshot(
-            values=values,
+            parts=tuple(parts) if modified else None,
             versions=tuple(reply['version'] for reply in replies),
             target_versions=tuple(reply['target_version'] for reply in replies),
             clock=Clock(replies[0]['version'], replies[0]['agent_steps'], replies[0]['stopping']),

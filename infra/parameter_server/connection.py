@@ -13,11 +13,19 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from infra.parameter_server import protocol
-from infra.parameter_server.shared_memory import Segment, host_identity, is_loopback
+from infra.parameter_server.shared_memory import (
+    GRADIENT,
+    PARAMETERS,
+    TARGET,
+    Segment,
+    host_identity,
+    is_loopback,
+)
 
 # Connections of a process would otherwise share one channel, and its long back-off.
 _CHANNEL_OPTIONS = [('grpc.use_local_subchannel_pool', 1)]
 _WATCH_SECONDS = 0.2
+_NOTHING = {PARAMETERS: -1, TARGET: -1}
 _BROKEN = (flight.FlightError, pa.ArrowException, StopIteration, OSError)
 
 
@@ -30,13 +38,13 @@ class ShardConnection:
 
     Attributes:
       address: `host:port`.
-      known: version of the parameters, and `known_target` of the target, that this client holds;
-        -1 for none. Forgotten with the stream: versions of another server do not compare.
+      known: version of each tensor that this client holds; -1 for none.
+        Forgotten with the stream: versions of another server do not compare.
     """
 
     def __init__(self, address: str, hello: dict[str, Any], size: int, shared_memory: bool) -> None:
         self.address = address
-        self.known = {'known': -1, 'known_target': -1}
+        self.known = dict(_NOTHING)
         self._hello = hello
         self._size = size
         self._wire_dtype = hello['wire_dtype']
@@ -77,8 +85,8 @@ class ShardConnection:
           The array to give to `send`: in shared memory, or of the wire's type.
         """
         if self._segment is not None:
-            np.copyto(self._segment.gradient, values)
-            return self._segment.gradient
+            np.copyto(self._segment.tensors[GRADIENT], values)
+            return self._segment.tensors[GRADIENT]
         wire_type = protocol.WIRE_TYPES['float32' if exact else self._wire_dtype]
         if not copy and wire_type == values.dtype:
             return values
@@ -91,8 +99,8 @@ class ShardConnection:
         try:
             metadata = protocol.encode_header(header)
             if body is not None and self._segment is not None:
-                if body is not self._segment.gradient:
-                    protocol.convert(body, self._segment.gradient)
+                if body is not self._segment.tensors[GRADIENT]:
+                    protocol.convert(body, self._segment.tensors[GRADIENT])
                 body = None
             if body is None:
                 self._writer.write_metadata(metadata)
@@ -106,19 +114,25 @@ class ShardConnection:
             self.drop()
             raise StreamBroken(_first_line(error)) from error
 
-    def receive(self) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Returns the next reply and the values it brought; raises StreamBroken."""
+    def receive(self, tensor: str | None) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Returns the next reply, and the tensor that it brought (`PARAMETERS`, `TARGET`), if any.
+
+        That is float32 [size]; in shared memory the next reply overwrites it.
+
+        Raises:
+          StreamBroken: it did not come, or is not one.
+        """
         try:
             chunk = self._reader.read_chunk()
             header = protocol.decode_header(chunk.app_metadata)
             if chunk.data is not None:
-                return header, protocol.decode_body(chunk.data, self._wire_dtype)
+                return header, self._decode(chunk.data)
         except (*_BROKEN, ValueError) as error:
             self.drop()
             raise StreamBroken(_first_line(error)) from error
-        if header.get('modified') and self._segment is not None:
-            return header, self._segment.parameters
-        return header, None
+        if tensor is None or self._segment is None or not header.get('modified'):
+            return header, None
+        return header, self._segment.tensors[tensor]
 
     def cancel(self) -> None:
         """Ends whatever waits on the stream, from another thread."""
@@ -139,7 +153,7 @@ class ShardConnection:
         writer, self._writer = self._writer, None
         client, self._client = self._client, None
         self._segment = None
-        self.known = {'known': -1, 'known_target': -1}
+        self.known = dict(_NOTHING)
         # Cancelled first, so that closing does not wait for a shard that hangs.
         for end in (reader and reader.cancel, writer and writer.close, client and client.close):
             with contextlib.suppress(*_BROKEN):
@@ -168,6 +182,16 @@ class ShardConnection:
         self._segment = segment if reply.get('shared_memory') else None
         return reply
 
+    def _decode(self, batch: pa.RecordBatch) -> np.ndarray:
+        values = protocol.decode_body(batch, self._wire_dtype)
+        if values.size != self._size:
+            raise ValueError(f'{values.size} values came instead of {self._size}')
+        if values.dtype == np.float32:
+            return values
+        converted = np.empty(self._size, np.float32)
+        protocol.convert(values, converted)
+        return converted
+
     def _create_segment(self) -> Segment | None:
         if not self._wants_segment or host_identity() is None:
             return None
@@ -183,7 +207,7 @@ class Request:
     Attributes:
       connection: to the shard.
       header: what is asked; fixed, so that a repeat is the same message.
-      reply_body: the values of the last reply.
+      reply_body: the values of the last reply, float32 [size].
     """
 
     def __init__(
@@ -191,24 +215,24 @@ class Request:
         connection: ShardConnection,
         header: dict[str, Any],
         body: np.ndarray | None = None,
-        known: str | None = None,
+        tensor: str | None = None,
     ) -> None:
         self.connection = connection
         self.header = header
         self.reply_body: np.ndarray | None = None
         self._body = body
-        self._known = known
+        self._tensor = tensor
 
     def send(self, deadline: float) -> None:
         """Opens the stream if need be and sends; raises StreamBroken or what `connect` raises."""
         self.connection.connect(deadline)
-        if self._known is not None:
-            self.header['known'] = self.connection.known[self._known]
+        if self._tensor is not None:
+            self.header['known'] = self.connection.known[self._tensor]
         self.connection.send(self.header, self._body)
 
     def receive(self) -> dict[str, Any]:
         """Returns the reply's header; raises StreamBroken."""
-        reply, self.reply_body = self.connection.receive()
+        reply, self.reply_body = self.connection.receive(self._tensor)
         if reply.get('sequence') != self.header['sequence']:
             self.connection.drop()
             raise StreamBroken(f'reply {reply.get("sequence")} to {self.header["sequence"]}')
@@ -216,9 +240,9 @@ class Request:
 
     def remember(self, reply: dict[str, Any]) -> None:
         """Notes which version the client now holds."""
-        if self._known is not None and reply.get('modified'):
-            version = 'target_version' if self._known == 'known_target' else 'version'
-            self.connection.known[self._known] = reply[version]
+        if self._tensor is not None and reply.get('modified'):
+            version = 'target_version' if self._tensor == TARGET else 'version'
+            self.connection.known[self._tensor] = reply[version]
 
 
 class Watchdog:

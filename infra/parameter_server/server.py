@@ -24,7 +24,13 @@ import pyarrow.flight as flight
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
-from infra.parameter_server.shared_memory import Segment, host_identity
+from infra.parameter_server.shared_memory import (
+    GRADIENT,
+    PARAMETERS,
+    TARGET,
+    Segment,
+    host_identity,
+)
 
 if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
     from infra.parameter_server.shard import Shard
@@ -43,8 +49,8 @@ class _Connection:
     Attributes:
       session: the client's name.
       layout: what the client believes the network to be.
-      segment: the gradient and parameters, shared with the client or private to this stream.
-      shared: whether the client sees `segment` too.
+      tensors: float32 [n] by name, see `Segment`.
+      shared: whether the client sees `tensors` too.
     """
 
     def __init__(self, shard: Shard, header: dict[str, Any]) -> None:
@@ -64,9 +70,9 @@ class _Connection:
         part = shard.slice_of(self.layout)
         segment = _open_segment(shard, header, part.stop - part.start)
         self.shared = segment is not None
-        self.segment = segment or Segment.private(part.stop - part.start)
+        self.tensors = (segment or Segment.private(part.stop - part.start)).tensors
         # TensorFlow reads the gradient where the client wrote it: no copy, no conversion.
-        capsule = self.segment.gradient.__dlpack__()
+        capsule = self.tensors[GRADIENT].__dlpack__()
         self.gradient_tensor = tf.experimental.dlpack.from_dlpack(capsule)
         self.wire_buffer = np.empty(part.stop - part.start, wire_type)
 
@@ -76,24 +82,24 @@ class _Connection:
             self._receive(body, self.wire_dtype)
         except ValueError as error:
             return str(error)
-        return self.segment.gradient, self.gradient_tensor
+        return self.tensors[GRADIENT], self.gradient_tensor
 
     def first_values(self, body: pa.RecordBatch | None) -> np.ndarray:
         """Returns the values of `initialise`, which always travel as float32."""
         self._receive(body, 'float32')
-        return self.segment.gradient
+        return self.tensors[GRADIENT]
 
-    def reply_body(self) -> pa.RecordBatch | None:
-        """Returns the segment's parameters for the network, None when the client sees them."""
+    def reply_body(self, tensor: str) -> pa.RecordBatch | None:
+        """Returns the tensor of that name for the network, None when the client sees it."""
         if self.shared:
             return None
         if self.wire_dtype == 'float32':
-            return protocol.encode_body(self.segment.parameters)
-        protocol.convert(self.segment.parameters, self.wire_buffer)
+            return protocol.encode_body(self.tensors[tensor])
+        protocol.convert(self.tensors[tensor], self.wire_buffer)
         return protocol.encode_body(self.wire_buffer)
 
     def _receive(self, body: pa.RecordBatch | None, wire_dtype: str) -> None:
-        expected = self.segment.gradient.size
+        expected = self.tensors[GRADIENT].size
         if body is None:
             if not self.shared:
                 raise ValueError(f'the message holds no values; {expected} were expected')
@@ -101,7 +107,7 @@ class _Connection:
         values = protocol.decode_body(body, wire_dtype)
         if values.size != expected:
             raise ValueError(f'the message holds {values.size} values instead of {expected}')
-        protocol.convert(values, self.segment.gradient)
+        protocol.convert(values, self.tensors[GRADIENT])
 
 
 class _FlightServer(flight.FlightServerBase):
@@ -156,18 +162,18 @@ class _FlightServer(flight.FlightServerBase):
                 writer.write_with_metadata(body, metadata)
 
     def _answer(self, connection: _Connection, chunk: Any) -> tuple[dict, pa.RecordBatch | None]:
-        sequence = None
+        sequence = operation_name = None
         try:
             header = protocol.decode_header(chunk.app_metadata)
-            sequence = header['sequence']
+            sequence, operation_name = header['sequence'], header['operation']
             self._shard.check_layout(connection.layout)
-            operation = self._operations[header['operation']]
-            reply = operation(connection, header, chunk.data)
+            reply = self._operations[operation_name](connection, header, chunk.data)
         except Exception as error:
             # Whatever a message holds, it must not take the shard's other clients down.
             reply = _error_reply(error)
         reply['sequence'] = sequence
-        return reply, connection.reply_body() if reply.get('modified') else None
+        tensor = TARGET if operation_name == 'pull_target' else PARAMETERS
+        return reply, connection.reply_body(tensor) if reply.get('modified') else None
 
     def _initialise(self, connection: _Connection, header: dict, body: Any) -> dict:
         values = connection.first_values(body)
@@ -177,7 +183,7 @@ class _FlightServer(flight.FlightServerBase):
         self._shard.add_agent_steps(connection.session, header['agent_steps'])
         if self._shard.layout is None:
             return {'error': protocol.UNINITIALISED, **self._shard.clock()}
-        return self._shard.copy_parameters(header['known'], connection.segment.parameters)
+        return self._shard.copy_parameters(header['known'], connection.tensors[PARAMETERS])
 
     def _push(self, connection: _Connection, header: dict, body: Any) -> dict:
         if self._shard.layout is None:
@@ -189,7 +195,7 @@ class _FlightServer(flight.FlightServerBase):
             header['version'],
         )
         if header['pull']:
-            reply = self._shard.copy_parameters(header['known'], connection.segment.parameters)
+            reply = self._shard.copy_parameters(header['known'], connection.tensors[PARAMETERS])
         else:
             reply = self._shard.clock()
         return {**reply, 'rejected': rejected, 'message': message}
@@ -197,7 +203,7 @@ class _FlightServer(flight.FlightServerBase):
     def _pull_target(self, connection: _Connection, header: dict, body: Any) -> dict:
         if self._shard.layout is None:
             return {'error': protocol.UNINITIALISED, **self._shard.clock()}
-        return self._shard.copy_target(header['known'], connection.segment.parameters)
+        return self._shard.copy_target(header['known'], connection.tensors[TARGET])
 
     def _report(self, connection: _Connection, header: dict, body: Any) -> dict:
         return {'report': {**self._shard.report(), 'clients': self._clients}}

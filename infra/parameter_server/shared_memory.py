@@ -1,4 +1,4 @@
-"""Shared memory between a client and a shard on one host: gradient in, parameters out.
+"""Shared memory between a client and a shard on one host: gradient in, parameters and target out.
 
 The client makes a file in /dev/shm, the shard maps it, and the client unlinks it at once: the
 memory lives as long as the two mappings, and nothing is left behind when either is killed.
@@ -17,6 +17,7 @@ import numpy as np
 _DIRECTORY = '/dev/shm'
 _NAME = re.compile(r'gorila-[0-9a-f]{32}')
 _LOOPBACK = re.compile(r'(localhost|127(\.\d+){3}|\[?::1\]?)')
+GRADIENT, PARAMETERS, TARGET = _TENSORS = ('gradient', 'parameters', 'target')
 _ELEMENT_BYTES = np.dtype(np.float32).itemsize
 
 
@@ -35,24 +36,26 @@ def is_loopback(host: str) -> bool:
 
 
 class Segment:
-    """Two float32 vectors in memory that two processes share, or that one keeps to itself.
+    """Three float32 vectors in memory that two processes share, or that one keeps to itself.
 
     Attributes:
       name: of the file, None for private memory.
-      gradient: float32 [size], written by the client.
-      parameters: float32 [size], written by the shard.
+      tensors: float32 [size] by name: `GRADIENT`, written by the client, `PARAMETERS` and `TARGET`,
+        written by the shard.
     """
 
     def __init__(self, memory: mmap.mmap, size: int, name: str | None = None) -> None:
         self.name = name
-        self.gradient = np.frombuffer(memory, np.float32, size)
-        # The second vector starts on a page of its own: TensorFlow wants aligned memory.
-        self.parameters = np.frombuffer(memory, np.float32, size, _region_bytes(size))
+        # Each starts on a page of its own: TensorFlow wants aligned memory.
+        self.tensors = {
+            tensor: np.frombuffer(memory, np.float32, size, region * _region_bytes(size))
+            for region, tensor in enumerate(_TENSORS)
+        }
 
     @classmethod
     def private(cls, size: int) -> Segment:
         """Returns memory that only this process sees, for a client on another host."""
-        return cls(mmap.mmap(-1, 2 * _region_bytes(size)), size)
+        return cls(mmap.mmap(-1, _segment_bytes(size)), size)
 
     @classmethod
     def create(cls, size: int) -> Segment:
@@ -66,8 +69,8 @@ class Segment:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # Without its blocks reserved, a full /dev/shm would be a SIGBUS at the first write.
-            os.posix_fallocate(descriptor, 0, 2 * _region_bytes(size))
-            return cls(mmap.mmap(descriptor, 2 * _region_bytes(size)), size, name)
+            os.posix_fallocate(descriptor, 0, _segment_bytes(size))
+            return cls(mmap.mmap(descriptor, _segment_bytes(size)), size, name)
         except BaseException:
             os.unlink(path)
             raise
@@ -88,9 +91,9 @@ class Segment:
         descriptor = os.open(os.path.join(_DIRECTORY, name), flags)
         try:
             status = os.fstat(descriptor)
-            if status.st_uid != os.geteuid() or status.st_size != 2 * _region_bytes(size):
+            if status.st_uid != os.geteuid() or status.st_size != _segment_bytes(size):
                 raise ValueError(f'{name} belongs to another user or has another size')
-            return cls(mmap.mmap(descriptor, 2 * _region_bytes(size)), size, name)
+            return cls(mmap.mmap(descriptor, _segment_bytes(size)), size, name)
         finally:
             os.close(descriptor)
 
@@ -99,6 +102,10 @@ class Segment:
         if self.name is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(_DIRECTORY, self.name))
+
+
+def _segment_bytes(size: int) -> int:
+    return len(_TENSORS) * _region_bytes(size)
 
 
 def _region_bytes(size: int) -> int:
