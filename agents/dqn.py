@@ -11,7 +11,7 @@ TF-Agents' form, with gamma^(n-1) in it) gets the right loss too, from `train` a
 
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +24,7 @@ from tf_agents.utils import common
 
 from agents import networks
 from agents.config import AgentConfig, NetworkConfig
+from infra.replay.trajectory import Transition
 
 LOSSES = {
     'huber': common.element_wise_huber_loss,  # error^2 / 2 up to 1, then linear
@@ -31,16 +32,6 @@ LOSSES = {
 }
 # The parameter server rules over the target; TF-Agents' own copying must never come due.
 _NEVER = 2**31 - 1
-
-
-class Transition(NamedTuple):
-    """A batch of n-step transitions, as the replay's dataset yields them (see infra/replay)."""
-
-    observation: Any  # uint8 [B, 84, 84, stack]
-    action: Any  # int32 [B]
-    reward: Any  # float32 [B], n-step, discounted
-    discount: Any  # float32 [B], gamma^n times the product of the episode's discounts
-    next_observation: Any  # uint8 [B, 84, 84, stack]
 
 
 class DqnAgent(dqn_agent.DqnAgent):

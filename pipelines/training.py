@@ -51,7 +51,8 @@ class Due:
         """Begins a new period now."""
         self._next = time.monotonic() + self._period
 
-    def __bool__(self) -> bool:
+    def take(self) -> bool:
+        """Whether it is due; if so, a new period begins."""
         if time.monotonic() < self._next:
             return False
         self.postpone()
@@ -128,7 +129,7 @@ class Training:
 
     def _look(self) -> None:
         """Takes in what the workers and servers tell, and shows it."""
-        if self._status_due:
+        if self._status_due.take():
             self._ask()
         events = self.reader.drain(timeout_seconds=0.2)
         self._bundles.update(_bundle_replays(events))
@@ -169,9 +170,11 @@ class Training:
 
     def _save_if_due(self) -> None:
         first = not self._learned and self.monitor.state().updates > 0
-        if self._checkpoint_due:
+        if self._checkpoint_due.take():
             self._checkpoint()
-        elif first or (self._learned and self._parameters_due):
+        elif self.cluster.config.parameter_addresses:
+            return  # shards that this run did not start are not this run's to restart
+        elif first or (self._learned and self._parameters_due.take()):
             self._learned = True
             with self._reported():
                 self.checkpoints.save_parameters(self.client)

@@ -10,6 +10,7 @@ from tf_agents.trajectories import trajectory
 
 from agents import config, dqn, py_environment
 from agents.config import AgentConfig, EnvironmentConfig, NetworkConfig
+from infra.replay.trajectory import Transition
 
 _BATCH, _NUM_ACTIONS = 6, 3
 _NETWORK = NetworkConfig('dqn2013')
@@ -36,12 +37,12 @@ def _frames(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(256, size=(*shape, 84, 84, 4), dtype=np.uint8)
 
 
-def _transition(batch_size: int = _BATCH, gamma_n: float = 0.9) -> dqn.Transition:
+def _transition(batch_size: int = _BATCH, gamma_n: float = 0.9) -> Transition:
     """Rewards on both sides of the Huber loss's corner; the last row is terminal."""
     random = np.random.default_rng(2)
     discount = np.full(batch_size, gamma_n, np.float32)
     discount[-1] = 0.0
-    return dqn.Transition(
+    return Transition(
         observation=tf.constant(_frames(3, batch_size)),
         action=tf.constant(random.integers(_NUM_ACTIONS, size=batch_size), tf.int32),
         reward=tf.constant(random.normal(scale=2, size=batch_size), tf.float32),
@@ -50,7 +51,7 @@ def _transition(batch_size: int = _BATCH, gamma_n: float = 0.9) -> dqn.Transitio
     )
 
 
-def _expected_error(agent: dqn.DqnAgent, transition: dqn.Transition, double: bool) -> np.ndarray:
+def _expected_error(agent: dqn.DqnAgent, transition: Transition, double: bool) -> np.ndarray:
     """reward + discount * target(next, a*) - q(observation, action), row by row."""
     q_values, next_online = (
         agent.q_network(frames)[0].numpy()
@@ -127,7 +128,7 @@ class TestLoss:
             tf.constant(reward), tf.constant(discount),
         )  # fmt: skip
         powers = 0.9 ** np.arange(n_step)
-        transition = dqn.Transition(
+        transition = Transition(
             frames[:, 0],
             action[:, 0].astype(np.int32),
             (reward[:, :n_step] * powers).sum(axis=1).astype(np.float32),

@@ -16,6 +16,7 @@ from agents.config import AgentConfig, LearnerConfig, NetworkConfig
 from agents.learner import Learner, LossStatistics
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.layout import Layout
+from infra.replay.trajectory import Transition
 from tests import parameter_servers
 
 BATCH, ACTIONS, DISCOUNT = 8, 4, 0.97
@@ -63,7 +64,7 @@ def our_samples(count):
     """The batches as the replay's dataset gives them: the discount holds gamma."""
     for batch in batches(count):
         gamma = np.float32(DISCOUNT)
-        yield Sample(dqn.Transition(**{**batch, 'discount': gamma * batch['discount']}))
+        yield Sample(Transition(**{**batch, 'discount': gamma * batch['discount']}))
 
 
 def their_parameters(optimizer, count):

@@ -23,12 +23,17 @@ class _Optimizer:
     """
 
     def __init__(self, config: ParameterServerConfig) -> None:
-        self._config = config
+        # Tensors made once: a Python number is made a tensor anew in every step.
+        self._rate = tf.constant(config.learning_rate, tf.float32)
+        self._epsilon = tf.constant(config.optimizer_epsilon, tf.float32)
         self.slots: dict[str, tf.Variable] = {}
         self.scalars: dict[str, tf.Variable] = {}
 
     def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
-        """Makes one step; to be traced into a `tf.function`."""
+        """Makes one step in place.
+
+        Eagerly: `tf.function` takes as long again to hand a single kernel to another thread.
+        """
         raise NotImplementedError
 
     def _add_slot(self, name: str, size: int, value: float) -> None:
@@ -46,7 +51,7 @@ class _Adagrad(_Optimizer):
         tf.raw_ops.ResourceApplyAdagrad(
             var=parameters.handle,
             accum=self.slots['accumulator'].handle,
-            lr=self._config.learning_rate,
+            lr=self._rate,
             grad=gradient,
         )
 
@@ -56,6 +61,8 @@ class _CenteredRMSProp(_Optimizer):
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
         super().__init__(config)
+        self._decay = tf.constant(config.optimizer_decay, tf.float32)
+        self._momentum = tf.constant(config.optimizer_momentum, tf.float32)
         self._add_slot('mean', size, 0.0)
         # TensorFlow's RMSPropOptimizer starts the mean square at one, so first steps are small.
         self._add_slot('mean_square', size, 1.0)
@@ -67,10 +74,10 @@ class _CenteredRMSProp(_Optimizer):
             mg=self.slots['mean'].handle,
             ms=self.slots['mean_square'].handle,
             mom=self.slots['momentum'].handle,
-            lr=self._config.learning_rate,
-            rho=self._config.optimizer_decay,
-            momentum=self._config.optimizer_momentum,
-            epsilon=self._config.optimizer_epsilon,
+            lr=self._rate,
+            rho=self._decay,
+            momentum=self._momentum,
+            epsilon=self._epsilon,
             grad=gradient,
         )
 
@@ -80,6 +87,8 @@ class _Adam(_Optimizer):
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
         super().__init__(config)
+        self._beta_1 = tf.constant(config.adam_beta_1, tf.float32)
+        self._beta_2 = tf.constant(config.adam_beta_2, tf.float32)
         self._add_slot('first_moment', size, 0.0)
         self._add_slot('second_moment', size, 0.0)
         self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
@@ -93,14 +102,14 @@ class _Adam(_Optimizer):
             v=self.slots['second_moment'].handle,
             beta1_power=beta_1_power,
             beta2_power=beta_2_power,
-            lr=self._config.learning_rate,
-            beta1=self._config.adam_beta_1,
-            beta2=self._config.adam_beta_2,
-            epsilon=self._config.optimizer_epsilon,
+            lr=self._rate,
+            beta1=self._beta_1,
+            beta2=self._beta_2,
+            epsilon=self._epsilon,
             grad=gradient,
         )
-        beta_1_power.assign(beta_1_power * self._config.adam_beta_1)
-        beta_2_power.assign(beta_2_power * self._config.adam_beta_2)
+        beta_1_power.assign(beta_1_power * self._beta_1)
+        beta_2_power.assign(beta_2_power * self._beta_2)
 
 
 _OPTIMIZERS: dict[str, Any] = {'adagrad': _Adagrad, 'rmsprop': _CenteredRMSProp, 'adam': _Adam}
@@ -112,18 +121,18 @@ class OptimizedSlice:
     Attributes:
       parameters: float32 [n].
       state: every variable of the slice by name: 'parameters', the slots and the scalars.
-      step: a function of a float32 [n] gradient tensor that makes one update in place.
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        optimizer = _OPTIMIZERS[config.optimizer](config, size)
+        self._optimizer = _OPTIMIZERS[config.optimizer](config, size)
         self.parameters = tf.Variable(tf.zeros([size], tf.float32))
-        self.slot_names = tuple(optimizer.slots)
-        self.state = {'parameters': self.parameters, **optimizer.slots, **optimizer.scalars}
+        self.slot_names = tuple(self._optimizer.slots)
+        self.state = {
+            'parameters': self.parameters,
+            **self._optimizer.slots,
+            **self._optimizer.scalars,
+        }
 
-        def step(gradient: tf.Tensor) -> None:
-            optimizer.apply(self.parameters, gradient)
-
-        signature = [tf.TensorSpec([size], tf.float32)]
-        # A concrete function is traced here, once, and skips the signature match of each call.
-        self.step = tf.function(step, signature, autograph=False).get_concrete_function()
+    def step(self, gradient: tf.Tensor) -> None:
+        """Makes one update in place from a float32 [n] gradient tensor."""
+        self._optimizer.apply(self.parameters, gradient)

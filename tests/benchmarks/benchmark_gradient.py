@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from agents.config import AgentConfig, EnvironmentConfig, NetworkConfig
+from infra.replay.trajectory import Transition
 
 _BATCH, _ENVIRONMENTS, _NUM_ACTIONS = 32, 8, 6
 _MODULE = 'tests.benchmarks.benchmark_gradient'
@@ -44,7 +45,7 @@ def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], objec
     learner = dqn.DqnLearner(agent, gradient_clip_norm=10.0)
     policy = dqn.GreedyPolicy(agent.q_network)
     frames = tf.constant(_frames(_BATCH))
-    transition = dqn.Transition(
+    transition = Transition(
         frames, tf.zeros(_BATCH, tf.int32), tf.ones(_BATCH), tf.ones(_BATCH), frames
     )
     parameters, observation = learner.parameters(), _frames(_ENVIRONMENTS)

@@ -28,9 +28,9 @@ os.environ.setdefault('TF_NUM_INTEROP_THREADS', '1')
 import numpy as np
 import psutil
 
-from agents import dqn
 from agents.environment import AtariEnvironment
 from infra.parameter_server.client import ParameterClient
+from infra.replay.trajectory import Transition
 from pipelines import agent, config, options
 from pipelines.config import ExperimentConfig
 
@@ -143,7 +143,7 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
     batch, envs = experiment.learner.batch_size, experiment.actor.envs_per_actor
     frames = tf.constant(rng.integers(256, size=(batch, 84, 84, 4), dtype=np.uint8))
     zeros = tf.zeros(batch)
-    transition = dqn.Transition(frames, tf.zeros(batch, tf.int32), zeros, zeros, frames)
+    transition = Transition(frames, tf.zeros(batch, tf.int32), zeros, zeros, frames)
     whole = OptimizedSlice(experiment.parameter_server, len(learner.parameters()))
     gradient = tf.constant(rng.normal(size=len(learner.parameters())), tf.float32)
     observation = rng.integers(256, size=(envs, 84, 84, 4), dtype=np.uint8)
