@@ -5,33 +5,17 @@ with unit and source, stands beside it.
 """
 
 import dataclasses
-from typing import Any
+
+from infra.fields import (
+    described,
+    require,
+    require_at_least,
+    require_choice,
+    require_fraction,
+)
 
 TORSOS = ('nature', 'dqn2013')
 LOSSES = ('huber', 'squared')
-
-
-def described(default: Any, text: str) -> Any:
-    """A dataclass field with its flag's help text."""
-    return dataclasses.field(default=default, metadata={'help': text})
-
-
-def require(config: Any, name: str, satisfied: bool, allowed: str) -> None:
-    """Raises ValueError, naming the field, its value and what is allowed, unless `satisfied`."""
-    if not satisfied:
-        raise ValueError(f'{name} is {getattr(config, name)!r}; it must be {allowed}')
-
-
-def require_at_least(config: Any, least: float, *names: str) -> None:
-    """Raises ValueError unless each of the named fields is at least `least`."""
-    for name in names:
-        require(config, name, getattr(config, name) >= least, f'at least {least}')
-
-
-def require_fraction(config: Any, *names: str) -> None:
-    """Raises ValueError unless each of the named fields is from 0 to 1."""
-    for name in names:
-        require(config, name, 0 <= getattr(config, name) <= 1, 'from 0 to 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +56,7 @@ class NetworkConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self, 'torso', self.torso in TORSOS, f'one of {", ".join(TORSOS)}')
+        require_choice(self, 'torso', TORSOS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +73,7 @@ class AgentConfig:
         require_fraction(self, 'discount')
         require_at_least(self, 1, 'n_step')
         require_at_least(self, 0, 'gradient_clip_norm')
-        require(self, 'loss', self.loss in LOSSES, f'one of {", ".join(LOSSES)}')
+        require_choice(self, 'loss', LOSSES)
 
 
 @dataclasses.dataclass(frozen=True)

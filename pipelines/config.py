@@ -12,10 +12,8 @@ from agents.config import (
     EnvironmentConfig,
     LearnerConfig,
     NetworkConfig,
-    described,
-    require_at_least,
-    require_fraction,
 )
+from infra.fields import described, require_at_least, require_fraction
 from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
 from pipelines.errors import UsageError

@@ -2,15 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any
+
+from infra.fields import described, require_at_least, require_choice, require_positive
 
 EXPERIENCE_TABLE = 'experience'
 REPLAY_MODES = ('local', 'global')
-
-
-def described(default: Any, text: str) -> Any:
-    """A dataclass field with its flag's help text."""
-    return dataclasses.field(default=default, metadata={'help': text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +48,17 @@ class ReplayConfig:
         Raises:
           ValueError: naming the field, its value and the remedy.
         """
-        if self.replay_mode not in REPLAY_MODES:
-            raise ValueError(
-                f'replay_mode is {self.replay_mode!r}: use one of {", ".join(REPLAY_MODES)}'
-            )
-        for name in ('num_replay_shards', 'replay_capacity', 'min_replay_size'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
-        if self.max_in_flight_items < 1:
-            raise ValueError(
-                f'max_in_flight_items is {self.max_in_flight_items}: it must be at least 1'
-            )
-        if not (math.isfinite(self.agent_steps_per_update) and self.agent_steps_per_update >= 0):
-            raise ValueError(
-                f'agent_steps_per_update is {self.agent_steps_per_update}: it must be 0 (no ratio)'
-                ' or positive'
-            )
-        if not (math.isfinite(self.sample_insert_tolerance) and self.sample_insert_tolerance > 0):
-            raise ValueError(
-                f'sample_insert_tolerance is {self.sample_insert_tolerance}: it must be positive'
-            )
+        require_choice(self, 'replay_mode', REPLAY_MODES)
+        require_at_least(
+            self,
+            1,
+            'num_replay_shards',
+            'replay_capacity',
+            'min_replay_size',
+            'max_in_flight_items',
+        )
+        require_at_least(self, 0, 'agent_steps_per_update')  # 0: no ratio is kept
+        require_positive(self, 'sample_insert_tolerance')
         if self.min_replay_size > self.replay_capacity:
             raise ValueError(
                 f'min_replay_size ({self.min_replay_size}) exceeds replay_capacity'
