@@ -12,6 +12,7 @@ from infra.fields import (
     require_at_least,
     require_choice,
     require_fraction,
+    require_from_to,
 )
 
 TORSOS = ('nature', 'dqn2013')
@@ -37,8 +38,9 @@ class EnvironmentConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, 'action_repeat', 'frame_stack', 'max_episode_frames')
-        require_at_least(self, 0, 'max_noops')
+        require_from_to(self, 1, 100, 'action_repeat', 'frame_stack')
+        require_at_least(self, 1, 'max_episode_frames')
+        require_from_to(self, 0, 10_000, 'max_noops')
         require_fraction(self, 'sticky_action_probability')
 
 
@@ -71,7 +73,7 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         require_fraction(self, 'discount')
-        require_at_least(self, 1, 'n_step')
+        require_from_to(self, 1, 1000, 'n_step')
         require_at_least(self, 0, 'gradient_clip_norm')
         require_choice(self, 'loss', LOSSES)
 
@@ -92,7 +94,8 @@ class ActorConfig:
     clip_reward: bool = described(True, 'rewards are clipped to [-1, 1] in training (paper)')
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, 'envs_per_actor', 'actor_pull_period')
+        require_from_to(self, 1, 4096, 'envs_per_actor')
+        require_at_least(self, 1, 'actor_pull_period')
         require_at_least(self, 0, 'epsilon_updates')
         require_fraction(self, 'epsilon_start', 'epsilon_end')
 
@@ -118,6 +121,7 @@ class LearnerConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, 'batch_size', 'learner_pull_period')
+        require_from_to(self, 1, 65_536, 'batch_size')
+        require_at_least(self, 1, 'learner_pull_period')
         require_at_least(self, 0, 'outlier_deviations')
         require(self, 'outlier_decay', 0 <= self.outlier_decay < 1, 'at least 0 and less than 1')

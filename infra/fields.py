@@ -24,6 +24,12 @@ def require_at_least(config: Any, least: float, *names: str) -> None:
         require(config, name, math.isfinite(value) and value >= least, f'at least {least}')
 
 
+def require_from_to(config: Any, least: int, most: int, *names: str) -> None:
+    """Raises ValueError unless each of the named fields is from `least` to `most`."""
+    for name in names:
+        require(config, name, least <= getattr(config, name) <= most, f'from {least} to {most}')
+
+
 def require_positive(config: Any, *names: str) -> None:
     """Raises ValueError unless each of the named fields is above 0, and finite."""
     for name in names:

@@ -9,6 +9,7 @@ import logging
 import pathlib
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ from pipelines.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, read_json
 _KEEP = 2
 _PARAMETERS = 'parameters'
 _REPLAY = 'replay'
-_REPLAY_FILES = 'replay_files'  # in run.json: size in bytes by path below `replay/`
+_REPLAY_FILES = 'replay_files'  # in run.json: [bytes, CRC-32] by path below `replay/`
+_READ_BYTES = 1 << 22
 _PARAMETERS_NAME = re.compile(r'parameters-(\d+)')
 
 
@@ -131,7 +133,7 @@ class Checkpoints:
                 (staging / _REPLAY).mkdir()
                 for shard, path in enumerate(replay_server.save(replay)):
                     shutil.move(path, staging / _REPLAY / f'shard-{shard}')
-            files = {_REPLAY_FILES: _sizes(staging / _REPLAY)}
+            files = {_REPLAY_FILES: _digests(staging / _REPLAY)}
             write_json(staging / CHECKPOINT_RUN_FILE, {**counters, **files})
         self._newest = self._directory.latest_checkpoints()[0]
         self._in_force(self._newest / _PARAMETERS)
@@ -187,8 +189,6 @@ def _none_readable(directory: RunDirectory, reason: str) -> UsageError:
 def _validate(path: pathlib.Path) -> dict[str, Any]:
     """The counters of a checkpoint all of whose files are as they were written.
 
-    Replay files are compared by size: they are too large to be read twice.
-
     Raises:
       DamagedCheckpointError: naming the file that is missing or changed.
     """
@@ -198,25 +198,34 @@ def _validate(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(counters.get('updates'), int):
         raise DamagedCheckpointError(f'{run_file} is damaged: it names no number of updates')
     expected = counters.pop(_REPLAY_FILES, None)
-    found = _sizes(path / _REPLAY)
+    found = _digests(path / _REPLAY)
     if not isinstance(expected, dict):
         raise DamagedCheckpointError(f'{run_file} is damaged: it names no {_REPLAY_FILES}')
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise DamagedCheckpointError(
-                f'{path / _REPLAY / name} is damaged: {found.get(name, "no")} bytes where'
-                f' {run_file.name} says {expected.get(name, "no file")}'
+                f'{path / _REPLAY / name} is damaged: [bytes, CRC-32] {found.get(name, "no file")}'
+                f' where {run_file.name} says {expected.get(name, "no file")}'
             )
     return counters
 
 
-def _sizes(directory: pathlib.Path) -> dict[str, int]:
-    """Size in bytes of every file below `directory` (none: no files), by its relative path."""
+def _digests(directory: pathlib.Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file below `directory` (none: no files), by its relative path."""
     return {
-        str(file.relative_to(directory)): file.stat().st_size
+        str(file.relative_to(directory)): [file.stat().st_size, _checksum(file)]
         for file in sorted(directory.rglob('*'))
         if file.is_file()
     }
+
+
+def _checksum(path: pathlib.Path) -> int:
+    """CRC-32 of a file; a gigabyte takes about a second."""
+    checksum = 0
+    with path.open('rb') as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _numbered_parameters(servers: pathlib.Path) -> dict[int, pathlib.Path]:

@@ -13,7 +13,13 @@ from agents.config import (
     LearnerConfig,
     NetworkConfig,
 )
-from infra.fields import described, require_at_least, require_fraction
+from infra.fields import (
+    described,
+    require_at_least,
+    require_fraction,
+    require_from_to,
+    require_positive,
+)
 from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
 from pipelines.errors import UsageError
@@ -51,13 +57,11 @@ class RunConfig:
         for name in ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes'):
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name} {getattr(self, name)}: must be at least 1.')
-        require_at_least(self, 0, 'seed')
-        require_at_least(self, 1, 'worker_threads', 'evaluation_max_frames')
+        require_from_to(self, 0, 2**63 - 1, 'seed')
+        require_from_to(self, 1, 1024, 'worker_threads')
+        require_at_least(self, 1, 'evaluation_max_frames')
         require_fraction(self, 'evaluation_epsilon')
-        if self.checkpoint_period_seconds <= 0:
-            raise ValueError(
-                f'--checkpoint_period_seconds {self.checkpoint_period_seconds}: must be positive.'
-            )
+        require_positive(self, 'checkpoint_period_seconds')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,7 @@ def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentCo
 
 def to_json(config: ExperimentConfig) -> str:
     """The text of `config.json`."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + '\n'
 
 
 def from_json(text: str) -> ExperimentConfig:
@@ -157,11 +161,18 @@ def from_json(text: str) -> ExperimentConfig:
         values = json.loads(text)
         preset = values.pop('preset')
         types = dict(groups())
+        for name, group in types.items():
+            missing = {field.name for field in dataclasses.fields(group)} - values[name].keys()
+            if missing:
+                raise ValueError(f'{name} lacks {", ".join(sorted(missing))}')
         return ExperimentConfig(
             preset=preset, **{name: types[name](**group) for name, group in values.items()}
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f'config.json is damaged or of another version: {error}') from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f'config.json is damaged or of another version: {error}; restore it from a copy, or'
+            ' start a new run in another --run_dir.'
+        ) from error
 
 
 def load(path: pathlib.Path) -> ExperimentConfig:
@@ -171,6 +182,8 @@ def load(path: pathlib.Path) -> ExperimentConfig:
       UsageError: no such file, or not an experiment.
     """
     try:
-        return from_json(path.read_text())
-    except OSError as error:
-        raise UsageError(f'{path}: cannot be read ({error.strerror}).') from error
+        return from_json(path.read_text(encoding='utf-8'))
+    except UsageError as error:
+        raise UsageError(f'{path.parent}: {error}') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f'{path}: cannot be read ({error}).') from error

@@ -23,6 +23,8 @@ from pipelines.run_directory import RunDirectory, write_json
 
 PROTOCOL = 'no-op starts'
 EVALUATION_FILE = 'evaluation.json'
+PROGRESS_FILE = 'evaluation.partial.json'
+"""The games so far; a result replaces the one before only when it is complete."""
 _EVALUATION_STREAM = 3
 _MAX_ENVIRONMENTS = 10
 
@@ -87,13 +89,18 @@ def _result(returns: Sequence[float], epsilon: float, updates: int) -> dict[str,
 
 
 def evaluate(
-    config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path
+    config: config_lib.ExperimentConfig, saved: Checkpoint, run_dir: pathlib.Path
 ) -> dict[str, Any]:
-    """Plays the evaluation of `saved`, writing `output` after each game; returns the result."""
+    """Plays the evaluation of `saved` and writes it to the run's directory; returns the result.
+
+    Raises:
+      ValueError: the checkpoint holds the parameters of another network.
+    """
     from pipelines.agent import build_policy
 
     policy = build_policy(config)
     policy.set_parameters(saved.parameters)
+    progress = run_dir / PROGRESS_FILE
     run = config.run
     rng = np.random.default_rng([run.seed, _EVALUATION_STREAM])
     returns: list[float] = []
@@ -102,7 +109,8 @@ def evaluate(
             environment, policy.act, run.evaluation_episodes, run.evaluation_epsilon, rng
         ):
             returns.append(episode_return)
-            write_json(output, _result(returns, run.evaluation_epsilon, saved.clock['updates']))
+            write_json(progress, _result(returns, run.evaluation_epsilon, saved.clock['updates']))
+    progress.replace(run_dir / EVALUATION_FILE)
     return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
 
 
@@ -147,7 +155,14 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print(f'evaluate.py: {error}', file=sys.stderr)
         return 2
-    result = evaluate(config, saved, directory.path / EVALUATION_FILE)
+    try:
+        result = evaluate(config, saved, directory.path)
+    except (ValueError, OSError) as error:
+        print(f'evaluate.py: {directory.path}: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('evaluate.py: interrupted; the evaluation before stays as it was.', file=sys.stderr)
+        return 130
     print(
         f'{config.environment.game}: mean return {result["mean"]:.1f}, standard deviation'
         f' {result["std"]:.1f}, over {result["episodes"]} games ({PROTOCOL},'

@@ -28,7 +28,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.config import ExperimentConfig
 from pipelines.display import Display, open_display
 from pipelines.errors import UsageError
-from pipelines.evaluate import EVALUATION_FILE
+from pipelines.evaluate import EVALUATION_FILE, PROGRESS_FILE
 from pipelines.jobs import Jobs, WorkersFailedError
 from pipelines.monitor import Monitor, MonitorConfig
 from pipelines.options import Launch
@@ -179,7 +179,8 @@ class Launcher:
 
     def _evaluate(self) -> dict[str, Any] | None:
         """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
-        self.directory.path.joinpath(EVALUATION_FILE).unlink(missing_ok=True)
+        for name in (EVALUATION_FILE, PROGRESS_FILE):
+            self.directory.path.joinpath(name).unlink(missing_ok=True)
         children = [self._child(verb) for verb in ('evaluate', 'export')]
         deadline = time.monotonic() + _FINISH_SECONDS
         episodes = self.config.run.evaluation_episodes
@@ -192,7 +193,7 @@ class Launcher:
                 if time.monotonic() > deadline:
                     self.display.message(f'no evaluation within {_FINISH_SECONDS:g} s: given up')
                     return None
-                done = (read_json(self.directory.path / EVALUATION_FILE) or {}).get('episodes', 0)
+                done = (read_json(self.directory.path / PROGRESS_FILE) or {}).get('episodes', 0)
                 self.display.phase(f'evaluating {done}/{episodes}')
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -237,6 +238,8 @@ def launch(config: ExperimentConfig, launch_: Launch, directory: RunDirectory) -
     Raises:
       UsageError: a resumed run has no checkpoint that can be read.
     """
-    logging.basicConfig(filename=pathlib.Path(directory.logs) / 'launcher.log', level=logging.INFO)
+    # force: modules of Beam log while they are imported, and logging then has a handler already.
+    log_file = pathlib.Path(directory.logs) / 'launcher.log'
+    logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
     with open_display() as display, Signals(display) as signals:
         return Launcher(config, launch_, directory, display, signals).run()

@@ -174,16 +174,20 @@ def _addresses(text: str | None) -> tuple[str, ...]:
     addresses = tuple(part.strip() for part in (text or '').split(',') if part.strip())
     for address in addresses:
         host, _, port = address.rpartition(':')
-        if not host or not port.isdigit():
-            raise UsageError(f'{address!r}: not an address; write host:port.')
+        if not host or not _is_port(port):
+            raise UsageError(f'{address!r}: not an address; write host:port, port 1 to 65535.')
     return addresses
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 0 < int(text) < 65_536
 
 
 def _ports(kind: str, text: str | None) -> tuple[int, ...]:
     """The ports of a comma-separated flag."""
     parts = [part.strip() for part in (text or '').split(',') if part.strip()]
     for part in parts:
-        if not part.isdigit() or not 0 < int(part) < 65_536:
+        if not _is_port(part):
             raise UsageError(f'--{kind}_ports {text}: {part!r} is no port; write 1 to 65535.')
     return tuple(int(part) for part in parts)
 

@@ -1,5 +1,7 @@
 """Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -96,7 +98,9 @@ def main(argv: Sequence[str]) -> int:
                 start_up.directory = directory
                 _write_config(config, directory, launch.resume)
                 print(f'run directory: {directory.path}', flush=True)
-                from pipelines import launcher
+                # Gym, which TF-Agents imports, prints a notice of its own end.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    from pipelines import launcher
 
                 return launcher.launch(config, launch, directory)
     except UsageError as error:

@@ -126,7 +126,9 @@ def available_memory() -> int:
 
 
 def require_memory(
-    needed_bytes: int, remedy: str = 'end other programs, or choose a smaller --replay_capacity'
+    needed_bytes: int,
+    remedy: str = 'end other programs, or choose a smaller --replay_capacity, or fewer'
+    ' --num_actors, --num_learners or --num_parameter_shards',
 ) -> None:
     """Checks that `needed_bytes` of memory are available.
 
@@ -244,7 +246,7 @@ class RunDirectory:
         return [path for _, path in sorted(self._numbered(), reverse=True)]
 
     def _numbered(self) -> Iterator[tuple[int, pathlib.Path]]:
-        for path in self.checkpoints.iterdir():
+        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
             match = _CHECKPOINT_NAME.fullmatch(path.name)
             if match and (path / CHECKPOINT_RUN_FILE).is_file():
                 yield int(match.group(1)), path
@@ -281,6 +283,8 @@ class RunDirectory:
     def set_aside(self, checkpoint: pathlib.Path) -> pathlib.Path:
         """Renames a damaged checkpoint so that it is neither restored nor counted by `prune`."""
         aside = checkpoint.with_name(_DAMAGED_PREFIX + checkpoint.name)
+        while aside.exists():  # somebody put the same checkpoint back
+            aside = aside.with_name(_DAMAGED_PREFIX + aside.name)
         checkpoint.rename(aside)
         return aside
 

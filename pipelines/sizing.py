@@ -95,6 +95,10 @@ def require_ports(config: ExperimentConfig, launch: Launch) -> None:
         'parameter': config.parameter_server.num_parameter_shards,
         'replay': 1 if config.run.topology == 'bundled' else config.replay.num_replay_shards,
     }
+    if both := set(launch.parameter_ports) & set(launch.replay_ports):
+        raise UsageError(
+            f'--parameter_ports and --replay_ports both name {min(both)}: give each shard its own.'
+        )
     for kind, count in shards.items():
         ports = getattr(launch, f'{kind}_ports')
         if ports and getattr(launch, f'{kind}_addresses'):
@@ -102,7 +106,7 @@ def require_ports(config: ExperimentConfig, launch: Launch) -> None:
                 f'--{kind}_ports contradicts --{kind}_addresses: give ports to start servers, or'
                 ' addresses of servers that already run.'
             )
-        if ports and len(set(ports)) != count:
+        if ports and not len(ports) == len(set(ports)) == count:
             raise UsageError(f'--{kind}_ports {ports}: {count} different ones are needed.')
         for port in ports:
             _require_free(kind, port)
@@ -129,7 +133,7 @@ def require_servers(addresses: Sequence[str]) -> None:
     for address in addresses:
         host, _, port = address.rpartition(':')
         try:
-            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+            socket.create_connection((host.strip('[]'), int(port)), _CONNECT_SECONDS).close()
         except OSError as error:
             raise UsageError(
                 f'{address}: no server answers ({error}); start it first, or correct the address.'

@@ -25,6 +25,10 @@ from pipelines.jobs import Jobs, WorkersFailedError
 from pipelines.monitor import Monitor, RunState
 
 _POLL_SECONDS = 0.5
+_STOPPING = (
+    'stopping, then writing a checkpoint; once more to stop at once, which loses what came after'
+    ' the last one'
+)
 _STATUS_SECONDS = 2.0
 _DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a busy machine
 _PARAMETERS_SECONDS = 60.0  # what a shard's death may cost; a save takes under a second
@@ -89,7 +93,7 @@ class Training:
         self._checkpoint_due = Due(self.config.run.checkpoint_period_seconds)
         # Until then nobody could be heard: the telemetry's server was busy, or away.
         self._deaf_until = 0.0
-        self._learned = False
+        self._learned = self._ending = False
 
     def run(self) -> str:
         """Watches until the budget is reached or the user stops it; returns why it ended.
@@ -98,6 +102,8 @@ class Training:
           WorkersFailedError: workers cannot be kept alive; a checkpoint was tried.
           ClusterError: nor a server, without which there is none; the last one stays in force.
         """
+        if self.interrupted():
+            return self.interrupted()
         self.display.phase('starting workers')
         self.jobs.start(time.time())
         try:
@@ -105,6 +111,8 @@ class Training:
         except WorkersFailedError:
             self._end()  # the servers are healthy: nothing learned is lost
             raise
+        if self.interrupted():
+            self.display.message(f'{reason}: {_STOPPING}')
         self._end()
         return reason
 
@@ -118,7 +126,11 @@ class Training:
         return reason
 
     def _end(self) -> None:
+        self._ending = True
         self.display.phase('stopping workers')
+        if not self.monitor.state().agent_steps:
+            self.jobs.stop()  # nothing to keep: the workers may still be importing TensorFlow
+            return
         self._drain()
         self._checkpoint()
 
@@ -137,7 +149,8 @@ class Training:
         self._count_restarts()
         self.monitor.tick()
         state = self.monitor.state()
-        self._show_phase(state)
+        if not self._ending:
+            self._show_phase(state)
         self.display.update(state)
 
     def _ask(self) -> None:
@@ -169,7 +182,10 @@ class Training:
             self._restarts[component] = count
 
     def _save_if_due(self) -> None:
-        first = not self._learned and self.monitor.state().updates > 0
+        updates = self.monitor.state().updates
+        first = not self._learned and updates > 0
+        if not updates:
+            return  # the shards may have no parameters yet
         if self._checkpoint_due.take():
             self._checkpoint()
         elif self.cluster.config.parameter_addresses:

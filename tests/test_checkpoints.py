@@ -125,19 +125,22 @@ def test_replay_files_are_recorded_and_restored(saved, replay_writes):
     checkpoints.save(client, ('replay:1',), {'updates': 2})
     newest = directory.latest_checkpoints()[0]
     recorded = json.loads((newest / 'run.json').read_text())['replay_files']
-    assert recorded == {'shard-0/DONE': 0, 'shard-0/tables/chunks': 10}
+    # Bytes and CRC-32; the second as `gzip -c chunks | tail -c8` tells it.
+    assert recorded == {'shard-0/DONE': [0, 0], 'shard-0/tables/chunks': [10, 2793719750]}
     again = reopened(directory)
     assert again.open(True, print) == {'updates': 2}
     assert again.restore(REPLAY, 0) == newest / 'replay' / 'shard-0'
 
 
-@pytest.mark.parametrize('harm', ['cut', 'missing', 'added'])
+@pytest.mark.parametrize('harm', ['cut', 'changed', 'missing', 'added'])
 def test_damaged_replay_falls_back_to_the_checkpoint_before(saved, replay_writes, harm):
     directory, checkpoints, client = saved
     checkpoints.save(client, ('replay:1',), {'updates': 3})
     chunks = directory.latest_checkpoints()[0] / 'replay' / 'shard-0' / 'tables' / 'chunks'
     if harm == 'cut':
         chunks.write_bytes(b'01234')
+    elif harm == 'changed':
+        chunks.write_bytes(b'9876543210')  # as long as before
     elif harm == 'missing':
         chunks.unlink()
     else:

@@ -34,7 +34,17 @@ def test_config_json_comes_back_as_it_was(name):
     assert config_lib.from_json(config_lib.to_json(experiment)) == experiment
 
 
-@pytest.mark.parametrize('text', ['', '{}', '[]', '{"preset": "laptop", "run": {"colour": 1}}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        '{}',
+        '[]',
+        '[' * 100_000,
+        '{"preset": "laptop", "run": {"colour": 1}}',
+        '{"preset": "laptop"}',
+    ],
+)
 def test_damaged_config_json_is_refused(text):
     with pytest.raises(UsageError, match=r'config\.json'):
         config_lib.from_json(text)

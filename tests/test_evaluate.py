@@ -7,6 +7,8 @@ import pytest
 
 from agents.config import EnvironmentConfig
 from agents.environment import AtariEnvironment
+from pipelines import config as config_lib
+from pipelines import evaluate, presets
 from pipelines.evaluate import play
 
 STEPS = 8  # agent steps of a game
@@ -65,3 +67,31 @@ def test_chance_alone_acts_with_epsilon_one():
     _, actions, chosen = play_games(2, 4, epsilon=1.0)
     assert not np.array_equal(actions, chosen)
     assert {*np.ravel(actions)} == set(range(6))  # Pong's minimal set
+
+
+def test_an_interrupted_evaluation_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'config.json').write_text(config_lib.to_json(presets.experiment('laptop', {})))
+    (tmp_path / evaluate.EVALUATION_FILE).write_text('the one before')
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, 'read_newest', lambda *_: None)
+    monkeypatch.setattr(evaluate, 'evaluate', interrupted)
+    assert evaluate.main([f'--run_dir={tmp_path}']) == 130
+    assert 'interrupted' in capsys.readouterr().err
+    assert (tmp_path / evaluate.EVALUATION_FILE).read_text() == 'the one before'
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe\x00', b'{}'])
+def test_an_unreadable_configuration_is_one_line(tmp_path, capsys, content):
+    (tmp_path / 'config.json').write_bytes(content)
+    assert evaluate.main([f'--run_dir={tmp_path}']) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoints_directory_is_one_line(tmp_path, capsys):
+    (tmp_path / 'config.json').write_text(config_lib.to_json(presets.experiment('laptop', {})))
+    assert evaluate.main([f'--run_dir={tmp_path}']) == 2
+    assert 'no checkpoint can be read' in capsys.readouterr().err

@@ -56,6 +56,7 @@ def check_run_directory(run_dir: pathlib.Path, max_frames: int) -> dict:
     assert (evaluation['episodes'], evaluation['epsilon']) == (2, 0.05)
     for name in ('config.json', 'episodes.jsonl', 'learning_curve.png', 'policy/saved_model.pb'):
         assert (run_dir / name).exists(), name
+    assert (run_dir / 'logs' / 'launcher.log').stat().st_size > 0
     assert list(run_dir.glob('events/events.out.tfevents.*'))
     assert list(run_dir.glob('checkpoints/checkpoint-*/run.json'))
     return summary
