@@ -68,7 +68,7 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
     config = config_lib.replace(config, {'game': game})
     sizing.require_room(config, launch)
     sizing.require_ports(config, launch)
-    sizing.require_servers(launch.parameter_addresses + launch.replay_addresses)
+    sizing.require_servers(launch)
     return config, launch
 
 

@@ -5,8 +5,9 @@ Memory for its replay and processes, disk for its checkpoints, free ports, serve
 
 import pathlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable
 
+from infra.replay.config import EXPERIENCE_TABLE
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.options import Launch
@@ -124,17 +125,49 @@ def _require_free(kind: str, port: int) -> None:
             ) from error
 
 
-def require_servers(addresses: Sequence[str]) -> None:
-    """Checks that somebody listens at each `host:port`.
+def require_servers(launch: Launch) -> None:
+    """Checks that a server of its kind answers at each `host:port` to attach to.
 
     Raises:
-      UsageError: nobody does.
+      UsageError: nobody listens there, or something else.
     """
-    for address in addresses:
-        host, _, port = address.rpartition(':')
-        try:
-            socket.create_connection((host.strip('[]'), int(port)), _CONNECT_SECONDS).close()
-        except OSError as error:
-            raise UsageError(
-                f'{address}: no server answers ({error}); start it first, or correct the address.'
-            ) from error
+    for address in launch.parameter_addresses + launch.replay_addresses:
+        _require_listener(address)
+    for address in launch.parameter_addresses:
+        _require_answer(address, 'parameter shard', _ask_parameter_shard)
+    for address in launch.replay_addresses:
+        _require_answer(address, 'replay shard', _ask_replay_shard)
+
+
+def _require_listener(address: str) -> None:
+    host, _, port = address.rpartition(':')
+    try:
+        socket.create_connection((host.strip('[]'), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f'{address}: no server answers ({error}); start it first, or correct the address.'
+        ) from error
+
+
+def _require_answer(address: str, kind: str, ask: Callable[[str], object]) -> None:
+    try:
+        ask(address)
+    except Exception as error:  # gRPC, Flight and Reverb each raise kinds of their own
+        raise UsageError(
+            f'{address}: answers, but not as a {kind} ({type(error).__name__}); correct the'
+            ' address.'
+        ) from error
+
+
+def _ask_parameter_shard(address: str) -> object:
+    import pyarrow.flight as flight
+
+    options = flight.FlightCallOptions(timeout=_CONNECT_SECONDS)
+    with flight.FlightClient(f'grpc://{address}') as client:
+        return list(client.do_action(flight.Action('health', b''), options))
+
+
+def _ask_replay_shard(address: str) -> object:
+    import reverb
+
+    return reverb.Client(address).server_info(timeout=int(_CONNECT_SECONDS))[EXPERIENCE_TABLE]

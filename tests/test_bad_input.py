@@ -122,6 +122,16 @@ def test_unreachable_server_is_named_and_nothing_written(rejected):
         assert address in rejected(f'--parameter_addresses={address}')
 
 
+@pytest.mark.parametrize('kind', ['parameter', 'replay'])
+def test_a_server_of_another_kind_is_named_and_nothing_written(rejected, kind):
+    silent = socket.create_server(('127.0.0.1', 0))  # listens, and says nothing
+    with silent:
+        address = f'127.0.0.1:{silent.getsockname()[1]}'
+        line = rejected(f'--{kind}_addresses={address}')
+    assert address in line
+    assert f'not as a {kind} shard' in line
+
+
 def test_busy_port_is_named_and_nothing_written(rejected):
     with socket.socket() as busy:
         busy.bind(('127.0.0.1', 0))
