@@ -90,7 +90,7 @@ class LearnerCounters:
       stale: refused by a shard as too old.
       invalid: refused by a shard as not finite or misshapen.
       loss: of the latest batch.
-      absolute_error: |TD error| of the latest batch, float32 [batch_size].
+      absolute_error: |TD error| of the latest batch, float32 [batch_size]; 0 before the first.
     """
 
     gradients: int = 0
@@ -98,7 +98,7 @@ class LearnerCounters:
     stale: int = 0
     invalid: int = 0
     loss: float = 0.0
-    absolute_error: Any = ()
+    absolute_error: Any = 0.0
 
 
 class Learner:

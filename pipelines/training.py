@@ -182,15 +182,13 @@ class Training:
             self._restarts[component] = count
 
     def _save_if_due(self) -> None:
-        updates = self.monitor.state().updates
-        first = not self._learned and updates > 0
-        if not updates:
+        if not self.monitor.state().updates:
             return  # the shards may have no parameters yet
         if self._checkpoint_due.take():
             self._checkpoint()
         elif self.cluster.config.parameter_addresses:
             return  # shards that this run did not start are not this run's to restart
-        elif first or (self._learned and self._parameters_due.take()):
+        elif not self._learned or self._parameters_due.take():
             self._learned = True
             with self._reported():
                 self.checkpoints.save_parameters(self.client)

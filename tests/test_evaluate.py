@@ -7,8 +7,9 @@ import pytest
 
 from agents.config import EnvironmentConfig
 from agents.environment import AtariEnvironment
+from infra.parameter_server.checkpoint import Checkpoint
+from pipelines import agent, evaluate, presets
 from pipelines import config as config_lib
-from pipelines import evaluate, presets
 from pipelines.evaluate import play
 
 STEPS = 8  # agent steps of a game
@@ -70,15 +71,23 @@ def test_chance_alone_acts_with_epsilon_one():
 
 
 def test_an_interrupted_evaluation_leaves_the_one_before(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'checkpoints').mkdir()
-    (tmp_path / 'config.json').write_text(config_lib.to_json(presets.experiment('laptop', {})))
+    experiment = presets.experiment('laptop', {})
+    (tmp_path / 'config.json').write_text(config_lib.to_json(experiment))
     (tmp_path / evaluate.EVALUATION_FILE).write_text('the one before')
 
-    def interrupted(*_):
+    def one_game_and_ctrl_c(*_):
+        yield 1.0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, 'read_newest', lambda *_: None)
-    monkeypatch.setattr(evaluate, 'evaluate', interrupted)
+    policy = agent.build_policy(experiment)
+    saved = Checkpoint(
+        layout=agent.layout_of(policy),
+        parameters=policy.parameters(),
+        target=policy.parameters(),
+        clock={'updates': 1},
+    )
+    monkeypatch.setattr(evaluate, 'read_newest', lambda *_: saved)
+    monkeypatch.setattr(evaluate, 'play', one_game_and_ctrl_c)
     assert evaluate.main([f'--run_dir={tmp_path}']) == 130
     assert 'interrupted' in capsys.readouterr().err
     assert (tmp_path / evaluate.EVALUATION_FILE).read_text() == 'the one before'

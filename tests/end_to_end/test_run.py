@@ -113,6 +113,9 @@ def test_interrupted_run_exits_130_and_resumes_where_it_was(tmp_path):
     time.sleep(5)
     process.send_signal(signal.SIGINT)
     assert finish(process, run_dir) == 130, launching.output(run_dir)
+    told = pathlib.Path(f'{run_dir}.out').read_text()
+    assert 'once more to stop at once' in told
+    assert '] training' not in told.partition('] stopping workers')[2]
     first = launching.summary(run_dir)
     assert first['exit_reason'] == 'SIGINT'
     assert first['updates'] > 0
@@ -126,6 +129,17 @@ def test_interrupted_run_exits_130_and_resumes_where_it_was(tmp_path):
     # The replay came back: learning went on without filling it again.
     saved = json.loads(sorted(run_dir.glob('checkpoints/checkpoint-*/run.json'))[-1].read_text())
     assert saved['inserts'] >= first['agent_steps'] - 100
+
+
+def test_interrupt_while_servers_start_ends_without_workers(tmp_path):
+    run_dir = tmp_path / 'run'
+    process = launching.start(run_dir, '--max_frames=400000', *launching.SMALL)
+    out = pathlib.Path(f'{run_dir}.out')
+    assert eventually(lambda: '] starting servers' in out.read_text(), START_SECONDS)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, run_dir) == 130, launching.output(run_dir)
+    assert '] starting workers' not in out.read_text()
+    assert_nothing_runs(run_dir, within_seconds=10)
 
 
 def test_killed_launcher_leaves_no_orphan(tmp_path):
