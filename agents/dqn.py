@@ -9,8 +9,7 @@ and n of the configuration, so whoever gives it TF-Agents' own `Trajectory` (or 
 TF-Agents' form, with gamma^(n-1) in it) gets the right loss too, from `train` and from `loss`.
 """
 
-import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from tf_agents.utils import common
 
 from agents import networks
 from agents.config import AgentConfig, NetworkConfig
+from infra.array_function import ArrayFunction
 from infra.replay.trajectory import Transition
 
 LOSSES = {
@@ -127,24 +127,13 @@ def tf_agents_transition(transition: Any) -> trajectory.Transition:
     )
 
 
-def _function(function: Callable, *signature: Any) -> Callable:
-    """`function` of tensors traced once, when it is made.
-
-    A concrete function is called in a third of the time that `tf.function` takes to find it. It is
-    made without AutoGraph, which takes 10 s over TF-Agents' code.
-    """
-    return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
-
-
 class FlatVariables:
     """A network's trainable variables as one float32 vector [parameters]."""
 
     def __init__(self, variables: Sequence[tf.Variable]) -> None:
         self.variables = tuple(variables)
         self.size = sum(variable.shape.num_elements() for variable in self.variables)
-        # Used again for every assignment: fresh memory would cost more than the copy into it.
-        self._flat, self._tensor = _shared_memory(self.size)
-        self._assign = _function(self._assign_all, tf.TensorSpec([self.size], tf.float32))
+        self._assign: dict[tuple[int, ...], ArrayFunction] = {}  # by the sizes of the parts
 
     def values(self) -> np.ndarray:
         """A copy of all parameters, float32 [parameters]."""
@@ -164,12 +153,11 @@ class FlatVariables:
             raise ValueError(self._misfit(f'of shapes {sizes}'))
         if types != {np.dtype(np.float32)}:
             raise ValueError(self._misfit(f'of types {sorted(map(str, types))}'))
-        begin = 0
-        for array in arrays:
-            end = begin + array.size
-            np.copyto(self._flat[begin:end], array)
-            begin = end
-        self._assign(self._tensor)
+        lengths = tuple(size[0] for size in sizes)
+        if lengths not in self._assign:
+            signature = [tf.TensorSpec([length], tf.float32) for length in lengths]
+            self._assign[lengths] = ArrayFunction(self._assign_all, signature)
+        self._assign[lengths](*arrays)
 
     def _misfit(self, what: str) -> str:
         return (
@@ -177,20 +165,24 @@ class FlatVariables:
             ' another game or network.'
         )
 
-    def _assign_all(self, flat: tf.Tensor) -> None:
+    def _assign_all(self, *parts: tf.Tensor) -> None:
         begin = 0
         for variable in self.variables:
             end = begin + variable.shape.num_elements()
-            # Slices share the vector's memory; tf.split would copy it once more.
-            variable.assign(tf.reshape(flat[begin:end], variable.shape))
+            variable.assign(tf.reshape(_slice(parts, begin, end), variable.shape))
             begin = end
 
 
-def _shared_memory(size: int) -> tuple[np.ndarray, tf.Tensor]:
-    """float32 [size] as an array and as a tensor on the same memory."""
-    # On pages of its own: TensorFlow takes over aligned memory only.
-    array = np.frombuffer(mmap.mmap(-1, size * np.dtype(np.float32).itemsize), np.float32)
-    return array, tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+def _slice(parts: Sequence[tf.Tensor], begin: int, end: int) -> tf.Tensor:
+    """Elements begin .. end-1 of vectors laid end to end; copied only where it spans two."""
+    pieces, offset = [], 0
+    for part in parts:
+        size = part.shape.num_elements()
+        first, last = max(begin - offset, 0), min(end - offset, size)
+        if first < last:
+            pieces.append(part[first:last])
+        offset += size
+    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0)
 
 
 class DqnLearner:
@@ -206,16 +198,20 @@ class DqnLearner:
         frames = tf.TensorSpec([None, *observation.shape], observation.dtype)
         numbers = tf.TensorSpec([None], tf.float32)
         signature = (frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames)
-        self._gradient = _function(self._flat_gradient, *signature)
+        self._gradient = ArrayFunction(self._flat_gradient, signature)
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:
         """What the flat vectors hold, in their order."""
         return self._online.variables
 
-    def gradient(self, transition: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """float32 [parameters] clipped gradient, float32 [] mean loss, float32 [B] |TD error|."""
-        return self._gradient(*map(tf.convert_to_tensor, transition))
+    def gradient(self, transition: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """float32 [parameters] clipped gradient, float32 [] mean loss, float32 [B] |TD error|.
+
+        Raises:
+          ValueError: a column of `transition` has another shape or type than the network takes.
+        """
+        return self._gradient(*transition)
 
     def parameters(self) -> np.ndarray:
         """A copy of the network's parameters, float32 [parameters]."""
@@ -241,7 +237,8 @@ class DqnLearner:
         if self._clip_norm:
             # Half the time of tf.clip_by_norm, which writes the squares to memory.
             norm = tf.sqrt(2 * tf.nn.l2_loss(flat))
-            flat *= self._clip_norm / tf.maximum(norm, self._clip_norm)
+            scale = self._clip_norm / norm
+            flat = tf.cond(scale < 1.0, lambda: flat * scale, lambda: flat)
         return flat, info.loss, tf.abs(info.extra.td_error)
 
 
@@ -252,7 +249,8 @@ class GreedyPolicy:
         self._network = q_network
         self._parameters = FlatVariables(q_network.trainable_variables)
         spec = q_network.input_tensor_spec
-        self._act = _function(self._best_action, tf.TensorSpec([None, *spec.shape], spec.dtype))
+        frames = tf.TensorSpec([None, *spec.shape], spec.dtype)
+        self._act = ArrayFunction(self._best_action, [frames])
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:
@@ -261,7 +259,7 @@ class GreedyPolicy:
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Greedy actions int32 [E] for uint8 [E, 84, 84, stack]."""
-        return self._act(tf.convert_to_tensor(observation)).numpy()
+        return self._act(observation)
 
     def parameters(self) -> np.ndarray:
         """A copy of the network's parameters, float32 [parameters]."""

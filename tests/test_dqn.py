@@ -81,8 +81,7 @@ class TestLoss:
 
     def test_double_dqn_takes_another_target_than_dqn_somewhere(self):
         errors = [
-            _learner(double_dqn=double).gradient(_transition(32))[2].numpy()
-            for double in (False, True)
+            _learner(double_dqn=double).gradient(_transition(32))[2] for double in (False, True)
         ]
         assert (errors[0] != errors[1]).any()
 
@@ -151,17 +150,17 @@ class TestGradient:
             experience = dqn.tf_agents_transition(transition)
             loss = learner.agent.loss(experience, training=True, gamma=1.0).loss
         expected = [np.ravel(part) for part in tape.gradient(loss, variables)]
-        gradient = learner.gradient(transition)[0].numpy()
+        gradient = learner.gradient(transition)[0]
         expected = np.concatenate(expected)
         assert gradient.dtype == np.float32
         np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max())
 
     def test_it_is_clipped_to_the_global_norm(self):
-        free = _learner().gradient(_transition())[0].numpy()
+        free = _learner().gradient(_transition())[0]
         norm = float(np.linalg.norm(free))
-        clipped = _learner(clip_norm=norm / 4).gradient(_transition())[0].numpy()
+        clipped = _learner(clip_norm=norm / 4).gradient(_transition())[0]
         np.testing.assert_allclose(clipped, free / 4, rtol=1e-4, atol=1e-6 * norm)
-        below = _learner(clip_norm=2 * norm).gradient(_transition())[0].numpy()
+        below = _learner(clip_norm=2 * norm).gradient(_transition())[0]
         np.testing.assert_array_equal(below, free)
 
     def test_a_zero_gradient_stays_zero_when_clipped(self):
@@ -170,7 +169,7 @@ class TestGradient:
         transition = _transition()._replace(
             reward=tf.zeros(_BATCH), discount=tf.zeros(_BATCH)
         )  # q = 0 = target
-        assert not learner.gradient(transition)[0].numpy().any()
+        assert not learner.gradient(transition)[0].any()
 
     def test_batches_of_any_size_are_taken(self):
         learner = _learner()

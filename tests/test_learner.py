@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from agents.learner import Learner, LossStatistics
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.layout import Layout
 from infra.replay.trajectory import Transition
-from tests import parameter_servers
+from tests import memory, parameter_servers
 
 BATCH, ACTIONS, DISCOUNT = 8, 4, 0.97
 UPDATES, TARGET_PERIOD = 25, 10
@@ -149,6 +150,13 @@ def test_overlapped_pushes_lose_no_update(connected):
     learner.finish_push()
     assert learner.clock.updates == 10
     assert [shard['version'] for shard in client.report()['shards']] == [10, 10]
+
+
+def test_updates_leave_nothing_behind_in_learner_and_shards(connected):
+    # A tensor that Python saw in an update would be at least 200 blocks (infra/array_function.py);
+    # the shards run in this process.
+    learner, _, _ = connected(itertools.cycle(our_samples(2)), num_parameter_shards=2)
+    assert memory.blocks_kept(learner.update, 200) < 100
 
 
 def test_shard_that_lost_its_parameters_gets_them_back_from_the_learner(tmp_path):

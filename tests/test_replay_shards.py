@@ -56,7 +56,17 @@ def size_of(address):
 
 
 def actions_of(dataset, batches):
-    return np.concatenate([next(dataset).transition.action.numpy() for _ in range(batches)])
+    return np.concatenate([next(dataset).transition.action for _ in range(batches)])
+
+
+def read_only(dataset, value, batches=20, seconds=10):
+    """Reads until `batches` in a row come from the shard filled with `value`: pieces of another
+    that were under way may come between them."""
+    deadline = time.monotonic() + seconds
+    in_a_row = 0
+    while in_a_row < batches:
+        in_a_row = in_a_row + 1 if set(actions_of(dataset, 1)) == {value} else 0
+        assert time.monotonic() < deadline, f'{in_a_row} batches of {value} in a row'
 
 
 @contextlib.contextmanager
@@ -157,19 +167,17 @@ class TestShards:
                 # Until both have started, one may serve alone.
                 for _ in range(200):
                     sample = next(dataset)
-                    if len(set(sample.shard.numpy())) == 2:
+                    if len(set(sample.shard)) == 2:
                         break
                     time.sleep(0.05)
                 # Pieces of 4 alternate: half of each batch comes from each shard.
                 assert piece_size(BATCH_SIZE, 2) == 4
                 for _ in range(5):
                     sample = next(dataset)
-                    np.testing.assert_array_equal(
-                        sample.shard.numpy() + 1, sample.transition.action.numpy()
-                    )
+                    np.testing.assert_array_equal(sample.shard + 1, sample.transition.action)
                     time.sleep(0.05)
-                    assert sorted(sample.shard.numpy()) == [0] * 4 + [1] * 4
-                assert sample.table_size.numpy().tolist() == [19] * 8  # 20 steps less n
+                    assert sorted(sample.shard) == [0] * 4 + [1] * 4
+                assert sample.table_size.tolist() == [19] * 8  # 20 steps less n
                 np.testing.assert_allclose(sample.probability, 1 / 19)
 
     def test_a_dead_shard_costs_only_its_share_and_is_taken_back(self, tmp_path):
@@ -180,8 +188,7 @@ class TestShards:
             with sample_dataset(addresses, SPEC, BATCH_SIZE, 0.9, timeout_seconds=60) as dataset:
                 next(dataset)
                 two.kill()
-                actions_of(dataset, 10)  # what was under way
-                assert set(actions_of(dataset, 20)) == {1}
+                read_only(dataset, 1)
                 two.restart().wait()
                 fill(two.address, 20, value=3)
                 deadline = time.monotonic() + 30
@@ -197,10 +204,7 @@ class TestShards:
             with sample_dataset(addresses, SPEC, BATCH_SIZE, 0.9) as dataset:
                 next(dataset)
                 two.pause()
-                actions_of(dataset, 10)
-                start = time.monotonic()
-                assert set(actions_of(dataset, 50)) == {1}
-                assert time.monotonic() - start < 10
+                read_only(dataset, 1, batches=50)
                 two.resume()
 
     def test_a_shard_that_was_never_there_stops_nobody(self, tmp_path):
@@ -358,10 +362,10 @@ class TestReturningShard:
             with sample_dataset([shard.address], SPEC, BATCH_SIZE, 0.9) as dataset:
                 transition = next(dataset).transition
             # The frame of step t is t everywhere, and so is the action.
-            newest = transition.observation.numpy()[:, 0, 0, -1]
-            np.testing.assert_array_equal(newest, transition.action.numpy())
-            oldest = transition.observation.numpy()[:, 0, 0, 0]
-            np.testing.assert_array_equal(oldest, transition.action.numpy() - 3)
+            newest = transition.observation[:, 0, 0, -1]
+            np.testing.assert_array_equal(newest, transition.action)
+            oldest = transition.observation[:, 0, 0, 0]
+            np.testing.assert_array_equal(oldest, transition.action - 3)
 
 
 class TestCheckpoints:

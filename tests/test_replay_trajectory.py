@@ -129,7 +129,7 @@ def stored_transitions(stream, spec, batch_size=7):
             for _ in range(200 * count // batch_size):
                 sample = next(dataset)
                 columns = [np.asarray(column) for column in sample.transition]
-                for i, key in enumerate(sample.key.numpy()):
+                for i, key in enumerate(sample.key):
                     found[int(key)] = fingerprint(*(column[i] for column in columns))
                 if len(found) == count:
                     break

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from infra.array_function import ArrayFunction
 from infra.parameter_server.config import ParameterServerConfig
 
 
@@ -93,8 +95,13 @@ class _Adam(_Optimizer):
         self._add_slot('second_moment', size, 0.0)
         self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
         self.scalars['beta_2_power'] = tf.Variable(config.adam_beta_2, dtype=tf.float32)
+        # Eagerly its powers would make tensors that Python sees (see infra/array_function.py).
+        self._step = tf.function(self._apply_and_multiply, autograph=False)
 
     def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+        self._step(parameters, gradient)
+
+    def _apply_and_multiply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
         beta_1_power, beta_2_power = self.scalars['beta_1_power'], self.scalars['beta_2_power']
         tf.raw_ops.ResourceApplyAdam(
             var=parameters.handle,
@@ -126,6 +133,7 @@ class OptimizedSlice:
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
         self._optimizer = _OPTIMIZERS[config.optimizer](config, size)
         self.parameters = tf.Variable(tf.zeros([size], tf.float32))
+        self._read = ArrayFunction(self.parameters.read_value)
         self.slot_names = tuple(self._optimizer.slots)
         self.state = {
             'parameters': self.parameters,
@@ -136,3 +144,8 @@ class OptimizedSlice:
     def step(self, gradient: tf.Tensor) -> None:
         """Makes one update in place from a float32 [n] gradient tensor."""
         self._optimizer.apply(self.parameters, gradient)
+
+    def copy_parameters(self, out: np.ndarray) -> None:
+        """Copies the parameters to `out`, float32 [n]."""
+        # The array is let go at once: an update would copy all parameters that Python holds.
+        np.copyto(out, self._read())

@@ -154,8 +154,7 @@ class Shard:
         with self._lock:
             modified = known != self._version
             if modified:
-                # A view of the variable's own buffer; `numpy()` would copy it once more.
-                np.copyto(out, np.asarray(memoryview(self._slice.parameters.value())))
+                self._slice.copy_parameters(out)
             return {**self._clock(), 'modified': modified}
 
     def copy_target(self, known: int, out: np.ndarray) -> dict[str, Any]:
@@ -238,7 +237,7 @@ class Shard:
         self._slice.step(gradient)
         self._version += 1
         if self._version % self.config.target_update_period == 0:
-            np.copyto(self._target, np.asarray(memoryview(self._slice.parameters.value())))
+            self._slice.copy_parameters(self._target)
             self._target_version = self._version
 
     def _clock(self) -> dict[str, Any]:

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from infra.array_function import ArrayFunction
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.replay.errors import ReplayError, ReplayTimeout, ReplayUnavailable
 from infra.replay.trajectory import TrajectorySpec, Transition, compiled_to_transition
@@ -33,7 +36,7 @@ _PROBE_SECONDS = 1  # whole seconds are all that Reverb's client takes
 
 
 class Sample(NamedTuple):
-    """A sampled batch; all tensors."""
+    """A sampled batch; all arrays."""
 
     transition: Transition
     key: Any  # uint64[B], the item, for a change of its priority at its shard
@@ -119,8 +122,9 @@ class _ShardReader:
             num_workers_per_iterator=1,
         ).batch(self._size, drop_remainder=True)
         iterator = iter(dataset.with_options(_single_threaded()))
-        fetch = tf.function(lambda: self._to_sample(next(iterator), self.shard))
-        return self._cancellation.get_cancelable_function(fetch.get_concrete_function())
+        return ArrayFunction(
+            lambda: self._to_sample(next(iterator), self.shard), cancellation=self._cancellation
+        )
 
 
 class _ToSample:
@@ -263,11 +267,14 @@ class ReplayDataset:
 
 
 def _concatenated(pieces: Sequence[Sample]) -> Sample:
-    import tensorflow as tf
-
     if len(pieces) == 1:
         return pieces[0]
-    return tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *pieces)
+    transitions = zip(*(piece.transition for piece in pieces), strict=True)
+    columns = zip(*(piece[1:] for piece in pieces), strict=True)
+    return Sample(
+        Transition(*(np.concatenate(column) for column in transitions)),
+        *(np.concatenate(column) for column in columns),
+    )
 
 
 def _never() -> bool:
