@@ -9,6 +9,7 @@ and n of the configuration, so whoever gives it TF-Agents' own `Trajectory` (or 
 TF-Agents' form, with gamma^(n-1) in it) gets the right loss too, from `train` and from `loss`.
 """
 
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,7 +134,11 @@ class FlatVariables:
     def __init__(self, variables: Sequence[tf.Variable]) -> None:
         self.variables = tuple(variables)
         self.size = sum(variable.shape.num_elements() for variable in self.variables)
-        self._assign: dict[tuple[int, ...], ArrayFunction] = {}  # by the sizes of the parts
+        # On pages of its own TensorFlow takes it over: a variable may share this memory, and never
+        # that of a part, which is only lent.
+        memory = mmap.mmap(-1, self.size * np.dtype(np.float32).itemsize)
+        self._flat = np.frombuffer(memory, np.float32)
+        self._assign = ArrayFunction(self._assign_all, [tf.TensorSpec([self.size], tf.float32)])
 
     def values(self) -> np.ndarray:
         """A copy of all parameters, float32 [parameters]."""
@@ -153,11 +158,8 @@ class FlatVariables:
             raise ValueError(self._misfit(f'of shapes {sizes}'))
         if types != {np.dtype(np.float32)}:
             raise ValueError(self._misfit(f'of types {sorted(map(str, types))}'))
-        lengths = tuple(size[0] for size in sizes)
-        if lengths not in self._assign:
-            signature = [tf.TensorSpec([length], tf.float32) for length in lengths]
-            self._assign[lengths] = ArrayFunction(self._assign_all, signature)
-        self._assign[lengths](*arrays)
+        np.concatenate(arrays, out=self._flat)
+        self._assign(self._flat)
 
     def _misfit(self, what: str) -> str:
         return (
@@ -165,24 +167,12 @@ class FlatVariables:
             ' another game or network.'
         )
 
-    def _assign_all(self, *parts: tf.Tensor) -> None:
+    def _assign_all(self, flat: tf.Tensor) -> None:
         begin = 0
         for variable in self.variables:
             end = begin + variable.shape.num_elements()
-            variable.assign(tf.reshape(_slice(parts, begin, end), variable.shape))
+            variable.assign(tf.reshape(flat[begin:end], variable.shape))
             begin = end
-
-
-def _slice(parts: Sequence[tf.Tensor], begin: int, end: int) -> tf.Tensor:
-    """Elements begin .. end-1 of vectors laid end to end; copied only where it spans two."""
-    pieces, offset = [], 0
-    for part in parts:
-        size = part.shape.num_elements()
-        first, last = max(begin - offset, 0), min(end - offset, size)
-        if first < last:
-            pieces.append(part[first:last])
-        offset += size
-    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0)
 
 
 class DqnLearner:

@@ -50,7 +50,8 @@ class ArrayFunction:
     def __call__(self, *arrays: Any) -> Any:
         """The function's structure, with arrays for its tensors (scalars are NumPy's scalars).
 
-        An output holds its tensor's memory as long as it lives; an input is read in place.
+        An output holds its tensor's memory as long as it lives. An input is read in place: a
+        variable that the function assigns may go on sharing its memory.
 
         Raises:
           ValueError: the arrays do not fit the signature; nothing was computed.

@@ -1,5 +1,6 @@
 """DQN: the loss equals a formula and TF-Agents' own, gamma counts once, flat vectors keep order."""
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,13 @@ def _expected_error(agent: dqn.DqnAgent, transition: Transition, double: bool) -
         target = transition.reward[row] + transition.discount[row] * next_target[row, best]
         errors.append(target - q_values[row, transition.action[row]])
     return np.array(errors)
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+    """A copy on a page of its own: memory that TensorFlow takes over without a copy."""
+    copy = np.frombuffer(mmap.mmap(-1, values.nbytes), values.dtype)
+    np.copyto(copy, values)
+    return copy
 
 
 class TestLoss:
@@ -186,6 +194,16 @@ class TestGradient:
 
 
 class TestFlatVariables:
+    def test_what_was_assigned_stays_when_its_source_changes(self):
+        # The parameter server's client lends memory that a shard writes again.
+        learner = _learner()
+        expected = np.arange(len(learner.parameters()), dtype=np.float32)
+        sources = [_aligned(part) for part in np.split(expected, [1000])]
+        learner.set_parameters(*sources)
+        for source in sources:
+            source[:] = -1.0
+        np.testing.assert_array_equal(learner.parameters(), expected)
+
     def test_what_is_assigned_is_read_back_and_lies_in_the_variables_in_order(self):
         shapes: tuple[list[int], ...] = ([3], [4, 2], [], [2, 1, 5])
         variables = [tf.Variable(tf.zeros(shape)) for shape in shapes]

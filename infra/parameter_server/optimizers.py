@@ -24,34 +24,35 @@ class _Optimizer:
       scalars: float32 [] variables by name.
     """
 
-    def __init__(self, config: ParameterServerConfig) -> None:
+    def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
+        self._parameters = parameters
         # Tensors made once: a Python number is made a tensor anew in every step.
         self._rate = tf.constant(config.learning_rate, tf.float32)
         self._epsilon = tf.constant(config.optimizer_epsilon, tf.float32)
         self.slots: dict[str, tf.Variable] = {}
         self.scalars: dict[str, tf.Variable] = {}
 
-    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+    def apply(self, gradient: tf.Tensor) -> None:
         """Makes one step in place.
 
         Eagerly: `tf.function` takes as long again to hand a single kernel to another thread.
         """
         raise NotImplementedError
 
-    def _add_slot(self, name: str, size: int, value: float) -> None:
-        self.slots[name] = tf.Variable(tf.fill([size], tf.constant(value, tf.float32)))
+    def _add_slot(self, name: str, value: float) -> None:
+        self.slots[name] = tf.Variable(tf.fill(self._parameters.shape, tf.constant(value)))
 
 
 class _Adagrad(_Optimizer):
     """AdaGrad, the paper's rule: p -= rate * g / sqrt(sum of g^2); it has no epsilon."""
 
-    def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        super().__init__(config)
-        self._add_slot('accumulator', size, config.adagrad_initial_accumulator)
+    def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
+        super().__init__(config, parameters)
+        self._add_slot('accumulator', config.adagrad_initial_accumulator)
 
-    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+    def apply(self, gradient: tf.Tensor) -> None:
         tf.raw_ops.ResourceApplyAdagrad(
-            var=parameters.handle,
+            var=self._parameters.handle,
             accum=self.slots['accumulator'].handle,
             lr=self._rate,
             grad=gradient,
@@ -61,18 +62,18 @@ class _Adagrad(_Optimizer):
 class _CenteredRMSProp(_Optimizer):
     """Centered RMSProp, DQN 2015: the step is g / sqrt(mean of g^2 - (mean of g)^2 + epsilon)."""
 
-    def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
+        super().__init__(config, parameters)
         self._decay = tf.constant(config.optimizer_decay, tf.float32)
         self._momentum = tf.constant(config.optimizer_momentum, tf.float32)
-        self._add_slot('mean', size, 0.0)
+        self._add_slot('mean', 0.0)
         # TensorFlow's RMSPropOptimizer starts the mean square at one, so first steps are small.
-        self._add_slot('mean_square', size, 1.0)
-        self._add_slot('momentum', size, 0.0)
+        self._add_slot('mean_square', 1.0)
+        self._add_slot('momentum', 0.0)
 
-    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+    def apply(self, gradient: tf.Tensor) -> None:
         tf.raw_ops.ResourceApplyCenteredRMSProp(
-            var=parameters.handle,
+            var=self._parameters.handle,
             mg=self.slots['mean'].handle,
             ms=self.slots['mean_square'].handle,
             mom=self.slots['momentum'].handle,
@@ -87,24 +88,26 @@ class _CenteredRMSProp(_Optimizer):
 class _Adam(_Optimizer):
     """Adam (Kingma and Ba 2015)."""
 
-    def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
+        super().__init__(config, parameters)
         self._beta_1 = tf.constant(config.adam_beta_1, tf.float32)
         self._beta_2 = tf.constant(config.adam_beta_2, tf.float32)
-        self._add_slot('first_moment', size, 0.0)
-        self._add_slot('second_moment', size, 0.0)
+        self._add_slot('first_moment', 0.0)
+        self._add_slot('second_moment', 0.0)
         self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
         self.scalars['beta_2_power'] = tf.Variable(config.adam_beta_2, dtype=tf.float32)
         # Eagerly its powers would make tensors that Python sees (see infra/array_function.py).
-        self._step = tf.function(self._apply_and_multiply, autograph=False)
+        signature = [tf.TensorSpec(parameters.shape, tf.float32)]
+        step = tf.function(self._apply_and_multiply, input_signature=signature, autograph=False)
+        self._step = step.get_concrete_function()
 
-    def apply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
-        self._step(parameters, gradient)
+    def apply(self, gradient: tf.Tensor) -> None:
+        self._step(gradient)
 
-    def _apply_and_multiply(self, parameters: tf.Variable, gradient: tf.Tensor) -> None:
+    def _apply_and_multiply(self, gradient: tf.Tensor) -> None:
         beta_1_power, beta_2_power = self.scalars['beta_1_power'], self.scalars['beta_2_power']
         tf.raw_ops.ResourceApplyAdam(
-            var=parameters.handle,
+            var=self._parameters.handle,
             m=self.slots['first_moment'].handle,
             v=self.slots['second_moment'].handle,
             beta1_power=beta_1_power,
@@ -131,8 +134,8 @@ class OptimizedSlice:
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        self._optimizer = _OPTIMIZERS[config.optimizer](config, size)
         self.parameters = tf.Variable(tf.zeros([size], tf.float32))
+        self._optimizer = _OPTIMIZERS[config.optimizer](config, self.parameters)
         self._read = ArrayFunction(self.parameters.read_value)
         self.slot_names = tuple(self._optimizer.slots)
         self.state = {
@@ -143,7 +146,7 @@ class OptimizedSlice:
 
     def step(self, gradient: tf.Tensor) -> None:
         """Makes one update in place from a float32 [n] gradient tensor."""
-        self._optimizer.apply(self.parameters, gradient)
+        self._optimizer.apply(gradient)
 
     def copy_parameters(self, out: np.ndarray) -> None:
         """Copies the parameters to `out`, float32 [n]."""
