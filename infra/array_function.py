@@ -15,6 +15,24 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
+class _Mailbox:
+    """Where a graph fetches its inputs and leaves its outputs.
+
+    TensorFlow keeps what a `numpy_function` refers to as long as the thread that traced it: it may
+    refer to this, not to the function, whose graph and variables would live as long.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: tuple[np.ndarray, ...] = ()
+        self.outputs: tuple[np.ndarray, ...] = ()
+
+    def fetch(self) -> tuple[np.ndarray, ...]:
+        return self.inputs
+
+    def deliver(self, *outputs: np.ndarray) -> None:
+        self.outputs = outputs
+
+
 class ArrayFunction:
     """A function of tensors, traced once, called with arrays; for one thread at a time.
 
@@ -39,8 +57,7 @@ class ArrayFunction:
         self._function = function
         self._signature = tuple(signature)
         self._types = tuple(np.dtype(spec.dtype.as_numpy_dtype) for spec in self._signature)
-        self._inputs: tuple[np.ndarray, ...] = ()
-        self._outputs: tuple[np.ndarray, ...] = ()
+        self._mailbox = _Mailbox()
         self._structure: Any = None
         # A concrete function is called in a third of the time that `tf.function` takes to find it.
         self._run = tf.function(self._graph, autograph=False).get_concrete_function()
@@ -58,13 +75,15 @@ class ArrayFunction:
         """
         import tensorflow as tf
 
-        self._inputs = tuple(map(np.asarray, arrays))
-        self._check(self._inputs)
+        inputs = tuple(map(np.asarray, arrays))
+        self._check(inputs)
+        mailbox = self._mailbox
         try:
+            mailbox.inputs = inputs
             self._run()
-            outputs = self._outputs
+            outputs = mailbox.outputs
         finally:
-            self._inputs = self._outputs = ()  # what is held here could not be written in place
+            mailbox.inputs = mailbox.outputs = ()  # what is held here could not be written in place
         return tf.nest.pack_sequence_as(self._structure, outputs) if outputs else None
 
     def _graph(self) -> None:
@@ -73,16 +92,13 @@ class ArrayFunction:
         inputs = []
         if self._signature:
             types = [spec.dtype for spec in self._signature]
-            inputs = tf.numpy_function(lambda: self._inputs, [], types)
+            inputs = tf.numpy_function(self._mailbox.fetch, [], types)
             for tensor, spec in zip(inputs, self._signature, strict=True):
                 tensor.set_shape(spec.shape)  # held to by _check
         outputs = self._function(*inputs)
         if outputs is not None:
             self._structure = tf.nest.map_structure(lambda _: None, outputs)
-            tf.numpy_function(self._deliver, tf.nest.flatten(outputs), [])
-
-    def _deliver(self, *outputs: np.ndarray) -> None:
-        self._outputs = outputs
+            tf.numpy_function(self._mailbox.deliver, tf.nest.flatten(outputs), [])
 
     def _check(self, arrays: tuple[np.ndarray, ...]) -> None:
         if len(arrays) != len(self._signature):

@@ -1,6 +1,8 @@
 """Arrays in, a graph's arrays out, and no tensor that Python could lose."""
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -71,6 +73,17 @@ def test_a_call_under_way_is_cancelled_from_another_thread():
     with pytest.raises(tf.errors.CancelledError):
         function()
     timer.join()
+
+
+def test_a_function_let_go_is_freed_with_what_it_captured():
+    # A replay reader traces one for every attempt at its shard, all in one thread.
+    queue = tf.queue.FIFOQueue(1, tf.float32, shapes=[()])
+    function = ArrayFunction(queue.size)
+    assert function() == 0
+    alive = weakref.ref(function), weakref.ref(queue)
+    del function, queue
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 def test_calls_leave_nothing_behind():
