@@ -84,6 +84,27 @@ def test_adagrad_divides_by_the_root_of_the_sum_of_squares():
     np.testing.assert_allclose(part.parameters.numpy(), [-0.7805469], rtol=1e-6)
 
 
+def test_an_integer_from_a_configuration_file_is_a_number_like_any_other():
+    config = ParameterServerConfig(optimizer='adagrad', adagrad_initial_accumulator=1)
+    OptimizedSlice(config, 2).step(tf.constant([1.0, 2.0]))
+
+
+@pytest.mark.parametrize('optimizer', ['adagrad', 'rmsprop', 'adam'])
+def test_a_read_lets_the_next_update_happen_in_place(optimizer):
+    # Were the array of the read kept, TensorFlow would write each update into a fresh copy.
+    part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer), 1000)
+    gradient, out, places = tf.ones(1000), np.empty(1000, np.float32), set()
+    part.step(gradient)
+    for _ in range(5):
+        part.step(gradient)
+        part.copy_parameters(out)
+        value = np.asarray(memoryview(part.parameters.value()))
+        places.add(value.__array_interface__['data'][0])
+        np.testing.assert_array_equal(out, value)
+        del value
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize(
     'bad',
     [

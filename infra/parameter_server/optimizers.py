@@ -33,14 +33,16 @@ class _Optimizer:
         self.scalars: dict[str, tf.Variable] = {}
 
     def apply(self, gradient: tf.Tensor) -> None:
-        """Makes one step in place.
+        """Makes one step in place from a float32 [n] gradient.
 
-        Eagerly: `tf.function` takes as long again to hand a single kernel to another thread.
+        A single kernel runs eagerly: `tf.function` takes as long again to hand it to another
+        thread. It must make no tensor that Python sees (see infra/array_function.py).
         """
         raise NotImplementedError
 
     def _add_slot(self, name: str, value: float) -> None:
-        self.slots[name] = tf.Variable(tf.fill(self._parameters.shape, tf.constant(value)))
+        first = tf.constant(value, tf.float32)  # a configuration may hold an integer
+        self.slots[name] = tf.Variable(tf.fill(self._parameters.shape, first))
 
 
 class _Adagrad(_Optimizer):
@@ -96,7 +98,7 @@ class _Adam(_Optimizer):
         self._add_slot('second_moment', 0.0)
         self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
         self.scalars['beta_2_power'] = tf.Variable(config.adam_beta_2, dtype=tf.float32)
-        # Eagerly its powers would make tensors that Python sees (see infra/array_function.py).
+        # Eagerly its powers would be tensors that Python sees.
         signature = [tf.TensorSpec(parameters.shape, tf.float32)]
         step = tf.function(self._apply_and_multiply, input_signature=signature, autograph=False)
         self._step = step.get_concrete_function()
