@@ -228,6 +228,7 @@ class DqnLearner:
             # Half the time of tf.clip_by_norm, which writes the squares to memory.
             norm = tf.sqrt(2 * tf.nn.l2_loss(flat))
             scale = self._clip_norm / norm
+            # Mostly it is within the norm: no product then, which would write it all again.
             flat = tf.cond(scale < 1.0, lambda: flat * scale, lambda: flat)
         return flat, info.loss, tf.abs(info.extra.td_error)
 
@@ -248,7 +249,11 @@ class GreedyPolicy:
         return self._parameters.variables
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        """Greedy actions int32 [E] for uint8 [E, 84, 84, stack]."""
+        """Greedy actions int32 [E] for uint8 [E, 84, 84, stack].
+
+        Raises:
+          ValueError: `observation` has another shape or type than the network takes.
+        """
         return self._act(observation)
 
     def parameters(self) -> np.ndarray:

@@ -150,7 +150,7 @@ class Learner:
             counters.outliers += 1
             return
         due = counters.gradients % self._config.learner_pull_period == 0
-        self._pending = self._parameters.push_async(np.asarray(gradient), versions, pull=due)
+        self._pending = self._parameters.push_async(gradient, versions, pull=due)
         if not self._config.overlap_push:
             self.finish_push()
 

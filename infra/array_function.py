@@ -3,9 +3,10 @@
 TensorFlow 2.15 on Python 3.11 loses 48 bytes with every tensor that Python sees
 (https://github.com/tensorflow/tensorflow/issues/62551); a worker that lives for millions of calls
 must not see any. Here the graph itself fetches its inputs and delivers its outputs, as arrays on
-the tensors' own memory, so nothing is copied and nothing is lost; a call is cheaper, too.
+the tensors' own memory (an input that is not aligned as TensorFlow wants it is copied).
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ class _Mailbox:
         return self.inputs
 
     def deliver(self, *outputs: np.ndarray) -> None:
+        for output in outputs:
+            output.setflags(write=False)  # it may be a variable's memory, or a constant's
         self.outputs = outputs
 
 
@@ -48,7 +51,8 @@ class ArrayFunction:
         """Traces `function`.
 
         Args:
-          function: takes tensors of `signature`, returns any structure of tensors, or None.
+          function: takes tensors of `signature`; returns a structure with a tensor for every
+            leaf and at least one, or None.
           signature: of the arguments, in order.
           cancellation: a TensorFlow CancellationManager that may end a call from another thread.
         """
@@ -58,6 +62,7 @@ class ArrayFunction:
         self._signature = tuple(signature)
         self._types = tuple(np.dtype(spec.dtype.as_numpy_dtype) for spec in self._signature)
         self._mailbox = _Mailbox()
+        self._idle = threading.Lock()
         self._structure: Any = None
         # A concrete function is called in a third of the time that `tf.function` takes to find it.
         self._run = tf.function(self._graph, autograph=False).get_concrete_function()
@@ -67,16 +72,19 @@ class ArrayFunction:
     def __call__(self, *arrays: Any) -> Any:
         """The function's structure, with arrays for its tensors (scalars are NumPy's scalars).
 
-        An output holds its tensor's memory as long as it lives. An input is read in place: a
-        variable that the function assigns may go on sharing its memory.
+        An input is read in place: a variable that the function assigns, or an output that is the
+        input in another shape, may go on sharing its memory. Outputs can not be written to.
 
         Raises:
           ValueError: the arrays do not fit the signature; nothing was computed.
+          RuntimeError: another thread's call is under way; nothing was computed.
         """
         import tensorflow as tf
 
         inputs = tuple(map(np.asarray, arrays))
         self._check(inputs)
+        if not self._idle.acquire(blocking=False):
+            raise RuntimeError('called while another thread calls it: make one for each thread')
         mailbox = self._mailbox
         try:
             mailbox.inputs = inputs
@@ -84,6 +92,7 @@ class ArrayFunction:
             outputs = mailbox.outputs
         finally:
             mailbox.inputs = mailbox.outputs = ()  # what is held here could not be written in place
+            self._idle.release()
         return tf.nest.pack_sequence_as(self._structure, outputs) if outputs else None
 
     def _graph(self) -> None:
@@ -103,8 +112,10 @@ class ArrayFunction:
     def _check(self, arrays: tuple[np.ndarray, ...]) -> None:
         if len(arrays) != len(self._signature):
             raise ValueError(f'{len(arrays)} arrays given, {len(self._signature)} are needed')
-        for array, spec, kind in zip(arrays, self._signature, self._types, strict=True):
+        expected = zip(arrays, self._signature, self._types, strict=True)
+        for i, (array, spec, kind) in enumerate(expected):
             if array.dtype != kind or not spec.shape.is_compatible_with(array.shape):
                 raise ValueError(
-                    f'{array.dtype}{list(array.shape)} given, {kind}{spec.shape} is needed'
+                    f'argument {i}: {array.dtype}{list(array.shape)} given, {kind}{spec.shape} is'
+                    ' needed'
                 )

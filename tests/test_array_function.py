@@ -43,18 +43,16 @@ def test_a_function_without_a_result_gives_none():
     def assign(x: tf.Tensor) -> None:
         variable.assign(x)
 
-    assert (
-        ArrayFunction(assign, [tf.TensorSpec([2], tf.float32)])(np.array([5, 6], np.float32))
-        is None
-    )
+    function = ArrayFunction(assign, [tf.TensorSpec([2], tf.float32)])
+    assert function(np.array([5, 6], np.float32)) is None
     np.testing.assert_array_equal(variable.numpy(), [5, 6])
 
 
 @pytest.mark.parametrize(
     ('arrays', 'message'),
     [
-        ((np.zeros(2, np.float64), np.zeros(2, np.float32)), r'float64\[2\] given, float32'),
-        ((np.zeros((2, 1), np.float32), np.zeros(2, np.float32)), r'float32\[2, 1\] given'),
+        ((np.zeros(2, np.float64), np.zeros(2, np.float32)), r'argument 0: float64\[2\] given'),
+        ((np.zeros(2, np.float32), np.zeros((2, 1), np.float32)), r'argument 1: float32\[2, 1\]'),
         ((np.zeros(2, np.float32),), '1 arrays given, 2 are needed'),
     ],
 )
@@ -62,6 +60,41 @@ def test_arrays_that_do_not_fit_are_refused(arrays, message):
     function = ArrayFunction(_sum_and_norm, [VECTOR, VECTOR])
     with pytest.raises(ValueError, match=message):
         function(*arrays)
+
+
+def test_an_output_can_not_be_written_to():
+    # It is the variable's own memory.
+    variable = tf.Variable([1.0, 2.0])
+    result = ArrayFunction(variable.read_value)()
+    with pytest.raises(ValueError, match='read-only'):
+        result[0] = 7.0
+
+
+def test_an_error_in_the_graph_spoils_no_later_call():
+    function = ArrayFunction(lambda x: tf.debugging.check_numerics(x, 'x'), [VECTOR])
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        function(np.array([np.nan, 2], np.float32))
+    np.testing.assert_array_equal(function(np.array([1, 2], np.float32)), [1, 2])
+
+
+def test_a_second_thread_is_refused_while_a_call_is_under_way():
+    entered, release = threading.Event(), threading.Event()
+
+    def wait() -> np.float32:
+        entered.set()
+        release.wait(10)
+        return np.float32(3.0)
+
+    function = ArrayFunction(lambda: tf.numpy_function(wait, [], tf.float32))
+    results: list[float] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    assert entered.wait(10)
+    with pytest.raises(RuntimeError, match='another thread'):
+        function()
+    release.set()
+    thread.join(10)
+    assert results == [3.0]
 
 
 def test_a_call_under_way_is_cancelled_from_another_thread():
@@ -89,9 +122,8 @@ def test_a_function_let_go_is_freed_with_what_it_captured():
 def test_calls_leave_nothing_behind():
     function = ArrayFunction(_sum_and_norm, [VECTOR, VECTOR])
     x = np.ones(100, np.float32)
-    assert (
-        memory.blocks_kept(lambda: function(x, x), _CALLS) < _CALLS / 2
-    )  # one tensor a call would be _CALLS
+    kept = memory.blocks_kept(lambda: function(x, x), _CALLS)
+    assert kept < _CALLS / 2  # one tensor a call would be _CALLS
 
 
 def test_tensors_that_python_sees_are_still_lost():

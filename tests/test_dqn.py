@@ -193,6 +193,14 @@ class TestGradient:
         np.testing.assert_array_equal(target.values(), before)
 
 
+class TestBadInput:
+    def test_a_column_of_another_type_is_refused_and_named(self):
+        transition = _transition()
+        wrong = transition._replace(reward=np.asarray(transition.reward, np.float64))
+        with pytest.raises(ValueError, match=r'argument 2: float64\[\d+\] given, float32'):
+            _learner().gradient(wrong)
+
+
 class TestFlatVariables:
     def test_what_was_assigned_stays_when_its_source_changes(self):
         # The parameter server's client lends memory that a shard writes again.

@@ -267,14 +267,11 @@ class ReplayDataset:
 
 
 def _concatenated(pieces: Sequence[Sample]) -> Sample:
+    import tensorflow as tf
+
     if len(pieces) == 1:
         return pieces[0]
-    transitions = zip(*(piece.transition for piece in pieces), strict=True)
-    columns = zip(*(piece[1:] for piece in pieces), strict=True)
-    return Sample(
-        Transition(*(np.concatenate(column) for column in transitions)),
-        *(np.concatenate(column) for column in columns),
-    )
+    return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *pieces)
 
 
 def _never() -> bool:

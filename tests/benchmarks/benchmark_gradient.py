@@ -51,7 +51,7 @@ def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], objec
     parameters, observation = learner.parameters(), _frames(_ENVIRONMENTS)
     name = f'{torso}{"_double" if double_dqn else ""}'
     actions: dict[str, Callable[[], object]] = {
-        f'{name}_gradient': lambda: np.asarray(learner.gradient(transition)[0])
+        f'{name}_gradient': lambda: learner.gradient(transition)
     }
     if not double_dqn:
         actions[f'{name}_set_parameters'] = lambda: learner.set_parameters(parameters)

@@ -153,7 +153,7 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
         # The emulators have threads of their own, which the process's clock counts too.
         environment_ms = cpu_ms(lambda: environment.step_frames(action), 10 * repeats)
     return {
-        'gradient_per_update': cpu_ms(lambda: np.asarray(learner.gradient(transition)[0]), repeats),
+        'gradient_per_update': cpu_ms(lambda: learner.gradient(transition), repeats),
         'apply_per_update': cpu_ms(lambda: whole.step(gradient), repeats),
         'environment_per_step': environment_ms / envs,
         'inference_per_step': cpu_ms(lambda: policy.act(observation), repeats) / envs,
