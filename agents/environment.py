@@ -62,8 +62,9 @@ def rom_id(game: str) -> str:
     if wanted in names:
         return names[wanted]
     nearest = [names[match] for match in difflib.get_close_matches(wanted, names, cutoff=0.5)]
-    advice = f'did you mean {" or ".join(nearest)}?' if nearest else 'try pong.'
-    raise UnknownGameError(f'unknown game {game!r}: {advice}')
+    advice = f'did you mean {" or ".join(nearest)}?' if nearest else 'none is like it.'
+    others = '' if nearest else f' The games are {", ".join(game_names())}.'
+    raise UnknownGameError(f'unknown game {game!r}: {advice}{others}')
 
 
 def _letters(name: str) -> str:

@@ -20,7 +20,8 @@ from infra.parameter_server.client import ParameterClient
 from infra.replay import server as replay_server
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
-from pipelines.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, read_json, write_json
+from pipelines.files import read_json, write_json
+from pipelines.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
 
 _KEEP = 2
 _PARAMETERS = 'parameters'

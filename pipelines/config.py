@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -162,9 +163,7 @@ def from_json(text: str) -> ExperimentConfig:
         preset = values.pop('preset')
         types = dict(groups())
         for name, group in types.items():
-            missing = {field.name for field in dataclasses.fields(group)} - values[name].keys()
-            if missing:
-                raise ValueError(f'{name} lacks {", ".join(sorted(missing))}')
+            _check_types(name, group, values[name])
         return ExperimentConfig(
             preset=preset, **{name: types[name](**group) for name, group in values.items()}
         )
@@ -173,6 +172,19 @@ def from_json(text: str) -> ExperimentConfig:
             f'config.json is damaged or of another version: {error}; restore it from a copy, or'
             ' start a new run in another --run_dir.'
         ) from error
+
+
+def _check_types(name: str, group: type, values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `values` has every field of `group`, each of the field's type."""
+    kinds = typing.get_type_hints(group)
+    if missing := {field.name for field in dataclasses.fields(group)} - values.keys():
+        raise ValueError(f'{name} lacks {", ".join(sorted(missing))}')
+    for field, value in values.items():
+        kind = kinds.get(field, object)  # an unknown field the dataclass itself refuses
+        # JSON may write 4.0 as 4; and to Python True is an integer too.
+        allowed = (float, int) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f'{name}: {field} is {value!r}, no {kind.__name__}')
 
 
 def load(path: pathlib.Path) -> ExperimentConfig:

@@ -19,7 +19,8 @@ from infra.process import exit_with_launcher
 from pipelines import config as config_lib
 from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
-from pipelines.run_directory import RunDirectory, write_json
+from pipelines.files import write_json
+from pipelines.run_directory import RunDirectory
 
 PROTOCOL = 'no-op starts'
 EVALUATION_FILE = 'evaluation.json'

@@ -14,11 +14,15 @@ from infra.process import exit_with_launcher
 from pipelines import config as config_lib
 from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
+from pipelines.files import replaced_directory
 from pipelines.run_directory import RunDirectory
 
 
 def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path) -> None:
-    """Writes the greedy policy of `saved` as a SavedModel into the directory `output`."""
+    """Writes the greedy policy of `saved` as a SavedModel into the directory `output`.
+
+    What is there already is replaced when the new one is complete.
+    """
     import tensorflow as tf
     from tf_agents.policies import policy_saver
 
@@ -28,7 +32,8 @@ def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathl
     agent = build_agent(config)
     dqn.FlatVariables(agent.q_network.trainable_variables).assign(saved.parameters)
     train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
-    policy_saver.PolicySaver(agent.policy, train_step=train_step).save(str(output))
+    with replaced_directory(output) as staging:
+        policy_saver.PolicySaver(agent.policy, train_step=train_step).save(str(staging))
 
 
 def main(argv: Sequence[str]) -> int:

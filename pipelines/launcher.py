@@ -29,10 +29,11 @@ from pipelines.config import ExperimentConfig
 from pipelines.display import Display, open_display
 from pipelines.errors import UsageError
 from pipelines.evaluate import EVALUATION_FILE, PROGRESS_FILE
+from pipelines.files import read_json
 from pipelines.jobs import Jobs, WorkersFailedError
 from pipelines.monitor import Monitor, MonitorConfig
 from pipelines.options import Launch
-from pipelines.run_directory import RunDirectory, read_json
+from pipelines.run_directory import RunDirectory
 from pipelines.training import Replay, Training
 from pipelines.workers import SERVER_SECONDS, Addresses
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines import records
-from pipelines.run_directory import RunDirectory, write_json
+from pipelines.files import write_json
+from pipelines.run_directory import RunDirectory
 from pipelines.tallies import (
     REJECTIONS,
     Rates,

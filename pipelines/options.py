@@ -17,15 +17,15 @@ from pipelines import config as config_lib
 from pipelines import presets
 from pipelines.errors import UsageError
 
-_EPILOG = """examples:
+_EPILOG = f"""examples:
   python pipelines/run.py --runner=DirectRunner
   python pipelines/run.py --game breakout --preset nature --run_dir runs/breakout
   python pipelines/run.py --topology bundled --num_actors 2 --num_learners 2
   python pipelines/run.py --run_dir runs/breakout --resume
 
 Frames are emulator frames (4 an agent step); updates are gradients applied at the parameter server.
-A flag without a value of yours takes the preset's. Beam's own flags are accepted too: see
-`--help_beam`.
+A flag without a value of yours takes the preset's; in brackets: those of the default preset,
+{presets.DEFAULT}. Beam's own flags are accepted too: see `--help_beam`.
 """
 
 RUNNERS = ('DirectRunner',)
@@ -73,7 +73,8 @@ class Launch:
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     launch = parser.add_argument_group('launch')
     launch.add_argument(
-        '--preset', help=f'set of values to start from: {", ".join(presets.PRESETS)} (laptop)'
+        '--preset',
+        help=f'set of values to start from: {", ".join(presets.PRESETS)} [{presets.DEFAULT}]',
     )
     launch.add_argument('--run_dir', help="directory of the run's outputs (runs/<game>-...)")
     launch.add_argument(
@@ -98,11 +99,13 @@ class GorilaOptions(PipelineOptions):
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
         _add_launch_arguments(parser)
+        default = presets.experiment(presets.DEFAULT, {})
         for group, config in config_lib.groups():
             arguments = parser.add_argument_group(group.replace('_', ' '))
             kinds = typing.get_type_hints(config)
             for field in dataclasses.fields(config):
-                text = field.metadata['help'].replace('%', '%%')
+                value = getattr(getattr(default, group), field.name)
+                text = f'{field.metadata["help"]} [{value}]'.replace('%', '%%')
                 kind = kinds[field.name]
                 extra: dict[str, Any] = (
                     {'action': argparse.BooleanOptionalAction} if kind is bool else {'type': kind}
@@ -127,7 +130,7 @@ def _parser(own_only: bool) -> argparse.ArgumentParser:
             if options is not GorilaOptions:
                 options._add_argparse_args(_BeamArguments(parser))
     else:
-        parser.add_argument('--runner', default='DirectRunner', help='Beam runner (DirectRunner)')
+        parser.add_argument('--runner', default='DirectRunner', help='Beam runner [DirectRunner]')
         parser.add_argument('--help_beam', action='store_true', help="Beam's own flags")
     GorilaOptions._add_argparse_args(parser)
     return parser
@@ -238,7 +241,7 @@ def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.Experim
     Raises:
       UsageError: an unknown preset, or values that are wrong or contradict each other.
     """
-    return presets.experiment(preset or 'laptop', values)
+    return presets.experiment(preset or presets.DEFAULT, values)
 
 
 def resumed(

@@ -111,6 +111,8 @@ LAPTOP: Mapping[str, Any] = {
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {'laptop': LAPTOP, 'nature': NATURE, 'paper': PAPER}
 
+DEFAULT = 'laptop'
+
 
 def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.ExperimentConfig:
     """The experiment of `preset` with `overrides` (setting's name to value) on top.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.run_directory import write_atomically
+from pipelines.files import write_atomically
 
 _FIELDS = ('episode', 'frames', 'updates', 'raw_return')
 """Fields without which a line of `episodes.jsonl` is of no use."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines import config as config_lib
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
-from pipelines.run_directory import RunDirectory, default_path, write_atomically
+from pipelines.files import write_atomically
+from pipelines.run_directory import RunDirectory, default_path
 
 # Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
 if TYPE_CHECKING:

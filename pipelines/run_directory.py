@@ -1,4 +1,4 @@
-"""The directory of one run: its layout, its lock, its atomic files and its numbered checkpoints.
+"""The directory of one run: its layout, its lock and its numbered checkpoints.
 
 In: the path the user chose. Out: the paths that everyone else writes to, and whether disk and
 memory suffice. What a checkpoint or a file contains is its writer's business, not this module's.
@@ -8,15 +8,12 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import json
 import os
 import pathlib
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
 
 from pipelines.errors import UsageError
 
@@ -41,46 +38,6 @@ def default_path(game: str, preset: str, now: datetime.datetime | None = None) -
     while candidate.exists():
         candidate, number = path.with_name(f'{path.name}-{number}'), number + 1
     return candidate
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Replaces the file `path` by one with this content: readers see the old or the new, whole.
-
-    Raises:
-      OSError: the directory cannot be written, or the disk is full; the old file is untouched.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    temporary = pathlib.Path(name)
-    try:
-        with os.fdopen(descriptor, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide results from colleagues
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """`write_atomically` of `value` as JSON, keys in their order.
-
-    Raises:
-      ValueError: a number in `value` is not finite (JSON has none such).
-      OSError: see `write_atomically`.
-    """
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """The JSON object in the file `path`; None when it is missing, unreadable or another thing."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _existing_ancestor(path: pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """Configuration: presets as data, flags over presets, config.json there and back."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -48,6 +49,32 @@ def test_config_json_comes_back_as_it_was(name):
 def test_damaged_config_json_is_refused(text):
     with pytest.raises(UsageError, match=r'config\.json'):
         config_lib.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ('setting', 'value'),
+    [('num_actors', 1.5), ('num_actors', True), ('torso', 3), ('double_dqn', 'yes')],
+)
+def test_a_value_of_another_type_in_config_json_is_named(setting, value):
+    values = json.loads(config_lib.to_json(presets.experiment('laptop', {})))
+    group, _ = config_lib.fields()[setting]
+    values[group][setting] = value
+    with pytest.raises(UsageError, match=f'{setting} is {value!r}'):
+        config_lib.from_json(json.dumps(values))
+
+
+def test_a_whole_number_in_config_json_passes_for_a_float():
+    text = config_lib.to_json(presets.experiment('laptop', {'discount': 1.0}))
+    edited = text.replace('"discount": 1.0', '"discount": 1')
+    assert config_lib.from_json(edited).agent.discount == 1
+
+
+def test_help_shows_the_default_presets_value(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert 'convolutions and dense layer' in text
+    assert "or 'dqn2013' [dqn2013]" in text  # the default of the field itself is nature
 
 
 def test_paper_preset_has_the_papers_constants():

@@ -1,4 +1,4 @@
-"""The run directory: refusals with a remedy, the lock, atomic files, numbered checkpoints."""
+"""The run directory: refusals with a remedy, the lock, numbered checkpoints."""
 
 import datetime
 import json
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pipelines import run_directory
+from pipelines import files, run_directory
 from pipelines.errors import UsageError
 from pipelines.run_directory import RunDirectory
 
@@ -20,13 +20,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 def started_run(path: pathlib.Path) -> pathlib.Path:
     """A directory as a run leaves it."""
     with RunDirectory.open(path) as directory:
-        run_directory.write_json(directory.config_file, {'preset': 'laptop'})
+        files.write_json(directory.config_file, {'preset': 'laptop'})
     return path
 
 
 def add_checkpoint(directory: RunDirectory, updates: int) -> None:
     with directory.new_checkpoint() as path:
-        run_directory.write_json(path / 'run.json', {'updates': updates})
+        files.write_json(path / 'run.json', {'updates': updates})
 
 
 def updates_of(checkpoint: pathlib.Path) -> int:
@@ -90,7 +90,7 @@ class TestOpening:
 
     def test_a_usage_error_in_a_new_run_leaves_nothing(self, tmp_path):
         with pytest.raises(UsageError), RunDirectory.open(tmp_path / 'runs' / 'a') as directory:
-            run_directory.write_json(directory.config_file, {})
+            files.write_json(directory.config_file, {})
             raise UsageError('port 1 is busy')
         assert list(tmp_path.iterdir()) == []
 
@@ -196,46 +196,6 @@ class TestCheckpoints:
         assert aside.is_dir()  # nothing is lost
         # The number of the damaged one is not given again.
         assert directory.latest_checkpoints()[0].name == 'checkpoint-00000004'
-
-
-class TestFiles:
-    def test_a_failed_write_leaves_the_old_file_and_no_other(self, tmp_path):
-        path = tmp_path / 'summary.json'
-        run_directory.write_json(path, {'frames': 1})
-        with pytest.raises(ValueError):
-            run_directory.write_json(path, {'frames': float('nan')})
-        with pytest.raises(TypeError):
-            run_directory.write_atomically(path, 3)  # type: ignore[arg-type]
-        assert json.loads(path.read_text()) == {'frames': 1}
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_a_replace_that_fails_leaves_the_old_file_and_no_other(self, tmp_path, monkeypatch):
-        path = tmp_path / 'summary.json'
-        run_directory.write_json(path, {'frames': 1})
-
-        def full(descriptor):
-            raise OSError(28, 'No space left on device')
-
-        monkeypatch.setattr(os, 'fsync', full)
-        with pytest.raises(OSError, match='No space left'):
-            run_directory.write_json(path, {'frames': 2})
-        assert json.loads(path.read_text()) == {'frames': 1}
-        assert list(tmp_path.iterdir()) == [path]
-
-    @pytest.mark.parametrize('text', [None, '', '{"frames": 1', '[1]', '\x00'])
-    def test_what_is_no_json_object_reads_as_none(self, tmp_path, text):
-        path = tmp_path / 'a.json'
-        if text is not None:
-            path.write_text(text)
-        assert run_directory.read_json(path) is None
-
-    def test_what_was_written_is_read(self, tmp_path):
-        run_directory.write_json(tmp_path / 'a.json', {'frames': 1})
-        assert run_directory.read_json(tmp_path / 'a.json') == {'frames': 1}
-
-    def test_written_files_can_be_read_by_others(self, tmp_path):
-        run_directory.write_json(tmp_path / 'a.json', {})
-        assert (tmp_path / 'a.json').stat().st_mode & 0o777 == 0o644
 
 
 class TestResources:

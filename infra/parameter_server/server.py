@@ -1,6 +1,6 @@
 """The process around one shard: Flight messages in, replies out.
 
-`python -m infra.parameter_server.server --config FILE --shard I --port N --ready_file F
+`python -m infra.parameter_server.server --config FILE --shard I [--port N] [--ready_file F]
 [--host H] [--restore DIR]`; SIGTERM ends it with exit code 0, bad input with 2.
 """
 
@@ -300,9 +300,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ServerStartError, ValueError) as error:
         print(f'parameter server: {error}', file=sys.stderr, flush=True)
         return 2
-    from infra.process import announce_ready
+    if options.ready_file:
+        from infra.process import announce_ready
 
-    announce_ready(options.ready_file, server.port)
+        announce_ready(options.ready_file, server.port)
     while True:
         signal.pause()
 
@@ -311,8 +312,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument('--config', required=True, help='JSON file: ParameterServerConfig')
     parser.add_argument('--shard', required=True, type=int, help='index of this shard, from 0')
-    parser.add_argument('--port', required=True, type=int, help='0: any free port')
-    parser.add_argument('--ready_file', required=True, help='written once the shard serves')
+    parser.add_argument('--port', type=int, default=0, help='0: any free port')
+    parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on')
     parser.add_argument('--restore', help='checkpoint directory to start from')
     return parser.parse_args(arguments)
