@@ -20,6 +20,8 @@ BYTES_PER_TRANSITION = 3_000
 _BYTES_PER_WORKER = 800_000_000
 _BYTES_PER_SERVER = 500_000_000
 _BYTES_PER_JOB = 200_000_000
+_BYTES_PER_ENVIRONMENT = 2_000_000  # an emulator, and its share of the Nature network's inference
+_BYTES_PER_BATCHED_TRANSITION = 400_000  # of the Nature network's gradient
 _BYTES_OF_LAUNCHER = 400_000_000
 _KEPT_CHECKPOINTS = 3  # two complete ones and the one being written
 _CONNECT_SECONDS = 5.0
@@ -37,6 +39,8 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
         total += (1 if bundled else config.replay.num_replay_shards) * _BYTES_PER_SERVER
     workers = run.num_actors if bundled else run.num_actors + run.num_learners
     total += workers * _BYTES_PER_WORKER
+    total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT
+    total += run.num_learners * config.learner.batch_size * _BYTES_PER_BATCHED_TRANSITION
     if bundled or not launch.replay_addresses:
         total += config.replay.replay_capacity * BYTES_PER_TRANSITION
     return total

@@ -23,18 +23,20 @@ def config(**values):
 @pytest.mark.parametrize(
     ('topology', 'flags', 'expected'),
     [
-        # Launcher 0.4; jobs 2 x 0.2; servers 2 x 0.5; workers 4 x 0.8.
-        ('separate', (), 5.0 * GB + REPLAY_BYTES),
+        # Launcher 0.4; jobs 2 x 0.2; servers 2 x 0.5; workers 4 x 0.8; environments 2 x 8 x 0.002;
+        # batches 2 x 32 x 0.0004.
+        ('separate', (), 5.0576 * GB + REPLAY_BYTES),
         # One job and one worker for each bundle.
-        ('bundled', (), 3.2 * GB + REPLAY_BYTES),
-        ('separate', ('--replay_addresses=host:1',), 4.5 * GB),
-        ('separate', ('--parameter_addresses=host:1',), 4.5 * GB + REPLAY_BYTES),
+        ('bundled', (), 3.2576 * GB + REPLAY_BYTES),
+        ('separate', ('--replay_addresses=host:1',), 4.5576 * GB),
+        ('separate', ('--parameter_addresses=host:1',), 4.5576 * GB + REPLAY_BYTES),
         # Bundles hold the replay, whoever holds the telemetry.
-        ('bundled', ('--replay_addresses=host:1',), 2.7 * GB + REPLAY_BYTES),
+        ('bundled', ('--replay_addresses=host:1',), 2.7576 * GB + REPLAY_BYTES),
     ],
 )
 def test_memory_counts_each_process_on_this_machine_once(topology, flags, expected):
-    assert sizing.memory_bytes(config(topology=topology), launch(*flags)) == expected
+    found = sizing.memory_bytes(config(topology=topology), launch(*flags))
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_disk_counts_the_replay_only_where_it_is_saved():
