@@ -143,13 +143,15 @@ class Learner:
         counters.gradients += 1
         counters.loss = float(loss)
         counters.absolute_error = absolute_error
+        due = counters.gradients % self._config.learner_pull_period == 0
         outlier = self._statistics.is_outlier(counters.loss, self._config.outlier_deviations)
         if math.isfinite(counters.loss):
             self._statistics = self._statistics.including(counters.loss, self._config.outlier_decay)
         if outlier:
             counters.outliers += 1
+            if due:
+                self._refresh(self._parameters.pull())
             return
-        due = counters.gradients % self._config.learner_pull_period == 0
         self._pending = self._parameters.push_async(gradient, versions, pull=due)
         if not self._config.overlap_push:
             self.finish_push()

@@ -223,6 +223,11 @@ class Cluster:
         return dict(self._restarts)
 
     @property
+    def abandoned(self) -> frozenset[str]:
+        """Components of which a server failed at every attempt to restart it."""
+        return frozenset(server.component for server in self._servers if server.abandoned)
+
+    @property
     def pids(self) -> Mapping[str, int]:
         """Process id of every local server, by its name, such as `replay_0`."""
         return {server.name: server.process.pid or 0 for server in self._servers}

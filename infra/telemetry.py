@@ -9,6 +9,7 @@ dropped and counted.
 import collections
 import contextlib
 import json
+import logging
 import threading
 import time
 import uuid
@@ -18,6 +19,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import reverb
+
+_LOGGER = logging.getLogger(__name__)
 
 TELEMETRY_TABLE = 'telemetry'
 QUEUE_ITEMS = 10_000  # flushes; at one a second each, ten minutes of sixteen workers
@@ -101,6 +104,8 @@ class Telemetry:
         with self._lock:
             self._dropped += len(self._pending)
             self._pending.clear()
+        if self._dropped:
+            _LOGGER.warning('%d records given up: nobody took them', self._dropped)
         if self._sending.acquire(timeout=_SEND_SECONDS):
             self._abandon()
             self._sending.release()

@@ -83,9 +83,9 @@ class BundleLearn(beam.DoFn):
 
     def setup(self) -> None:
         workers.prepare_process(self._config)
+        self._stack = contextlib.ExitStack()
 
     def start_bundle(self) -> None:
-        self._stack = contextlib.ExitStack()
         self._learners: dict[int, workers.LearnerWorker] = {}
 
     def process(self, acted: workers.BundleSegment) -> None:
@@ -95,6 +95,9 @@ class BundleLearn(beam.DoFn):
 
     def finish_bundle(self) -> None:
         self._stack.close()
+
+    def teardown(self) -> None:
+        self._stack.close()  # of a bundle that failed
 
     def _learner(self, acted: workers.BundleSegment) -> workers.LearnerWorker:
         """The bundle's learner, opened when it is first needed."""

@@ -28,6 +28,8 @@ _PARAMETERS = 'parameters'
 _REPLAY = 'replay'
 _REPLAY_FILES = 'replay_files'  # in run.json: [bytes, CRC-32] by path below `replay/`
 _READ_BYTES = 1 << 22
+_SAVE_SECONDS = 120.0
+_SAVE_SECONDS_PER_TRANSITION = 1.5e-4  # 3 kB each, at 20 MB/s
 _PARAMETERS_NAME = re.compile(r'parameters-(\d+)')
 
 
@@ -43,6 +45,8 @@ class Checkpoints:
         """`replay_is_ours`: False: the replay is attached to, it is neither saved nor restored."""
         self._directory = directory
         self._with_replay = replay_is_ours and config.run.checkpoint_replay
+        transitions = config.replay.replay_capacity
+        self._save_seconds = _SAVE_SECONDS + transitions * _SAVE_SECONDS_PER_TRANSITION
         self._newest: pathlib.Path | None = None  # with the replay
         # Of this run since it was started or resumed, newest first; the oldest may be removed.
         self._parameters: tuple[pathlib.Path, ...] = ()
@@ -132,7 +136,7 @@ class Checkpoints:
             client.save(staging / _PARAMETERS)
             if replay and self._with_replay:
                 (staging / _REPLAY).mkdir()
-                for shard, path in enumerate(replay_server.save(replay)):
+                for shard, path in enumerate(replay_server.save(replay, self._save_seconds)):
                     shutil.move(path, staging / _REPLAY / f'shard-{shard}')
             files = {_REPLAY_FILES: _digests(staging / _REPLAY)}
             write_json(staging / CHECKPOINT_RUN_FILE, {**counters, **files})

@@ -5,6 +5,8 @@ Runs at the end of training and by itself:
 """
 
 import argparse
+import contextlib
+import fcntl
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ PROTOCOL = 'no-op starts'
 EVALUATION_FILE = 'evaluation.json'
 PROGRESS_FILE = 'evaluation.partial.json'
 """The games so far; a result replaces the one before only when it is complete."""
+_LOCK_FILE = '.evaluation.lock'
 _EVALUATION_STREAM = 3
 _MAX_ENVIRONMENTS = 10
 
@@ -94,6 +97,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Plays the evaluation of `saved` and writes it to the run's directory; returns the result.
 
+    Waits for the end of another evaluation of this run.
+
     Raises:
       ValueError: the checkpoint holds the parameters of another network.
     """
@@ -105,14 +110,23 @@ def evaluate(
     run = config.run
     rng = np.random.default_rng([run.seed, _EVALUATION_STREAM])
     returns: list[float] = []
-    with _environment(config, run.evaluation_episodes) as environment:
+    with _alone(run_dir), _environment(config, run.evaluation_episodes) as environment:
+        progress.unlink(missing_ok=True)
         for episode_return in play(
             environment, policy.act, run.evaluation_episodes, run.evaluation_epsilon, rng
         ):
             returns.append(episode_return)
             write_json(progress, _result(returns, run.evaluation_epsilon, saved.clock['updates']))
-    progress.replace(run_dir / EVALUATION_FILE)
+        progress.replace(run_dir / EVALUATION_FILE)
     return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
+
+
+@contextlib.contextmanager
+def _alone(run_dir: pathlib.Path) -> Iterator[None]:
+    """Inside it no other process evaluates this run; the kernel frees the lock of a dead one."""
+    with open(run_dir / _LOCK_FILE, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

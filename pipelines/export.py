@@ -51,7 +51,14 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print(f'export.py: {error}', file=sys.stderr)
         return 2
-    export(config, saved, directory.policy)
+    try:
+        export(config, saved, directory.policy)
+    except (ValueError, OSError) as error:
+        print(f'export.py: {directory.path}: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('export.py: interrupted; policy/ stays as it was.', file=sys.stderr)
+        return 130
     return 0
 
 

@@ -2,8 +2,8 @@
 
 In: which workers a run needs, and when each was last heard of. Out: running jobs. Beam's local
 runner does not replace a dead worker and reports it only when all its other workers have ended, so
-the launcher notices by the silence of the worker's telemetry. Other engines replace workers
-themselves: of their jobs only the end is looked at.
+the launcher notices: the process that the worker's telemetry names is gone, or the worker is
+silent. Other engines replace workers themselves: of their jobs only the end is looked at.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from pipelines.options import Launch
 from pipelines.run_directory import RunDirectory
 from pipelines.workers import Addresses
 
+GONE_SECONDS = 5.0
+"""A worker whose process is gone for so long is dead: at a run's end its job follows sooner."""
 SILENCE_SECONDS = 45.0
 """A worker that worked and has not been heard of for so long is taken for dead."""
 START_SECONDS = 180.0
@@ -53,6 +55,7 @@ class _Job:
       submitted: when, seconds since the epoch.
       start_seconds: a worker must have been heard of so long after.
       lost: numbers of those given up, while others of the job work on.
+      gone_since: by number, when a worker's process was first seen to be gone.
     """
 
     process: SupervisedProcess
@@ -61,19 +64,33 @@ class _Job:
     submitted: float
     start_seconds: float
     lost: set[int] = dataclasses.field(default_factory=set)
+    gone_since: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def beat_of(self, number: int, heartbeats: Mapping[Worker, Heartbeat]) -> Heartbeat | None:
         """The last heartbeat of its worker; None: only a predecessor was heard of, or nobody."""
         beat = heartbeats.get((self.kind, number))
         return None if beat is None or beat.time < self.submitted else beat
 
+    def death_of(self, number: int, beat: Heartbeat | None, now: float) -> str:
+        """How a worker died; empty: its process runs, or is not known, or may just have ended."""
+        if beat is None or self._has(beat.pid):
+            self.gone_since.pop(number, None)
+            return ''
+        gone = now - self.gone_since.setdefault(number, now) >= GONE_SECONDS
+        return f'died (process {beat.pid})' if gone else ''
+
     def kill(self, pid: int) -> None:
         """Kills a process when it is of this job; ids told by telemetry may be out of date."""
-        if self.process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getsid(pid) == self.process.pid:
+        if self.process.poll() is None and self._has(pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _has(self, pid: int) -> bool:
+        """Whether there is such a process in this job's session."""
+        try:
+            return os.getsid(pid) == self.process.pid
+        except ProcessLookupError:
+            return False
 
 
 @dataclasses.dataclass
@@ -185,12 +202,12 @@ class Jobs:
     def _watch(
         self, job: _Job, heartbeats: Mapping[Worker, Heartbeat], now: float, deaf_until: float
     ) -> None:
-        """Gives up those workers of a running job that are silent, and ends them."""
+        """Gives up those workers of a running job that are dead or silent, and ends them."""
         for number in sorted(job.workers):
             beat = job.beat_of(number, heartbeats)
-            silence = _silence(job, beat, now, deaf_until)
-            if silence:
-                self._failed(number, job, beat, silence, now)
+            how = job.death_of(number, beat, now) or _silence(job, beat, now, deaf_until)
+            if how:
+                self._failed(number, job, beat, how, now)
                 job.workers.discard(number)
                 job.lost.add(number)
         # They may hang, or start at last, rather than be dead: two of one must not work side by

@@ -34,12 +34,19 @@ from pipelines.jobs import Jobs, WorkersFailedError
 from pipelines.monitor import Monitor, MonitorConfig
 from pipelines.options import Launch
 from pipelines.run_directory import RunDirectory
-from pipelines.training import Replay, Training
+from pipelines.training import LastCheckpointError, Replay, Training
 from pipelines.workers import SERVER_SECONDS, Addresses
 
 _POLL_SECONDS = 0.5
 _FINISH_SECONDS = 1_800.0
 _FAILED_EXIT_CODE = 1
+_FAILURES = (
+    ClusterError,
+    WorkersFailedError,
+    ParameterServerError,
+    LastCheckpointError,
+    OSError,
+)
 
 
 class Signals:
@@ -97,14 +104,18 @@ class Launcher:
         with Monitor(self.directory, self._monitor_config(), resumed) as monitor:
             try:
                 reason = self._train(checkpoints, monitor, resumed)
-            except (ClusterError, WorkersFailedError, ParameterServerError, OSError) as error:
+            except _FAILURES as error:
                 reason = f'failed: {error}'
                 self.display.message(f'run.py: {error}')
             monitor.end_training()
             evaluation = self._evaluate() if reason == 'max_frames' else None
             if self.signals.received:
                 reason = self.signals.name
-            monitor.write_summary(reason, evaluation)
+            try:
+                monitor.write_summary(reason, evaluation)
+            except OSError as error:
+                self.display.message(f'run.py: no summary: {error}')
+                evaluation = None
         return self._exit_code(evaluation)
 
     def _exit_code(self, evaluation: Mapping[str, Any] | None) -> int:
@@ -180,8 +191,6 @@ class Launcher:
 
     def _evaluate(self) -> dict[str, Any] | None:
         """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
-        for name in (EVALUATION_FILE, PROGRESS_FILE):
-            self.directory.path.joinpath(name).unlink(missing_ok=True)
         children = [self._child(verb) for verb in ('evaluate', 'export')]
         deadline = time.monotonic() + _FINISH_SECONDS
         episodes = self.config.run.evaluation_episodes

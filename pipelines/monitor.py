@@ -83,8 +83,7 @@ class RunState:
       restarts: by component.
       eta_seconds: until `max_frames` at the present rate.
       wall_seconds: since the launch, sessions before a resume included.
-      heartbeats: seconds since each worker's last sign of life.
-      learner: means of the learners' other figures (loss, mean_q, ...) over the last period.
+      learner: means of the learners' other figures (loss, ...) over the last period.
       malformed_events, repeated_events: telemetry that was left out.
     """
 
@@ -108,7 +107,6 @@ class RunState:
     restarts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     eta_seconds: float | None = None
     wall_seconds: float = 0.0
-    heartbeats: Mapping[Worker, float] = dataclasses.field(default_factory=dict)
     learner: Mapping[str, float] = dataclasses.field(default_factory=dict)
     malformed_events: int = 0
     repeated_events: int = 0
@@ -151,7 +149,6 @@ class Monitor:
         self._replay = ReplayTally(before, resumed)
         self._rates = Rates(config.rate_window_seconds)
         self._epsilon: dict[Worker, float] = {}
-        self._last_seen: dict[Worker, float] = {}
         self._heartbeats: dict[Worker, Heartbeat] = {}
         self._learner_sums: dict[str, tuple[float, int]] = {}
         self._learner: dict[str, float] = {}
@@ -215,7 +212,6 @@ class Monitor:
             if worker is None:
                 self._malformed += 1
                 continue
-            self._last_seen[worker] = self._monotonic()
             self._see_heartbeat(event, worker)
             handler = handlers.get(event['kind'])
             if handler is not None and not handler(event, worker):
@@ -281,7 +277,6 @@ class Monitor:
     def state(self) -> RunState:
         """The run now."""
         frame_rate, update_rate = self._rates.rates()
-        now = self._monotonic()
         left = max(0, self._config.max_frames - self.frames)
         return RunState(
             game=self._config.game,
@@ -302,7 +297,6 @@ class Monitor:
             restarts=dict(self._restarts),
             eta_seconds=left / frame_rate if frame_rate else (None if left else 0.0),
             wall_seconds=self.wall_seconds,
-            heartbeats={worker: now - seen for worker, seen in self._last_seen.items()},
             learner=dict(self._learner),
             malformed_events=self._malformed,
             repeated_events=self._repeated,
@@ -367,6 +361,8 @@ class Monitor:
             'actor/epsilon': state.epsilon,
             'replay/size': state.replay_size,
             'replay/samples_per_insert': state.samples_per_insert,
+            'telemetry/malformed_events': state.malformed_events,
+            'telemetry/repeated_events': state.repeated_events,
         }
         scalars |= {f'rejected/{reason}': number for reason, number in state.rejected.items()}
         scalars |= {f'learner/{name}': value for name, value in state.learner.items()}

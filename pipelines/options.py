@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -232,7 +232,26 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
     )
     if launch.resume and launch.run_dir is None:
         raise UsageError('--resume needs --run_dir: the directory of the run to go on with.')
-    return launch, known.preset, values
+    return launch, known.preset, {**values, **_attached_shards(launch, values)}
+
+
+def _attached_shards(launch: Launch, values: Mapping[str, Any]) -> dict[str, int]:
+    """How many shards there are, by their setting, of the kinds that the run attaches to.
+
+    Raises:
+      UsageError: a flag says another number.
+    """
+    found = {}
+    for kind in ('parameter', 'replay'):
+        count, setting = len(getattr(launch, f'{kind}_addresses')), f'num_{kind}_shards'
+        if count and values.get(setting, count) != count:
+            raise UsageError(
+                f'--{setting} {values[setting]} contradicts --{kind}_addresses, which names'
+                f' {count}; leave the flag out.'
+            )
+        if count:
+            found[setting] = count
+    return found
 
 
 def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.ExperimentConfig:

@@ -53,7 +53,7 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
       UsageError: a flag, a value, or the machine is unfit; the message names it and the remedy.
     """
     from agents.environment import UnknownGameError, rom_id
-    from pipelines import options, sizing
+    from pipelines import attached, options, sizing
 
     launch, preset, values = options.parse(argv)
     sizing.require_restorable(launch)
@@ -69,7 +69,7 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
     config = config_lib.replace(config, {'game': game})
     sizing.require_room(config, launch)
     sizing.require_ports(config, launch)
-    sizing.require_servers(launch)
+    attached.require_servers(config, launch)
     return config, launch
 
 

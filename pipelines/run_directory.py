@@ -197,6 +197,8 @@ class RunDirectory:
             shutil.rmtree(leftover)  # a run killed while it wrote a checkpoint
         for leftover in self.checkpoints.glob(f'{_REPLACED_PREFIX}*'):
             shutil.rmtree(leftover)
+        for leftover in self.path.glob(f'.{self.policy.name}.*'):
+            shutil.rmtree(leftover)  # an export ended while it wrote
 
     def latest_checkpoints(self) -> list[pathlib.Path]:
         """The complete checkpoints, newest first."""

@@ -1,13 +1,11 @@
 """What a run needs of the machine, checked before anything is written.
 
-Memory for its replay and processes, disk for its checkpoints, free ports, servers that answer.
+Memory for its replay and processes, disk for its checkpoints, free ports.
 """
 
 import pathlib
 import socket
-from collections.abc import Callable
 
-from infra.replay.config import EXPERIENCE_TABLE
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.options import Launch
@@ -18,13 +16,12 @@ from pipelines.run_directory import RunDirectory, require_disk, require_memory
 BYTES_PER_TRANSITION = 3_000
 # Resident memory, measured, rounded up: TensorFlow is most of it.
 _BYTES_PER_WORKER = 800_000_000
-_BYTES_PER_SERVER = 500_000_000
+_BYTES_PER_SERVER = 550_000_000
 _BYTES_PER_JOB = 200_000_000
 _BYTES_PER_ENVIRONMENT = 2_000_000  # an emulator, and its share of the Nature network's inference
 _BYTES_PER_BATCHED_TRANSITION = 400_000  # of the Nature network's gradient
-_BYTES_OF_LAUNCHER = 400_000_000
+_BYTES_OF_LAUNCHER = 700_000_000
 _KEPT_CHECKPOINTS = 3  # two complete ones and the one being written
-_CONNECT_SECONDS = 5.0
 _BYTES_WITHOUT_REPLAY = 300_000_000  # parameters, slots, logs, events
 
 
@@ -127,51 +124,3 @@ def _require_free(kind: str, port: int) -> None:
                 f'--{kind}_ports: port {port} is busy ({error.strerror}); choose another, or leave'
                 ' the flag out.'
             ) from error
-
-
-def require_servers(launch: Launch) -> None:
-    """Checks that a server of its kind answers at each `host:port` to attach to.
-
-    Raises:
-      UsageError: nobody listens there, or something else.
-    """
-    for address in launch.parameter_addresses + launch.replay_addresses:
-        _require_listener(address)
-    for address in launch.parameter_addresses:
-        _require_answer(address, 'parameter shard', _ask_parameter_shard)
-    for address in launch.replay_addresses:
-        _require_answer(address, 'replay shard', _ask_replay_shard)
-
-
-def _require_listener(address: str) -> None:
-    host, _, port = address.rpartition(':')
-    try:
-        socket.create_connection((host.strip('[]'), int(port)), _CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UsageError(
-            f'{address}: no server answers ({error}); start it first, or correct the address.'
-        ) from error
-
-
-def _require_answer(address: str, kind: str, ask: Callable[[str], object]) -> None:
-    try:
-        ask(address)
-    except Exception as error:  # gRPC, Flight and Reverb each raise kinds of their own
-        raise UsageError(
-            f'{address}: answers, but not as a {kind} ({type(error).__name__}); correct the'
-            ' address.'
-        ) from error
-
-
-def _ask_parameter_shard(address: str) -> object:
-    import pyarrow.flight as flight
-
-    options = flight.FlightCallOptions(timeout=_CONNECT_SECONDS)
-    with flight.FlightClient(f'grpc://{address}') as client:
-        return list(client.do_action(flight.Action('health', b''), options))
-
-
-def _ask_replay_shard(address: str) -> object:
-    import reverb
-
-    return reverb.Client(address).server_info(timeout=int(_CONNECT_SECONDS))[EXPERIENCE_TABLE]

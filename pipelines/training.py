@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from infra.cluster import REPLAY, Cluster
+from infra.cluster import PARAMETER_SERVER, REPLAY, Cluster, ClusterError
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import ParameterServerError, ParameterServerUnavailable
 from infra.replay.errors import ReplayError
@@ -34,6 +34,11 @@ _DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a 
 _PARAMETERS_SECONDS = 60.0  # what a shard's death may cost; a save takes under a second
 _BACKLOG_SECONDS = 10.0  # workers send what they kept while the telemetry's server was busy
 _RESTART_SECONDS = 60.0  # a server's import of TensorFlow and restore, on a busy machine
+_BLOCKED_SECONDS = 2.0  # a server that answers later than this may have kept the workers waiting
+
+
+class LastCheckpointError(Exception):
+    """What was learned since the checkpoint before could not be saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,9 @@ class Training:
 
         Raises:
           WorkersFailedError: workers cannot be kept alive; a checkpoint was tried.
-          ClusterError: nor a server, without which there is none; the last one stays in force.
+          ClusterError: nor a server; likewise.
+          ParameterServerError, OSError: statistics cannot be had or written; likewise.
+          LastCheckpointError: the run is over, but what it learned could not be saved.
         """
         if self.interrupted():
             return self.interrupted()
@@ -108,8 +115,11 @@ class Training:
         self.jobs.start(time.time())
         try:
             reason = self._watch()
-        except WorkersFailedError:
-            self._end()  # the servers are healthy: nothing learned is lost
+        except (WorkersFailedError, ClusterError, ParameterServerError, OSError):
+            if PARAMETER_SERVER not in self.cluster.abandoned:
+                # What still works is asked for all it has: nothing learned shall be lost.
+                with contextlib.suppress(LastCheckpointError, ParameterServerError, OSError):
+                    self._end()
             raise
         if self.interrupted():
             self.display.message(f'{reason}: {_STOPPING}')
@@ -132,7 +142,7 @@ class Training:
             self.jobs.stop()  # nothing to keep: the workers may still be importing TensorFlow
             return
         self._drain()
-        self._checkpoint()
+        self._last_checkpoint()
 
     def _reason(self) -> str:
         if signal := self.interrupted():
@@ -155,14 +165,18 @@ class Training:
 
     def _ask(self) -> None:
         """Asks the servers for clock and counts."""
+        began = time.monotonic()
         with contextlib.suppress(ParameterServerUnavailable):  # restarts; the cluster sees to it
             shards = self.client.report()['shards']
             self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
             self.monitor.parameter_server(shards)
+        if time.monotonic() - began > _BLOCKED_SECONDS:
+            self._deaf_until = time.time()  # workers waited for that shard too, silently
         if self.replay.addresses:
             self.monitor.replay(self.replay.status.read())
         elif self._bundles:
-            self.monitor.replay([self._bundles[worker] for worker in sorted(self._bundles)])
+            bundles = range(self.config.run.num_actors)
+            self.monitor.replay([self._bundles.get(bundle, {}) for bundle in bundles])
 
     def _show_phase(self, state: RunState) -> None:
         if state.updates:
@@ -177,7 +191,8 @@ class Training:
             for _ in range(new):
                 self.monitor.restarted(component)
                 self.display.message(f'{component} restarted')
-            if new and component == REPLAY:
+            if new and component in (PARAMETER_SERVER, REPLAY):
+                # Workers wait for the one in silence; the other hands on what they say.
                 self._deaf_until = time.time() + _RESTART_SECONDS
             self._restarts[component] = count
 
@@ -207,10 +222,32 @@ class Training:
 
     def _checkpoint(self) -> None:
         self.display.phase('checkpointing')
+        self._save(self.replay.addresses)
+        self._deaf_until = time.time() + _BACKLOG_SECONDS
+
+    def _last_checkpoint(self) -> None:
+        """Saves what was learned, without the replay if that cannot be had.
+
+        Raises:
+          LastCheckpointError: nor without.
+        """
+        self.display.phase('checkpointing')
+        if self._save(self.replay.addresses):
+            return
+        self.display.message('trying a checkpoint without the replay')
+        if not self._save(()):
+            raise LastCheckpointError(
+                'what was learned since the last checkpoint could not be saved; --resume goes on'
+                ' from that one'
+            )
+
+    def _save(self, replay: tuple[str, ...]) -> bool:
+        """Whether a checkpoint with these replay shards was written."""
         counters = {**self.monitor.counters(), 'submissions': self.jobs.submissions}
         with self._reported():
-            self.checkpoints.save(self.client, self.replay.addresses, counters)
-        self._deaf_until = time.time() + _BACKLOG_SECONDS
+            self.checkpoints.save(self.client, replay, counters)
+            return True
+        return False
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

@@ -123,8 +123,17 @@ class Status:
         now = time.monotonic()
         if now >= self._due:
             self._due = now + STATUS_SECONDS
-            self._telemetry.record('heartbeat', pid=os.getpid())
-            self._telemetry.record(self._kind, **describe())
+            _beat(self._telemetry)
+            self.tell_now(describe)
+
+    def tell_now(self, describe: Callable[[], dict[str, Any]]) -> None:
+        """Records `describe()`, due or not."""
+        self._telemetry.record(self._kind, **describe())
+
+
+def _beat(telemetry: 'Telemetry') -> None:
+    """A sign of life; the first one tells the process id before the slow parts of the start."""
+    telemetry.record('heartbeat', pid=os.getpid())
 
 
 class ActorWorker:
@@ -212,6 +221,10 @@ class LearnerWorker:
         self._learner.finish_push()
         return made
 
+    def report(self) -> None:
+        """Tells the last figures."""
+        self._status.tell_now(self._describe)
+
     def _describe(self) -> dict[str, Any]:
         counters = self._learner.counters
         return {
@@ -264,10 +277,11 @@ def open_actor(
     from infra.telemetry import Telemetry
     from pipelines import agent
 
-    policy = agent.build_policy(config)
     workers: list[ActorWorker] = []
     with contextlib.ExitStack() as stack:
         telemetry = stack.enter_context(Telemetry(addresses.telemetry, component, spec.worker))
+        _beat(telemetry)
+        policy = agent.build_policy(config)
         parameters = _connect(stack, config, addresses, agent.layout_of(policy))
         parameters.initialise(policy.parameters())
         environment = stack.enter_context(_environment(config, spec))
@@ -301,12 +315,13 @@ def open_learner(
     from infra.telemetry import Telemetry
     from pipelines import agent
 
-    network = agent.build_learner(config)
     shards = addresses.replay
     if config.replay.replay_mode == 'local':
         shards = (shards[shard_of_worker(spec.worker, len(shards))],)
     with contextlib.ExitStack() as stack:
         telemetry = stack.enter_context(Telemetry(addresses.telemetry, component, spec.worker))
+        _beat(telemetry)
+        network = agent.build_learner(config)
         parameters = _connect(stack, config, addresses, agent.layout_of(network))
         parameters.initialise(network.parameters())
         samples = stack.enter_context(
@@ -319,7 +334,9 @@ def open_learner(
             )
         )
         learner = Learner(config.learner, network, samples, parameters)
-        yield LearnerWorker(learner, config, telemetry, patient=component == 'learner')
+        worker = LearnerWorker(learner, config, telemetry, patient=component == 'learner')
+        stack.callback(worker.report)
+        yield worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,7 +401,7 @@ def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
     Its table opens with the first transition: `UpdatesOwed` waits for the minimum size. The table's
     own minimum counts confirmed transitions, which lag behind the steps.
     """
-    from infra.replay.server import ShardConfig, build_tables, start_server
+    from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
     from pipelines import agent
 
     shard = ShardConfig(
@@ -397,4 +414,4 @@ def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
     try:
         yield f'127.0.0.1:{server.port}'
     finally:
-        server.stop()
+        stop_server(server)  # the bundle's learner may still be connected

@@ -57,6 +57,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--num_replay_shards=3',), '--num_actors'),
         (('--min_replay_size=1000', '--replay_capacity=10'), 'min_replay_size'),
         (('--optimizer=sgd',), 'adam'),
+        (('--optimizer=adam', '--optimizer_epsilon=0'), 'optimizer_epsilon is 0'),
         (('--torso=resnet',), 'nature'),
         (('--loss=l1',), 'huber'),
         (('--batch_size=0',), 'batch_size'),

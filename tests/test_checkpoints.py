@@ -62,7 +62,7 @@ def reopened(directory):
 def replay_writes(tmp_path, monkeypatch):
     """Stands in for a replay shard: each save gives a directory with two files, as Reverb does."""
 
-    def save(addresses):
+    def save(addresses, timeout_seconds):
         assert addresses == ('replay:1',)
         written = tmp_path / 'written'
         (written / 'tables').mkdir(parents=True)

@@ -102,6 +102,22 @@ def test_a_silent_worker_is_killed_and_submitted_once_after_the_back_off(make_ru
     assert not has_ended(pids[ACTORS[1]])
 
 
+def test_a_worker_whose_process_is_gone_is_submitted_again_before_it_is_silent(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    run.supervise(10.0, ALL)
+    dead = run.pid(ACTORS[0], 0)
+    os.kill(dead, signal.SIGKILL)
+    assert eventually(lambda: has_ended(dead))
+    gone = jobs_lib.GONE_SECONDS
+    run.supervise(11.0, ALL)  # its last heartbeats may arrive late
+    run.supervise(11.0 + gone / 2, ALL)
+    assert len(run.started) == 2
+    run.supervise(11.0 + gone, ALL)
+    run.supervise(14.0 + gone, ALL)  # behind the back-off
+    assert run.started[2:] == [('actor', (0,))]
+
+
 def test_a_silent_worker_alone_in_its_job_takes_the_job_with_it(make_run):
     run = make_run()
     run.jobs.start(0.0)

@@ -213,6 +213,22 @@ def test_outlying_loss_is_dropped_by_the_learner(connected):
     assert learner.clock.updates == 7 - learner.counters.outliers
 
 
+def test_an_outlier_whose_refresh_was_due_brings_the_parameters_all_the_same(connected):
+    config = LearnerConfig(
+        batch_size=BATCH, overlap_push=False, outlier_deviations=3.0, outlier_decay=0.5
+    )
+    usual = list(our_samples(6))
+    outlier = Sample(usual[0].transition._replace(reward=usual[0].transition.reward + 1e4))
+    learner, client, _ = connected(iter([*usual, outlier]), config, learning_rate=1.0)
+    for _ in usual:
+        learner.update()
+    client.push(np.ones(client.layout.size, np.float32), client.pull().versions, pull=False)
+    learner.update()
+    assert learner.counters.outliers == 1
+    assert learner.clock.updates == 7
+    assert client.pull().parts is None  # the learner has had the newest
+
+
 def test_statistics_equal_a_weighted_mean_and_variance():
     losses, decay = [1.0, 3.0, 2.0, 7.0], 0.8
     statistics = LossStatistics()

@@ -136,14 +136,6 @@ class TestState:
         monitor.fold([event('actor', 1, epsilon=0.5)])
         assert monitor.state().epsilon == pytest.approx(0.7)
 
-    def test_heartbeats_are_seconds_since_any_event_of_a_worker(self, monitor, clock):
-        monitor.fold([event('heartbeat', 0), event('heartbeat', 1), event('learner', loss=1.0)])
-        clock.now += 30
-        monitor.fold([event('actor', 1, epsilon=0.1)])
-        clock.now += 5
-        seconds = monitor.state().heartbeats
-        assert seconds == {('actor', 0): 35.0, ('actor', 1): 5.0, ('learner', 0): 35.0}
-
     def test_a_late_event_of_a_predecessor_does_not_hide_its_successor(self, monitor):
         monitor.fold(
             [event('heartbeat', time=20.0, pid=222), event('heartbeat', time=10.0, pid=111)]
@@ -156,10 +148,11 @@ class TestState:
         assert monitor.heartbeats() == {}
 
     def test_learner_figures_are_means_over_the_period(self, monitor, clock):
-        monitor.fold([event('learner', loss=loss, updates=9, mean_q=2.0) for loss in (1.0, 3.0)])
+        for loss in (1.0, 3.0):
+            monitor.fold([event('learner', loss=loss, updates=9, mean_absolute_error=2.0)])
         clock.now += CONFIG.scalars_period_seconds
         monitor.tick()
-        assert monitor.state().learner == {'loss': 2.0, 'mean_q': 2.0}
+        assert monitor.state().learner == {'loss': 2.0, 'mean_absolute_error': 2.0}
 
 
 class TestCounters:

@@ -125,19 +125,7 @@ class ParameterClient:
         self._timeout_seconds = timeout_seconds
         self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
-        hello = {
-            'protocol': protocol.PROTOCOL_VERSION,
-            'session': uuid.uuid4().hex,
-            'layout': layout.to_json(),
-            'num_shards': len(addresses),
-            'wire_dtype': wire_dtype,
-        }
-        self._connections = [
-            ShardConnection(
-                address, {**hello, 'shard': shard}, part.stop - part.start, shared_memory
-            )
-            for shard, (address, part) in enumerate(zip(addresses, self._parts))
-        ]
+        self._connections = _connections(addresses, layout, wire_dtype, shared_memory)
         self._watchdog = Watchdog(self._connections)
         self._lock = threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
@@ -426,6 +414,23 @@ class ParameterClient:
         if failure is not None:
             raise failure
         return problem
+
+
+def _connections(
+    addresses: Sequence[str], layout: Layout, wire_dtype: str, shared_memory: bool
+) -> list[ShardConnection]:
+    """One for each shard, none of them open yet."""
+    hello = {
+        'protocol': protocol.PROTOCOL_VERSION,
+        'session': uuid.uuid4().hex,
+        'layout': layout.to_json(),
+        'num_shards': len(addresses),
+        'wire_dtype': wire_dtype,
+    }
+    return [
+        ShardConnection(address, {**hello, 'shard': shard}, part.stop - part.start, shared_memory)
+        for shard, (address, part) in enumerate(zip(addresses, layout.slices(len(addresses))))
+    ]
 
 
 def _failure(request: Request, reply: dict, wait_initialised: bool) -> Exception | None:

@@ -68,6 +68,13 @@ class ParameterServerConfig:
         require_choice(self, 'wire_dtype', WIRE_DTYPES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
+        # A weight whose gradient was always 0 would become 0 / 0.
+        require(
+            self,
+            'optimizer_epsilon',
+            self.optimizer != 'adam' or self.optimizer_epsilon > 0,
+            "more than 0 with 'adam'",
+        )
         require_positive(self, 'learning_rate', 'adagrad_initial_accumulator')
         for name in ('optimizer_decay', 'optimizer_momentum', 'adam_beta_1', 'adam_beta_2'):
             value = getattr(self, name)

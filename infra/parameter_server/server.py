@@ -304,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         from infra.process import announce_ready
 
         announce_ready(options.ready_file, server.port)
+    print(f'parameter shard {options.shard} serves on {server.address}', flush=True)
     while True:
         signal.pause()
 
@@ -392,10 +393,10 @@ def _error_reply(error: Exception) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    from infra.process import exit_with_parent
+    from infra.process import exit_with_launcher
 
     # First: the launcher may die while TensorFlow is being imported.
-    exit_with_parent()
+    exit_with_launcher()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(message)s')
     sys.exit(main())

@@ -171,10 +171,11 @@ class Shard:
             return self._clock()
 
     def report(self) -> dict[str, Any]:
-        """Returns the shard's counters."""
+        """Returns the shard's counters and configuration."""
         with self._lock:
             return {
                 'shard': self.index,
+                'config': dataclasses.asdict(self.config),
                 'initialised': self.layout is not None,
                 'rejected': dict(self._rejected),
                 **self._clock(),

@@ -53,7 +53,6 @@ class _Stream:
         self._truncated: collections.deque[np.ndarray] = collections.deque(maxlen=spec.n_step + 1)
         self._writer: Any = None
         self.items = 0
-        self.reconnects = 0
 
     def wait_for_room(self, timeout_seconds: float) -> None:
         """Returns once a step may be added; raises whatever Reverb raises."""
@@ -87,7 +86,6 @@ class _Stream:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-            self.reconnects += 1
 
     def _open(self) -> Any:
         """A writer that knows the recent rows, so that a stream goes on where it was."""
@@ -169,11 +167,6 @@ class Adder:
     def items(self) -> int:
         """Windows handed to Reverb so far."""
         return sum(stream.items for stream in self._streams)
-
-    @property
-    def reconnects(self) -> int:
-        """Writers given up so far, the closing of the adder included."""
-        return sum(stream.reconnects for stream in self._streams)
 
     def add(
         self,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _DONE_FILE = 'DONE'  # Reverb writes it last
 _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
 _PORT_ATTEMPTS = 10
-_STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop; then the process just ends
+_STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +230,13 @@ def start_server(
             shutil.rmtree(root, ignore_errors=True)
 
 
+def stop_server(server: 'reverb.Server') -> None:
+    """Stops a server; waits a bounded time for the streams that are still open."""
+    stopping = threading.Thread(target=server.stop, daemon=True)
+    stopping.start()
+    stopping.join(_STOP_SECONDS)
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m infra.replay.server', description=__doc__)
     parser.add_argument('--config', required=True, help='JSON file: ShardConfig as a dict')
@@ -246,7 +253,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     """Serves until SIGTERM; returns the exit code: 0, or 2 when it could not start."""
-    process.exit_with_parent()
+    process.exit_with_launcher()
     options = _parse(arguments)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
@@ -261,10 +268,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if options.ready_file:
         process.announce_ready(options.ready_file, server.port)
+    print(f'replay shard {options.shard} serves on port {server.port}', flush=True)
     stopped.wait()
-    stopping = threading.Thread(target=server.stop, daemon=True)
-    stopping.start()
-    stopping.join(_STOP_SECONDS)
+    stop_server(server)
     return 0
 
 

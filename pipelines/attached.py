@@ -1,0 +1,149 @@
+"""Servers that a run attaches to, checked before anything is written: do they fit, are they new?
+
+In: addresses and an experiment. Out: nothing, or an error that names the address and the remedy. A
+server that was started with other values, or that holds what another run has learned, would make
+`config.json` and `summary.json` untrue.
+"""
+
+import json
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from infra.replay.config import EXPERIENCE_TABLE
+from infra.replay.trajectory import TrajectorySpec
+from infra.telemetry import TELEMETRY_TABLE
+from pipelines.config import ExperimentConfig
+from pipelines.errors import UsageError
+from pipelines.options import Launch
+
+_CONNECT_SECONDS = 5.0
+# What each client may choose for itself.
+_CLIENTS_OWN = frozenset({'wire_dtype', 'shared_memory'})
+_ANEW = 'start it anew, or another one in its place'
+
+
+def require_servers(config: ExperimentConfig, launch: Launch) -> None:
+    """Checks that a fresh server of its kind, and of this experiment, answers at each address.
+
+    Raises:
+      UsageError: nobody listens there, or something else, or a server that does not fit.
+    """
+    for address in launch.parameter_addresses + launch.replay_addresses:
+        _require_listener(address)
+    for shard, address in enumerate(launch.parameter_addresses):
+        report = _answer(address, 'parameter shard', _ask_parameter_shard)
+        _check_parameter_shard(report, config, shard, address)
+    for shard, address in enumerate(launch.replay_addresses):
+        tables = _answer(address, 'replay shard', _ask_replay_shard)
+        _check_replay_shard(tables, config, shard, address)
+
+
+def _require_listener(address: str) -> None:
+    host, _, port = address.rpartition(':')
+    try:
+        socket.create_connection((host.strip('[]'), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f'{address}: no server answers ({error}); start it first, or correct the address.'
+        ) from error
+
+
+def _answer(address: str, kind: str, ask: Callable[[str], Any]) -> Any:
+    try:
+        return ask(address)
+    except Exception as error:  # gRPC, Flight and Reverb each raise kinds of their own
+        raise UsageError(
+            f'{address}: answers, but not as a {kind} ({type(error).__name__}); correct the'
+            ' address.'
+        ) from error
+
+
+def _ask_parameter_shard(address: str) -> Mapping[str, Any]:
+    import pyarrow.flight as flight
+
+    options = flight.FlightCallOptions(timeout=_CONNECT_SECONDS)
+    with flight.FlightClient(f'grpc://{address}') as client:
+        answers = client.do_action(flight.Action('health', b''), options)
+        return json.loads(next(iter(answers)).body.to_pybytes())
+
+
+def _ask_replay_shard(address: str) -> Mapping[str, Any]:
+    import reverb
+
+    return reverb.Client(address).server_info(timeout=int(_CONNECT_SECONDS))
+
+
+def _check_parameter_shard(
+    report: Mapping[str, Any], config: ExperimentConfig, shard: int, address: str
+) -> None:
+    if report['shard'] != shard:
+        raise UsageError(
+            f'{address}: is parameter shard {report["shard"]}, but stands at place {shard} of'
+            ' --parameter_addresses; give all shards in their order.'
+        )
+    for name, value in report['config'].items():
+        wanted = getattr(config.parameter_server, name)
+        if value != wanted and name not in _CLIENTS_OWN:
+            raise UsageError(
+                f'{address}: was started with {name} {value}, this run asks for {wanted}; give'
+                f' --{name} {value}, or {_ANEW}.'
+            )
+    if report['initialised'] or report['stopping']:
+        raise UsageError(
+            f'{address}: holds the parameters of another run (update {report["version"]}); {_ANEW}.'
+        )
+
+
+def _check_replay_shard(
+    tables: Mapping[str, Any], config: ExperimentConfig, shard: int, address: str
+) -> None:
+    bundled = config.run.topology == 'bundled'
+    if shard == 0 and TELEMETRY_TABLE not in tables:
+        raise UsageError(
+            f'{address}: stands first in --replay_addresses but has no telemetry queue; name shard'
+            ' 0 first.'
+        )
+    if bundled:
+        return  # each bundle has a replay of its own
+    if EXPERIENCE_TABLE not in tables:
+        raise UsageError(
+            f'{address}: holds no table {EXPERIENCE_TABLE!r} (is it the server of a bundled run?);'
+            f' {_ANEW}.'
+        )
+    found, wanted = _described(tables[EXPERIENCE_TABLE]), _expected(config)
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UsageError(
+                f'{address}: was started with {name} {found[name]}, this run asks for {value};'
+                f' give the flags it was started with, or {_ANEW}.'
+            )
+    if tables[EXPERIENCE_TABLE].current_size:
+        raise UsageError(
+            f'{address}: holds {tables[EXPERIENCE_TABLE].current_size} transitions of another run;'
+            f' {_ANEW}.'
+        )
+
+
+def _described(table: Any) -> dict[str, Any]:
+    """What a replay shard's table says of itself."""
+    limiter = table.rate_limiter_info
+    return {
+        'rows and bytes of an item': list(table.signature['rows'].shape),
+        'capacity': table.max_size,
+        'minimum size': limiter.min_size_to_sample,
+        'samples per insert': limiter.samples_per_insert,
+    }
+
+
+def _expected(config: ExperimentConfig) -> dict[str, Any]:
+    """What a replay shard's table of this experiment says of itself."""
+    spec = TrajectorySpec(frame_stack=config.environment.frame_stack, n_step=config.agent.n_step)
+    # A table without a ratio samples any number of times: Reverb calls that 1.
+    ratio = config.replay.samples_per_insert(config.learner.batch_size) or 1.0
+    return {
+        'rows and bytes of an item': [spec.window, spec.row_bytes],
+        'capacity': config.replay.shard_capacity,
+        'minimum size': config.replay.shard_min_size,
+        'samples per insert': ratio,
+    }

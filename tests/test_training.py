@@ -1,0 +1,102 @@
+"""The watch over a run: real parameter shards and checkpoints, servers that fail as told."""
+
+import contextlib
+import io
+import types
+
+import numpy as np
+import pytest
+
+from infra.replay.errors import ReplayUnavailable
+from pipelines import presets
+from pipelines.checkpoints import Checkpoints
+from pipelines.display import PlainDisplay
+from pipelines.monitor import Monitor, MonitorConfig
+from pipelines.run_directory import RunDirectory
+from pipelines.training import LastCheckpointError, Replay, Training
+from tests import parameter_servers
+
+MONITOR = MonitorConfig(game='pong', preset='laptop', seed=1, max_frames=1000)
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A training with initialised parameter shards and without workers; gives it and its output."""
+    server = parameter_servers.config(num_parameter_shards=2)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(RunDirectory.open(tmp_path / 'run'))
+        directory.config_file.write_text('{}')
+        shards = stack.enter_context(parameter_servers.serve(server))
+        client = stack.enter_context(parameter_servers.connect([shard.address for shard in shards]))
+        client.initialise(np.zeros(client.layout.size, np.float32))
+        config = presets.experiment('laptop', {'num_actors': 3})
+        told = io.StringIO()
+        yield (
+            Training(
+                config=config,
+                display=PlainDisplay(told),
+                interrupted=str,
+                cluster=types.SimpleNamespace(restarts={}, abandoned=frozenset()),  # type: ignore[arg-type]
+                client=client,
+                reader=types.SimpleNamespace(drain=lambda timeout_seconds: []),  # type: ignore[arg-type]
+                jobs=types.SimpleNamespace(restarts={}, submissions=2),  # type: ignore[arg-type]
+                monitor=stack.enter_context(Monitor(directory, MONITOR)),
+                checkpoints=Checkpoints(directory, config),
+                replay=Replay(('replay:1',), types.SimpleNamespace()),  # type: ignore[arg-type]
+            ),
+            told,
+            directory,
+        )
+
+
+@pytest.fixture
+def dead_replay(monkeypatch):
+    """No replay shard can write a checkpoint."""
+
+    def fail(addresses, timeout_seconds):
+        raise ReplayUnavailable('replay shard replay:1 wrote no checkpoint')
+
+    monkeypatch.setattr('infra.replay.server.save', fail)
+
+
+def test_the_last_checkpoint_is_written_without_a_replay_that_cannot_be_had(training, dead_replay):
+    run, told, directory = training
+    run._last_checkpoint()
+    (path,) = directory.latest_checkpoints()
+    assert not (path / 'replay').exists()
+    assert 'without the replay' in told.getvalue()
+
+
+def test_a_checkpoint_on_the_way_keeps_parameters_and_replay_together(training, dead_replay):
+    run, told, directory = training
+    run._checkpoint()
+    assert not directory.latest_checkpoints()  # the one before stays in force
+    assert 'no checkpoint written: replay shard replay:1' in told.getvalue()
+
+
+def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, monkeypatch):
+    run, _, _ = training
+
+    def full(directory):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(run.client, 'save', full)
+    with pytest.raises(LastCheckpointError, match='could not be saved'):
+        run._last_checkpoint()
+
+
+def test_a_bundle_that_starts_late_does_not_shift_the_others_counts(training):
+    run, _, _ = training
+    run.replay = Replay((), run.replay.status)
+
+    def tell(worker, inserts):
+        status = {'size': inserts, 'inserts': inserts, 'samples': 0}
+        event = {'kind': 'actor', 'component': 'bundle', 'worker': worker, 'replay': status}
+        run.reader.drain = lambda timeout_seconds: [event]
+        run._look()
+        run._ask()
+
+    tell(1, 100)
+    tell(0, 40)  # was taken for bundle 1's place before
+    tell(1, 120)
+    assert run.monitor.counters()['inserts'] == 40 + 120
