@@ -94,6 +94,12 @@ def shards(directory, config=FREE, count=2, batch_size=BATCH_SIZE):
 
 
 class TestServerProcess:
+    def test_sigterm_ends_it_whichever_thread_takes_the_signal(self, tmp_path):
+        # Right behind SIGCONT the kernel may find the main thread not awake yet.
+        with shards(tmp_path, count=1) as (shard,):
+            shard.pause()
+            assert shard.close() == 0
+
     def test_sigterm_ends_it_with_exit_code_0_even_with_open_streams(self, tmp_path):
         with shards(tmp_path, count=1) as (shard,):
             fill(shard.address, 10)

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
 
 _LOG = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
+_WAKE_SECONDS = 0.5
 
 
 class ServerStartError(Exception):
@@ -306,7 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
         announce_ready(options.ready_file, server.port)
     print(f'parameter shard {options.shard} serves on {server.address}', flush=True)
     while True:
-        signal.pause()
+        # Not `pause`: another thread may take the signal, and then nothing wakes this one.
+        time.sleep(_WAKE_SECONDS)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

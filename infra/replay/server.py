@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _DONE_FILE = 'DONE'  # Reverb writes it last
 _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
 _PORT_ATTEMPTS = 10
+_WAKE_SECONDS = 0.5
 _STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop
 
 
@@ -269,7 +270,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.ready_file:
         process.announce_ready(options.ready_file, server.port)
     print(f'replay shard {options.shard} serves on port {server.port}', flush=True)
-    stopped.wait()
+    # Not without bound: another thread may take the signal, and then nothing wakes this one.
+    while not stopped.wait(_WAKE_SECONDS):
+        pass
     stop_server(server)
     return 0
 
