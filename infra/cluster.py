@@ -232,6 +232,20 @@ class Cluster:
         """Process id of every local server, by its name, such as `replay_0`."""
         return {server.name: server.process.pid or 0 for server in self._servers}
 
+    def kill(self, address: str) -> bool:
+        """Kills the local server at `address`, which hangs; it is started again as a dead one is.
+
+        Returns:
+          Whether it is one of this cluster's own.
+        """
+        with self._lock:
+            for server in self._servers:
+                if f'{self.config.host}:{server.port}' == address:
+                    _LOGGER.warning('%s does not answer, it is killed.', server.name)
+                    server.process.signal(signal.SIGKILL)
+                    return True
+        return False
+
     def check(self) -> None:
         """Does nothing while the servers can be kept alive.
 

@@ -82,6 +82,12 @@ def _check_parameter_shard(
             f'{address}: is parameter shard {report["shard"]}, but stands at place {shard} of'
             ' --parameter_addresses; give all shards in their order.'
         )
+    shards = report['config']['num_parameter_shards']
+    if shards != config.parameter_server.num_parameter_shards:
+        raise UsageError(
+            f'{address}: is one of {shards} parameter shards; name all of them, in order, in'
+            ' --parameter_addresses.'
+        )
     for name, value in report['config'].items():
         wanted = getattr(config.parameter_server, name)
         if value != wanted and name not in _CLIENTS_OWN:
@@ -89,9 +95,10 @@ def _check_parameter_shard(
                 f'{address}: was started with {name} {value}, this run asks for {wanted}; give'
                 f' --{name} {value}, or {_ANEW}.'
             )
-    if report['initialised'] or report['stopping']:
+    if report['initialised'] or report['stopping'] or report['owner']:
         raise UsageError(
-            f'{address}: holds the parameters of another run (update {report["version"]}); {_ANEW}.'
+            f'{address}: belongs to another run, {report["owner"] or "which is not known"}, and is'
+            f' at update {report["version"]}; {_ANEW}.'
         )
 
 

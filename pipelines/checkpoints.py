@@ -5,6 +5,7 @@ In: running servers. Out: `checkpoints/checkpoint-<n>/` with `parameters/`, `rep
 parameters alone; and where each server starts from, at a resumption or after its death.
 """
 
+import dataclasses
 import logging
 import pathlib
 import re
@@ -54,27 +55,24 @@ class Checkpoints:
     def open(self, resume: bool, tell: Callable[[str], None]) -> Mapping[str, Any] | None:
         """Finds the newest checkpoint that can be read; returns its counters, None for a new run.
 
-        A damaged one is set aside, and `tell` is told.
+        A damaged one is set aside, and `tell` is told. If no whole one is left, the newest whose
+        parameters can be read will do, with an empty replay.
 
         Raises:
           UsageError: `resume`, and no checkpoint can be read.
         """
         if not resume:
             return None
-        reason = 'it has none'
-        for path in self._directory.latest_checkpoints():
-            try:
-                counters = _validate(path)
-            except DamagedCheckpointError as error:
-                reason = str(error)
-                aside = self._directory.set_aside(path)
-                tell(f'{error}; kept as {aside.name}, trying the checkpoint before')
-                continue
-            self._newest = path
-            self._parameters = (path / _PARAMETERS,)
-            tell(f'going on from {path.name}: {counters["updates"]} updates')
-            return counters
-        raise _none_readable(self._directory, reason)
+        found = _find(self._directory)
+        for path, error in found.damaged:
+            aside = self._directory.set_aside(path)
+            tell(f'{error}; kept as {aside.name}, trying the checkpoint before')
+        if not found.with_replay:
+            tell(f'{found.path.name}: its replay is damaged; going on with an empty one')
+        self._newest = found.path if found.with_replay else None
+        self._parameters = (found.path / _PARAMETERS,)
+        tell(f'going on from {found.path.name}: {found.counters["updates"]} updates')
+        return found.counters
 
     def restore(self, component: str, shard: int) -> pathlib.Path | None:
         """Where a server (re)starts from; None: empty."""
@@ -150,20 +148,53 @@ class Checkpoints:
         self._parameters = (parameters, *self._parameters)[: 2 * _KEEP]
 
 
-def require_readable(directory: RunDirectory) -> None:
-    """Checks that a run can go on, and changes nothing.
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The checkpoint to go on from.
+
+    Attributes:
+      path: its directory.
+      counters: of the run.
+      with_replay: whether its replay can be read, if it has one.
+      damaged: newer ones that cannot be read, and why.
+    """
+
+    path: pathlib.Path
+    counters: Mapping[str, Any]
+    with_replay: bool
+    damaged: tuple[tuple[pathlib.Path, DamagedCheckpointError], ...]
+
+
+def _find(directory: RunDirectory) -> _Found:
+    """The newest checkpoint that is whole; if none is, the newest whose parameters are.
+
+    Raises:
+      UsageError: no parameters can be read.
+    """
+    paths = directory.latest_checkpoints()
+    reason = 'it has none'
+    for with_replay in (True, False):
+        damaged: list[tuple[pathlib.Path, DamagedCheckpointError]] = []
+        for path in paths:
+            try:
+                counters = _validate(path, with_replay)
+                return _Found(path, counters, with_replay, tuple(damaged))
+            except DamagedCheckpointError as error:
+                damaged.append((path, error))
+                reason = str(error)
+    raise UsageError(
+        f'{directory.path}: no checkpoint can be read ({reason}); start a new run in another'
+        ' --run_dir.'
+    )
+
+
+def readable_counters(directory: RunDirectory) -> Mapping[str, Any]:
+    """The run's counters where it would go on; changes nothing.
 
     Raises:
       UsageError: no checkpoint can be read.
     """
-    reason = 'it has none'
-    for path in directory.latest_checkpoints():
-        try:
-            _validate(path)
-            return
-        except DamagedCheckpointError as error:
-            reason = str(error)
-    raise _none_readable(directory, reason)
+    return _find(directory).counters
 
 
 def read_newest(
@@ -176,23 +207,19 @@ def read_newest(
     Raises:
       UsageError: there are none.
     """
-    for path in directory.latest_checkpoints():
+    paths = directory.latest_checkpoints()
+    for path in paths:
         try:
             return parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
         except DamagedCheckpointError as error:
-            tell(f'{error}; trying the checkpoint before')
-    raise UsageError(f'{directory.path}: no checkpoint can be read; train for longer first.')
+            tell(str(error))
+    if paths:
+        raise UsageError(f'{directory.path}: none of its {len(paths)} checkpoints can be read.')
+    raise UsageError(f'{directory.path}: it has no checkpoint yet; train for longer first.')
 
 
-def _none_readable(directory: RunDirectory, reason: str) -> UsageError:
-    return UsageError(
-        f'{directory.path}: no checkpoint can be read ({reason}); start a new run in another'
-        ' --run_dir.'
-    )
-
-
-def _validate(path: pathlib.Path) -> dict[str, Any]:
-    """The counters of a checkpoint all of whose files are as they were written.
+def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
+    """The counters of a checkpoint whose files, those of the replay only if asked, are whole.
 
     Raises:
       DamagedCheckpointError: naming the file that is missing or changed.
@@ -203,6 +230,8 @@ def _validate(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(counters.get('updates'), int):
         raise DamagedCheckpointError(f'{run_file} is damaged: it names no number of updates')
     expected = counters.pop(_REPLAY_FILES, None)
+    if not with_replay:
+        return counters
     found = _digests(path / _REPLAY)
     if not isinstance(expected, dict):
         raise DamagedCheckpointError(f'{run_file} is damaged: it names no {_REPLAY_FILES}')

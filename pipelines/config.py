@@ -103,6 +103,13 @@ class ExperimentConfig:
                 f' {run.num_actors}: a shard would stay empty; use fewer shards or more actors.'
             )
 
+        if self.max_agent_steps <= replay.min_replay_size:
+            raise ValueError(
+                f'--max_frames {run.max_frames} ({self.max_agent_steps} agent steps) end before'
+                f' learning begins, behind --min_replay_size {replay.min_replay_size}; raise the'
+                ' first or lower the second.'
+            )
+
     @property
     def max_agent_steps(self) -> int:
         """Agent steps, over all actors, that end the run."""
@@ -162,6 +169,8 @@ def from_json(text: str) -> ExperimentConfig:
         values = json.loads(text)
         preset = values.pop('preset')
         types = dict(groups())
+        if missing := types.keys() - values.keys():
+            raise ValueError(f'it lacks {", ".join(sorted(missing))}')
         for name, group in types.items():
             _check_types(name, group, values[name])
         return ExperimentConfig(

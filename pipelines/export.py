@@ -51,14 +51,18 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print(f'export.py: {error}', file=sys.stderr)
         return 2
+    import tensorflow as tf
+
     try:
         export(config, saved, directory.policy)
-    except (ValueError, OSError) as error:
-        print(f'export.py: {directory.path}: {error}', file=sys.stderr)
+    except (ValueError, OSError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        print(f'export.py: {directory.path}: nothing exported: {reason}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('export.py: interrupted; policy/ stays as it was.', file=sys.stderr)
         return 130
+    print(f'{directory.policy}: policy after {saved.clock["updates"]} updates')
     return 0
 
 

@@ -19,7 +19,11 @@ from typing import Any
 
 from infra.cluster import Cluster, ClusterConfig, ClusterError
 from infra.parameter_server.client import ParameterClient
-from infra.parameter_server.protocol import LayoutMismatchError, ParameterServerError
+from infra.parameter_server.protocol import (
+    LayoutMismatchError,
+    ParameterServerError,
+    RequestRefusedError,
+)
 from infra.process import ProcessSpec, SupervisedProcess
 from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
@@ -102,12 +106,18 @@ class Launcher:
         checkpoints = Checkpoints(self.directory, self.config, replay_is_ours=ours)
         resumed = checkpoints.open(self.launch.resume, self.display.message)
         with Monitor(self.directory, self._monitor_config(), resumed) as monitor:
+            if resumed is not None:
+                self.display.update(monitor.state())
             try:
                 reason = self._train(checkpoints, monitor, resumed)
             except _FAILURES as error:
                 reason = f'failed: {error}'
                 self.display.message(f'run.py: {error}')
             monitor.end_training()
+            if self.signals.received and resumed is None and not monitor.state().agent_steps:
+                self.display.message('stopped before the first frame: nothing is kept')
+                self.directory.discard()
+                return 128 + self.signals.received
             evaluation = self._evaluate() if reason == 'max_frames' else None
             if self.signals.received:
                 reason = self.signals.name
@@ -116,7 +126,21 @@ class Launcher:
             except OSError as error:
                 self.display.message(f'run.py: no summary: {error}')
                 evaluation = None
+            self._tell_result(evaluation)
         return self._exit_code(evaluation)
+
+    def _tell_result(self, evaluation: Mapping[str, Any] | None) -> None:
+        """The last line: what came of the run, and where it lies."""
+        result = 'no evaluation'
+        if evaluation is not None:
+            result = (
+                f'mean return {evaluation["mean"]:.1f} (standard deviation'
+                f' {evaluation["std"]:.1f}) over {evaluation["episodes"]} games'
+            )
+        self.display.message(
+            f'{self.config.environment.game}: {result}; summary.json, policy/ and the rest are in'
+            f' {self.directory.path}'
+        )
 
     def _exit_code(self, evaluation: Mapping[str, Any] | None) -> int:
         if self.signals.received:
@@ -170,7 +194,7 @@ class Launcher:
             client = stack.enter_context(
                 ParameterClient(addresses.parameters, layout, timeout_seconds=SERVER_SECONDS)
             )
-            _require_layout(client)
+            _take(client, str(self.directory.path))
             reader = stack.enter_context(TelemetryReader(addresses.telemetry))
             first_submission = (resumed or {}).get('submissions', 0)
             jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
@@ -234,11 +258,15 @@ class Launcher:
         )
 
 
-def _require_layout(client: ParameterClient) -> None:
-    """Raises UsageError when the shards hold the parameters of another network."""
+def _take(client: ParameterClient, run: str) -> None:
+    """Takes the shards for this run.
+
+    Raises:
+      UsageError: they hold the parameters of another network, or belong to another run.
+    """
     try:
-        client.report()
-    except LayoutMismatchError as error:
+        client.claim(run)
+    except (LayoutMismatchError, RequestRefusedError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -251,5 +279,6 @@ def launch(config: ExperimentConfig, launch_: Launch, directory: RunDirectory) -
     # force: modules of Beam log while they are imported, and logging then has a handler already.
     log_file = pathlib.Path(directory.logs) / 'launcher.log'
     logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
+    logging.raiseExceptions = False  # a full disk is told by who writes results, not by the log
     with open_display() as display, Signals(display) as signals:
         return Launcher(config, launch_, directory, display, signals).run()

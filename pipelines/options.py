@@ -172,13 +172,15 @@ def _refuse_unsupported(runner: str, beam_flags: Sequence[str]) -> None:
             )
 
 
-def _addresses(text: str | None) -> tuple[str, ...]:
+def _addresses(kind: str, text: str | None) -> tuple[str, ...]:
     """The host:port pairs of a comma-separated flag."""
     addresses = tuple(part.strip() for part in (text or '').split(',') if part.strip())
     for address in addresses:
         host, _, port = address.rpartition(':')
         if not host or not _is_port(port):
-            raise UsageError(f'{address!r}: not an address; write host:port, port 1 to 65535.')
+            raise UsageError(
+                f'--{kind}_addresses: {address!r} is no address; write host:port, port 1 to 65535.'
+            )
     return addresses
 
 
@@ -224,12 +226,14 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         runner=known.runner,
         run_dir=known.run_dir,
         resume=known.resume,
-        parameter_addresses=_addresses(known.parameter_addresses),
-        replay_addresses=_addresses(known.replay_addresses),
+        parameter_addresses=_addresses('parameter', known.parameter_addresses),
+        replay_addresses=_addresses('replay', known.replay_addresses),
         parameter_ports=_ports('parameter', known.parameter_ports),
         replay_ports=_ports('replay', known.replay_ports),
         beam_flags=tuple(rest),
     )
+    if launch.run_dir == '':
+        raise UsageError('--run_dir is empty; name a directory, or leave the flag out.')
     if launch.resume and launch.run_dir is None:
         raise UsageError('--resume needs --run_dir: the directory of the run to go on with.')
     return launch, known.preset, {**values, **_attached_shards(launch, values)}

@@ -77,12 +77,17 @@ def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: boo
     """Writes `config.json`; that of a run which cannot go on stays as it is.
 
     Raises:
-      UsageError: it cannot be written, or no checkpoint can be read.
+      UsageError: it cannot be written, no checkpoint can be read, or nothing is left to do.
     """
     if resume:
-        from pipelines.checkpoints import require_readable
+        from pipelines.checkpoints import readable_counters
 
-        require_readable(directory)
+        done = readable_counters(directory).get('agent_steps', 0)
+        if done >= config.max_agent_steps:
+            raise UsageError(
+                f'{directory.path}: {done * config.environment.action_repeat} frames are done, the'
+                f' budget is {config.run.max_frames}; raise --max_frames to go on.'
+            )
     try:
         write_atomically(directory.config_file, config_lib.to_json(config))
     except OSError as error:

@@ -107,11 +107,15 @@ class RunDirectory:
     directory is removed again: the user mends the mistake and gives the same command.
     """
 
-    def __init__(self, path: pathlib.Path, lock: int, created: pathlib.Path | None):
+    def __init__(
+        self, path: pathlib.Path, lock: int, created: pathlib.Path | None, new: bool = False
+    ):
         """Use `open`. `created`: topmost directory made for a new run, None when there was one."""
         self.path = path
         self._lock = lock
         self._created = created
+        self._new = new
+        self._discarded = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], resume: bool = False) -> 'RunDirectory':
@@ -133,7 +137,7 @@ class RunDirectory:
         except OSError as error:
             _remove_empty(path, created)
             raise _unwritable(path, error) from error
-        directory = cls(path, lock, created)
+        directory = cls(path, lock, created, new=not resume)
         try:
             # Looked at again under the lock: another process may have come first.
             if not resume:
@@ -255,6 +259,10 @@ class RunDirectory:
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Removes, when the directory is closed, all that a new run without a checkpoint left."""
+        self._discarded = True
+
     def close(self) -> None:
         """Gives the directory free for another process. Repeated calls do nothing."""
         if self._lock >= 0:
@@ -270,8 +278,10 @@ class RunDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, UsageError) and self._created and not self.latest_checkpoints():
-            shutil.rmtree(self.path, ignore_errors=True)
+        unwanted = self._discarded or isinstance(error, UsageError)
+        if unwanted and self._new and not self.latest_checkpoints():
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             _remove_empty(self.path, self._created)
         self.close()
 

@@ -146,6 +146,8 @@ class Rates:
 
     def see(self, now: float, frames: int, updates: int) -> None:
         samples = self._samples
+        if samples and (frames, updates) == samples[0][1:]:
+            samples.clear()  # nothing has moved yet: the window begins when something does
         if len(samples) >= 2 and now - samples[-2][0] < _RATE_SAMPLE_SECONDS:
             samples.pop()  # bounds the memory however often the clock is looked at
         samples.append((now, frames, updates))

@@ -34,7 +34,9 @@ _DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a 
 _PARAMETERS_SECONDS = 60.0  # what a shard's death may cost; a save takes under a second
 _BACKLOG_SECONDS = 10.0  # workers send what they kept while the telemetry's server was busy
 _RESTART_SECONDS = 60.0  # a server's import of TensorFlow and restore, on a busy machine
-_BLOCKED_SECONDS = 2.0  # a server that answers later than this may have kept the workers waiting
+_ASK_SECONDS = 5.0  # a shard that answers later may be restarting, or hang
+_HUNG_SECONDS = 30.0  # a shard of ours that answers nobody for so long is killed and started again
+_AWAY_SECONDS = 120.0  # a shard of others' that is away for so long ends the run
 
 
 class LastCheckpointError(Exception):
@@ -99,6 +101,7 @@ class Training:
         # Until then nobody could be heard: the telemetry's server was busy, or away.
         self._deaf_until = 0.0
         self._learned = self._ending = False
+        self._away_since: float | None = None  # since when a parameter shard has not answered
 
     def run(self) -> str:
         """Watches until the budget is reached or the user stops it; returns why it ended.
@@ -116,7 +119,7 @@ class Training:
         try:
             reason = self._watch()
         except (WorkersFailedError, ClusterError, ParameterServerError, OSError):
-            if PARAMETER_SERVER not in self.cluster.abandoned:
+            if self._away_since is None and PARAMETER_SERVER not in self.cluster.abandoned:
                 # What still works is asked for all it has: nothing learned shall be lost.
                 with contextlib.suppress(LastCheckpointError, ParameterServerError, OSError):
                     self._end()
@@ -165,18 +168,38 @@ class Training:
 
     def _ask(self) -> None:
         """Asks the servers for clock and counts."""
-        began = time.monotonic()
-        with contextlib.suppress(ParameterServerUnavailable):  # restarts; the cluster sees to it
-            shards = self.client.report()['shards']
+        try:
+            shards = self.client.report(_ASK_SECONDS)['shards']
+        except ParameterServerUnavailable as error:
+            self._see_away(error)
+        else:
+            self._away_since = None
             self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
             self.monitor.parameter_server(shards)
-        if time.monotonic() - began > _BLOCKED_SECONDS:
-            self._deaf_until = time.time()  # workers waited for that shard too, silently
         if self.replay.addresses:
             self.monitor.replay(self.replay.status.read())
         elif self._bundles:
             bundles = range(self.config.run.num_actors)
             self.monitor.replay([self._bundles.get(bundle, {}) for bundle in bundles])
+
+    def _see_away(self, error: ParameterServerUnavailable) -> None:
+        """Deals with a parameter shard that does not answer.
+
+        Raises:
+          ParameterServerUnavailable: it is not this run's to start again, and stays away.
+        """
+        now = time.monotonic()
+        self._deaf_until = time.time()  # workers wait for that shard too, in silence
+        if self._away_since is None:
+            self._away_since = now
+            self.display.message(str(error))
+        away = now - self._away_since
+        if self.cluster.config.parameter_addresses:
+            if away > _AWAY_SECONDS:
+                raise error
+        elif away > _HUNG_SECONDS and self.cluster.kill(error.address):
+            self.display.message(f'{error.address} is killed, to start again')
+            self._away_since = now
 
     def _show_phase(self, state: RunState) -> None:
         if state.updates:
@@ -210,10 +233,13 @@ class Training:
 
     def _drain(self) -> None:
         """Asks the workers to end, and waits for them as long as it takes them at most."""
-        with contextlib.suppress(ParameterServerError):  # then they are ended below
-            self.client.request_stop()
         deadline = time.monotonic() + _DRAIN_SECONDS
+        asked = False
         while self.jobs.running and time.monotonic() < deadline:
+            with contextlib.suppress(ParameterServerError):  # asked again, or ended below
+                if not asked:
+                    self.client.request_stop(_ASK_SECONDS)
+                    asked = True
             self._look()
             time.sleep(_POLL_SECONDS)
         self.jobs.stop()
@@ -232,10 +258,13 @@ class Training:
           LastCheckpointError: nor without.
         """
         self.display.phase('checkpointing')
-        if self._save(self.replay.addresses):
-            return
-        self.display.message('trying a checkpoint without the replay')
-        if not self._save(()):
+        saved = False
+        if self._away_since is None:
+            saved = self._save(self.replay.addresses)
+            if not saved and self.replay.addresses:
+                self.display.message('trying a checkpoint without the replay')
+                saved = self._save(())
+        if not saved:
             raise LastCheckpointError(
                 'what was learned since the last checkpoint could not be saved; --resume goes on'
                 ' from that one'

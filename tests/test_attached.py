@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from infra.parameter_server.layout import Layout
+from infra.parameter_server.protocol import RequestRefusedError
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
 from pipelines import agent, attached, options
 from pipelines.errors import UsageError
@@ -41,7 +42,7 @@ def servers():
 
 
 def check(*flags):
-    launch, preset, values = options.parse([*SHARDS, *flags])
+    launch, preset, values = options.parse([*SHARDS[1:], *flags])
     attached.require_servers(options.experiment(preset, values), launch)
 
 
@@ -83,15 +84,32 @@ def test_parameters_of_another_run_are_refused(servers):
     shards, addresses = servers()
     layout = Layout(('kernel',), ((4,),))
     shards[0].shard.initialise(layout, np.zeros(2, np.float32))
-    with pytest.raises(UsageError, match='holds the parameters of another run'):
+    with pytest.raises(UsageError, match='belongs to another run'):
         check(*addresses)
 
 
 def test_a_shard_that_was_told_to_stop_is_refused(servers):
     shards, addresses = servers()
     shards[1].shard.request_stop()
-    with pytest.raises(UsageError, match='of another run'):
+    with pytest.raises(UsageError, match='belongs to another run'):
         check(*addresses)
+
+
+def test_shards_that_a_run_has_just_taken_are_refused(servers):
+    shards, addresses = servers()
+    with parameter_servers.connect([shard.address for shard in shards]) as client:
+        client.claim('runs/first')
+        client.claim('runs/first')  # again, as after a broken stream
+        with pytest.raises(UsageError, match='belongs to another run, runs/first'):
+            check(*addresses)
+        with pytest.raises(RequestRefusedError, match='belongs to the run runs/first'):
+            client.claim('runs/second')
+
+
+def test_all_shards_must_be_named(servers):
+    shards, (_, replay) = servers()
+    with pytest.raises(UsageError, match='one of 2 parameter shards; name all'):
+        check(f'--parameter_addresses={shards[0].address}', replay)
 
 
 def test_a_replay_without_the_telemetry_queue_is_refused_in_the_first_place(servers):

@@ -56,6 +56,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--topology=bundled', '--num_actors=3', '--num_learners=2'), '--num_learners 2'),
         (('--num_replay_shards=3',), '--num_actors'),
         (('--min_replay_size=1000', '--replay_capacity=10'), 'min_replay_size'),
+        (('--max_frames=20000', '--min_replay_size=5000'), '--min_replay_size 5000'),
         (('--optimizer=sgd',), 'adam'),
         (('--optimizer=adam', '--optimizer_epsilon=0'), 'optimizer_epsilon is 0'),
         (('--torso=resnet',), 'nature'),
@@ -114,6 +115,11 @@ def test_resume_without_a_run_is_refused(rejected, tmp_path):
 def test_resume_without_run_dir_is_refused(capsys):
     assert run.main(['--resume']) == 2
     assert '--run_dir' in capsys.readouterr().err
+
+
+def test_empty_run_dir_is_refused(capsys):
+    assert run.main(['--run_dir=']) == 2
+    assert '--run_dir is empty' in capsys.readouterr().err
 
 
 def test_unreachable_server_is_named_and_nothing_written(rejected):

@@ -10,7 +10,7 @@ import pytest
 from infra.cluster import PARAMETER_SERVER, REPLAY
 from infra.parameter_server import checkpoint as parameter_checkpoint
 from pipelines import presets
-from pipelines.checkpoints import Checkpoints, read_newest, require_readable
+from pipelines.checkpoints import Checkpoints, read_newest, readable_counters
 from pipelines.errors import UsageError
 from pipelines.run_directory import RunDirectory
 from tests import parameter_servers
@@ -96,7 +96,7 @@ def test_no_readable_checkpoint_is_a_usage_error(saved):
     for path in directory.latest_checkpoints():
         (path / 'parameters' / 'manifest.json').unlink()
     with pytest.raises(UsageError, match='no checkpoint can be read'):
-        require_readable(directory)
+        readable_counters(directory)
     assert len(directory.latest_checkpoints()) == 2  # asking changes nothing
     with pytest.raises(UsageError, match='no checkpoint can be read'):
         reopened(directory).open(True, print)
@@ -148,6 +148,21 @@ def test_damaged_replay_falls_back_to_the_checkpoint_before(saved, replay_writes
     messages: list[str] = []
     assert reopened(directory).open(True, messages.append) == {'updates': 2}
     assert 'shard-0/tables' in messages[0]
+
+
+def test_parameters_go_on_without_a_replay_when_no_checkpoint_is_whole(saved, replay_writes):
+    directory, checkpoints, client = saved
+    checkpoints.save(client, ('replay:1',), {'updates': 3})
+    for older in directory.latest_checkpoints()[1:]:
+        damage(older / 'parameters')
+    (newest,) = (directory.latest_checkpoints()[0],)
+    (newest / 'replay' / 'shard-0' / 'tables' / 'chunks').write_bytes(b'01234')
+    messages: list[str] = []
+    checkpoints = reopened(directory)
+    assert checkpoints.open(True, messages.append) == {'updates': 3}
+    assert 'going on with an empty one' in messages[0]
+    assert checkpoints.restore(PARAMETER_SERVER, 0) == newest / 'parameters'
+    assert checkpoints.restore(REPLAY, 0) is None
 
 
 def test_replay_of_others_is_not_saved(saved, replay_writes):

@@ -301,6 +301,10 @@ class TestRealServers:
                     restored = second.pull().values
                     assert restored is not None
                     np.testing.assert_array_equal(restored, values)
+                os.kill(cluster.pids['parameter_server_0'], signal.SIGSTOP)  # it hangs
+                assert not cluster.kill('127.0.0.1:1')
+                assert cluster.kill(cluster.parameter_addresses[0])
+                assert eventually(lambda: cluster.restarts['parameter_server'] == 2)
             assert eventually(lambda: answers(cluster.telemetry_address), 100.0)
             pids = list(cluster.pids.values())
         assert all(map(has_ended, pids))

@@ -117,8 +117,8 @@ def test_beams_own_flags_pass_through():
 
 def test_resuming_keeps_what_was_learned_with_and_extends_the_budget():
     before = presets.experiment('laptop', {})
-    after = options.resumed(before, None, {'max_frames': 123})
-    assert after.run.max_frames == 123
+    after = options.resumed(before, None, {'max_frames': 123_456})
+    assert after.run.max_frames == 123_456
     assert dataclasses.replace(after, run=before.run) == before
     with pytest.raises(UsageError, match='--n_step 7'):
         options.resumed(before, None, {'n_step': 7})
@@ -128,4 +128,5 @@ def test_resuming_keeps_what_was_learned_with_and_extends_the_budget():
 
 def test_budget_is_counted_in_agent_steps_rounded_up():
     # 10 frames at 4 a step need a third step.
-    assert presets.experiment('laptop', {'max_frames': 10}).max_agent_steps == 3
+    small = presets.experiment('laptop', {'max_frames': 10, 'min_replay_size': 1})
+    assert small.max_agent_steps == 3

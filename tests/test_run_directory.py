@@ -198,6 +198,26 @@ class TestCheckpoints:
         assert directory.latest_checkpoints()[0].name == 'checkpoint-00000004'
 
 
+class TestDiscarding:
+    def test_a_discarded_new_directory_leaves_nothing(self, tmp_path):
+        with RunDirectory.open(tmp_path / 'new' / 'run') as directory:
+            directory.config_file.write_text('{}')
+            directory.discard()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_empty_directory_that_was_there_stays_and_is_empty(self, tmp_path):
+        with RunDirectory.open(tmp_path) as directory:
+            directory.config_file.write_text('{}')
+            directory.discard()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_a_resumed_run_found_is_kept(self, tmp_path):
+        started_run(tmp_path / 'run')
+        with RunDirectory.open(tmp_path / 'run', resume=True) as directory:
+            directory.discard()
+        assert (tmp_path / 'run' / 'config.json').exists()
+
+
 class TestResources:
     def test_enough_disk_and_memory_pass(self, tmp_path):
         run_directory.require_disk(tmp_path / 'not' / 'yet' / 'there', 1)

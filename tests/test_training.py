@@ -7,8 +7,10 @@ import types
 import numpy as np
 import pytest
 
+from infra.parameter_server.protocol import ParameterServerUnavailable
 from infra.replay.errors import ReplayUnavailable
 from pipelines import presets
+from pipelines import training as training_lib
 from pipelines.checkpoints import Checkpoints
 from pipelines.display import PlainDisplay
 from pipelines.monitor import Monitor, MonitorConfig
@@ -42,7 +44,7 @@ def training(tmp_path):
                 jobs=types.SimpleNamespace(restarts={}, submissions=2),  # type: ignore[arg-type]
                 monitor=stack.enter_context(Monitor(directory, MONITOR)),
                 checkpoints=Checkpoints(directory, config),
-                replay=Replay(('replay:1',), types.SimpleNamespace()),  # type: ignore[arg-type]
+                replay=Replay(('replay:1',), types.SimpleNamespace(read=list)),  # type: ignore[arg-type]
             ),
             told,
             directory,
@@ -83,6 +85,49 @@ def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, mon
     monkeypatch.setattr(run.client, 'save', full)
     with pytest.raises(LastCheckpointError, match='could not be saved'):
         run._last_checkpoint()
+
+
+@pytest.fixture
+def hanging(training, monkeypatch):
+    """A training whose parameter shard answers nobody; gives it, its output, what it killed."""
+    run, told, _ = training
+    killed: list[str] = []
+
+    def report(timeout_seconds):
+        raise ParameterServerUnavailable('host:1', 'no answer', 'start it again')
+
+    monkeypatch.setattr(run.client, 'report', report)
+    run.cluster.kill = lambda address: [killed.append(address)]  # type: ignore[func-returns-value]
+    run.cluster.config = types.SimpleNamespace(parameter_addresses=())
+    return run, told, killed
+
+
+def test_a_shard_of_ours_that_hangs_is_killed_after_the_bound(hanging, monkeypatch):
+    run, told, killed = hanging
+    run._ask()
+    assert 'parameter shard host:1: no answer' in told.getvalue()
+    assert not killed  # it may be restarting
+    monkeypatch.setattr(training_lib, '_HUNG_SECONDS', 0.0)
+    run._ask()
+    run._ask()
+    assert killed == ['host:1', 'host:1']  # once for each bound
+
+
+def test_a_shard_of_others_that_stays_away_ends_the_run(hanging, monkeypatch):
+    run, _, killed = hanging
+    run.cluster.config.parameter_addresses = ('host:1',)
+    run._ask()
+    monkeypatch.setattr(training_lib, '_AWAY_SECONDS', 0.0)
+    with pytest.raises(ParameterServerUnavailable, match='host:1'):
+        run._ask()
+    assert not killed
+
+
+def test_nothing_is_saved_from_shards_that_are_away(hanging):
+    run, _, _ = hanging
+    run._ask()
+    with pytest.raises(LastCheckpointError):
+        run._last_checkpoint()  # at once: a save would wait for them
 
 
 def test_a_bundle_that_starts_late_does_not_shift_the_others_counts(training):

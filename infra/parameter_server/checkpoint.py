@@ -21,6 +21,7 @@ from infra.parameter_server.layout import Layout
 _MANIFEST = 'manifest.json'
 _FORMAT = 1
 _READ_BYTES = 1 << 20
+_REASON_LENGTH = 200
 
 
 class DamagedCheckpointError(ValueError):
@@ -79,7 +80,9 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
     try:
         tf.train.Checkpoint(**variables).write(os.path.join(directory, prefix))
     except tf.errors.OpError as error:
-        raise OSError(f'cannot write the checkpoint to {directory}: {error.message}') from error
+        # The first part of TensorFlow's message lists its nodes.
+        reason = error.message.split(' [Op:')[0].splitlines()[0][-_REASON_LENGTH:]
+        raise OSError(f'cannot write the checkpoint to {directory}: {reason}') from error
     files = sorted(pathlib.Path(directory).glob(f'{prefix}.*'))
     for file in files:
         with open(file, 'rb') as stream:

@@ -229,22 +229,38 @@ class ParameterClient:
             raise
         return self._outstanding
 
-    def report(self) -> dict[str, Any]:
+    def report(self, timeout_seconds: float | None = None) -> dict[str, Any]:
         """Returns {'shards': [counters per shard]}: versions, rejected {stale, invalid}, clients.
+
+        Args:
+          timeout_seconds: how long to wait; None: as long as for any other call.
 
         Raises:
           ParameterServerError: a shard did not answer in time.
         """
-        replies = self._ask_all('report')
+        everybody = range(len(self._connections))
+        replies = self._ask(everybody, 'report', timeout_seconds)
         return {'shards': [reply['report'] for reply in replies]}
 
-    def request_stop(self) -> None:
+    def claim(self, owner: str) -> None:
+        """Takes the shards for one run; a client that asks for them with another name is refused.
+
+        Raises:
+          RequestRefusedError: another run has them.
+          ParameterServerError: shard 0 did not answer in time.
+        """
+        self._ask([0], 'claim', owner=owner)
+
+    def request_stop(self, timeout_seconds: float | None = None) -> None:
         """Makes the clock say `stopping` to everyone from now on.
+
+        Args:
+          timeout_seconds: how long to wait; None: as long as for any other call.
 
         Raises:
           ParameterServerError: shard 0 did not answer in time.
         """
-        self._ask([0], 'stop')
+        self._ask([0], 'stop', timeout_seconds)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes a checkpoint that all shards can reach; others' updates go on meanwhile.
@@ -257,7 +273,7 @@ class ParameterClient:
         path = os.path.abspath(directory)
         if checkpoint.is_published(path):
             raise FileExistsError(f'{path} already holds a checkpoint; save to another directory')
-        replies = self._ask_all('save', directory=path)
+        replies = self._ask(range(len(self._connections)), 'save', directory=path)
         checkpoint.publish(path, replies[0]['optimizer'], [reply['part'] for reply in replies])
 
     def close(self) -> None:
@@ -353,21 +369,27 @@ class ParameterClient:
         self._sequence += 1
         return {'operation': operation, 'sequence': self._sequence, 'agent_steps': 0}
 
-    def _ask_all(self, operation: str, **fields: Any) -> list[dict]:
-        return self._ask(range(len(self._connections)), operation, **fields)
-
-    def _ask(self, shards: Sequence[int], operation: str, **fields: Any) -> list[dict]:
+    def _ask(
+        self,
+        shards: Sequence[int],
+        operation: str,
+        timeout_seconds: float | None = None,
+        **fields: Any,
+    ) -> list[dict]:
         with self._lock:
-            return self._exchange(
-                [
-                    Request(self._connections[s], {**self._header(operation), **fields})
-                    for s in shards
-                ]
-            )
+            requests = [
+                Request(self._connections[s], {**self._header(operation), **fields}) for s in shards
+            ]
+            return self._exchange(requests, timeout_seconds=timeout_seconds)
 
-    def _exchange(self, requests: list[Request], wait_initialised: bool = False) -> list[dict]:
+    def _exchange(
+        self,
+        requests: list[Request],
+        wait_initialised: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> list[dict]:
         """Sends all requests, then collects all replies; repeats those whose stream broke."""
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = time.monotonic() + (timeout_seconds or self._timeout_seconds)
         replies: list[dict | None] = [None] * len(requests)
         backoff = _FIRST_BACKOFF_SECONDS
         while True:

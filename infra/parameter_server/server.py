@@ -126,6 +126,7 @@ class _FlightServer(flight.FlightServerBase):
             'push': self._push,
             'pull_target': self._pull_target,
             'report': self._report,
+            'claim': self._claim,
             'stop': self._stop,
             'save': self._save,
         }
@@ -209,6 +210,10 @@ class _FlightServer(flight.FlightServerBase):
 
     def _report(self, connection: _Connection, header: dict, body: Any) -> dict:
         return {'report': {**self._shard.report(), 'clients': self._clients}}
+
+    def _claim(self, connection: _Connection, header: dict, body: Any) -> dict:
+        self._shard.claim(header['owner'])
+        return self._shard.clock()
 
     def _stop(self, connection: _Connection, header: dict, body: Any) -> dict:
         self._shard.request_stop()

@@ -55,6 +55,7 @@ class Shard:
         self._version = self._target_version = 0
         self._agent_steps = 0
         self._stopping = False
+        self._owner = ''
 
     @property
     def size(self) -> int:
@@ -145,6 +146,19 @@ class Shard:
             self._agent_steps += max(0, total - memory.agent_steps)
             memory.agent_steps = max(total, memory.agent_steps)
 
+    def claim(self, owner: str) -> None:
+        """Gives the shard to a run, by whatever name it gives itself; again, changes nothing.
+
+        Raises:
+          ValueError: another run has it.
+        """
+        with self._lock:
+            if self._owner not in ('', owner):
+                raise ValueError(
+                    f'shard {self.index} belongs to the run {self._owner}; start other servers'
+                )
+            self._owner = owner
+
     def request_stop(self) -> None:
         """Makes every later clock say `stopping`."""
         self._stopping = True
@@ -177,6 +191,7 @@ class Shard:
                 'shard': self.index,
                 'config': dataclasses.asdict(self.config),
                 'initialised': self.layout is not None,
+                'owner': self._owner,
                 'rejected': dict(self._rejected),
                 **self._clock(),
             }
