@@ -4,7 +4,7 @@ import gc
 import sys
 from collections.abc import Callable
 
-_ROUNDS = 4
+_ROUNDS = 8
 
 
 def blocks_kept(call: Callable[[], object], calls: int) -> int:

@@ -218,7 +218,9 @@ def test_a_signal_reaches_the_run_which_may_end_in_its_own_time(checkout, python
         'signal.signal(signal.SIGINT, stop)\n'
         'signal.signal(signal.SIGTERM, stop)\n'
         "print('running', flush=True)\n"
-        'time.sleep(60)\n'
+        # Not one long sleep: a signal between Python's last look and the system call is seen after.
+        'for _ in range(1200):\n'
+        '    time.sleep(0.05)\n'
     )
     make(checkout, 'setup', python=python)
     # The suite itself runs under make, whose variables would make this one talkative.
