@@ -10,32 +10,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from agents.behaviour import Behaviour
 from agents.config import ActorConfig
 from agents.environment import AtariEnvironment, FrameStack
-
-
-class Policy(Protocol):
-    """What the actor needs of an agent (see agents/dqn.py)."""
-
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """Greedy actions, int32 [envs], for uint8 [envs, 84, 84, stack]."""
-
-    def set_parameters(self, *parts: Any) -> None:
-        """Assigns float32 vectors that make up [parameters] to the network."""
+from infra.replay.trajectory import Steps
 
 
 class Adder(Protocol):
     """What the actor needs of the replay (see infra/replay/adder.py)."""
 
-    def add(
-        self,
-        frame: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        discount: np.ndarray,
-        first: np.ndarray,
-        truncated: np.ndarray,
-    ) -> bool:
+    def add(self, steps: Steps, truncated: np.ndarray, error: np.ndarray | None = None) -> bool:
         """One row an environment, all arrays [envs, ...]; False: asked to stop while it waited."""
 
 
@@ -47,17 +31,13 @@ class Episode:
       raw_return: sum of the game's own rewards.
       clipped_return: sum of the rewards as the agent was given them.
       agent_steps: decisions in the game.
+      epsilon: probability of a random action at its end.
     """
 
     raw_return: float
     clipped_return: float
     agent_steps: int
-
-
-def annealed_epsilon(config: ActorConfig, updates: int) -> float:
-    """Linear from `epsilon_start` to `epsilon_end` over the global updates (paper, section 5)."""
-    progress = min(updates / max(config.epsilon_updates, 1), 1.0)
-    return config.epsilon_start + progress * (config.epsilon_end - config.epsilon_start)
+    epsilon: float
 
 
 class EpisodeTally:
@@ -68,15 +48,22 @@ class EpisodeTally:
         self._clipped = np.zeros(num_environments)
         self._steps = np.zeros(num_environments, np.int64)
 
-    def add(self, raw: np.ndarray, clipped: np.ndarray, ended: np.ndarray) -> list[Episode]:
-        """Adds one step's rewards, float32 [envs]; returns the games that `ended`, bool [envs]."""
+    def add(
+        self, raw: np.ndarray, clipped: np.ndarray, ended: np.ndarray, epsilon: np.ndarray
+    ) -> list[Episode]:
+        """Adds one step's rewards, float32 [envs], and returns the games that `ended`, bool [envs].
+
+        `epsilon` float [envs] is told with them.
+        """
         self._raw += raw
         self._clipped += clipped
         self._steps += 1
         if not ended.any():
             return []
         finished = [
-            Episode(float(self._raw[i]), float(self._clipped[i]), int(self._steps[i]))
+            Episode(
+                float(self._raw[i]), float(self._clipped[i]), int(self._steps[i]), float(epsilon[i])
+            )
             for i in np.flatnonzero(ended)
         ]
         for total in (self._raw, self._clipped, self._steps):
@@ -85,7 +72,7 @@ class EpisodeTally:
 
 
 class Actor:
-    """Plays a batch of games epsilon-greedily and writes what happens to the replay.
+    """Plays a batch of games and writes what happens to the replay.
 
     Its life loss, no-op and reward rules are the environment's and `ActorConfig`'s (paper, 5).
     """
@@ -94,14 +81,14 @@ class Actor:
         self,
         config: ActorConfig,
         environment: AtariEnvironment,
-        policy: Policy,
+        behaviour: Behaviour,
         adder: Adder,
         parameters: Any,
     ):
         """`parameters` is a connected client of the initialised parameter server."""
         self._config = config
         self._environment = environment
-        self._policy = policy
+        self._behaviour = behaviour
         self._adder = adder
         self._parameters = parameters
         num_environments = environment.num_environments
@@ -115,15 +102,15 @@ class Actor:
 
     @property
     def epsilon(self) -> float:
-        """Today's probability of a random action."""
-        return annealed_epsilon(self._config, self.clock.updates)
+        """Today's probability of a random action, the mean over the environments."""
+        return float(self._behaviour.epsilon(self.clock.updates).mean())
 
     def look(self) -> Any:
         """Reports the agent steps made, takes newer parameters if there are any; the clock."""
         counted, self._uncounted = self._uncounted, 0
         snapshot = self._parameters.pull(agent_steps=counted)
         if snapshot.parts is not None:
-            self._policy.set_parameters(*snapshot.parts)
+            self._behaviour.set_parameters(*snapshot.parts)
         self.clock = snapshot.clock
         self._steps_since_pull = 0
         return self.clock
@@ -138,30 +125,18 @@ class Actor:
         """
         if self._steps_since_pull >= self._config.actor_pull_period:
             self.look()
-        seen = self._frames
-        action = self._select(self._stack.push(seen.frame, seen.first), rng)
+        seen, updates = self._frames, self.clock.updates
+        observation = self._stack.push(seen.frame, seen.first)
+        action, error = self._behaviour.act(observation, updates, rng)
         result = self._environment.step_frames(action)
         clipped = np.clip(result.reward, -1.0, 1.0) if self._config.clip_reward else result.reward
-        game_over = result.terminated | result.truncated
         episode_end = result.terminated | result.life_lost
-        self._adder.add(
-            frame=seen.frame,
-            action=action,
-            reward=clipped,
-            discount=np.where(episode_end, 0.0, 1.0).astype(np.float32),
-            first=seen.first,
-            truncated=result.truncated & ~episode_end,
-        )
+        discount = np.where(episode_end, 0.0, 1.0).astype(np.float32)
+        self._behaviour.rewarded(clipped, discount)
+        steps = Steps(seen.frame, action, clipped, discount, seen.first)
+        self._adder.add(steps, result.truncated & ~episode_end, error)
         self._frames = result
         self._uncounted += len(action)
         self._steps_since_pull += 1
-        return self._tally.add(result.reward, clipped, game_over)
-
-    def _select(self, observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Epsilon-greedy actions, int32 [envs]; the network runs only when one needs it."""
-        count = len(observation)
-        explore = rng.random(count) < self.epsilon
-        action = rng.integers(self._environment.num_actions, size=count, dtype=np.int32)
-        if not explore.all():
-            action = np.where(explore, action, self._policy.act(observation))
-        return action
+        game_over = result.terminated | result.truncated
+        return self._tally.add(result.reward, clipped, game_over, self._behaviour.epsilon(updates))

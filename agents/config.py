@@ -5,6 +5,8 @@ with unit and source, stands beside it.
 """
 
 import dataclasses
+import math
+import re
 
 from infra.fields import (
     described,
@@ -17,6 +19,9 @@ from infra.fields import (
 
 TORSOS = ('nature', 'dqn2013')
 LOSSES = ('huber', 'squared')
+AGENTS = ('dqn', 'c51', 'qr_dqn')
+FACTORY = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
+"""How a factory of an agent is named: `package.module:function`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,9 @@ class NetworkConfig:
         "take each observation's mean from it: else a game's plain background drowns what moves"
         ' while the first layer is young (not in the papers)',
     )
+    dueling: bool = described(
+        False, 'streams for the value of a state and for advantages (Wang et al. 2016)'
+    )
 
     def __post_init__(self) -> None:
         require_choice(self, 'torso', TORSOS)
@@ -63,12 +71,23 @@ class NetworkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """The DQN loss."""
+    """The agent and its loss."""
 
+    agent: str = described(
+        'dqn',
+        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al. 2018), or"
+        " module:function, a factory of a TF-Agents agent of one's own (see README.md)",
+    )
     discount: float = described(0.99, 'discount per agent step (Mnih et al. 2015)')
     n_step: int = described(1, 'agent steps of reward before the bootstrap')
-    double_dqn: bool = described(False, 'double DQN target (van Hasselt et al. 2016)')
-    loss: str = described('huber', "'huber' (clipped error, Mnih et al. 2015) or 'squared'")
+    double_dqn: bool = described(
+        False, 'the network chooses the best next action, the target judges it (van Hasselt 2016)'
+    )
+    loss: str = described('huber', "of 'dqn': 'huber' (clipped, Mnih et al. 2015) or 'squared'")
+    num_atoms: int = described(51, "returns that 'c51' tells apart (Bellemare et al. 2017)")
+    v_min: float = described(-10.0, "least return of 'c51' (Bellemare et al. 2017)")
+    v_max: float = described(10.0, "largest return of 'c51' (Bellemare et al. 2017)")
+    num_quantiles: int = described(200, "quantiles of 'qr_dqn' (Dabney et al. 2018)")
     gradient_clip_norm: float = described(10.0, 'global norm of the gradient; 0: not clipped')
 
     def __post_init__(self) -> None:
@@ -76,6 +95,13 @@ class AgentConfig:
         require_from_to(self, 1, 1000, 'n_step')
         require_at_least(self, 0, 'gradient_clip_norm')
         require_choice(self, 'loss', LOSSES)
+        require_from_to(self, 2, 10_000, 'num_atoms')
+        require_from_to(self, 1, 10_000, 'num_quantiles')
+        require(self, 'v_min', -math.inf < self.v_min < math.inf, 'finite')
+        require(self, 'v_max', self.v_min < self.v_max < math.inf, f'above v_min, {self.v_min}')
+        known = self.agent in AGENTS or FACTORY.fullmatch(self.agent)
+        allowed = f'one of {", ".join(AGENTS)}, or module:function'
+        require(self, 'agent', bool(known), allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +117,29 @@ class ActorConfig:
     epsilon_updates: int = described(
         1_000_000, 'global updates over which epsilon falls linearly (paper, section 5)'
     )
+    epsilon_ladder: bool = described(
+        False,
+        'each environment keeps an epsilon of its own, ladder_epsilon^(1 + i/(N-1) ladder_exponent)'
+        ' for environment i of all N (Horgan et al. 2018, section 4.1), in place of the annealing',
+    )
+    ladder_epsilon: float = described(
+        0.4, 'largest of the ladder of epsilons (Horgan et al. 2018, section 4.1)'
+    )
+    ladder_exponent: float = described(
+        7.0, 'alpha of the ladder of epsilons (Horgan et al. 2018, section 4.1)'
+    )
+    actor_priorities: bool = described(
+        True,
+        "a new transition gets the actor's own error as its priority (Horgan et al. 2018), else 1"
+        ' (Schaul et al. 2016: the largest so far, which no process here knows)',
+    )
     clip_reward: bool = described(True, 'rewards are clipped to [-1, 1] in training (paper)')
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 4096, 'envs_per_actor')
         require_at_least(self, 1, 'actor_pull_period')
-        require_at_least(self, 0, 'epsilon_updates')
-        require_fraction(self, 'epsilon_start', 'epsilon_end')
+        require_at_least(self, 0, 'epsilon_updates', 'ladder_exponent')
+        require_fraction(self, 'epsilon_start', 'epsilon_end', 'ladder_epsilon')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +162,19 @@ class LearnerConfig:
         0.999, 'decay per update of the running mean and deviation of the loss (not in the paper)'
     )
 
+    importance_exponent_start: float = described(
+        0.4, 'beta of the importance weights before the first update (Schaul et al. 2016)'
+    )
+    importance_exponent_end: float = described(
+        1.0, 'beta of the importance weights after the annealing (Schaul et al. 2016)'
+    )
+    importance_updates: int = described(
+        1_000_000, 'global updates over which beta rises linearly (Schaul et al. 2016: the run)'
+    )
+
     def __post_init__(self) -> None:
         require_from_to(self, 1, 65_536, 'batch_size')
         require_at_least(self, 1, 'learner_pull_period')
-        require_at_least(self, 0, 'outlier_deviations')
+        require_at_least(self, 0, 'outlier_deviations', 'importance_updates')
+        require_fraction(self, 'importance_exponent_start', 'importance_exponent_end')
         require(self, 'outlier_decay', 0 <= self.outlier_decay < 1, 'at least 0 and less than 1')

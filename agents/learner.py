@@ -15,12 +15,13 @@ import numpy as np
 
 from agents.config import LearnerConfig
 from infra.parameter_server.protocol import NotInitialisedError
+from infra.replay.priorities import importance_weights
 
 
 class Network(Protocol):
-    """What the learner needs of an agent (see agents/dqn.py)."""
+    """What the learner needs of an agent (see agents/gradient.py)."""
 
-    def gradient(self, transition: Any) -> tuple[Any, Any, Any]:
+    def gradient(self, transition: Any, weights: Any = None) -> tuple[Any, Any, Any]:
         """(float32 [parameters] gradient, float32 [] loss, float32 [batch_size] absolute error)."""
 
     def parameters(self) -> np.ndarray:
@@ -43,6 +44,22 @@ class Parameters(Protocol):
     def pull_target(self) -> Any: ...
 
     def push_async(self, gradient: np.ndarray, versions: Any, pull: bool = True) -> Future: ...
+
+
+class Priorities(Protocol):
+    """What the learner needs of a prioritized replay (see infra/replay/priorities.py)."""
+
+    @property
+    def dropped(self) -> int: ...
+
+    def update(self, key: np.ndarray, shard: np.ndarray, error: np.ndarray) -> None: ...
+
+
+def importance_exponent(config: LearnerConfig, updates: int) -> float:
+    """Beta, linear over the global updates (Schaul et al. 2016, section 3.4)."""
+    progress = min(updates / max(config.importance_updates, 1), 1.0)
+    start, end = config.importance_exponent_start, config.importance_exponent_end
+    return start + progress * (end - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +106,10 @@ class LearnerCounters:
       outliers: not pushed, for their loss.
       stale: refused by a shard as too old.
       invalid: refused by a shard as not finite or misshapen.
-      loss: of the latest batch.
-      absolute_error: |TD error| of the latest batch, float32 [batch_size]; 0 before the first.
+      loss: mean of the latest batch, without importance weights.
+      absolute_error: of the latest batch's rows (see agents/heads.py), float32 [batch_size]; 0
+        before the first.
+      priorities_dropped: changes that a replay shard did not take.
     """
 
     gradients: int = 0
@@ -99,6 +118,7 @@ class LearnerCounters:
     invalid: int = 0
     loss: float = 0.0
     absolute_error: Any = 0.0
+    priorities_dropped: int = 0
 
 
 class Learner:
@@ -114,9 +134,19 @@ class Learner:
         network: Network,
         samples: Iterator[Any],
         parameters: Parameters,
+        priorities: Priorities | None = None,
     ):
-        """`samples` yields replay samples; `parameters` is a connected, initialised client."""
+        """
+        Args:
+          config: batch, freshness, outlier test.
+          network: the agent's gradient.
+          samples: yields the replay's samples.
+          parameters: a connected, initialised client.
+          priorities: of the replay that the samples are from; None: it draws uniformly, and the
+            network takes no weights.
+        """
         self._config = config
+        self._priorities = priorities
         self._network = network
         self._samples = samples
         self._parameters = parameters
@@ -135,14 +165,19 @@ class Learner:
           ReplayTimeout: the replay had no batch within its bound; the learner can be asked again.
           ParameterServerUnavailable: a shard stayed away longer than the client's bound.
         """
-        transition = next(self._samples).transition
-        gradient, loss, absolute_error = self._network.gradient(transition)
+        sample = next(self._samples)
+        gradient, loss, absolute_error = self._network.gradient(
+            sample.transition, self._weights(sample)
+        )
         versions = self._versions
         self.finish_push()
         counters = self.counters
         counters.gradients += 1
         counters.loss = float(loss)
         counters.absolute_error = absolute_error
+        if self._priorities is not None:
+            self._priorities.update(sample.key, sample.shard, absolute_error)
+            counters.priorities_dropped = self._priorities.dropped
         due = counters.gradients % self._config.learner_pull_period == 0
         outlier = self._statistics.is_outlier(counters.loss, self._config.outlier_deviations)
         if math.isfinite(counters.loss):
@@ -155,6 +190,13 @@ class Learner:
         self._pending = self._parameters.push_async(gradient, versions, pull=due)
         if not self._config.overlap_push:
             self.finish_push()
+
+    def _weights(self, sample: Any) -> np.ndarray | None:
+        """Importance weights float32 [batch_size] of a prioritized sample, else None."""
+        if self._priorities is None:
+            return None
+        exponent = importance_exponent(self._config, self.clock.updates)
+        return importance_weights(sample.probability, sample.shard, exponent)
 
     def look(self) -> Any:
         """Asks the parameter server for parameters and clock without a push; returns the clock."""

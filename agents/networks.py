@@ -1,4 +1,4 @@
-"""Q-networks: uint8 frames in, one float32 value per action out.
+"""Q-networks: uint8 frames in, float32 outputs for each action out (see agents/heads.py).
 
 The torsos are data. Weights and biases start uniform in +-1/sqrt(fan_in), as in the published code
 of Mnih et al. (2015) (Torch's default).
@@ -64,21 +64,42 @@ class _Layer(tf.Module):
         )
 
 
+class _Stream(tf.Module):
+    """A dense layer with ReLU and a linear one: float32 [B, inputs] to float32 [B, outputs]."""
+
+    def __init__(self, inputs: int, units: int, outputs: int, seed: int, prefix: str) -> None:
+        super().__init__()
+        self._dense = _Layer((units, inputs), units, seed, f'{prefix}dense')
+        self._values = _Layer((outputs, units), outputs, seed + 1, f'{prefix}q_values')
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        x = tf.nn.relu(tf.nn.bias_add(dense(x, self._dense.kernel), self._dense.bias))
+        return tf.nn.bias_add(dense(x, self._values.kernel), self._values.bias)
+
+
 class QNetwork(network.Network):
-    """A torso and a linear layer with one output per action."""
+    """A torso and linear outputs for each action, plain or dueling.
+
+    Dueling (Wang et al. 2016, equation 9): two streams, each with a dense layer of its own, for the
+    value of the state and the advantages of the actions: value + advantage - mean advantage. (Their
+    scaling of the gradient that enters the torso by 1/sqrt(2) is left out.)
+    """
 
     def __init__(
         self,
         input_tensor_spec: Any,
         num_actions: int,
-        torso: Torso,
-        center_input: bool = False,
+        config: NetworkConfig,
+        output_shape: tuple[int, ...] = (),
         seed: int = 0,
         name: str = 'q_network',
     ) -> None:
-        """The same `seed` gives the same first weights."""
+        """Outputs have shape [B, num_actions, *output_shape]. The same `seed` gives the same first
+        weights."""
         super().__init__(input_tensor_spec=input_tensor_spec, name=name)
-        self._center_input = center_input
+        torso = TORSOS[config.torso]
+        self._center_input = config.center_input
+        self._output_shape = (num_actions, *output_shape)
         self._convolutions = []
         height, width, channels = input_tensor_spec.shape
         for index, (filters, size, stride) in enumerate(torso.convolutions):
@@ -88,11 +109,12 @@ class QNetwork(network.Network):
             height, width = ((side - size) // stride + 1 for side in (height, width))
             channels = filters
         self._strides = [stride for _, _, stride in torso.convolutions]
-        index, units = len(torso.convolutions), torso.dense_units
-        flat = height * width * channels
-        self._dense = _Layer((units, flat), units, _layer_seed(seed, index), 'dense')
-        self._q_values = _Layer(
-            (num_actions, units), num_actions, _layer_seed(seed, index + 1), 'q_values'
+        shape = (height * width * channels, torso.dense_units)
+        first_seed = _layer_seed(seed, len(torso.convolutions))
+        per_action = math.prod(output_shape)
+        self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '')
+        self._state_value = (
+            _Stream(*shape, per_action, first_seed + 2, 'state_') if config.dueling else None
         )
 
     def call(
@@ -102,7 +124,7 @@ class QNetwork(network.Network):
         network_state: Any = (),
         training: bool = False,
     ) -> tuple[tf.Tensor, Any]:
-        """Action values, float32 [B, num_actions], and the unchanged state."""
+        """Outputs float32 [B, num_actions, *output_shape], and the unchanged state."""
         del step_type, training
         x = tf.cast(observation, tf.float32) * _PIXEL_SCALE
         shift = self._shift(x) if self._center_input else None
@@ -111,10 +133,12 @@ class QNetwork(network.Network):
             if shift is not None:
                 x, shift = x - shift, None  # the first layer's only
             x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
-        x = tf.reshape(x, (-1, self._dense.kernel.shape[1]))
-        x = tf.nn.relu(tf.nn.bias_add(dense(x, self._dense.kernel), self._dense.bias))
-        q_values = tf.nn.bias_add(dense(x, self._q_values.kernel), self._q_values.bias)
-        return q_values, network_state
+        x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
+        outputs = tf.reshape(self._q_values(x), (-1, *self._output_shape))
+        if self._state_value is not None:
+            value = tf.reshape(self._state_value(x), (-1, 1, *self._output_shape[1:]))
+            outputs += value - tf.reduce_mean(outputs, axis=1, keepdims=True)
+        return outputs, network_state
 
     def _shift(self, x: tf.Tensor) -> tf.Tensor:
         """What the first convolution makes of each observation's mean, float32 [B, 1, 1, filters].
@@ -131,17 +155,23 @@ def _layer_seed(seed: int, index: int) -> int:
 
 
 def q_network(
-    observation_spec: Any, action_spec: Any, config: NetworkConfig, seed: int = 0
+    observation_spec: Any,
+    action_spec: Any,
+    config: NetworkConfig,
+    seed: int = 0,
+    output_shape: tuple[int, ...] = (),
 ) -> QNetwork:
     """The Q-network of `config` for uint8 [height, width, stack] observations, its variables built.
 
     Args:
       observation_spec: TF-Agents spec without batch dimension, array or tensor.
       action_spec: TF-Agents bounded scalar spec whose minimum is 0, array or tensor.
+      config: its torso, and whether it is dueling.
       seed: the same seed gives the same first weights.
+      output_shape: of the outputs for one action; nothing: one value.
     """
     spec = tensor_spec.from_spec(observation_spec)
     num_actions = int(tensor_spec.from_spec(action_spec).maximum) + 1
-    result = QNetwork(spec, num_actions, TORSOS[config.torso], config.center_input, seed)
+    result = QNetwork(spec, num_actions, config, output_shape, seed)
     result.create_variables()
     return result

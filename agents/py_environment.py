@@ -1,10 +1,19 @@
-"""Atari as a batched TF-Agents `PyEnvironment`: actions in, TimeSteps of stacked frames out."""
+"""Atari as a TF-Agents `PyEnvironment`: actions in, TimeSteps of stacked frames out.
+
+`AtariPyEnvironment` plays a batch of games, `SingleAtariPyEnvironment` one game without a batch
+dimension, for what takes only such: `ParallelPyEnvironment`, `BatchedPyEnvironment`, the wrappers
+(`TimeLimit`, ...), the Reverb observers. Eight games in a batch share one call of the policy and
+need no processes, so prefer the batch where both will do.
+"""
+
+from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from tf_agents.environments import py_environment
 from tf_agents.specs import array_spec
 from tf_agents.trajectories import time_step as ts
+from tf_agents.utils import nest_utils
 
 from agents import environment
 from agents.config import EnvironmentConfig
@@ -36,6 +45,11 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
     action and is the FIRST of the next episode. After the loss of a life (see
     `environment.AtariEnvironment`) that step is one no-op in the game that goes on, and its reward
     is lost. A game cut by the limit of frames ends with discount 1.
+
+    `reset()` begins an episode in every game, as loops over `is_last()` and `TimeLimit` expect: the
+    next one where one has just ended, so after a lost life the game goes on, and a new game
+    elsewhere. The first one is seeded; the next go on with the seed's stream of no-ops, so a caller
+    that resets at each end sees different starts.
     """
 
     def __init__(
@@ -52,7 +66,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
             config, num_environments, AutoresetMode.NEXT_STEP
         )
         self._stack = environment.FrameStack(num_environments, config.frame_stack)
-        self._seeds = environment.emulator_seeds(seed, num_environments)
+        self._seeds: np.ndarray | None = environment.emulator_seeds(seed, num_environments)
         self._lives_matter = training and config.life_loss_ends_episode
         self._lives = np.zeros(num_environments, np.int32)
         self._ended = np.zeros(num_environments, bool)
@@ -72,24 +86,48 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         return action_spec(int(self._emulators.single_action_space.n))
 
     def _reset(self) -> ts.TimeStep:
-        frame, info = self._emulators.reset(seed=self._seeds)
+        if self._seeds is not None or not self._ended.any():
+            frame, info = self._emulators.reset(seed=self._seeds)
+        else:
+            # One step goes on after a lost life and begins the next game after an end.
+            noops = np.full(self.batch_size, _NOOP, np.int32)
+            frame, _, terminated, truncated, info = self._emulators.step(noops)
+            given_up = ~self._ended | terminated | truncated
+            if given_up.any():
+                frame, info = self._emulators.reset(options={'reset_mask': given_up})
+        self._seeds = None
         self._lives = info['lives']
         self._ended = np.zeros(self.batch_size, bool)
         first = np.ones(self.batch_size, bool)
         return ts.restart(self._stack.push(frame[:, 0], first).copy(), self.batch_size)
 
     def _step(self, action: np.ndarray) -> ts.TimeStep:
+        """
+        Raises:
+          ValueError: `action` is not int [E], or outside the game's minimal set.
+        """
         first = self._ended
+        # A policy may give a tensor: PyTFEagerPolicy does when its time steps come in batches.
+        action = np.asarray(action)
+        if action.shape != (self.batch_size,) or not np.issubdtype(action.dtype, np.integer):
+            raise ValueError(
+                f'actions are {action.dtype} {action.shape}: integers, one per game,'
+                f' ({self.batch_size},).'
+            )
         environment.check_actions(action, self.action_spec().maximum + 1)
         frame, reward, terminated, truncated, info = self._emulators.step(
             np.where(first, _NOOP, action).astype(np.int32)
         )
+        # The no-op after a lost life ended the game: the episode begins with the next game instead.
+        empty = first & (terminated | truncated)
+        if empty.any():
+            frame, info = self._emulators.reset(options={'reset_mask': empty})
         lives = info['lives']
-        # `first` games are new or go on after a life loss: no life was lost since.
-        life_lost = (lives < self._lives) & ~first & self._lives_matter
+        life_lost = (lives < self._lives) & self._lives_matter
         self._lives = lives
-        self._ended = terminated | truncated | life_lost
-        over = terminated | life_lost
+        # `first` games are new or go on after a life loss: no life was lost since.
+        over = (terminated | life_lost) & ~first
+        self._ended = over | (truncated & ~first)
         step_type = np.where(first, ts.StepType.FIRST, ts.StepType.MID)
         return ts.TimeStep(
             step_type=np.where(self._ended, ts.StepType.LAST, step_type).astype(np.int32),
@@ -101,3 +139,35 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
     def close(self) -> None:
         """Ends the emulators' threads."""
         self._emulators.close()
+
+
+class SingleAtariPyEnvironment(py_environment.PyEnvironment):
+    """One game of `AtariPyEnvironment` without the batch dimension: scalar actions and rewards.
+
+    `functools.partial(SingleAtariPyEnvironment, config, seed)` is a constructor that
+    `ParallelPyEnvironment` can send to a process.
+    """
+
+    def __init__(self, config: EnvironmentConfig, seed: int, training: bool = True) -> None:
+        """
+        Raises:
+          UnknownGameError: `config.game` has no ROM.
+        """
+        super().__init__(handle_auto_reset=False)
+        self._batch = AtariPyEnvironment(config, 1, seed, training)
+
+    def observation_spec(self) -> array_spec.BoundedArraySpec:
+        return self._batch.observation_spec()
+
+    def action_spec(self) -> array_spec.BoundedArraySpec:
+        return self._batch.action_spec()
+
+    def _reset(self) -> ts.TimeStep:
+        return nest_utils.unbatch_nested_array(self._batch.reset())
+
+    def _step(self, action: Any) -> ts.TimeStep:
+        return nest_utils.unbatch_nested_array(self._batch.step(np.expand_dims(action, 0)))
+
+    def close(self) -> None:
+        """Ends the emulator's thread."""
+        self._batch.close()

@@ -1,40 +1,102 @@
-"""The agent of an experiment: configuration in, network, gradient and policy out."""
+"""The agent of an experiment: configuration in, model, gradient, policy and behaviour out."""
 
-from agents import dqn, py_environment
+import numpy as np
+
+from agents import behaviour as behaviour_lib
+from agents import dqn, foreign, model, py_environment
+from agents.behaviour import Behaviour
+from agents.config import FACTORY
 from agents.environment import AtariEnvironment
+from agents.gradient import AgentGradient
+from agents.initial_priorities import InitialPriorities
+from agents.model import Model
+from agents.policy import GreedyPolicy
 from infra.parameter_server.layout import Layout
-from infra.replay.trajectory import TrajectorySpec
+from infra.replay.trajectory import TrajectorySpec, Transition
 from pipelines.config import ExperimentConfig
 
 
-def build_agent(config: ExperimentConfig) -> dqn.DqnAgent:
-    """The TF-Agents agent of `config`, its first parameters given by the experiment's seed.
+def build_model(config: ExperimentConfig) -> Model:
+    """The agent of `config`, its first parameters given by the experiment's seed.
 
     Every process that builds it gets the same parameters, so whoever initialises the parameter
     server first writes what any other would have written.
+
+    Raises:
+      ForeignAgentError: it is somebody else's, and does not qualify.
     """
     with AtariEnvironment(config.environment, num_environments=1, seed=0) as environment:
         num_actions = environment.num_actions
-    return dqn.make_agent(
-        config.agent,
-        config.network,
+    specs = (
         py_environment.time_step_spec(config.environment),
         py_environment.action_spec(num_actions),
-        seed=config.run.seed,
     )
+    seed = config.run.seed
+    if FACTORY.fullmatch(config.agent.agent):
+        weighted = config.replay.prioritized
+        return foreign.foreign_model(config.agent.agent, *specs, config.agent, seed, weighted)
+    return model.family_model(dqn.make_agent(config.agent, config.network, *specs, seed=seed))
 
 
-def build_learner(config: ExperimentConfig) -> dqn.DqnLearner:
+def try_agent(config: ExperimentConfig) -> None:
+    """Calls once what learners and actors will call, on a batch of nothing.
+
+    Raises:
+      ForeignAgentError: the agent cannot be built, its loss or policy cannot be traced, or its
+        gradient is not finite.
+    """
+    model = build_model(config)
+    weighted = config.replay.prioritized
+    rows = 2
+    frames = np.zeros((rows, *model.agent.time_step_spec.observation.shape), np.uint8)
+    numbers = np.ones(rows, np.float32)
+    transition = Transition(frames, np.zeros(rows, np.int32), numbers, numbers, frames)
+    try:
+        learner = AgentGradient(model, config.agent.gradient_clip_norm, weighted)
+        gradient, _, _ = learner.gradient(transition, numbers if weighted else None)
+        learner.set_target(learner.parameters())
+        GreedyPolicy(model).act(frames)
+    except Exception as error:  # whatever the agent's own code raises
+        raise foreign.ForeignAgentError(
+            f'{config.agent.agent}: it cannot be run in a graph without AutoGraph, as workers do'
+            f' ({foreign.brief(error)}); use TensorFlow operations in place of Python ifs and'
+            ' loops over tensors, and of .numpy()'
+        ) from error
+    if not np.isfinite(gradient).all():
+        raise foreign.ForeignAgentError(
+            f'{config.agent.agent}: its first gradient is not finite, which the parameter server'
+            ' would refuse'
+        )
+
+
+def build_learner(config: ExperimentConfig) -> AgentGradient:
     """What computes a learner's gradients."""
-    return dqn.DqnLearner(build_agent(config), config.agent.gradient_clip_norm)
+    weighted = config.replay.prioritized
+    return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)
 
 
-def build_policy(config: ExperimentConfig) -> dqn.GreedyPolicy:
-    """What chooses an actor's greedy actions."""
-    return dqn.GreedyPolicy(build_agent(config).q_network)
+def build_policy(config: ExperimentConfig) -> GreedyPolicy:
+    """What chooses greedy actions."""
+    return GreedyPolicy(build_model(config))
 
 
-def layout_of(network: dqn.DqnLearner | dqn.GreedyPolicy) -> Layout:
+def build_behaviour(
+    config: ExperimentConfig, policy: GreedyPolicy, actor: int, num_actions: int
+) -> Behaviour:
+    """What chooses the actions of actor number `actor`."""
+    acting = config.actor
+    if acting.epsilon_ladder:
+        epsilon = behaviour_lib.ladder(acting, actor, config.run.num_actors)
+    else:
+        epsilon = behaviour_lib.annealed(acting)
+    head = policy.model.head
+    priorities = None
+    if config.replay.prioritized and acting.actor_priorities and head is not None:
+        priorities = InitialPriorities(head, config.agent.n_step, config.agent.discount)
+    return Behaviour(policy, epsilon, num_actions, priorities)
+
+
+def layout_of(network: AgentGradient | GreedyPolicy) -> Layout:
     """The order in which the parameter server holds the network's variables."""
     return Layout.from_variables(network.variables)
 

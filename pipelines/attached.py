@@ -140,6 +140,7 @@ def _described(table: Any) -> dict[str, Any]:
         'capacity': table.max_size,
         'minimum size': limiter.min_size_to_sample,
         'samples per insert': limiter.samples_per_insert,
+        'priority exponent': table.sampler_options.prioritized.priority_exponent,
     }
 
 
@@ -153,4 +154,5 @@ def _expected(config: ExperimentConfig) -> dict[str, Any]:
         'capacity': config.replay.shard_capacity,
         'minimum size': config.replay.shard_min_size,
         'samples per insert': ratio,
+        'priority exponent': config.replay.priority_exponent,
     }

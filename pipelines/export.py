@@ -26,14 +26,15 @@ def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathl
     import tensorflow as tf
     from tf_agents.policies import policy_saver
 
-    from agents import dqn
-    from pipelines.agent import build_agent
+    from pipelines.agent import build_policy
 
-    agent = build_agent(config)
-    dqn.FlatVariables(agent.q_network.trainable_variables).assign(saved.parameters)
+    policy = build_policy(config)
+    policy.set_parameters(saved.parameters)
     train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
     with replaced_directory(output) as staging:
-        policy_saver.PolicySaver(agent.policy, train_step=train_step).save(str(staging))
+        policy_saver.PolicySaver(policy.model.agent.policy, train_step=train_step).save(
+            str(staging)
+        )
 
 
 def main(argv: Sequence[str]) -> int:

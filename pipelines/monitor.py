@@ -239,6 +239,7 @@ class Monitor:
             clipped_return=finite(event.get('clipped_return')),
             agent_steps=count(event.get('agent_steps')),
             worker=worker[1],
+            epsilon=finite(event.get('epsilon')),
         )
         if episode.identity in self._seen_episodes:
             self._repeated += 1

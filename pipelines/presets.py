@@ -1,7 +1,8 @@
 """Named sets of values: a preset is data over the defaults, and any flag overrides it.
 
 Sources: [G] Nair et al. 2015 (the paper), [N] Mnih et al. 2015 (Nature DQN, extended data table 1),
-[here] not stated in a paper, or chosen by experiment.
+[A] Horgan et al. 2018 (Ape-X, section 4.1 and appendix C), [R] Hessel et al. 2018 (Rainbow, table
+1), [here] not stated in a paper, or chosen by experiment.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,6 @@ PREPROCESSING: Mapping[str, Any] = {
     'max_noops': 30,  # [N]
     'life_loss_ends_episode': True,  # [G] 5
     'clip_reward': True,  # [N]: to [-1, 1], in training only
-    'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
     'sticky_action_probability': 0.0,  # both papers came before sticky actions
 }
 
@@ -34,6 +34,7 @@ PAPER: Mapping[str, Any] = {
     'torso': 'nature',  # [G] 5: network of [N]
     'n_step': 1,  # [G] 4.1
     'double_dqn': False,
+    'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
     'discount': 0.99,  # [N]
     'optimizer': 'adagrad',  # [G] 5
     'learning_rate': 0.01,  # [here] not stated; AdaGrad's customary rate
@@ -64,6 +65,7 @@ NATURE: Mapping[str, Any] = {
     'torso': 'nature',
     'n_step': 1,
     'double_dqn': False,
+    'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
     'discount': 0.99,  # [N]
     'optimizer': 'rmsprop',  # [N]: centered
     'learning_rate': 0.00025,  # [N]
@@ -107,9 +109,91 @@ LAPTOP: Mapping[str, Any] = {
     'replay_capacity': 250_000,
     'min_replay_size': 5_000,
     'max_frames': 3_000_000,
+    'importance_updates': 187_500,  # the run, once a priority exponent is given
 }
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {'laptop': LAPTOP, 'nature': NATURE, 'paper': PAPER}
+APEX: Mapping[str, Any] = {
+    'topology': 'separate',
+    'num_actors': 1,  # [here] for two cores; [A]: 360 actors of one environment each
+    'envs_per_actor': 32,  # [here] the ladder of epsilons runs over all environments of all actors
+    'num_learners': 1,  # [A]
+    'torso': 'nature',  # [A]
+    'dueling': True,  # [A]
+    'double_dqn': True,  # [A]
+    'n_step': 3,  # [A]
+    'discount': 0.99,  # [A]
+    'loss': 'squared',  # [A]: half of it; hence the factors below
+    'optimizer': 'rmsprop',  # [A]: centered
+    'learning_rate': 0.00025 / 4,  # [A]
+    'optimizer_decay': 0.95,  # [A]
+    'optimizer_momentum': 0.0,  # [A]
+    'optimizer_epsilon': 4 * 1.5e-7,  # [A]: it is added to a square
+    'gradient_clip_norm': 2 * 40.0,  # [A]
+    'batch_size': 512,  # [A]
+    'replay_capacity': 500_000,  # [here] 1.5 GB; [A]: 2 M, a soft limit
+    'min_replay_size': 50_000,  # [A]
+    'agent_steps_per_update': 0.0,  # [A]: neither side waits for the other
+    'target_update_period': 2_500,  # [A]
+    'epsilon_ladder': True,  # [A]
+    'ladder_epsilon': 0.4,  # [A]
+    'ladder_exponent': 7.0,  # [A]: its alpha
+    'priority_exponent': 0.6,  # [A]
+    'importance_exponent_start': 0.4,  # [A]: beta stays as it is
+    'importance_exponent_end': 0.4,
+    'actor_priorities': True,  # [A]
+    'actor_pull_period': 100,  # [A]: every 400 frames
+    'learner_pull_period': 1,
+    'outlier_deviations': 0.0,  # [A]: no such test
+    'max_frames': 22_800_000_000,  # [A]: table 1
+    **PREPROCESSING,
+    **EVALUATION,
+}
+
+RAINBOW_LITE: Mapping[str, Any] = {
+    # [R] without noisy networks: exploration is epsilon-greedy, as in its own ablation. Nor is the
+    # gradient scaled where the dueling streams join.
+    'topology': 'separate',
+    'num_actors': 1,
+    'num_learners': 2,  # [here] for two cores
+    'agent': 'c51',
+    'num_atoms': 51,  # [R]
+    'v_min': -10.0,  # [R]
+    'v_max': 10.0,  # [R]
+    'torso': 'nature',
+    'dueling': True,
+    'double_dqn': True,
+    'n_step': 3,  # [R]
+    'discount': 0.99,
+    'optimizer': 'adam',  # [R]
+    'learning_rate': 0.0000625,  # [R]
+    'optimizer_epsilon': 1.5e-4,  # [R]
+    'gradient_clip_norm': 10.0,  # [R] as its dueling network (Wang et al. 2016)
+    'batch_size': 32,  # [R]
+    'replay_capacity': 1_000_000,  # [R]
+    'min_replay_size': 20_000,  # [R]: 80,000 frames
+    'agent_steps_per_update': 4.0,  # [R]
+    'target_update_period': 2_000,  # [R]: 32,000 frames
+    'epsilon_start': 1.0,
+    'epsilon_end': 0.01,  # [R] without noisy networks
+    'epsilon_updates': 15_625,  # [R] without noisy networks: 250,000 frames
+    'priority_exponent': 0.5,  # [R]: omega
+    'importance_exponent_start': 0.4,  # [R]
+    'importance_exponent_end': 1.0,  # [R]
+    'importance_updates': 12_500_000,  # [R]: the whole run
+    'actor_priorities': False,  # [here] new transitions get 1; [R]: the largest so far
+    'outlier_deviations': 0.0,  # [R]: no such test
+    'max_frames': 200_000_000,  # [R]
+    **PREPROCESSING,
+    **EVALUATION,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    'laptop': LAPTOP,
+    'nature': NATURE,
+    'paper': PAPER,
+    'apex': APEX,
+    'rainbow_lite': RAINBOW_LITE,
+}
 
 DEFAULT = 'laptop'
 

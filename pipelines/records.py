@@ -41,6 +41,7 @@ class Episode:
       clipped_return: sum of the rewards as the learner sees them; None: not told.
       agent_steps: its length; None: not told.
       worker: the actor that played it.
+      epsilon: share of its actions drawn at random, as it was at its end; None: not told.
     """
 
     episode: int
@@ -51,6 +52,7 @@ class Episode:
     clipped_return: float | None
     agent_steps: int | None
     worker: int
+    epsilon: float | None = None
 
     @property
     def identity(self) -> tuple:
@@ -77,7 +79,7 @@ def _parse(line: str) -> Episode | None:
         if not all(_is_number(row[name]) for name in _FIELDS):
             return None
         names = (field.name for field in dataclasses.fields(Episode))
-        optional = {'time': 0.0, 'clipped_return': None, 'agent_steps': None, 'worker': 0}
+        optional = {'time': 0.0, 'worker': 0}
         return Episode(**{name: row.get(name, optional.get(name)) for name in names})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -1,11 +1,12 @@
 """Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines import config as config_lib
@@ -67,10 +68,39 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
     except UnknownGameError as error:
         raise UsageError(f'--game: {error}') from error
     config = config_lib.replace(config, {'game': game})
+    _require_agent(config, values)
     sizing.require_room(config, launch)
     sizing.require_ports(config, launch)
     attached.require_servers(config, launch)
     return config, launch
+
+
+def _require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
+    """Checks an agent of the user's own, which takes seconds: TensorFlow and the agent are built.
+
+    Raises:
+      UsageError: it cannot be imported, or not be trained here, or one of the `values` given on the
+        command line is of this project's own networks.
+    """
+    from agents.config import FACTORY, NetworkConfig
+
+    if not FACTORY.fullmatch(config.agent.agent):
+        return
+    of_networks = {field.name for field in dataclasses.fields(NetworkConfig)}
+    for name, value in values.items():
+        if name in of_networks or (name == 'actor_priorities' and value):
+            raise UsageError(
+                f'--{name}: {config.agent.agent} brings a network of its own, to which this means'
+                ' nothing; leave it away.'
+            )
+    print(f'trying {config.agent.agent} ...', flush=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        from agents.foreign import ForeignAgentError
+        from pipelines import agent
+    try:
+        agent.try_agent(config)
+    except ForeignAgentError as error:
+        raise UsageError(f'--agent {error}') from error
 
 
 def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:

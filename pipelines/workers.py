@@ -231,6 +231,7 @@ class LearnerWorker:
             'loss': counters.loss,
             'mean_absolute_error': float(np.mean(counters.absolute_error)),
             'rejected_outlier': counters.outliers,
+            'priorities_dropped': counters.priorities_dropped,
         }
 
 
@@ -295,7 +296,8 @@ def open_actor(
                 should_stop=lambda: workers[0].wait(),  # noqa: PLW0108  (filled below)
             )
         )
-        actor = Actor(config.actor, environment, policy, adder, parameters)
+        behaviour = agent.build_behaviour(config, policy, spec.worker, environment.num_actions)
+        actor = Actor(config.actor, environment, behaviour, adder, parameters)
         replay = StatusReader(addresses.replay) if component == 'bundle' else None
         workers.append(ActorWorker(actor, spec, config, telemetry, replay))
         yield workers[0]
@@ -312,6 +314,7 @@ def open_learner(
     """
     from agents.learner import Learner
     from infra.replay.dataset import sample_dataset
+    from infra.replay.priorities import PriorityWriter
     from infra.telemetry import Telemetry
     from pipelines import agent
 
@@ -333,7 +336,9 @@ def open_learner(
                 timeout_seconds=STATUS_SECONDS,  # then the learner asks whether the run is over
             )
         )
-        learner = Learner(config.learner, network, samples, parameters)
+        prioritized = config.replay.prioritized
+        priorities = stack.enter_context(PriorityWriter(shards)) if prioritized else None
+        learner = Learner(config.learner, network, samples, parameters, priorities)
         worker = LearnerWorker(learner, config, telemetry, patient=component == 'learner')
         stack.callback(worker.report)
         yield worker

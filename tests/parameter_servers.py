@@ -12,6 +12,7 @@ from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.server import ParameterServer
+from infra.process import LAUNCHER_VARIABLE
 
 LAYOUT = Layout(('kernel', 'bias'), ((3, 5), (4,)))
 TIMEOUT_SECONDS = 10.0
@@ -63,7 +64,11 @@ class ShardProcess:
         self.process = subprocess.Popen(
             [*self._command, f'--port={self.port}', *arguments],
             stderr=self._log_file.open('w'),
-            env={**os.environ, 'TF_CPP_MIN_LOG_LEVEL': '3'},
+            env={
+                **os.environ,
+                'TF_CPP_MIN_LOG_LEVEL': '3',
+                LAUNCHER_VARIABLE: str(os.getpid()),  # no shard outlives the tests
+            },
         )
 
     def wait_ready(self):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from infra.process import LAUNCHER_VARIABLE
 from infra.replay.server import ShardConfig
 
 START_SECONDS = 90.0
@@ -72,6 +73,13 @@ class ShardProcess:
         self.process.terminate()
         return self.process.wait(10)
 
+    def __enter__(self) -> 'ShardProcess':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.close()
+
     def cpu_seconds(self) -> float:
         """CPU time so far, to the clock tick of 10 ms."""
         fields = Path(f'/proc/{self.process.pid}/stat').read_text().rsplit(')', 1)[1].split()
@@ -90,4 +98,6 @@ class ShardProcess:
         command += ['--ready_file', str(self._ready)]
         command += ['--checkpoint_dir', str(self.directory / f'checkpoints-{self.shard}'), *options]
         with (self.directory / f'shard-{self.shard}.log').open('a') as log:
-            return subprocess.Popen(command, stdout=log, stderr=log)
+            # No shard outlives the tests.
+            environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)

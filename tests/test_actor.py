@@ -6,19 +6,25 @@ import numpy as np
 import pytest
 import reverb
 
-from agents import dqn, py_environment
-from agents.actor import Actor, EpisodeTally, annealed_epsilon
+from agents import behaviour, dqn, py_environment
+from agents.actor import Actor, EpisodeTally
+from agents.behaviour import Behaviour
 from agents.config import ActorConfig, AgentConfig, EnvironmentConfig, NetworkConfig
 from agents.environment import AtariEnvironment
+from agents.initial_priorities import InitialPriorities
+from agents.model import family_model
+from agents.policy import GreedyPolicy
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.layout import Layout
 from infra.replay.adder import Adder
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
+from infra.replay.dataset import sample_dataset
+from infra.replay.priorities import priority_of
 from infra.replay.server import ShardConfig, build_tables, start_server
 from infra.replay.trajectory import TrajectorySpec
 from tests import parameter_servers
 
-ENVS = 3
+ENVS, GAMMA = 3, 0.99
 SPEC = TrajectorySpec(n_step=2)
 
 
@@ -27,8 +33,8 @@ def acting():
     """Makes an actor of a game on servers in this process; gives it, its client and the table."""
     with contextlib.ExitStack() as stack:
 
-        def make(game='pong', **actor_values):
-            environment_config = EnvironmentConfig(game=game)
+        def make(game='pong', prioritized=False, max_episode_frames=108_000, **actor_values):
+            environment_config = EnvironmentConfig(game=game, max_episode_frames=max_episode_frames)
             config = ActorConfig(envs_per_actor=ENVS, **actor_values)
             environment = stack.enter_context(AtariEnvironment(environment_config, ENVS, seed=1))
             agent = dqn.make_agent(
@@ -37,7 +43,7 @@ def acting():
                 py_environment.time_step_spec(environment_config),
                 py_environment.action_spec(environment.num_actions),
             )
-            policy = dqn.GreedyPolicy(agent.q_network)
+            policy = GreedyPolicy(family_model(agent))
             shards = stack.enter_context(
                 parameter_servers.serve(parameter_servers.config(num_parameter_shards=1))
             )
@@ -48,25 +54,25 @@ def acting():
             )
             client.initialise(policy.parameters())
             replay = ReplayConfig(
-                replay_capacity=10_000, min_replay_size=1, agent_steps_per_update=0.0
+                replay_capacity=10_000,
+                min_replay_size=1,
+                agent_steps_per_update=0.0,
+                priority_exponent=float(prioritized),
             )
             shard = ShardConfig(replay, SPEC, telemetry=False)
             server = start_server(build_tables(shard, 0))
             stack.callback(server.stop)
             address = f'127.0.0.1:{server.port}'
             adder = stack.enter_context(Adder(address, SPEC, ENVS))
-            return Actor(config, environment, policy, adder, client), client, adder, address
+            priorities = None
+            if prioritized:
+                priorities = InitialPriorities(agent.head, SPEC.n_step, GAMMA)
+            acting = Behaviour(
+                policy, behaviour.annealed(config), environment.num_actions, priorities
+            )
+            return Actor(config, environment, acting, adder, client), client, adder, address
 
         yield make
-
-
-def test_epsilon_falls_linearly_with_the_global_updates():
-    config = ActorConfig(epsilon_start=1.0, epsilon_end=0.1, epsilon_updates=1000)
-    # 1 - 0.9 * u / 1000: at 0, at half the way, at the end and behind it.
-    assert annealed_epsilon(config, 0) == 1.0
-    assert annealed_epsilon(config, 500) == pytest.approx(0.55)
-    assert annealed_epsilon(config, 1000) == pytest.approx(0.1)
-    assert annealed_epsilon(config, 10**9) == pytest.approx(0.1)
 
 
 def test_every_step_but_the_last_n_is_stored_and_every_step_is_counted(acting):
@@ -90,6 +96,37 @@ def test_the_server_is_asked_only_every_pull_period(acting):
     assert client.pull().clock.agent_steps == 0  # the sixth step would tell
     actor.step(rng)
     assert client.pull().clock.agent_steps == 5 * ENVS
+
+
+def test_a_new_transition_has_the_priority_of_its_own_error(acting):
+    # Games cut after 50 decisions, and lives lost before: neither may shift an error to another.
+    actor, _, adder, address = acting(
+        'breakout', prioritized=True, max_episode_frames=200, actor_pull_period=1000
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        actor.step(rng)
+    assert adder.flush(10.0)
+    policy = actor._behaviour._policy
+    head = policy.model.head
+    probabilities, priorities, ends = [], [], 0
+    with sample_dataset([address], SPEC, 64, GAMMA) as dataset:
+        for _ in range(10):
+            sample = next(dataset)
+            step = sample.transition
+            outputs, following = (
+                policy.evaluate(frames)[1] for frames in (step.observation, step.next_observation)
+            )
+            taken = outputs[np.arange(64), step.action]
+            _, error = head.loss(taken, following.max(axis=1), step.reward, step.discount)
+            probabilities.append(sample.probability)
+            priorities.append(priority_of(error))
+            ends += (step.discount == 0).sum()
+    assert ends
+    # The exponent is 1: each probability is the priority over the sum of all.
+    probability, priority = np.concatenate(probabilities), np.concatenate(priorities)
+    total = np.median(priority / probability)
+    np.testing.assert_allclose(probability * total, priority, rtol=1e-3, atol=1e-5)
 
 
 def test_same_seed_acts_the_same(acting):
@@ -118,10 +155,11 @@ def test_games_end_with_raw_and_clipped_returns(acting):
 
 def test_tally_adds_up_each_environment_until_its_game_ends():
     tally = EpisodeTally(2)
-    no_end = np.array([False, False])
-    assert tally.add(np.array([5.0, 0.0]), np.array([1.0, 0.0]), no_end) == []
-    ended = tally.add(np.array([7.0, 2.0]), np.array([1.0, 1.0]), np.array([True, False]))
+    no_end, epsilon = np.array([False, False]), np.array([0.5, 0.25])
+    assert tally.add(np.array([5.0, 0.0]), np.array([1.0, 0.0]), no_end, epsilon) == []
+    ended = tally.add(np.array([7.0, 2.0]), np.array([1.0, 1.0]), np.array([True, False]), epsilon)
     assert [(e.raw_return, e.clipped_return, e.agent_steps) for e in ended] == [(12.0, 2.0, 2)]
-    ended = tally.add(np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.array([True, True]))
+    assert ended[0].epsilon == 0.5
+    ended = tally.add(np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.array([True, True]), epsilon)
     # The first environment began anew; the second has played all three steps.
     assert [(e.raw_return, e.agent_steps) for e in ended] == [(0.0, 1), (3.0, 3)]

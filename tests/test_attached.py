@@ -49,6 +49,7 @@ def check(*flags):
 def test_new_servers_of_the_same_experiment_pass(servers):
     check(*servers()[1])
     check('--n_step=5', *servers('--n_step=5')[1])
+    check('--priority_exponent=0.6', *servers('--priority_exponent=0.6')[1])
     check('--agent_steps_per_update=0', *servers('--agent_steps_per_update=0')[1])
 
 
@@ -61,6 +62,7 @@ def test_new_servers_of_the_same_experiment_pass(servers):
         ('--replay_capacity=2000', 'capacity 1000'),
         ('--min_replay_size=200', 'minimum size 100'),
         ('--batch_size=16', 'samples per insert'),
+        ('--priority_exponent=0.6', 'priority exponent'),
     ],
 )
 def test_a_server_started_with_another_value_is_refused(servers, flag, named):

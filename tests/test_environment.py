@@ -1,4 +1,4 @@
-"""Environment: preprocessing, starts and ends of games, lives, frame stacks, TF-Agents' view."""
+"""Environment: preprocessing, starts and ends of games, lives, frame stacks."""
 
 import ale_py
 import numpy as np
@@ -212,52 +212,3 @@ class TestFrameStack:
                 episode.append(frame[row])
                 padded = [np.zeros((5, 6), np.uint8)] * depth + episode
                 np.testing.assert_array_equal(observation[row], np.stack(padded[-depth:], axis=-1))
-
-
-class TestTfAgentsView:
-    def test_last_is_followed_by_first_and_time_steps_fit_their_spec(self):
-        from tf_agents.specs import array_spec
-
-        from agents.py_environment import AtariPyEnvironment
-
-        games = AtariPyEnvironment(_config('breakout', frame_stack=2), 3, seed=0)
-        random = np.random.default_rng(0)
-        before, lasts = games.reset(), 0
-        assert before.is_first().all()
-        for _ in range(300):
-            step = games.step(random.integers(4, size=3, dtype=np.int32))
-            for row in range(3):
-                one = type(step)(*(column[row] for column in step))
-                assert array_spec.check_arrays_nest(one, games.time_step_spec())
-                assert one.is_first() == before.is_last()[row]
-                assert (one.discount == 0) == one.is_last()
-                if one.is_first():
-                    assert one.reward == 0
-                    assert not one.observation[..., 0].any()  # nothing of the old episode
-                lasts += one.is_last()
-            before = step
-        assert lasts > 5
-        games.close()
-
-    def test_it_shows_the_frames_and_rewards_of_the_array_view(self):
-        from agents.py_environment import AtariPyEnvironment
-
-        view = AtariPyEnvironment(_config(), 2, seed=3)
-        with AtariEnvironment(_config(), 2, seed=3) as games:
-            np.testing.assert_array_equal(view.reset().observation[..., -1], games.reset().frame)
-            for action, step in _random_steps(games, 100):
-                time_step = view.step(action)
-                np.testing.assert_array_equal(time_step.observation[..., -1], step.frame)
-                np.testing.assert_array_equal(time_step.reward, step.reward)
-        view.close()
-
-    def test_a_cut_game_ends_with_discount_one(self):
-        from agents.py_environment import AtariPyEnvironment
-
-        games = AtariPyEnvironment(_config(max_episode_frames=8), 1, seed=0)
-        games.reset()
-        games.step(np.zeros(1, np.int32))
-        step = games.step(np.zeros(1, np.int32))
-        assert step.is_last().all()
-        assert step.discount == 1
-        games.close()

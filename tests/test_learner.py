@@ -14,7 +14,10 @@ from tf_agents.trajectories import time_step as ts
 
 from agents import dqn
 from agents.config import AgentConfig, LearnerConfig, NetworkConfig
+from agents.gradient import AgentGradient
+from agents.heads import LOSSES
 from agents.learner import Learner, LossStatistics
+from agents.model import family_model
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.layout import Layout
 from infra.replay.trajectory import Transition
@@ -77,7 +80,7 @@ def their_parameters(optimizer, count):
         network,
         optimizer,
         gamma=DISCOUNT,
-        td_errors_loss_fn=dqn.LOSSES['huber'],
+        td_errors_loss_fn=LOSSES['huber'],
         target_update_period=TARGET_PERIOD,
     )
     agent.initialize()
@@ -104,7 +107,7 @@ def connected():
             config = parameter_servers.config(**server_changes)
             shards = stack.enter_context(parameter_servers.serve(config))
             agent = dqn.make_agent(AgentConfig(), NETWORK, TIME_STEP, ACTION, seed=5)
-            network = dqn.DqnLearner(agent, gradient_clip_norm=0.0)
+            network = AgentGradient(family_model(agent), gradient_clip_norm=0.0)
             client = stack.enter_context(
                 ParameterClient(
                     [shard.address for shard in shards], Layout.from_variables(network.variables)
@@ -165,7 +168,7 @@ def test_updates_leave_nothing_behind_in_learner_and_shards(connected, optimizer
 def test_shard_that_lost_its_parameters_gets_them_back_from_the_learner(tmp_path):
     config = parameter_servers.config(num_parameter_shards=1, learning_rate=1.0)
     agent = dqn.make_agent(AgentConfig(), NETWORK, TIME_STEP, ACTION, seed=5)
-    network = dqn.DqnLearner(agent, gradient_clip_norm=0.0)
+    network = AgentGradient(family_model(agent), gradient_clip_norm=0.0)
     with parameter_servers.ShardProcess(tmp_path, config, 0).wait_ready() as shard:
         layout = Layout.from_variables(network.variables)
         with ParameterClient([shard.address], layout, timeout_seconds=60.0) as client:

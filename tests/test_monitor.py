@@ -66,7 +66,7 @@ def event(kind, worker=0, session='s', **fields):
     return {'kind': kind, 'component': component, 'worker': worker, 'session': session, **fields}
 
 
-def episode(raw_return, time, worker=0, agent_steps=100):
+def episode(raw_return, time, worker=0, agent_steps=100, **fields):
     return event(
         'episode',
         worker,
@@ -74,6 +74,7 @@ def episode(raw_return, time, worker=0, agent_steps=100):
         raw_return=raw_return,
         clipped_return=max(-1.0, min(1.0, raw_return)),
         agent_steps=agent_steps,
+        **fields,
     )
 
 
@@ -252,7 +253,7 @@ class TestBadEvents:
 class TestEpisodeFile:
     def test_a_line_says_when_in_the_run_the_episode_ended(self, monitor, directory):
         monitor.clock(updates=3, agent_steps=10)
-        monitor.fold([episode(-20.0, 5.25, worker=2, agent_steps=900)])
+        monitor.fold([episode(-20.0, 5.25, worker=2, agent_steps=900, epsilon=0.25)])
         assert json.loads(directory.episodes_file.read_text()) == {
             'episode': 1,
             'time': 5.25,
@@ -262,6 +263,7 @@ class TestEpisodeFile:
             'clipped_return': -1.0,
             'agent_steps': 900,
             'worker': 2,
+            'epsilon': 0.25,
         }
 
     def test_torn_and_foreign_lines_are_skipped_at_resume(self, make_monitor, directory):

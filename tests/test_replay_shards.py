@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.dataset import piece_size, sample_dataset
 from infra.replay.errors import ReplayTimeout, ReplayUnavailable
 from infra.replay.server import ShardConfig
-from infra.replay.trajectory import TrajectorySpec
+from infra.replay.trajectory import Steps, TrajectorySpec
 from tests import memory
 from tests.replay_shard import ShardProcess
 from tests.waiting import eventually
@@ -38,21 +39,21 @@ FREE = ReplayConfig(
 
 def step(t, environments=1, value=0):
     """An ordinary agent step; `value` is the action, so that samples can be told apart."""
-    return {
-        'frame': np.full((environments, *SPEC.frame_shape), t % 256, np.uint8),
-        'action': np.full(environments, value, np.int32),
-        'reward': np.zeros(environments, np.float32),
-        'discount': np.ones(environments, np.float32),
-        'first': np.full(environments, t == 0),
-        'truncated': np.zeros(environments, bool),
-    }
+    steps = Steps(
+        frame=np.full((environments, *SPEC.frame_shape), t % 256, np.uint8),
+        action=np.full(environments, value, np.int32),
+        reward=np.zeros(environments, np.float32),
+        discount=np.ones(environments, np.float32),
+        first=np.full(environments, t == 0),
+    )
+    return steps, np.zeros(environments, bool)
 
 
 def fill(address, steps, value=0):
     """Inserts `steps` agent steps (as many items less n) and confirms them."""
     with Adder(address, SPEC, 1, timeout_seconds=20) as adder:
         for t in range(steps):
-            assert adder.add(**step(t, value=value))
+            assert adder.add(*step(t, value=value))
         assert adder.flush()
 
 
@@ -281,7 +282,7 @@ class TestBounds:
             Adder('localhost:1', SPEC, 1, timeout_seconds=1) as adder,
             pytest.raises(ReplayUnavailable, match='localhost:1'),
         ):
-            adder.add(**step(0))
+            adder.add(*step(0))
 
     def test_a_closed_limiter_ends_adding_in_a_timeout_and_later_it_goes_on(self):
         # One sample per insert, a tolerance of 16 = two batches: without a learner at most
@@ -298,14 +299,14 @@ class TestBounds:
         ):
             with pytest.raises(ReplayTimeout, match='waits for its learners'):
                 for t in range(200):
-                    adder.add(**step(t))
+                    adder.add(*step(t))
             # In flight at most: 4, or what fits before a chunk is full.
             assert 36 <= adder.items <= 41
             assert size_of(address) == 36
             before = adder.items
             with sample_dataset([address], SPEC, BATCH_SIZE, 0.9) as dataset:
                 next(dataset)
-                assert adder.add(**step(200))
+                assert adder.add(*step(200))
                 assert adder.items == before + 1
 
     def test_a_stop_request_ends_the_wait_of_an_adder(self):
@@ -322,7 +323,9 @@ class TestBounds:
         ):
             threading.Timer(1.0, stop.set).start()
             start = time.monotonic()
-            while adder.add(**step(0)):
+            for index in itertools.count():
+                if not adder.add(*step(index)):
+                    break
                 assert time.monotonic() - start < 30
             assert time.monotonic() - start < 10
 
@@ -340,7 +343,7 @@ class TestBounds:
         ):
             with pytest.raises(ReplayTimeout):
                 for t in range(300):
-                    adder.add(**step(t, environments))
+                    adder.add(*step(t, environments))
             # Reverb warns from 50 unconfirmed items of a writer; 8 environments share one.
             writers = -(-environments // 8)
             assert adder.items - size_of(address) < 50 * writers
@@ -376,7 +379,7 @@ def insert_until(stop, address):
     """Inserts until the event `stop` is set."""
     with Adder(address, SPEC, 1, max_in_flight_items=4, should_stop=stop.is_set) as adder:
         t = 0
-        while not stop.is_set() and adder.add(**step(t)):
+        while not stop.is_set() and adder.add(*step(t)):
             t += 1
 
 
@@ -387,12 +390,12 @@ class TestReturningShard:
             Adder(shard.address, SPEC, 1, timeout_seconds=60) as adder,
         ):
             for t in range(20):
-                adder.add(**step(t, value=t))
+                adder.add(*step(t, value=t))
             assert adder.flush()
             shard.kill()
             shard.restart()
             for t in range(20, 60):
-                adder.add(**step(t, value=t))
+                adder.add(*step(t, value=t))
             shard.wait()
             assert adder.flush(30)
             # Nothing added after the death is lost: the stream goes on where it was.

@@ -90,9 +90,9 @@ def loop_transitions(stream, e, spec, gamma):
     for t in range(len(stream['frame']) - spec.n_step):
         reward, discount, cut = 0.0, 1.0, False
         for k in range(spec.n_step):
+            cut = cut or (discount > 0 and bool(stream['truncated'][t + k, e]))
             reward += discount * float(stream['reward'][t + k, e])
             discount *= gamma * float(stream['discount'][t + k, e])
-            cut = cut or bool(stream['truncated'][t + k, e])
         if cut:
             continue
         now, later = seen_at(stream, e, t, spec), seen_at(stream, e, t + spec.n_step, spec)
@@ -122,7 +122,8 @@ def stored_transitions(stream, spec, batch_size=7):
     try:
         with Adder(address, spec, environments, timeout_seconds=10) as adder:
             for t in range(steps):
-                assert adder.add(**{name: stream[name][t] for name in COLUMNS})
+                steps = Steps(*(stream[name][t] for name in Steps._fields))
+                assert adder.add(steps, stream['truncated'][t])
             assert adder.flush()
             count = adder.items
         with sample_dataset([address], spec, batch_size, GAMMA, timeout_seconds=20) as dataset:

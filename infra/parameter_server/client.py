@@ -115,12 +115,7 @@ class ParameterClient:
         Raises:
           ValueError: there is no address, or the wire type does not exist.
         """
-        if not addresses:
-            raise ValueError('no parameter shard given; pass at least one host:port')
-        if wire_dtype not in protocol.WIRE_TYPES:
-            raise ValueError(
-                f'wire_dtype is {wire_dtype!r}; use one of {", ".join(protocol.WIRE_TYPES)}'
-            )
+        _check_arguments(addresses, wire_dtype)
         self.layout = layout
         self._timeout_seconds = timeout_seconds
         self._copy_parts = copy_parts
@@ -436,6 +431,15 @@ class ParameterClient:
         if failure is not None:
             raise failure
         return problem
+
+
+def _check_arguments(addresses: Sequence[str], wire_dtype: str) -> None:
+    if not addresses:
+        raise ValueError('no parameter shard given; pass at least one host:port')
+    if wire_dtype not in protocol.WIRE_TYPES:
+        raise ValueError(
+            f'wire_dtype is {wire_dtype!r}; use one of {", ".join(protocol.WIRE_TYPES)}'
+        )
 
 
 def _connections(

@@ -42,10 +42,10 @@ class Layout:
 
     @classmethod
     def from_variables(cls, variables: Sequence) -> Layout:
-        """Returns the layout of TensorFlow variables, in the order given."""
+        """Returns the layout of TensorFlow variables, or arrays, in the order given."""
         return cls(
-            names=tuple(variable.name for variable in variables),
-            shapes=tuple(tuple(variable.shape) for variable in variables),
+            names=tuple(getattr(v, 'name', str(index)) for index, v in enumerate(variables)),
+            shapes=tuple(tuple(v.shape) for v in variables),
         )
 
     @functools.cached_property
@@ -66,8 +66,12 @@ class Layout:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash that two layouts share only when names, shapes and order agree."""
-        text = json.dumps([self.names, self.shapes])
+        """A short hash that two layouts share only when the shapes agree, in order.
+
+        Names are for messages: Keras numbers its layers through a process, so the same network has
+        other names in another.
+        """
+        text = json.dumps(self.shapes)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def slices(self, num_shards: int) -> tuple[slice, ...]:

@@ -8,13 +8,15 @@ than the frames they carry. Every row is sent once; neighbouring items share it.
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from infra.replay.config import EXPERIENCE_TABLE
-from infra.replay.errors import ReplayTimeout, ReplayUnavailable
+from infra.replay.errors import ReplaySpecMismatch, ReplayTimeout, ReplayUnavailable
+from infra.replay.priorities import priority_of
+from infra.replay.status import require_spec
 from infra.replay.trajectory import Steps, TrajectorySpec, pack_rows
 
 # Rows compressed together. Longer chunks share more of Reverb's cost per chunk, but a sampled
@@ -29,6 +31,10 @@ _PROBE_SECONDS = 2  # whole seconds are all that Reverb's client takes
 _CLOSE_SECONDS = 2.0
 
 
+_Ends = tuple[np.ndarray, np.ndarray]
+"""Of a step: truncated bool[E], the episode was cut behind it; ended bool[E]."""
+
+
 def never() -> bool:
     """The default of `should_stop`."""
     return False
@@ -38,10 +44,13 @@ class _Stream:
     """The rows of a few environments on their way to a shard, through one Reverb writer."""
 
     def __init__(
-        self, client: Any, spec: TrajectorySpec, num_environments: int, max_in_flight: int
+        self, address: str, spec: TrajectorySpec, num_environments: int, max_in_flight: int
     ):
-        """Opens nothing yet; `client` is a reverb.Client."""
-        self._client = client
+        """Opens nothing yet."""
+        import reverb
+
+        self._address = address
+        self._client = reverb.Client(address)
         self._spec = spec
         self._columns = [str(e) for e in range(num_environments)]
         unsendable = (CHUNK_LENGTH - 1) * num_environments  # before a chunk is full
@@ -49,8 +58,8 @@ class _Stream:
         # What a fresh writer needs to go on in mid-stream; zeros stand before the stream.
         before = np.zeros((num_environments, spec.row_bytes), np.uint8)
         self._recent = collections.deque([before] * (spec.frame_stack - 1), maxlen=spec.window)
-        # Truncations in the last rows: a window with one among its n steps has no bootstrap.
-        self._truncated: collections.deque[np.ndarray] = collections.deque(maxlen=spec.n_step + 1)
+        # Of the last rows, which were cut behind, and which ended their episode.
+        self._ends: collections.deque[_Ends] = collections.deque(maxlen=spec.n_step + 1)
         self._writer: Any = None
         self.items = 0
 
@@ -60,14 +69,17 @@ class _Stream:
             self._writer = self._open()
         self._writer.flush(self._room, timeout_ms=max(1, int(1000 * timeout_seconds)))
 
-    def add(self, rows: np.ndarray, truncated: np.ndarray) -> None:
+    def add(self, rows: np.ndarray, first: np.ndarray, ends: _Ends, priority: np.ndarray) -> None:
         """Appends rows uint8[E, row_bytes] and creates the items they complete."""
         self._recent.append(rows)
-        self._truncated.append(truncated)
+        if self._ends:  # an episode that begins without an end before it was given up there
+            truncated, ended = self._ends.pop()
+            self._ends.append((truncated | (first & ~ended), ended))
+        self._ends.append(ends)
         try:
             self._writer.append(self._by_column(rows))
-            if len(self._truncated) == self._spec.n_step + 1:
-                self._create_items()
+            if len(self._ends) == self._spec.n_step + 1:
+                self._create_items(priority)
         except Exception:  # Reverb raises whatever ended its stream: the next wait reconnects
             self.abandon()
 
@@ -89,7 +101,8 @@ class _Stream:
 
     def _open(self) -> Any:
         """A writer that knows the recent rows, so that a stream goes on where it was."""
-        self._client.server_info(timeout=_PROBE_SECONDS)  # else the writer waits without bound
+        info = self._client.server_info(timeout=_PROBE_SECONDS)  # else the writer waits for ever
+        require_spec(info, self._spec, self._address)
         keep = self._spec.window + CHUNK_LENGTH
         writer = self._client.trajectory_writer(num_keep_alive_refs=keep)
         for column in self._columns:
@@ -101,15 +114,15 @@ class _Stream:
     def _by_column(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(self._columns, rows, strict=True))
 
-    def _create_items(self) -> None:
+    def _create_items(self, priority: np.ndarray) -> None:
         """One window per environment, ending with the newest row."""
         history = self._writer.history
-        cut = np.any(list(self._truncated)[:-1], axis=0)  # steps t .. t+n-1
+        cut = _has_no_bootstrap(list(self._ends)[:-1])  # steps t .. t+n-1
         for e, column in enumerate(self._columns):
             if cut[e]:
                 continue
             window = history[column][-self._spec.window :]
-            self._writer.create_item(EXPERIENCE_TABLE, 1.0, {'rows': window})
+            self._writer.create_item(EXPERIENCE_TABLE, priority[e], {'rows': window})
             self.items += 1
 
 
@@ -153,7 +166,7 @@ class Adder:
             slice(start, min(start + WRITER_ENVIRONMENTS, num_environments)) for start in starts
         ]
         self._streams = [
-            _Stream(self._client, spec, part.stop - part.start, max_in_flight_items)
+            _Stream(address, spec, part.stop - part.start, max_in_flight_items)
             for part in self._slices
         ]
 
@@ -168,24 +181,16 @@ class Adder:
         """Windows handed to Reverb so far."""
         return sum(stream.items for stream in self._streams)
 
-    def add(
-        self,
-        frame: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        discount: np.ndarray,
-        first: np.ndarray,
-        truncated: np.ndarray,
-    ) -> bool:
+    def add(self, steps: Steps, truncated: np.ndarray, error: np.ndarray | None = None) -> bool:
         """Adds one agent step of every environment, oldest first and without gaps.
 
         Args:
-          frame: uint8[E, height, width], what the agent saw last when it decided.
-          action: int32[E], what it did.
-          reward: float32[E], what it got for it (clipped, if it is to be).
-          discount: float32[E], 0.0: the game or life ended with it; else 1.0.
-          first: bool[E], `frame` begins an episode: the agent saw no older frame.
-          truncated: bool[E], the episode was cut behind the step, without an end.
+          steps: what the agents saw, did and got, of E environments.
+          truncated: bool[E], the episode was cut behind the step, without an end. A step whose
+            `first` follows neither an end nor a cut cuts the episode before it, too.
+          error: float[E], absolute or signed, of the transitions that these rows complete: those
+            of n steps before; None: they get the priority 1, the largest error that a clipped
+            reward of one step makes where nothing is learned yet.
 
         Returns:
           True; or False when `should_stop` ended the wait: then nothing was added.
@@ -193,18 +198,28 @@ class Adder:
         Raises:
           ReplayTimeout: the limiter stayed closed for `timeout_seconds`; nothing was added.
           ReplayUnavailable: the shard did not answer for `timeout_seconds`; nothing was added.
+          ReplaySpecMismatch: the shard stores windows of another shape.
           ValueError: the arrays do not fit the spec.
         """
-        steps = Steps(frame, action, reward, discount, first)
         rows = pack_rows(steps, self._spec)
         if len(rows) != self._num_environments:
             raise ValueError(f'{len(rows)} rows for {self._num_environments} environments')
         if not self._wait_for_room():
             return False
-        cut = np.asarray(truncated, bool)
+        first, cut = np.asarray(steps.first, bool), np.array(truncated, bool)
+        ended = np.asarray(steps.discount) == 0
+        priority = self._priority(error)
         for part, stream in zip(self._slices, self._streams, strict=True):
-            stream.add(rows[part], cut[part].copy())
+            stream.add(rows[part], first[part], (cut[part], ended[part]), priority[part])
         return True
+
+    def _priority(self, error: np.ndarray | None) -> np.ndarray:
+        """Of the items that a step completes, float64[E]; one that is not finite would be lost."""
+        initial = np.ones(self._num_environments)
+        if error is None:
+            return initial
+        priority = priority_of(error)
+        return np.where(np.isfinite(priority), priority, initial)
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Waits until every window is confirmed; whether it was, within the time."""
@@ -228,6 +243,8 @@ class Adder:
                     waiting[0].wait_for_room(_SLICE_SECONDS)
                     waiting.pop(0)
                 return True
+            except ReplaySpecMismatch:
+                raise
             except Exception as caught:  # DeadlineExceededError, or what ended the stream
                 error = caught
             if self._should_stop():
@@ -251,6 +268,19 @@ class Adder:
             f'replay shard {self._address} took no more rows {waited}: it holds'
             f' {info.current_size} transitions and waits for its learners'
         ) from error
+
+
+def _has_no_bootstrap(ends: Sequence[_Ends]) -> np.ndarray:
+    """Which environments' n steps were cut before an end.
+
+    What the agent would have seen next is not known, so such a window is no transition.
+    """
+    cut = np.zeros_like(ends[0][0])
+    going_on = ~cut
+    for truncated, ended in ends:
+        cut |= going_on & truncated
+        going_on &= ~ended
+    return cut
 
 
 def _is_deadline(error: Exception) -> bool:

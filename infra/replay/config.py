@@ -36,6 +36,11 @@ class ReplayConfig:
         ' side waits, over all shards; smaller keeps the ratio tighter, larger lets acting and'
         ' learning overlap (2,000: 62 updates of 32)',
     )
+    priority_exponent: float = described(
+        0.0,
+        'transitions are drawn in proportion to priority^exponent (Schaul et al. 2016: 0.6); 0:'
+        ' uniformly',
+    )
     max_in_flight_items: int = described(
         49,
         "transitions of eight environments sent but not yet confirmed; bounds an actor's memory"
@@ -58,6 +63,7 @@ class ReplayConfig:
             'max_in_flight_items',
         )
         require_at_least(self, 0, 'agent_steps_per_update')  # 0: no ratio is kept
+        require_at_least(self, 0, 'priority_exponent')
         require_positive(self, 'sample_insert_tolerance')
         if self.min_replay_size > self.replay_capacity:
             raise ValueError(
@@ -70,6 +76,11 @@ class ReplayConfig:
                 f'replay_capacity ({self.replay_capacity}) is below num_replay_shards'
                 f' ({self.num_replay_shards}): every shard must hold at least one transition'
             )
+
+    @property
+    def prioritized(self) -> bool:
+        """Whether transitions are drawn by their priorities."""
+        return self.priority_exponent > 0
 
     @property
     def shard_capacity(self) -> int:

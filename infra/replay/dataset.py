@@ -22,7 +22,13 @@ import numpy as np
 
 from infra.array_function import ArrayFunction
 from infra.replay.config import EXPERIENCE_TABLE
-from infra.replay.errors import ReplayError, ReplayTimeout, ReplayUnavailable
+from infra.replay.errors import (
+    ReplayError,
+    ReplaySpecMismatch,
+    ReplayTimeout,
+    ReplayUnavailable,
+)
+from infra.replay.status import require_spec
 from infra.replay.trajectory import TrajectorySpec, Transition, compiled_to_transition
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ class _ShardReader:
 
         self.shard = shard
         self.piece: Sample | None = None
+        self.mismatch: ReplaySpecMismatch | None = None
         self._address = address
         self._size = size
         self._to_sample = to_sample
@@ -93,6 +100,11 @@ class _ShardReader:
         while not self._closed.is_set():
             try:
                 self._read()
+            except ReplaySpecMismatch as error:
+                with self._changed:
+                    self.mismatch = error
+                    self._changed.notify_all()
+                return
             except Exception as error:  # Reverb raises many kinds; none may end the reader
                 if not self._closed.is_set():
                     _LOGGER.warning('replay shard %s: %s; trying again', self._address, error)
@@ -112,6 +124,8 @@ class _ShardReader:
         import reverb
         import tensorflow as tf
 
+        info = reverb.Client(self._address).server_info(timeout=_PROBE_SECONDS)
+        require_spec(info, self._to_sample.spec, self._address)
         dataset = reverb.TrajectoryDataset(
             server_address=self._address,
             table=EXPERIENCE_TABLE,
@@ -131,6 +145,7 @@ class _ToSample:
     """Turns what Reverb yields into a Sample; in graph."""
 
     def __init__(self, spec: TrajectorySpec, gamma: float):
+        self.spec = spec
         self.rows_shape = (spec.window, spec.row_bytes)
         self._to_transition = compiled_to_transition(spec, gamma)
 
@@ -204,6 +219,7 @@ class ReplayDataset:
           ReplayTimeout: shards answer but none gave a sample for `timeout_seconds`: too few
             transitions, or the actors are behind. Calling again goes on where this stopped.
           ReplayUnavailable: likewise, and no shard answers.
+          ReplaySpecMismatch: a shard stores windows of another shape.
         """
         while len(self._partial) < self._pieces:
             self._partial.append(self._next_piece())
@@ -224,6 +240,9 @@ class ReplayDataset:
             while True:
                 if self._closed:
                     raise StopIteration
+                for each in self._readers:
+                    if each.mismatch is not None:
+                        raise each.mismatch
                 if (reader := self._ready()) is not None:
                     self._next_shard = (reader.shard + 1) % len(self._readers)
                     return reader.take()
@@ -286,7 +305,7 @@ def sample_dataset(
     timeout_seconds: float = 60.0,
     should_stop: Callable[[], bool] = _never,
 ) -> ReplayDataset:
-    """Batches of `batch_size` transitions drawn uniformly at each of the shards.
+    """Batches of `batch_size` transitions, drawn at each of the shards as its table says.
 
     Args:
       addresses: host:port of the shards; one in local mode.

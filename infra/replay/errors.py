@@ -1,8 +1,12 @@
-"""What goes wrong between a worker and a replay shard: two errors, both after a bounded wait."""
+"""What goes wrong between a worker and a replay shard."""
 
 
 class ReplayError(RuntimeError):
     """Base of the replay's errors."""
+
+
+class ReplaySpecMismatch(ValueError):
+    """The shard stores windows of another shape; no wait will change that."""
 
 
 class ReplayTimeout(ReplayError):

@@ -1,7 +1,8 @@
 """A replay shard: configuration in, one Reverb server out, with the tables of its shard number.
 
 Run as `python -m infra.replay.server --config FILE --shard I --port N --ready_file F`. Tables:
-`experience` (uniform sampling, oldest out first) and, on shard 0, the queue `telemetry`.
+`experience` (uniform or prioritized sampling, oldest out first) and, on shard 0, the queue
+`telemetry`.
 """
 
 import argparse
@@ -72,6 +73,15 @@ def rate_limiter(config: ReplayConfig, batch_size: int) -> 'reverb.rate_limiters
     )
 
 
+def sampler(config: ReplayConfig) -> Any:
+    """Draws transitions uniformly, or in proportion to priority^exponent (Schaul et al. 2016)."""
+    import reverb
+
+    if config.prioritized:
+        return reverb.selectors.Prioritized(config.priority_exponent)
+    return reverb.selectors.Uniform()
+
+
 def build_tables(config: ShardConfig, shard: int) -> list['reverb.Table']:
     """The tables of shard number `shard`.
 
@@ -90,7 +100,7 @@ def build_tables(config: ShardConfig, shard: int) -> list['reverb.Table']:
         tables.append(
             reverb.Table(
                 name=EXPERIENCE_TABLE,
-                sampler=reverb.selectors.Uniform(),
+                sampler=sampler(config.replay),
                 remover=reverb.selectors.Fifo(),
                 max_size=config.replay.shard_capacity,
                 rate_limiter=rate_limiter(config.replay, config.batch_size),

@@ -1,8 +1,11 @@
-"""Status of the replay: addresses in, each shard's size and counts out."""
+"""Status of the replay: addresses in, each shard's size, counts and fitness out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from infra.replay.config import EXPERIENCE_TABLE
+from infra.replay.errors import ReplaySpecMismatch
+from infra.replay.trajectory import TrajectorySpec
 
 _TIMEOUT_SECONDS = 1  # whole seconds are all that Reverb's client takes
 
@@ -19,6 +22,21 @@ class StatusReader:
     def read(self) -> list[dict[str, int]]:
         """Per shard `size`, `inserts` and `samples` in transitions; empty for one that is away."""
         return [_status(client) for client in self._clients]
+
+
+def require_spec(info: Any, spec: TrajectorySpec, address: str) -> None:
+    """Checks that a shard, whose `server_info()` is `info`, stores what `spec` says.
+
+    Raises:
+      ReplaySpecMismatch: its windows have another shape.
+    """
+    stored = tuple(info[EXPERIENCE_TABLE].signature['rows'].shape)
+    ours = (spec.window, spec.row_bytes)
+    if stored != ours:
+        raise ReplaySpecMismatch(
+            f'replay shard {address} stores windows of {stored[0]} rows of {stored[1]} bytes,'
+            f' {spec} has {ours[0]} of {ours[1]}: give the spec that the shard was started with'
+        )
 
 
 def _status(client) -> dict[str, int]:

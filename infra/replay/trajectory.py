@@ -105,11 +105,14 @@ def pack_rows(steps: Steps, spec: TrajectorySpec) -> np.ndarray:
             f'frames are {frames.dtype}{list(frames.shape[1:])}, the replay stores'
             f' uint8{list(spec.frame_shape)}'
         )
+    action, reward = np.asarray(steps.action), np.asarray(steps.reward, np.float32)
+    if not np.issubdtype(action.dtype, np.integer) or not np.isfinite(reward).all():
+        raise ValueError(f'actions {action} must be integers, and rewards {reward} finite')
     rows = np.empty((num_environments, spec.row_bytes), np.uint8)
     rows[:, : spec.frame_bytes] = frames.reshape(num_environments, spec.frame_bytes)
     scalars = np.empty((num_environments, ROW_SCALARS), np.int32)
-    scalars[:, 0] = steps.action
-    scalars[:, 1] = np.asarray(steps.reward, np.float32).view(np.int32)
+    scalars[:, 0] = action
+    scalars[:, 1] = reward.view(np.int32)
     scalars[:, 2] = np.asarray(steps.discount, np.float32).view(np.int32)
     scalars[:, 3] = steps.first
     rows[:, spec.frame_bytes :] = scalars.view(np.uint8)

@@ -35,6 +35,9 @@ def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], objec
     import tensorflow as tf
 
     from agents import dqn, py_environment
+    from agents.gradient import AgentGradient
+    from agents.model import family_model
+    from agents.policy import GreedyPolicy
 
     agent = dqn.make_agent(
         AgentConfig(double_dqn=double_dqn),
@@ -42,8 +45,8 @@ def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], objec
         py_environment.time_step_spec(EnvironmentConfig()),
         py_environment.action_spec(_NUM_ACTIONS),
     )
-    learner = dqn.DqnLearner(agent, gradient_clip_norm=10.0)
-    policy = dqn.GreedyPolicy(agent.q_network)
+    learner = AgentGradient(family_model(agent), gradient_clip_norm=10.0)
+    policy = GreedyPolicy(family_model(agent))
     frames = tf.constant(_frames(_BATCH))
     transition = Transition(
         frames, tf.zeros(_BATCH, tf.int32), tf.ones(_BATCH), tf.ones(_BATCH), frames

@@ -19,8 +19,9 @@ import numpy as np
 from infra.replay import adder as adder_lib
 from infra.replay import dataset as dataset_lib
 from infra.replay.config import ReplayConfig
+from infra.replay.priorities import PriorityWriter
 from infra.replay.server import ShardConfig
-from infra.replay.trajectory import TrajectorySpec
+from infra.replay.trajectory import Steps, TrajectorySpec
 from tests.replay_shard import ShardProcess
 
 BATCH_SIZE = 32
@@ -28,7 +29,7 @@ GAMMA = 0.99
 ROUNDS = 8
 
 
-def game_steps(game: str, num_environments: int) -> Iterator[dict[str, np.ndarray]]:
+def game_steps(game: str, num_environments: int) -> Iterator[tuple[Steps, np.ndarray]]:
     """Endless agent steps of random play, as the adder takes them."""
     from ale_py.vector_env import AtariVectorEnv
 
@@ -40,14 +41,14 @@ def game_steps(game: str, num_environments: int) -> Iterator[dict[str, np.ndarra
     while True:
         action = random.integers(6, size=num_environments).astype(np.int32)
         observation, reward, ended, _, _ = environment.step(action)
-        yield {
-            'frame': frame,
-            'action': action,
-            'reward': np.asarray(reward, np.float32),
-            'discount': 1.0 - np.asarray(ended, np.float32),
-            'first': first,
-            'truncated': no,
-        }
+        steps = Steps(
+            frame,
+            action,
+            np.asarray(reward, np.float32),
+            1.0 - np.asarray(ended, np.float32),
+            first,
+        )
+        yield steps, no
         frame, first = observation[:, 0].copy(), np.asarray(ended, bool)
 
 
@@ -62,7 +63,7 @@ def measure_inserts(shard: ShardProcess, options: argparse.Namespace) -> dict[st
             steps = [next(game) for _ in range(calls)]
             server_before, client_before = shard.cpu_seconds(), time.process_time()
             for step in steps:
-                adder.add(**step)
+                adder.add(*step)
             client.append(time.process_time() - client_before)
             server.append(shard.cpu_seconds() - server_before)
             rss.append(shard.rss_bytes())
@@ -79,17 +80,23 @@ def measure_inserts(shard: ShardProcess, options: argparse.Namespace) -> dict[st
 
 
 def measure_samples(shard: ShardProcess, options: argparse.Namespace) -> dict[str, float]:
-    """CPU milliseconds per sampled batch."""
+    """CPU milliseconds per sampled batch, with the change of its priorities if there are any."""
     spec = TrajectorySpec(n_step=options.n_step)
     client, server, wall = [], [], []
-    with dataset_lib.sample_dataset([shard.address], spec, BATCH_SIZE, GAMMA) as dataset:
+    error = np.ones(BATCH_SIZE)
+    with (
+        dataset_lib.sample_dataset([shard.address], spec, BATCH_SIZE, GAMMA) as dataset,
+        PriorityWriter([shard.address]) as priorities,
+    ):
         for _ in range(20):  # tracing, compiling
             next(dataset)
         for _ in range(ROUNDS):
             server_before, client_before = shard.cpu_seconds(), time.process_time()
             wall_before = time.perf_counter()
             for _ in range(options.batches // ROUNDS):
-                next(dataset)
+                sample = next(dataset)
+                if options.priority_exponent:
+                    priorities.update(sample.key, sample.shard, error)
             client.append(time.process_time() - client_before)
             server.append(shard.cpu_seconds() - server_before)
             wall.append(time.perf_counter() - wall_before)
@@ -109,13 +116,17 @@ def main() -> None:
     parser.add_argument('--batches', type=int, default=400, help=f'of {BATCH_SIZE} transitions')
     parser.add_argument('--environments', type=int, default=8)
     parser.add_argument('--n_step', type=int, default=3)
+    parser.add_argument('--priority_exponent', type=float, default=0.0, help='0: uniform')
     options = parser.parse_args()
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     replay = ReplayConfig(
-        replay_capacity=2_000_000, min_replay_size=1000, agent_steps_per_update=0.0
+        replay_capacity=2_000_000,
+        min_replay_size=1000,
+        agent_steps_per_update=0.0,
+        priority_exponent=options.priority_exponent,
     )
     config = ShardConfig(replay, TrajectorySpec(n_step=options.n_step), BATCH_SIZE)
     with tempfile.TemporaryDirectory() as directory:

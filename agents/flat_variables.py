@@ -1,0 +1,67 @@
+"""A network's variables as one flat float32 vector: parts from the parameter server in, values out.
+
+The vector is the variables in the order given, each in row-major order: the order of the parameter
+server's `Layout`.
+"""
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from infra.array_function import ArrayFunction
+
+
+class FlatVariables:
+    """A network's trainable variables as one float32 vector [parameters]."""
+
+    def __init__(self, variables: Sequence[tf.Variable]) -> None:
+        self.variables = tuple(variables)
+        self.size = sum(variable.shape.num_elements() for variable in self.variables)
+        # On pages of its own TensorFlow takes it over: a variable may share this memory, and never
+        # that of a part, which is only lent.
+        memory = mmap.mmap(-1, self.size * np.dtype(np.float32).itemsize)
+        self._flat = np.frombuffer(memory, np.float32)
+        self._assign = ArrayFunction(self._assign_all, [tf.TensorSpec([self.size], tf.float32)])
+        self._read: ArrayFunction | None = None  # traced when first needed
+
+    def values(self) -> np.ndarray:
+        """A copy of all parameters, float32 [parameters]."""
+        if self._read is None:
+            self._read = ArrayFunction(self._concatenated)
+        return np.array(self._read())
+
+    def assign(self, *parts: Any) -> None:
+        """Sets all variables from float32 vectors that make up [parameters], in order.
+
+        Not while another thread computes with the variables: it could see some of both.
+
+        Raises:
+          ValueError: the parts have another size or type together; nothing was set.
+        """
+        arrays = [np.asarray(part) for part in parts]
+        sizes, types = [array.shape for array in arrays], {array.dtype for array in arrays}
+        if any(len(size) != 1 for size in sizes) or sum(size[0] for size in sizes) != self.size:
+            raise ValueError(self._misfit(f'of shapes {sizes}'))
+        if types != {np.dtype(np.float32)}:
+            raise ValueError(self._misfit(f'of types {sorted(map(str, types))}'))
+        np.concatenate(arrays, out=self._flat)
+        self._assign(self._flat)
+
+    def _concatenated(self) -> tf.Tensor:
+        return tf.concat([tf.reshape(variable, [-1]) for variable in self.variables], axis=0)
+
+    def _misfit(self, what: str) -> str:
+        return (
+            f'parameters {what} given, the network takes float32[{self.size}]: they belong to'
+            ' another game or network.'
+        )
+
+    def _assign_all(self, flat: tf.Tensor) -> None:
+        begin = 0
+        for variable in self.variables:
+            end = begin + variable.shape.num_elements()
+            variable.assign(tf.reshape(flat[begin:end], variable.shape))
+            begin = end

@@ -1,0 +1,99 @@
+"""The learner's half of an agent: transitions in, the gradient at parameters from outside out."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from agents.flat_variables import FlatVariables
+from agents.model import Model
+from infra.array_function import ArrayFunction
+from infra.replay.trajectory import Transition
+
+
+class AgentGradient:
+    """The gradient of an agent's loss."""
+
+    def __init__(self, model: Model, gradient_clip_norm: float, weighted: bool = False) -> None:
+        """
+        Args:
+          model: of the agent.
+          gradient_clip_norm: bound of the global norm of the gradient; 0: not clipped.
+          weighted: whether each row of a batch comes with a weight.
+        """
+        self.model = model
+        self._clip_norm = gradient_clip_norm
+        self._weighted = weighted
+        self._online = FlatVariables(model.variables)
+        # Memory of its own: target variables go on sharing what was assigned last by it.
+        self._staged_target = FlatVariables(model.variables)
+        observation = model.agent.time_step_spec.observation
+        frames = tf.TensorSpec([None, *observation.shape], observation.dtype)
+        numbers = tf.TensorSpec([None], tf.float32)
+        columns = (frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames)
+        signature = (*columns, numbers) if weighted else columns
+        self._gradient = ArrayFunction(self._flat_gradient, signature)
+        self._copy_to_target = ArrayFunction(self._initialize)
+
+    @property
+    def variables(self) -> tuple[tf.Variable, ...]:
+        """What the flat vectors hold, in their order."""
+        return self._online.variables
+
+    def gradient(
+        self, transition: Any, weights: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """float32 [parameters] clipped gradient, float32 [] mean loss, float32 [B] absolute error.
+
+        The loss is without weights, so that it is the same measure at any priorities.
+
+        Args:
+          transition: a batch of B.
+          weights: float32 [B], of the rows' losses; given exactly when `weighted`.
+
+        Raises:
+          ValueError: a column has another shape or type than the network takes.
+        """
+        columns = tuple(transition) if weights is None else (*transition, weights)
+        return self._gradient(*columns)
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the network's parameters, float32 [parameters]."""
+        return self._online.values()
+
+    def set_parameters(self, *parts: Any) -> None:
+        """Sets the network from float32 vectors that make up [parameters], in order."""
+        self._online.assign(*parts)
+
+    def set_target(self, *parts: Any) -> None:
+        """Sets the agent's target from float32 vectors that make up [parameters], in order.
+
+        By way of the agent's own network, which TF-Agents' `initialize` copies to the target.
+        """
+        online = self._online.values()
+        self._staged_target.assign(*parts)
+        self._copy_to_target()
+        self._online.assign(online)
+
+    def _initialize(self) -> None:
+        self.model.agent.initialize()
+
+    def _flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        transition = Transition(*columns[: len(Transition._fields)])
+        weights = columns[-1] if self._weighted else None
+        variables = self._online.variables
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(variables)
+            losses = self.model.loss(transition, weights)
+        gradients = tape.gradient(losses.weighted, variables)
+        flat = tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
+        return self._clipped(flat), tf.reduce_mean(losses.rows), losses.error
+
+    def _clipped(self, flat: tf.Tensor) -> tf.Tensor:
+        if not self._clip_norm:
+            return flat
+        # Half the time of tf.clip_by_norm, which writes the squares to memory.
+        norm = tf.sqrt(2 * tf.nn.l2_loss(flat))
+        scale = self._clip_norm / norm
+        # Mostly it is within the norm: no product then, which would write it all again.
+        return tf.cond(scale < 1.0, lambda: flat * scale, lambda: flat)

@@ -1,0 +1,67 @@
+"""The actor's half of an agent: observations in, greedy actions at parameters from outside out."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from agents.flat_variables import FlatVariables
+from agents.model import Model
+from infra.array_function import ArrayFunction
+
+
+class GreedyPolicy:
+    """An agent's best actions."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._parameters = FlatVariables(model.variables)
+        spec = model.agent.time_step_spec.observation
+        self._frames = tf.TensorSpec([None, *spec.shape], spec.dtype)
+
+    @property
+    def variables(self) -> tuple[tf.Variable, ...]:
+        """What the flat vector holds, in its order."""
+        return self._parameters.variables
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Greedy actions int32 [E] for uint8 [E, 84, 84, stack].
+
+        Raises:
+          ValueError: `observation` has another shape or type than the network takes.
+        """
+        return self._act(observation)
+
+    def evaluate(self, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy actions int32 [E], and the outputs of all actions float32 [E, num_actions, ...].
+
+        Raises:
+          ValueError: likewise, or the agent's outputs are not known.
+        """
+        return self._evaluate(observation)
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the network's parameters, float32 [parameters]."""
+        return self._parameters.values()
+
+    def set_parameters(self, *parts: Any) -> None:
+        """Sets the network from float32 vectors that make up [parameters], in order."""
+        self._parameters.assign(*parts)
+
+    # Traced when first called: an actor needs one of the two.
+
+    @functools.cached_property
+    def _act(self) -> ArrayFunction:
+        return ArrayFunction(self.model.best_action, [self._frames])
+
+    @functools.cached_property
+    def _evaluate(self) -> ArrayFunction:
+        if self.model.outputs is None or self.model.head is None:
+            raise ValueError('the agent is not of this project: its outputs cannot be read')
+        return ArrayFunction(self._actions_and_outputs, [self._frames])
+
+    def _actions_and_outputs(self, observation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        outputs = self.model.outputs(observation)  # type: ignore[misc]
+        values = self.model.head.values(outputs)  # type: ignore[union-attr]
+        return tf.argmax(values, axis=-1, output_type=tf.int32), outputs

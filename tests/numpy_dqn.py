@@ -1,0 +1,147 @@
+"""The DQN family's losses in plain NumPy, float64, one row at a time, written from the papers.
+
+Slow and obvious on purpose: it shares no code with agents/, only the order of the variables.
+"""
+
+import dataclasses
+
+import numpy as np
+
+# (stride of each convolution) of the DQN 2013 torso (Mnih et al. 2013, section 4.1)
+STRIDES = (4, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One of the family.
+
+    Attributes:
+      agent: 'dqn', 'c51' or 'qr_dqn'.
+      double: the online network chooses the best next action (van Hasselt et al. 2016).
+      dueling: value and advantage streams (Wang et al. 2016).
+      loss: of 'dqn'.
+      outputs: atoms or quantiles for each action.
+      v_min, v_max: of 'c51'.
+    """
+
+    agent: str = 'dqn'
+    double: bool = False
+    dueling: bool = False
+    loss: str = 'huber'
+    outputs: int = 1
+    v_min: float = -10.0
+    v_max: float = 10.0
+
+
+def relu(x):
+    return np.maximum(x, 0.0)
+
+
+def convolution(x, kernel, bias, stride):
+    """Unpadded: x [height, width, in], kernel [size, size, in, out]."""
+    size = kernel.shape[0]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(0, 1))  # type: ignore[call-overload]
+    return np.einsum('hwcij,ijco->hwo', windows[::stride, ::stride], kernel) + bias
+
+
+def network(variables, observation, member, num_actions):
+    """Outputs [num_actions, outputs] for one observation uint8 [height, width, stack].
+
+    `variables` in the network's order: convolutions, dense and outputs of the (advantage) stream,
+    dense and outputs of the state's stream; of each layer the bias, then the kernel, which is
+    [out, in] in dense layers.
+    """
+    x = observation.astype(np.float64) / 255.0
+    for index, stride in enumerate(STRIDES):
+        bias, kernel = variables[2 * index], variables[2 * index + 1]
+        x = relu(convolution(x, kernel, bias, stride))
+    x = x.reshape(-1)
+
+    def stream(first):
+        dense_bias, dense, last_bias, last = variables[first : first + 4]
+        return last @ relu(dense @ x + dense_bias) + last_bias
+
+    outputs = stream(4).reshape(num_actions, member.outputs)
+    if member.dueling:
+        outputs = stream(8)[None, :] + outputs - outputs.mean(axis=0)
+    return outputs
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def support(member):
+    return np.linspace(member.v_min, member.v_max, member.outputs)
+
+
+def expected_return(outputs, member):
+    """Q of one action from its outputs [outputs]."""
+    if member.agent == 'c51':
+        return softmax(outputs) @ support(member)
+    return outputs.mean()  # of quantiles, or of the one value
+
+
+def huber(x):
+    return 0.5 * x * x if abs(x) <= 1.0 else abs(x) - 0.5
+
+
+def dqn_loss(chosen, best_next, reward, discount, member):
+    """Mnih et al. 2015, Methods."""
+    error = reward + discount * best_next[0] - chosen[0]
+    return (huber(error) if member.loss == 'huber' else error * error), error
+
+
+def c51_loss(chosen, best_next, reward, discount, member):
+    """Bellemare et al. 2017, algorithm 1; the error is the Kullback-Leibler divergence."""
+    atoms, spacing = support(member), (member.v_max - member.v_min) / (member.outputs - 1)
+    projected = np.zeros(member.outputs)
+    for probability, atom in zip(softmax(best_next), atoms):
+        place = (np.clip(reward + discount * atom, member.v_min, member.v_max) - member.v_min) / (
+            spacing
+        )
+        lower, upper = int(np.floor(place)), int(np.ceil(place))
+        if lower == upper:  # on an atom: the algorithm's two shares would both be 0
+            projected[lower] += probability
+        else:
+            projected[lower] += probability * (upper - place)
+            projected[upper] += probability * (place - lower)
+    log_probability = np.log(softmax(chosen))
+    cross_entropy = -(projected @ log_probability)
+    positive = projected[projected > 0]
+    return cross_entropy, cross_entropy + positive @ np.log(positive)
+
+
+def qr_dqn_loss(chosen, best_next, reward, discount, member):
+    """Dabney et al. 2018, algorithm 1 with kappa = 1."""
+    total = 0.0
+    for i, quantile in enumerate(chosen):
+        midpoint = (2 * i + 1) / (2 * member.outputs)
+        for target in reward + discount * best_next:
+            difference = target - quantile
+            total += abs(midpoint - (difference < 0)) * huber(difference) / member.outputs
+    return total, (reward + discount * best_next).mean() - chosen.mean()
+
+
+LOSSES = {'dqn': dqn_loss, 'c51': c51_loss, 'qr_dqn': qr_dqn_loss}
+
+
+def loss_and_errors(variables, target, batch, member, num_actions):
+    """The mean of the weighted rows' losses, and the rows' errors.
+
+    `batch`: rows (observation, action, reward, discount, next_observation, weight, valid); a row
+    that is not valid, one that begins behind the end of an episode, counts 0.
+    """
+    total, errors = 0.0, []
+    for observation, action, reward, discount, next_observation, weight, valid in batch:
+        chosen = network(variables, observation, member, num_actions)[action]
+        next_target = network(target, next_observation, member, num_actions)
+        judge = next_target
+        if member.double:
+            judge = network(variables, next_observation, member, num_actions)
+        best = max(range(num_actions), key=lambda a: expected_return(judge[a], member))
+        loss, error = LOSSES[member.agent](chosen, next_target[best], reward, discount, member)
+        total += weight * valid * loss / len(batch)
+        errors.append(valid * error)
+    return total, np.array(errors)
