@@ -47,6 +47,11 @@ def summary(run_dir: pathlib.Path) -> dict:
     return json.loads((run_dir / 'summary.json').read_text())
 
 
+def episodes(run_dir: pathlib.Path) -> list[dict]:
+    """The games of the run so far."""
+    return [json.loads(line) for line in (run_dir / 'episodes.jsonl').read_text().splitlines()]
+
+
 def processes_of(run_dir: pathlib.Path) -> Iterator[psutil.Process]:
     """Processes, whoever their parent, that have the run directory in their command line."""
     for process in psutil.process_iter():

@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -106,11 +108,23 @@ def test_bundled_topology_trains_breakout_with_two_bundles(tmp_path):
     assert summary['episodes'] > 0
 
 
+def assert_example_follows(run_dir: pathlib.Path) -> None:
+    """A TF-Agents actor plays with the parameters of a run that goes on."""
+    script = [sys.executable, 'tests/examples/follow_a_run.py', str(run_dir)]
+    result = subprocess.run(
+        script, cwd=launching.ROOT, capture_output=True, text=True, timeout=START_SECONDS
+    )
+    assert result.returncode == 0, result.stderr
+    match = re.fullmatch(r'(\d+) updates, -?\d+ points in 400 steps\n', result.stdout)
+    assert match, result.stdout
+    assert int(match[1]) > 0
+
+
 def test_interrupted_run_exits_130_and_resumes_where_it_was(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=400000', *launching.SMALL)
     wait_for_updates(process, run_dir)
-    time.sleep(5)
+    assert_example_follows(run_dir)
     process.send_signal(signal.SIGINT)
     assert finish(process, run_dir) == 130, launching.output(run_dir)
     told = pathlib.Path(f'{run_dir}.out').read_text()
