@@ -130,15 +130,12 @@ def test_an_agent_that_cannot_be_trained_here_is_refused_with_the_reason(factory
         model(factory, weighted)
 
 
-def test_an_agent_that_only_runs_eagerly_is_refused_before_a_worker_meets_it():
-    values = {'agent': 'tests.foreign_agents:eager_only', 'priority_exponent': 0.0}
-    with pytest.raises(ForeignAgentError, match='in a graph'):
-        agent.try_agent(presets.experiment('laptop', values))
-
-
-def test_an_agent_whose_gradient_is_not_finite_is_refused():
-    values = {'agent': 'tests.foreign_agents:not_finite', 'priority_exponent': 0.0}
-    with pytest.raises(ForeignAgentError, match='not finite'):
+@pytest.mark.parametrize(
+    ('factory', 'named'), [('eager_only', 'in a graph'), ('not_finite', 'not finite')]
+)
+def test_an_agent_that_only_workers_would_stumble_on_is_refused_before(factory, named):
+    values = {'agent': f'tests.foreign_agents:{factory}', 'priority_exponent': 0.0}
+    with pytest.raises(ForeignAgentError, match=named):
         agent.try_agent(presets.experiment('laptop', values))
 
 

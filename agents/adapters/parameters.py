@@ -84,16 +84,7 @@ class ParameterServerOptimizer(tf.Module):
           ParameterServerError: a shard does not answer in time, or holds another network. Inside a
             graph TensorFlow makes a `tf.errors.UnknownError` of it, with its message.
         """
-        pairs = list(grads_and_vars)
-        if not pairs:
-            raise ValueError('apply_gradients() got no variable')
-        gradients, variables = zip(*pairs)
-        for gradient, variable in pairs:
-            if gradient is not None and gradient.shape != variable.shape:
-                raise ValueError(
-                    f'the gradient of {variable.name} has the shape {gradient.shape}, not'
-                    f' {variable.shape}'
-                )
+        gradients, variables = _paired(grads_and_vars)
         layout = Layout.from_variables(variables)
         if self._layout is None:
             with tf.init_scope():
@@ -280,6 +271,25 @@ class ParameterServerVariableContainer:
                     ' the parameter server holds only what gradients train'
                 )
         return parameters
+
+
+def _paired(grads_and_vars: Iterable[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Gradients, None for 0, and variables, one each.
+
+    Raises:
+      ValueError: there is none, or a gradient has another shape than its variable.
+    """
+    pairs = list(grads_and_vars)
+    if not pairs:
+        raise ValueError('apply_gradients() got no variable')
+    for gradient, variable in pairs:
+        if gradient is not None and gradient.shape != variable.shape:
+            raise ValueError(
+                f'the gradient of {variable.name} has the shape {gradient.shape}, not'
+                f' {variable.shape}'
+            )
+    gradients, variables = zip(*pairs)
+    return gradients, variables
 
 
 def _step_flags(variables: Any) -> Any:
