@@ -10,12 +10,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format clean
+.PHONY: help setup run test lint format prism clean
 
 # Without compiled byte-code TensorFlow takes twice as long to import, in every process of a run.
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME PIP_NO_COMPILE
 
 VENV := .venv
+PRISM_VERSION := v2.73.0
 BIN := $(VENV)/bin
 # A stamp is touched when its installation is complete: an interrupted one is done again.
 RUN_STAMP := $(VENV)/installed-for-run
@@ -99,6 +100,14 @@ lint: $(TEST_STAMP)  ## lint, format and types only
 format: $(TEST_STAMP)  ## bring the code into form
 	@$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+prism: $(BIN)/prism  ## build Beam's job server Prism with Go, for --runner=PrismRunner
+
+# Of the next version: the module proxy has none of Beam's own, and this one serves it, too.
+$(BIN)/prism:
+	@command -v go > /dev/null || { echo "Prism is built with Go, which is not on PATH: install it (Debian, Ubuntu: apt-get install golang)." >&2; exit 2; }
+	echo "Building Prism into $@ (some minutes) ..."
+	GOBIN="$$(cd $(BIN) && pwd)" go install github.com/apache/beam/sdks/v2/go/cmd/prism@$(PRISM_VERSION)
 
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

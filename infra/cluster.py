@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from infra.addresses import AddressError, split_address
 from infra.parameter_server.config import ParameterServerConfig
 from infra.process import ProcessSpec, SupervisedProcess, describe_exit
 from infra.replay.config import ReplayConfig
@@ -432,13 +433,14 @@ def _await_addresses(addresses: Sequence[str], timeout_seconds: float) -> None:
     """
     deadline = time.monotonic() + timeout_seconds
     for address in addresses:
-        host, _, port = address.rpartition(':')
-        if not host or not port.isdigit():
-            raise ClusterError(f'{address!r} is no server address: write host:port.')
+        try:
+            host_and_port = split_address(address)
+        except AddressError as error:
+            raise ClusterError(str(error)) from error
         while True:
             with (
                 contextlib.suppress(OSError),
-                socket.create_connection((host.strip('[]'), int(port)), 5.0),
+                socket.create_connection(host_and_port, 5.0),
             ):
                 break
             if time.monotonic() > deadline:

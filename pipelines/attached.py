@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from infra.addresses import split_address
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.replay.trajectory import TrajectorySpec
 from infra.telemetry import TELEMETRY_TABLE
@@ -40,9 +41,8 @@ def require_servers(config: ExperimentConfig, launch: Launch) -> None:
 
 
 def _require_listener(address: str) -> None:
-    host, _, port = address.rpartition(':')
     try:
-        socket.create_connection((host.strip('[]'), int(port)), _CONNECT_SECONDS).close()
+        socket.create_connection(split_address(address), _CONNECT_SECONDS).close()
     except OSError as error:
         raise UsageError(
             f'{address}: no server answers ({error}); start it first, or correct the address.'

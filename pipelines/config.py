@@ -64,6 +64,13 @@ class RunConfig:
         require_fraction(self, 'evaluation_epsilon')
         require_positive(self, 'checkpoint_period_seconds')
 
+    @property
+    def workers(self) -> dict[str, int]:
+        """How many workers of each kind the topology has; each kind is a job."""
+        if self.topology == 'bundled':
+            return {'bundle': self.num_actors}
+        return {'actor': self.num_actors, 'learner': self.num_learners}
+
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:

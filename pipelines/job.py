@@ -6,14 +6,17 @@ jobs since one pipeline's stages run in turn.
 
 import argparse
 import pathlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from infra.process import exit_with_parent
 from pipelines import config as config_lib
+from pipelines import engines
 from pipelines.act import Actors
 from pipelines.bundle import Bundles
 from pipelines.learn import Learners
@@ -26,22 +29,6 @@ TRANSFORMS: Mapping[str, type[beam.PTransform]] = {
 }
 
 
-def beam_flags(runner: str, num_workers: int, extra: Sequence[str]) -> list[str]:
-    """Beam's flags for a job of `num_workers` workers; ours come last, since the last one counts.
-
-    `DirectRunner` means Beam's in-process FnApiRunner with a process a worker, chosen by name:
-    otherwise Beam looks for Prism first and then ignores the `direct_*` flags.
-    """
-    if runner != 'DirectRunner':
-        return [*extra, f'--runner={runner}']
-    return [
-        *extra,
-        '--runner=FnApiRunner',
-        '--direct_running_mode=multi_processing',
-        f'--direct_num_workers={num_workers}',
-    ]
-
-
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog='python -m pipelines.job', allow_abbrev=False)
     parser.add_argument('--kind', choices=TRANSFORMS, required=True, help='what the workers are')
@@ -51,7 +38,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--parameter_addresses', required=True, help='host:port,...')
     parser.add_argument('--replay_addresses', required=True, help='host:port,... or empty')
     parser.add_argument('--telemetry_address', required=True, help='host:port')
-    parser.add_argument('--runner', required=True, help='Beam runner')
+    parser.add_argument('--runner', required=True, help='engine')
     return parser.parse_known_args(argv)
 
 
@@ -68,9 +55,41 @@ def main(argv: Sequence[str]) -> None:
     transform = TRANSFORMS[arguments.kind](
         config_lib.load(arguments.config), addresses, Submission(workers, arguments.submission)
     )
-    flags = beam_flags(arguments.runner, len(workers), extra)
-    with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+    engine = engines.engine(arguments.runner)
+    engine.register_flags()
+    options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), extra))
+    with engine.surroundings(options):
+        pipeline = beam.Pipeline(options=options)
         _ = pipeline | arguments.kind.capitalize() >> transform
+        _run(pipeline, options, engine)
+
+
+class _EndedError(Exception):
+    """SIGTERM came: nobody needs the job any more."""
+
+
+def _run(pipeline: beam.Pipeline, options: PipelineOptions, engine: engines.Engine) -> None:
+    """Runs a job to its end; where it would outlive this process, SIGTERM ends it too."""
+    if not engine.outlives:
+        pipeline.run().wait_until_finish()
+        return
+    noted: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))  # while it is submitted
+    result = pipeline.run()
+    try:
+        signal.signal(signal.SIGTERM, _raise_ended)
+        if noted:
+            raise _EndedError
+        result.wait_until_finish()
+    except _EndedError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(f'ending the job in state {result.state}', flush=True)
+        engine.end(result, options)
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _raise_ended(*_: Any) -> None:
+    raise _EndedError
 
 
 if __name__ == '__main__':

@@ -3,16 +3,19 @@
 In: which workers a run needs, and when each was last heard of. Out: running jobs. Beam's local
 runner does not replace a dead worker and reports it only when all its other workers have ended, so
 the launcher notices: the process that the worker's telemetry names is gone, or the worker is
-silent. Other engines replace workers themselves: of their jobs only the end is looked at.
+silent. Likewise on job servers, but for the processes, which may be on other machines. Other
+engines replace workers themselves: of their jobs only the end is looked at.
 """
 
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from infra.flags import value_of
 from infra.process import ProcessSpec, SupervisedProcess, describe_exit
 from pipelines.config import ExperimentConfig
 from pipelines.monitor import Heartbeat, Worker
@@ -134,7 +137,7 @@ class Jobs:
 
     def start(self, now: float) -> None:
         """Submits every worker of the topology."""
-        for kind, count in self._counts().items():
+        for kind, count in self._config.run.workers.items():
             self._submit(kind, range(count), now)
 
     def supervise(
@@ -155,18 +158,21 @@ class Jobs:
             code = job.process.poll()
             if code is not None:
                 self._ended(job, code, heartbeats, now)
-            elif self._launch.runner == 'DirectRunner':
+            elif self._launch.engine.watched:
                 self._watch(job, heartbeats, now, deaf_until)
         self._recall_finished(now, deaf_until)
-        due = [
-            worker
-            for worker, history in self._history.items()
-            if history.due is not None and history.due <= now
-        ]
-        for kind, number in due:
-            self._history[kind, number].due = None
-            self.restarts[kind] = self.restarts.get(kind, 0) + 1
-            self._submit(kind, [number], now)
+        self._submit_due(now)
+
+    def _submit_due(self, now: float) -> None:
+        """Submits those whose back-off is over, all of a kind as one job."""
+        due: dict[str, list[int]] = {}
+        for (kind, number), history in self._history.items():
+            if history.due is not None and history.due <= now:
+                history.due = None
+                due.setdefault(kind, []).append(number)
+        for kind, numbers in due.items():
+            self.restarts[kind] = self.restarts.get(kind, 0) + len(numbers)
+            self._submit(kind, numbers, now)
 
     @property
     def running(self) -> bool:
@@ -180,13 +186,6 @@ class Jobs:
         for job in self._jobs:
             job.process.terminate(grace_seconds)
         self._jobs.clear()
-
-    def _counts(self) -> dict[str, int]:
-        """How many workers of each kind the topology has."""
-        run = self._config.run
-        if run.topology == 'bundled':
-            return {'bundle': run.num_actors}
-        return {'actor': run.num_actors, 'learner': run.num_learners}
 
     def _ended(
         self, job: _Job, code: int, heartbeats: Mapping[Worker, Heartbeat], now: float
@@ -205,7 +204,8 @@ class Jobs:
         """Gives up those workers of a running job that are dead or silent, and ends them."""
         for number in sorted(job.workers):
             beat = job.beat_of(number, heartbeats)
-            how = job.death_of(number, beat, now) or _silence(job, beat, now, deaf_until)
+            how = job.death_of(number, beat, now) if self._launch.engine.here else ''
+            how = how or _silence(job, beat, now, deaf_until)
             if how:
                 self._failed(number, job, beat, how, now)
                 job.workers.discard(number)
@@ -222,7 +222,7 @@ class Jobs:
 
     def _recall_finished(self, now: float, deaf_until: float) -> None:
         """Counts it as a failure when all workers of a kind ended well but the run goes on."""
-        for kind, count in self._counts().items():
+        for kind, count in self._config.run.workers.items():
             workers = [(kind, number) for number in range(count)]
             if not all(worker in self._finished for worker in workers):
                 self._finished_since.pop(kind, None)
@@ -277,7 +277,16 @@ class Jobs:
             f'--telemetry_address={self._addresses.telemetry}',
             f'--runner={self._launch.runner}',
             *self._launch.beam_flags,
+            *self._launch.flags_of(kind),
+            *([f'--job_name={self._job_name(kind, submission)}'] * self._launch.engine.outlives),
         ]
+
+    def _job_name(self, kind: str, submission: int) -> str:
+        """A name that engines accept and no other job of the run has."""
+        run = (
+            value_of('--job_name', self._launch.beam_flags) or f'gorila-{self._directory.path.name}'
+        )
+        return re.sub('[^a-z0-9]+', '-', f'{run}-{kind}-{submission}'.lower())
 
 
 def _silence(job: _Job, beat: Heartbeat | None, now: float, deaf_until: float) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from infra.cluster import Cluster, ClusterConfig, ClusterError
+from infra.cluster import Cluster, ClusterError
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import (
     LayoutMismatchError,
@@ -38,6 +38,7 @@ from pipelines.jobs import Jobs, WorkersFailedError
 from pipelines.monitor import Monitor, MonitorConfig
 from pipelines.options import Launch
 from pipelines.run_directory import RunDirectory
+from pipelines.servers import cluster_config
 from pipelines.training import LastCheckpointError, Replay, Training
 from pipelines.workers import SERVER_SECONDS, Addresses
 
@@ -156,22 +157,6 @@ class Launcher:
             action_repeat=self.config.environment.action_repeat,
         )
 
-    def _cluster_config(self) -> ClusterConfig:
-        bundled = self.config.run.topology == 'bundled'
-        return ClusterConfig(
-            run_directory=self.directory.path,
-            parameter_server=self.config.parameter_server,
-            replay=self.config.replay,
-            trajectory=agent.trajectory_spec(self.config),
-            batch_size=self.config.learner.batch_size,
-            experience=not bundled,
-            replay_checkpoint_directory=self.directory.path / 'servers' / 'replay',
-            parameter_addresses=self.launch.parameter_addresses,
-            replay_addresses=self.launch.replay_addresses,
-            parameter_ports=self.launch.parameter_ports,
-            replay_ports=self.launch.replay_ports,
-        )
-
     def _train(
         self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
     ) -> str:
@@ -186,7 +171,8 @@ class Launcher:
     ) -> Iterator[Training]:
         """Servers that serve, and everything that watches them; closed in the reverse order."""
         with contextlib.ExitStack() as stack:
-            cluster = stack.enter_context(Cluster(self._cluster_config(), checkpoints.restore))
+            servers = cluster_config(self.config, self.launch, self.directory.path)
+            cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
             addresses = Addresses(
                 cluster.parameter_addresses, cluster.replay_addresses, cluster.telemetry_address
             )

@@ -7,15 +7,18 @@ accepted beside them; any other flag is an error.
 import argparse
 import dataclasses
 import difflib
+import shlex
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from infra.addresses import AddressError, is_port, split_address
 from pipelines import config as config_lib
-from pipelines import presets
+from pipelines import engines, presets
 from pipelines.errors import UsageError
+from pipelines.idle_flags import require_effect
 
 _EPILOG = f"""examples:
   python pipelines/run.py --runner=DirectRunner
@@ -28,11 +31,8 @@ A flag without a value of yours takes the preset's; in brackets: those of the de
 {presets.DEFAULT}. Beam's own flags are accepted too: see `--help_beam`.
 """
 
-RUNNERS = ('DirectRunner',)
-"""Values of --runner: the engines on which a run was seen to work."""
-
-# They would put several workers into one process, of which all but one would wait.
-_DECIDED_BY_US = ('--direct_num_workers', '--direct_running_mode')
+LOOPBACK = '127.0.0.1'
+_KINDS = ('actor', 'learner')
 
 # Values that a resumed run may change: they decide how long and with whom it goes on, not what
 # was learned so far.
@@ -68,6 +68,18 @@ class Launch:
     parameter_ports: tuple[int, ...]
     replay_ports: tuple[int, ...]
     beam_flags: tuple[str, ...]
+    host: str = LOOPBACK
+    actor_flags: tuple[str, ...] = ()
+    learner_flags: tuple[str, ...] = ()
+
+    def flags_of(self, kind: str) -> tuple[str, ...]:
+        """Beam's flags of one job only; a bundle is above all a learner."""
+        return self.actor_flags if kind == 'actor' else self.learner_flags
+
+    @property
+    def engine(self) -> engines.Engine:
+        """What runs the jobs."""
+        return engines.engine(self.runner)
 
 
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +103,19 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         launch.add_argument(
             f'--{kind}_ports', help=f'ports of the {kind} shards to start (default: free ones)'
         )
+    for kind in _KINDS:
+        launch.add_argument(
+            f'--{kind}_flags',
+            default='',
+            help=f"Beam's flags for the {kind}s' job only, such as"
+            f" --{kind}_flags='--worker_machine_type=n2-standard-4'",
+        )
+    launch.add_argument(
+        '--host',
+        default=LOOPBACK,
+        help='address of this machine at which workers on others reach the servers to start'
+        f' [{LOOPBACK}: workers are on this machine]',
+    )
 
 
 class GorilaOptions(PipelineOptions):
@@ -130,7 +155,11 @@ def _parser(own_only: bool) -> argparse.ArgumentParser:
             if options is not GorilaOptions:
                 options._add_argparse_args(_BeamArguments(parser))
     else:
-        parser.add_argument('--runner', default='DirectRunner', help='Beam runner [DirectRunner]')
+        parser.add_argument(
+            '--runner',
+            default='DirectRunner',
+            help=f'engine: {", ".join(engines.ENGINES)} [DirectRunner]',
+        )
         parser.add_argument('--help_beam', action='store_true', help="Beam's own flags")
     GorilaOptions._add_argparse_args(parser)
     return parser
@@ -149,50 +178,52 @@ class _BeamArguments:
         return getattr(self._parser, name)
 
 
-def _refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raises UsageError naming the first of `unknown` and the flags that look like it."""
-    if not unknown:
-        return
-    flag = unknown[0].split('=')[0]
-    near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=3)
-    hint = f' Did you mean {", ".join(near)}?' if near else ' See --help.'
-    raise UsageError(f'{unknown[0]}: unknown flag.{hint}')
+def _refuse_unknown(
+    unknown: Sequence[str], parser: argparse.ArgumentParser, engine: engines.Engine
+) -> None:
+    """Raises UsageError naming a flag of `unknown` and the flags that look like it.
 
-
-def _refuse_unsupported(runner: str, beam_flags: Sequence[str]) -> None:
-    """Raises UsageError when the engine, or what is asked of it, cannot run our workers."""
-    if runner not in RUNNERS:
-        raise UsageError(f'--runner {runner}: not supported yet; use {" or ".join(RUNNERS)}.')
-    for flag in beam_flags:
-        name = flag.split('=')[0]
-        if name in _DECIDED_BY_US:
-            raise UsageError(
-                f'{name}: leave it out; each worker gets a process of its own, and'
-                ' --num_actors and --num_learners decide how many there are.'
-            )
+    A job server may know flags that Beam does not: those that look like none of ours go on to it.
+    """
+    ours = [f'--{name}' for name in config_lib.fields()]
+    for text in unknown:
+        flag = text.split('=')[0]
+        if engine.forwards and not difflib.get_close_matches(flag, ours, cutoff=0.8):
+            continue
+        near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=3)
+        hint = f' Did you mean {", ".join(near)}?' if near else ' See --help.'
+        raise UsageError(f'{text}: unknown flag.{hint}')
 
 
 def _addresses(kind: str, text: str | None) -> tuple[str, ...]:
     """The host:port pairs of a comma-separated flag."""
     addresses = tuple(part.strip() for part in (text or '').split(',') if part.strip())
     for address in addresses:
-        host, _, port = address.rpartition(':')
-        if not host or not _is_port(port):
-            raise UsageError(
-                f'--{kind}_addresses: {address!r} is no address; write host:port, port 1 to 65535.'
-            )
+        try:
+            split_address(address)
+        except AddressError as error:
+            raise UsageError(f'--{kind}_addresses: {error}.') from error
     return addresses
 
 
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and 0 < int(text) < 65_536
+def _split(kind: str, text: str) -> tuple[str, ...]:
+    """Beam's flags in the value of one of ours."""
+    try:
+        flags = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f'--{kind}_flags {text!r}: {error}; close the quotes.') from error
+    beams = _parser(own_only=True).parse_known_args(flags)[1]
+    for flag in flags:
+        if flag not in beams:
+            raise UsageError(f"--{kind}_flags: {flag} is none of Beam's; give it by itself.")
+    return flags
 
 
 def _ports(kind: str, text: str | None) -> tuple[int, ...]:
     """The ports of a comma-separated flag."""
     parts = [part.strip() for part in (text or '').split(',') if part.strip()]
     for part in parts:
-        if not _is_port(part):
+        if not is_port(part):
             raise UsageError(f'--{kind}_ports {text}: {part!r} is no port; write 1 to 65535.')
     return tuple(int(part) for part in parts)
 
@@ -205,18 +236,22 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         not supported.
       SystemExit: `--help` was asked for.
     """
-    own = _parser(own_only=True)
-    every = _parser(own_only=False)
     try:
-        known, rest = own.parse_known_args(argv)
+        known, rest = _parser(own_only=True).parse_known_args(argv)
+        engine = engines.engine(known.runner)
+        engine.register_flags()
+        every = _parser(own_only=False)
         if known.help_beam:
             every.print_help()
             raise SystemExit(0)
-        _, unknown = every.parse_known_args(argv)
+        of_jobs = [_split(kind, getattr(known, f'{kind}_flags')) for kind in _KINDS]
+        for flags in (rest, *of_jobs):
+            _refuse_unknown(every.parse_known_args(flags)[1], every, engine)
+            engines.require_free(known.runner, flags)
+        for flags in of_jobs:
+            engines.require_flags(known.runner, [*rest, *flags])
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error
-    _refuse_unknown(unknown, every)
-    _refuse_unsupported(known.runner, rest)
     values = {
         name: getattr(known, name)
         for name in config_lib.fields()
@@ -231,6 +266,9 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         parameter_ports=_ports('parameter', known.parameter_ports),
         replay_ports=_ports('replay', known.replay_ports),
         beam_flags=tuple(rest),
+        host=known.host,
+        actor_flags=of_jobs[0],
+        learner_flags=of_jobs[1],
     )
     if launch.run_dir == '':
         raise UsageError('--run_dir is empty; name a directory, or leave the flag out.')
@@ -262,9 +300,12 @@ def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.Experim
     """The experiment of a new run.
 
     Raises:
-      UsageError: an unknown preset, or values that are wrong or contradict each other.
+      UsageError: an unknown preset, or values that are wrong, contradict each other or would
+        change nothing.
     """
-    return presets.experiment(preset or presets.DEFAULT, values)
+    config = presets.experiment(preset or presets.DEFAULT, values)
+    require_effect(config, values)
+    return config
 
 
 def resumed(

@@ -72,7 +72,30 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
     sizing.require_room(config, launch)
     sizing.require_ports(config, launch)
     attached.require_servers(config, launch)
+    _require_engine(config, launch)
     return config, launch
+
+
+def _require_engine(config: ExperimentConfig, launch: 'Launch') -> None:
+    """Checks that what is to run the jobs is there and fit.
+
+    Raises:
+      UsageError: it is not.
+    """
+    from pipelines import engines, options
+
+    engines.require_reachable(launch.beam_flags)
+    attached_to_all = launch.parameter_addresses and launch.replay_addresses
+    if launch.engine.remote and not attached_to_all and launch.host == options.LOOPBACK:
+        raise UsageError(
+            f'--runner {launch.runner}: its workers do not reach servers on {launch.host}; give'
+            ' --host, an address of this machine that they reach, or --parameter_addresses and'
+            ' --replay_addresses of servers that run elsewhere.'
+        )
+    if launch.runner == 'DaskRunner':
+        from pipelines.dask_cluster import require_cluster
+
+        print(require_cluster(config, launch), flush=True)
 
 
 def _require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:

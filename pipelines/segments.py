@@ -14,14 +14,15 @@ from pipelines.workers import WorkerSpec
 
 
 class UnsplittableSegments(OffsetRestrictionTracker):
-    """An offset tracker that gives away nothing while its worker is alive and at work.
+    """An offset tracker that gives away nothing while its worker is at work.
 
-    A dynamic split would run two parts of one worker at once, each with servers' connections and
-    environments of its own. A checkpoint (fraction 0) is allowed: some engines need it to drain.
+    A split would run two parts of one worker at once, each with connections and environments of
+    its own. A checkpoint (fraction 0), which streaming engines ask for every few seconds, would
+    close and open them all again, in the middle of games. What ends a worker is the run's clock.
     """
 
     def try_split(self, fraction_of_remainder: float):
-        return super().try_split(fraction_of_remainder) if fraction_of_remainder == 0 else None
+        return None
 
 
 class Segments(beam.transforms.core.RestrictionProvider):

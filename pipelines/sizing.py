@@ -27,20 +27,28 @@ _BYTES_WITHOUT_REPLAY = 300_000_000  # parameters, slots, logs, events
 
 def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the run's processes and replay on this machine, in bytes."""
-    run, bundled = config.run, config.run.topology == 'bundled'
-    total = _BYTES_OF_LAUNCHER + (1 if bundled else 2) * _BYTES_PER_JOB
+    run = config.run
+    total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers_bytes(config, launch)
+    if launch.engine.here:
+        total += sum(run.workers.values()) * _BYTES_PER_WORKER
+        total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT
+        total += run.num_learners * config.learner.batch_size * _BYTES_PER_BATCHED_TRANSITION
+        if run.topology == 'bundled':  # bundles hold the replay themselves
+            total += config.replay.replay_capacity * BYTES_PER_TRANSITION
+    return total
+
+
+def servers_bytes(config: ExperimentConfig, launch: Launch) -> int:
+    """Memory of the servers that are started on this machine, in bytes."""
+    total = 0
     if not launch.parameter_addresses:
         total += config.parameter_server.num_parameter_shards * _BYTES_PER_SERVER
-    if not launch.replay_addresses:
-        # Bundles hold the replay themselves; one server keeps their telemetry.
-        total += (1 if bundled else config.replay.num_replay_shards) * _BYTES_PER_SERVER
-    workers = run.num_actors if bundled else run.num_actors + run.num_learners
-    total += workers * _BYTES_PER_WORKER
-    total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT
-    total += run.num_learners * config.learner.batch_size * _BYTES_PER_BATCHED_TRANSITION
-    if bundled or not launch.replay_addresses:
-        total += config.replay.replay_capacity * BYTES_PER_TRANSITION
-    return total
+    if launch.replay_addresses:
+        return total
+    if config.run.topology == 'bundled':
+        return total + _BYTES_PER_SERVER  # of the telemetry
+    total += config.replay.num_replay_shards * _BYTES_PER_SERVER
+    return total + config.replay.replay_capacity * BYTES_PER_TRANSITION
 
 
 def disk_bytes(config: ExperimentConfig, launch: Launch) -> int:
@@ -70,6 +78,18 @@ def require_room(config: ExperimentConfig, launch: Launch) -> None:
         run_dir,
         disk_bytes(config, launch) - (_kept_bytes(run_dir) if launch.resume else 0),
         'free some, choose a smaller --replay_capacity, or add --no-checkpoint_replay',
+    )
+
+
+def require_servers_room(config: ExperimentConfig, launch: Launch) -> None:
+    """Checks that this machine can hold the servers by themselves.
+
+    Raises:
+      UsageError: too little memory; the message says how much is there and needed.
+    """
+    require_memory(
+        servers_bytes(config, launch),
+        'end other programs, or choose a smaller --replay_capacity, or fewer shards',
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -94,6 +95,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self._restarts: dict[str, int] = {}
+        self._reruns: Mapping[str, int] = {}
         self._bundles: dict[int, Mapping[str, Any]] = {}
         self._status_due = Due(_STATUS_SECONDS)
         self._parameters_due = Due(_PARAMETERS_SECONDS)
@@ -174,6 +176,7 @@ class Training:
             self._see_away(error)
         else:
             self._away_since = None
+            self._reruns = shards[0]['reruns']
             self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
             self.monitor.parameter_server(shards)
         if self.replay.addresses:
@@ -209,7 +212,9 @@ class Training:
             self.display.phase(f'filling replay {min(state.agent_steps, needed)}/{needed}')
 
     def _count_restarts(self) -> None:
-        for component, count in {**self.cluster.restarts, **self.jobs.restarts}.items():
+        # An engine that replaces workers itself says nothing: the parameter server tells.
+        workers = Counter(self.jobs.restarts) + Counter(self._reruns)
+        for component, count in {**self.cluster.restarts, **workers}.items():
             new = count - self._restarts.get(component, 0)
             for _ in range(new):
                 self.monitor.restarted(component)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra.process import exit_with_parent
+from infra.process import exit_with_launcher
 from infra.replay.config import shard_of_worker
 from infra.replay.errors import ReplayError
 from pipelines.config import ExperimentConfig
@@ -64,13 +64,19 @@ class WorkerSpec:
     Attributes:
       worker: number of the actor, learner or bundle, from 0.
       submission: number of the submission it came with: a worker that replaces a dead one must
-        not play the same games again.
+        not play the same games again. Nor must one that the engine itself replaces, with the same
+        submission: the parameter server tells it how often it was begun before.
       segments: upper bound; the run's global budget usually ends the worker sooner.
     """
 
     worker: int
     submission: int
     segments: int
+
+    @property
+    def name(self) -> str:
+        """What the parameter server knows it by."""
+        return f'{self.worker} of submission {self.submission}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Submission:
 
 def prepare_process(config: ExperimentConfig) -> None:
     """Bounds this worker process's threads and life; call it before any TensorFlow operation."""
-    exit_with_parent()
+    exit_with_launcher()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     # oneDNN's kernels: a gradient takes two thirds of the time on processors where TensorFlow does
     # not switch them on by itself (tests/benchmarks/benchmark_gradient.py).
@@ -142,20 +148,20 @@ class ActorWorker:
     def __init__(
         self,
         actor: 'Actor',
-        spec: WorkerSpec,
+        seeds: tuple[int, ...],
         config: ExperimentConfig,
         telemetry: 'Telemetry',
         replay: 'StatusReader | None' = None,
     ):
-        """`replay`: a bundle's own, which nobody else can ask."""
+        """`seeds`: of its exploration; `replay`: a bundle's own, which nobody else can ask."""
         self._actor = actor
-        self._spec = spec
         self._config = config
         self._telemetry = telemetry
         self._status = Status(telemetry, 'actor')
         self._look_due = 0.0
         self._budget_reached = budget_reached(config)
         self._replay = replay
+        self._seeds = seeds
 
     def finished(self) -> bool:
         """Whether the run's budget is reached, or it is being stopped."""
@@ -163,10 +169,7 @@ class ActorWorker:
 
     def run(self, segment: int, agent_steps: int) -> int:
         """Acts for `agent_steps` decisions, or until the run is finished; returns how many."""
-        seed, spec = self._config.run.seed, self._spec
-        rng = np.random.default_rng(
-            [seed, _EXPLORATION_STREAM, spec.worker, spec.submission, segment]
-        )
+        rng = np.random.default_rng([*self._seeds, segment])
         made = 0
         while made < agent_steps and not self.finished():
             for episode in self._actor.step(rng):
@@ -252,16 +255,12 @@ def _connect(stack: contextlib.ExitStack, config: ExperimentConfig, addresses: A
     )
 
 
-def _environment(config: ExperimentConfig, spec: WorkerSpec) -> 'AtariEnvironment':
-    """The games of one actor; another submission of it plays other ones."""
+def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvironment':
+    """The games of one actor."""
     from agents.environment import AtariEnvironment
 
-    seeds = np.random.SeedSequence(
-        [config.run.seed, _ENVIRONMENT_STREAM, spec.worker, spec.submission]
-    )
-    return AtariEnvironment(
-        config.environment, config.actor.envs_per_actor, seed=int(seeds.generate_state(1)[0])
-    )
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    return AtariEnvironment(config.environment, config.actor.envs_per_actor, seed=seed)
 
 
 @contextlib.contextmanager
@@ -285,7 +284,9 @@ def open_actor(
         policy = agent.build_policy(config)
         parameters = _connect(stack, config, addresses, agent.layout_of(policy))
         parameters.initialise(policy.parameters())
-        environment = stack.enter_context(_environment(config, spec))
+        before = parameters.enlist(component, spec.name)
+        seeds = (config.run.seed, spec.worker, spec.submission, before)
+        environment = stack.enter_context(_environment(config, (*seeds, _ENVIRONMENT_STREAM)))
         adder = stack.enter_context(
             Adder(
                 addresses.replay[shard_of_worker(spec.worker, len(addresses.replay))],
@@ -299,7 +300,8 @@ def open_actor(
         behaviour = agent.build_behaviour(config, policy, spec.worker, environment.num_actions)
         actor = Actor(config.actor, environment, behaviour, adder, parameters)
         replay = StatusReader(addresses.replay) if component == 'bundle' else None
-        workers.append(ActorWorker(actor, spec, config, telemetry, replay))
+        exploration = (*seeds, _EXPLORATION_STREAM)
+        workers.append(ActorWorker(actor, exploration, config, telemetry, replay))
         yield workers[0]
         actor.look()  # reports the last agent steps
 
@@ -327,6 +329,8 @@ def open_learner(
         network = agent.build_learner(config)
         parameters = _connect(stack, config, addresses, agent.layout_of(network))
         parameters.initialise(network.parameters())
+        if component == 'learner':  # a bundle's actor has told of the bundle
+            parameters.enlist(component, spec.name)
         samples = stack.enter_context(
             sample_dataset(
                 shards,
@@ -342,81 +346,3 @@ def open_learner(
         worker = LearnerWorker(learner, config, telemetry, patient=component == 'learner')
         stack.callback(worker.report)
         yield worker
-
-
-@dataclasses.dataclass(frozen=True)
-class BundleSegment:
-    """A segment that a bundle's actor has acted, on its way to the bundle's learner.
-
-    Attributes:
-      spec: the bundle.
-      addresses: the servers, with the bundle's own replay.
-      updates: updates the learner is to make now.
-    """
-
-    spec: WorkerSpec
-    addresses: Addresses
-    updates: int
-
-
-class UpdatesOwed:
-    """Turns agent steps into updates at the configured ratio, from the minimum replay size on."""
-
-    def __init__(self, min_replay_size: int, agent_steps_per_update: float):
-        self._unlearned = min_replay_size
-        self._steps_per_update = agent_steps_per_update
-        self._steps = 0.0
-
-    def after(self, agent_steps: int) -> int:
-        """Updates due after `agent_steps` more decisions; with no ratio one each segment."""
-        waiting = min(self._unlearned, agent_steps)
-        self._unlearned -= waiting
-        self._steps += agent_steps - waiting
-        if self._unlearned:
-            return 0
-        if not self._steps_per_update:
-            return 1
-        updates = int(self._steps // self._steps_per_update)
-        self._steps -= updates * self._steps_per_update
-        return updates
-
-
-def bundle_config(config: ExperimentConfig) -> ExperimentConfig:
-    """The experiment as one bundle sees it: its share of the replay, and no limiter's ratio.
-
-    The bundle itself keeps the ratio by taking turns; a limiter that blocked its only thread would
-    block it for ever.
-    """
-    bundles = config.run.num_actors
-    replay = dataclasses.replace(
-        config.replay,
-        num_replay_shards=1,
-        replay_mode='global',
-        replay_capacity=-(-config.replay.replay_capacity // bundles),
-        min_replay_size=-(-config.replay.min_replay_size // bundles),
-        agent_steps_per_update=0.0,
-    )
-    return dataclasses.replace(config, replay=replay)
-
-
-@contextlib.contextmanager
-def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
-    """A replay server in this process, for this process; yields its address.
-
-    Its table opens with the first transition: `UpdatesOwed` waits for the minimum size. The table's
-    own minimum counts confirmed transitions, which lag behind the steps.
-    """
-    from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-    from pipelines import agent
-
-    shard = ShardConfig(
-        dataclasses.replace(config.replay, min_replay_size=1),
-        agent.trajectory_spec(config),
-        config.learner.batch_size,
-        telemetry=False,
-    )
-    server = start_server(build_tables(shard, 0))
-    try:
-        yield f'127.0.0.1:{server.port}'
-    finally:
-        stop_server(server)  # the bundle's learner may still be connected

@@ -169,7 +169,7 @@ def test_workers_of_a_job_that_failed_are_submitted_again(make_run):
     run.supervise(1.0, ALL[2:])
     assert len(run.started) == 2
     run.supervise(3.0, ALL[2:])
-    assert run.started[2:] == [('actor', (0,)), ('actor', (1,))]
+    assert run.started[2:] == [('actor', (0, 1))]
     assert run.jobs.restarts == {'actor': 2}
 
 
@@ -250,7 +250,7 @@ def test_a_process_of_somebody_else_is_never_killed(make_run):
 
 
 def test_another_engine_replaces_silent_workers_itself_but_its_failed_job_counts(make_run):
-    run = make_run(runner='PrismRunner')
+    run = make_run(runner='DaskRunner')
     run.jobs.start(0.0)
     run.jobs.supervise({}, 10_000.0)
     run.jobs.supervise({}, 10_100.0)

@@ -1,14 +1,13 @@
-"""Segments as Beam runs them: claimed in order, ended early, split never while at work."""
+"""Segments as Beam runs them: claimed in order, ended early, never split."""
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipelines.bundle import SEGMENT_AGENT_STEPS
-from pipelines.job import beam_flags
+from pipelines.bundle import SEGMENT_AGENT_STEPS, UpdatesOwed
 from pipelines.segments import Segments, claimed
-from pipelines.workers import Submission, UpdatesOwed, WorkerSpec
+from pipelines.workers import Submission, WorkerSpec
 
 
 class CountTo(beam.DoFn):
@@ -44,24 +43,14 @@ def test_a_worker_that_is_finished_ends_early_without_an_error():
         assert_that(output, equal_to([(worker, i) for worker in (3, 5) for i in range(2)]))
 
 
-def test_a_worker_at_work_is_not_split_but_may_be_checkpointed():
+def test_a_worker_at_work_is_neither_split_nor_checkpointed():
     provider = Segments()
     spec = WorkerSpec(worker=0, submission=0, segments=10)
     tracker = provider.create_tracker(provider.initial_restriction(spec))
     assert tracker.try_claim(0)
     assert tracker.try_split(0.5) is None
-    primary, residual = tracker.try_split(0)
-    assert (primary.stop, residual.start, residual.stop) == (1, 1, 10)
-
-
-def test_direct_runner_means_a_process_for_each_worker_whatever_the_other_flags():
-    flags = beam_flags('DirectRunner', 3, ['--direct_num_workers=7', '--job_name=pong'])
-    options = PipelineOptions(flags).get_all_options()
-    assert options['runner'] == 'FnApiRunner'
-    assert options['direct_running_mode'] == 'multi_processing'
-    assert options['direct_num_workers'] == 3
-    assert options['job_name'] == 'pong'
-    assert beam_flags('PrismRunner', 3, []) == ['--runner=PrismRunner']
+    assert tracker.try_split(0) is None
+    assert tracker.try_claim(1)
 
 
 def test_updates_are_owed_at_the_ratio_once_the_replay_is_filled():

@@ -15,7 +15,7 @@ from tf_agents.experimental.distributed.reverb_variable_container import (
     TRAIN_STEP_KEY,
 )
 
-from agents.adapters.addresses import require_addresses
+from infra.addresses import require_addresses
 from infra.parameter_server.client import ParameterClient, Snapshot
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import NotInitialisedError

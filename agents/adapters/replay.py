@@ -12,8 +12,8 @@ from tf_agents.replay_buffers import replay_buffer
 from tf_agents.trajectories import policy_step, trajectory
 from tf_agents.trajectories import time_step as ts
 
-from agents.adapters.addresses import require_addresses
 from agents.model import tf_agents_transition
+from infra.addresses import require_addresses
 from infra.replay.adder import Adder
 from infra.replay.config import shard_of_worker
 from infra.replay.dataset import ReplayDataset, sample_dataset

@@ -246,6 +246,18 @@ class ParameterClient:
         """
         self._ask([0], 'claim', owner=owner)
 
+    def enlist(self, kind: str, worker: str) -> int:
+        """Tells shard 0 which worker this client is of; returns how often it was begun before.
+
+        Args:
+          kind: of the worker, such as 'actor'.
+          worker: its name among those of its kind.
+
+        Raises:
+          ParameterServerError: shard 0 did not answer in time.
+        """
+        return self._ask([0], 'enlist', kind=kind, worker=worker)[0]['before']
+
     def request_stop(self, timeout_seconds: float | None = None) -> None:
         """Makes the clock say `stopping` to everyone from now on.
 

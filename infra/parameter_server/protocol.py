@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pyarrow as pa
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SCHEMA = pa.schema([('bytes', pa.uint8())])
 WIRE_TYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 

@@ -127,6 +127,7 @@ class _FlightServer(flight.FlightServerBase):
             'pull_target': self._pull_target,
             'report': self._report,
             'claim': self._claim,
+            'enlist': self._enlist,
             'stop': self._stop,
             'save': self._save,
         }
@@ -214,6 +215,10 @@ class _FlightServer(flight.FlightServerBase):
     def _claim(self, connection: _Connection, header: dict, body: Any) -> dict:
         self._shard.claim(header['owner'])
         return self._shard.clock()
+
+    def _enlist(self, connection: _Connection, header: dict, body: Any) -> dict:
+        before = self._shard.enlist(connection.session, header['kind'], header['worker'])
+        return {**self._shard.clock(), 'before': before}
 
     def _stop(self, connection: _Connection, header: dict, body: Any) -> dict:
         self._shard.request_stop()

@@ -56,6 +56,8 @@ class Shard:
         self._agent_steps = 0
         self._stopping = False
         self._owner = ''
+        # By kind and name of a worker: the sessions in which it was run.
+        self._enlisted: dict[tuple[str, str], list[str]] = {}
 
     @property
     def size(self) -> int:
@@ -159,6 +161,18 @@ class Shard:
                 )
             self._owner = owner
 
+    def enlist(self, session: str, kind: str, name: str) -> int:
+        """Notes that a worker has begun; returns how often it was begun in other sessions before.
+
+        An engine that replaces a dead worker runs the same element again: only here can the two be
+        told apart. Kept in memory only.
+        """
+        with self._lock:
+            sessions = self._enlisted.setdefault((kind, name), [])
+            if session not in sessions:
+                sessions.append(session)
+            return sessions.index(session)
+
     def request_stop(self) -> None:
         """Makes every later clock say `stopping`."""
         self._stopping = True
@@ -193,6 +207,7 @@ class Shard:
                 'initialised': self.layout is not None,
                 'owner': self._owner,
                 'rejected': dict(self._rejected),
+                'reruns': self._reruns(),
                 **self._clock(),
             }
 
@@ -222,6 +237,13 @@ class Shard:
         self._slice = OptimizedSlice(self.config, part.stop - part.start)
         self._target = np.zeros(part.stop - part.start, np.float32)
         self._finite = np.empty(part.stop - part.start, bool)
+
+    def _reruns(self) -> dict[str, int]:
+        """By kind, how often workers were begun again."""
+        reruns: collections.Counter[str] = collections.Counter()
+        for (kind, _), sessions in self._enlisted.items():
+            reruns[kind] += len(sessions) - 1
+        return dict(reruns)
 
     def _session(self, name: str) -> _Session:
         memory = self._sessions.setdefault(name, _Session())

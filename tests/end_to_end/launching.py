@@ -1,15 +1,20 @@
-"""Starting `pipelines/run.py` as a user would, and finding the processes it leaves behind."""
+"""Starting `pipelines/run.py` as a user would, waiting for it, and looking at what it leaves."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import psutil
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+START_SECONDS = 150  # a loaded two-core machine
+RUN_SECONDS = 400
 
 # A whole run in miniature: every box for real, a small network and few frames.
 SMALL = (
@@ -74,3 +79,46 @@ def workers_of(run_dir: pathlib.Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return list(found.values())
+
+
+def finish(process: subprocess.Popen, run_dir: pathlib.Path) -> int:
+    """Waits for the job's end; its exit code."""
+    try:
+        return process.wait(RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f'did not end within {RUN_SECONDS} s:\n{output(run_dir)}')
+
+
+def wait_for_updates(process: subprocess.Popen, run_dir: pathlib.Path) -> None:
+    """Waits until the job says that it trains."""
+    deadline = time.monotonic() + START_SECONDS
+    while '] training' not in pathlib.Path(f'{run_dir}.out').read_text():
+        assert process.poll() is None, output(run_dir)
+        assert time.monotonic() < deadline, output(run_dir)
+        time.sleep(0.5)
+
+
+def assert_nothing_runs(run_dir: pathlib.Path, within_seconds: float) -> None:
+    """Waits until no process of the run is left."""
+    deadline = time.monotonic() + within_seconds
+    while left := [*processes_of(run_dir), *workers_of(run_dir)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def check_run_directory(run_dir: pathlib.Path, max_frames: int) -> dict:
+    """Checks what every finished run leaves; returns its summary."""
+    told = summary(run_dir)
+    assert told['exit_reason'] == 'max_frames', told
+    assert told['frames'] == 4 * told['agent_steps'] >= max_frames
+    assert told['updates'] > 0
+    assert told['rejected'].keys() == {'stale', 'outlier', 'invalid'}
+    evaluation = told['evaluation']
+    assert (evaluation['episodes'], evaluation['epsilon']) == (2, 0.05)
+    for name in ('config.json', 'episodes.jsonl', 'learning_curve.png', 'policy/saved_model.pb'):
+        assert (run_dir / name).exists(), name
+    assert (run_dir / 'logs' / 'launcher.log').stat().st_size > 0
+    assert list(run_dir.glob('events/events.out.tfevents.*'))
+    assert list(run_dir.glob('checkpoints/checkpoint-*/run.json'))
+    return told

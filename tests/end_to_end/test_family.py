@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from tests.end_to_end import launching
-from tests.end_to_end.test_run import assert_nothing_runs, check_run_directory, finish
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
@@ -25,8 +24,8 @@ def test_all_parts_together_train_breakout_on_two_prioritized_shards(tmp_path):
         '--max_frames=10000',
         *launching.SMALL,
     )
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = check_run_directory(run_dir, 10_000)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 10_000)
     assert summary['preset'] == 'rainbow_lite'
     # 2,500 agent steps, 400 before the first update, 4 an update: 525. Each shard's limiter lets
     # sampling lag or lead by half of 2,000 samples, 62 updates together; what is still on its way
@@ -37,7 +36,7 @@ def test_all_parts_together_train_breakout_on_two_prioritized_shards(tmp_path):
     assert all(episode['epsilon'] <= 0.4 for episode in launching.episodes(run_dir))
     for line in (run_dir / 'logs').glob('learner-*.log'):
         assert 'took no priorities' not in line.read_text()
-    assert_nothing_runs(run_dir, within_seconds=10)
+    launching.assert_nothing_runs(run_dir, within_seconds=10)
 
 
 def test_somebody_elses_agent_trains_in_bundles(tmp_path):
@@ -51,8 +50,8 @@ def test_somebody_elses_agent_trains_in_bundles(tmp_path):
         '--max_frames=6000',
         *(flag for flag in launching.SMALL if not flag.startswith('--torso')),  # it brings its own
     )
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = check_run_directory(run_dir, 6_000)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 6_000)
     assert summary['updates'] > 200
     script = [sys.executable, 'tests/examples/play_a_trained_policy.py', str(run_dir)]
     played = subprocess.run(script, cwd=launching.ROOT, capture_output=True, text=True, timeout=90)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import psutil
@@ -17,65 +16,19 @@ from tests.waiting import eventually, has_ended
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
-START_SECONDS = 150  # a loaded two-core machine
-RUN_SECONDS = 400
-
-
-def finish(process: subprocess.Popen, run_dir: pathlib.Path) -> int:
-    """Waits for the job's end; its exit code."""
-    try:
-        return process.wait(RUN_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f'did not end within {RUN_SECONDS} s:\n{launching.output(run_dir)}')
-
-
-def wait_for_updates(process: subprocess.Popen, run_dir: pathlib.Path) -> None:
-    """Waits until the job says that it trains."""
-    deadline = time.monotonic() + START_SECONDS
-    while '] training' not in pathlib.Path(f'{run_dir}.out').read_text():
-        assert process.poll() is None, launching.output(run_dir)
-        assert time.monotonic() < deadline, launching.output(run_dir)
-        time.sleep(0.5)
-
-
-def assert_nothing_runs(run_dir: pathlib.Path, within_seconds: float) -> None:
-    """Waits until no process of the run is left."""
-    deadline = time.monotonic() + within_seconds
-    while left := [*launching.processes_of(run_dir), *launching.workers_of(run_dir)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-
-
-def check_run_directory(run_dir: pathlib.Path, max_frames: int) -> dict:
-    """Checks what every finished run leaves; returns its summary."""
-    summary = launching.summary(run_dir)
-    assert summary['exit_reason'] == 'max_frames', summary
-    assert summary['frames'] == 4 * summary['agent_steps'] >= max_frames
-    assert summary['updates'] > 0
-    assert summary['rejected'].keys() == {'stale', 'outlier', 'invalid'}
-    evaluation = summary['evaluation']
-    assert (evaluation['episodes'], evaluation['epsilon']) == (2, 0.05)
-    for name in ('config.json', 'episodes.jsonl', 'learning_curve.png', 'policy/saved_model.pb'):
-        assert (run_dir / name).exists(), name
-    assert (run_dir / 'logs' / 'launcher.log').stat().st_size > 0
-    assert list(run_dir.glob('events/events.out.tfevents.*'))
-    assert list(run_dir.glob('checkpoints/checkpoint-*/run.json'))
-    return summary
-
 
 def test_separate_topology_trains_pong_and_leaves_a_complete_run_directory(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=10000', *launching.SMALL)
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = check_run_directory(run_dir, 10_000)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 10_000)
     # Batch 32, 4 agent steps an update (the preset's): 32 / 4 = 8 samples an insert behind the
     # first 400; the limiter lets sampling lag or lead by 2,000, and 3 batches may be under way.
     steps = summary['agent_steps']
     expected = 8 * (steps - 400)
     assert summary['samples_per_insert'] * steps == pytest.approx(expected, abs=2_000 + 3 * 96)
     assert_policy_loads_and_acts(run_dir / 'policy')
-    assert_nothing_runs(run_dir, within_seconds=10)
+    launching.assert_nothing_runs(run_dir, within_seconds=10)
 
 
 def assert_policy_loads_and_acts(path: pathlib.Path) -> None:
@@ -100,8 +53,8 @@ def test_bundled_topology_trains_breakout_with_two_bundles(tmp_path):
         '--max_frames=10000',
         *launching.SMALL,
     )
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = check_run_directory(run_dir, 10_000)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 10_000)
     # 2,500 agent steps, 400 of them before the first update, 4 an update; segments of 64 steps may
     # still be unlearned, or have come on top, in each of the two bundles.
     assert summary['updates'] == pytest.approx(2_100 / 4, abs=2 * 2 * 64 / 4)
@@ -112,7 +65,7 @@ def assert_example_follows(run_dir: pathlib.Path) -> None:
     """A TF-Agents actor plays with the parameters of a run that goes on."""
     script = [sys.executable, 'tests/examples/follow_a_run.py', str(run_dir)]
     result = subprocess.run(
-        script, cwd=launching.ROOT, capture_output=True, text=True, timeout=START_SECONDS
+        script, cwd=launching.ROOT, capture_output=True, text=True, timeout=launching.START_SECONDS
     )
     assert result.returncode == 0, result.stderr
     match = re.fullmatch(r'(\d+) updates, -?\d+ points in 400 steps\n', result.stdout)
@@ -123,10 +76,10 @@ def assert_example_follows(run_dir: pathlib.Path) -> None:
 def test_interrupted_run_exits_130_and_resumes_where_it_was(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=400000', *launching.SMALL)
-    wait_for_updates(process, run_dir)
+    launching.wait_for_updates(process, run_dir)
     assert_example_follows(run_dir)
     process.send_signal(signal.SIGINT)
-    assert finish(process, run_dir) == 130, launching.output(run_dir)
+    assert launching.finish(process, run_dir) == 130, launching.output(run_dir)
     told = pathlib.Path(f'{run_dir}.out').read_text()
     assert 'once more to stop at once' in told
     assert '] training' not in told.partition('] stopping workers')[2]
@@ -136,8 +89,8 @@ def test_interrupted_run_exits_130_and_resumes_where_it_was(tmp_path):
 
     goal = first['frames'] + 4_000
     process = launching.start(run_dir, '--resume', f'--max_frames={goal}')
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    second = check_run_directory(run_dir, goal)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    second = launching.check_run_directory(run_dir, goal)
     assert second['updates'] > first['updates']
     assert second['wall_seconds'] > first['wall_seconds']
     # The replay came back: learning went on without filling it again.
@@ -149,43 +102,43 @@ def test_interrupt_while_servers_start_ends_without_workers(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=400000', *launching.SMALL)
     out = pathlib.Path(f'{run_dir}.out')
-    assert eventually(lambda: '] starting servers' in out.read_text(), START_SECONDS)
+    assert eventually(lambda: '] starting servers' in out.read_text(), launching.START_SECONDS)
     process.send_signal(signal.SIGINT)
-    assert finish(process, run_dir) == 130, launching.output(run_dir)
+    assert launching.finish(process, run_dir) == 130, launching.output(run_dir)
     assert '] starting workers' not in out.read_text()
-    assert_nothing_runs(run_dir, within_seconds=10)
+    launching.assert_nothing_runs(run_dir, within_seconds=10)
 
 
 def test_killed_launcher_leaves_no_orphan(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=400000', *launching.SMALL)
-    wait_for_updates(process, run_dir)
+    launching.wait_for_updates(process, run_dir)
     workers = launching.workers_of(run_dir)
     assert len(workers) >= 3  # two learners and an actor
     process.kill()
     process.wait()
-    assert_nothing_runs(run_dir, within_seconds=15)
+    launching.assert_nothing_runs(run_dir, within_seconds=15)
     assert eventually(lambda: all(has_ended(worker.pid) for worker in workers), 15.0)
 
 
 def test_killed_learner_is_replaced_and_the_run_reaches_its_budget(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=12000', '--num_learners=1', *launching.SMALL)
-    wait_for_updates(process, run_dir)
+    launching.wait_for_updates(process, run_dir)
     job = next(p for p in launching.processes_of(run_dir) if '--kind=learner' in p.cmdline())
     for worker in job.children(recursive=True):
         worker.kill()
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = check_run_directory(run_dir, 12_000)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 12_000)
     assert summary['restarts'].get('learner', 0) >= 1
 
 
 def test_killed_shard_with_the_clock_is_restarted_and_the_run_reaches_its_budget(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(run_dir, '--max_frames=12000', *launching.SMALL)
-    wait_for_updates(process, run_dir)
+    launching.wait_for_updates(process, run_dir)
     ready = json.loads((run_dir / 'servers' / 'parameter_server_0.ready').read_text())
     psutil.Process(ready['pid']).kill()
-    assert finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = check_run_directory(run_dir, 12_000)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 12_000)
     assert summary['restarts'].get('parameter_server', 0) >= 1

@@ -1,0 +1,173 @@
+"""Both topologies on engines that exist: a Dask cluster, Prism, a job server with a worker pool."""
+
+import pathlib
+
+import psutil
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.portable_runner import PortableRunner
+from apache_beam.runners.runner import PipelineResult
+
+from tests import engines
+from tests.end_to_end import launching
+from tests.fake_dataflow import FakeDataflow
+from tests.waiting import eventually
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+
+SEPARATE = ('--num_actors=1', '--num_learners=1')
+BUNDLED = ('--topology=bundled', '--num_actors=2', '--num_learners=2', '--game=breakout')
+
+
+def check_bundles(summary: dict) -> None:
+    # 2,000 agent steps, 400 of them before the first update, 4 an update; segments of 64 steps may
+    # still be unlearned, or have come on top, in each of the two bundles.
+    assert summary['updates'] == pytest.approx(1_600 / 4, abs=2 * 2 * 64 / 4)
+
+
+def train(run_dir: pathlib.Path, *flags: str, max_frames: int = 8_000) -> dict:
+    """Runs the main job to its end; returns its summary."""
+    process = launching.start(run_dir, f'--max_frames={max_frames}', *flags, *launching.SMALL)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    return launching.check_run_directory(run_dir, max_frames)
+
+
+def wait_for_restarts(run_dir: pathlib.Path, count: int) -> None:
+    """Waits until the job has told of so many replaced workers."""
+    told = eventually(lambda: launching.output(run_dir).count(' restarted') >= count, 90.0)
+    assert told, launching.output(run_dir)
+
+
+@pytest.fixture(scope='module')
+def dask_flags(tmp_path_factory):
+    with engines.dask_cluster(tmp_path_factory.mktemp('dask'), num_workers=2) as address:
+        yield ('--runner=DaskRunner', f'--dask_client_address={address}')
+
+
+@pytest.fixture(scope='module')
+def portable_flags(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('portable')
+    with engines.job_server(directory) as server, engines.worker_pool(directory) as pool:
+        yield (
+            '--runner=PortableRunner',
+            f'--job_endpoint={server}',
+            '--environment_type=EXTERNAL',
+            f'--environment_config={pool}',
+        )
+
+
+def test_dask_replaces_killed_workers_and_frames_and_updates_are_counted_once(tmp_path, dask_flags):
+    run_dir, budget = tmp_path / 'run', 24_000
+    flags = (*dask_flags, *SEPARATE, f'--max_frames={budget}', *launching.SMALL)
+    process = launching.start(run_dir, *flags)
+    launching.wait_for_updates(process, run_dir)
+    assert 'dashboard http://' in launching.output(run_dir)
+    killed = _worker_pids()
+    assert len(killed) == 2
+    for count, pid in enumerate(killed, 1):  # an actor and a learner, whichever is the first
+        psutil.Process(pid).kill()
+        wait_for_restarts(run_dir, count)
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, budget)
+    assert summary['restarts'] == {'actor': 1, 'learner': 1}
+    # What the actor had made and not yet told when it died is lost, never counted twice: it tells
+    # at every pull, each actor_pull_period of steps in each of 4 environments.
+    steps = summary['agent_steps']
+    assert budget / 4 <= steps < budget / 4 + 500
+    # The replay counts what came in by itself. 32 samples an update, and 3 batches of the killed
+    # learner's and 3 of its successor's were drawn in vain.
+    inserts = 32 * summary['updates'] / summary['samples_per_insert']
+    assert inserts == pytest.approx(steps, abs=300)
+    assert 4 * summary['updates'] == pytest.approx(steps - 400, abs=250 + 6 * 16)
+
+
+def _worker_pids() -> list[int]:
+    """Process ids of the Dask workers: the children of their nannies' process."""
+    pids = []
+    for process in psutil.Process().children(recursive=True):
+        if 'worker' in process.cmdline() and 'dask' in process.cmdline():
+            pids += [
+                child.pid
+                for child in process.children()
+                if any('spawn_main' in part for part in child.cmdline())
+            ]
+    return pids
+
+
+def test_bundles_train_on_a_dask_cluster(tmp_path, dask_flags):
+    check_bundles(train(tmp_path / 'run', *dask_flags, *BUNDLED))
+
+
+def test_separate_topology_trains_on_prism(tmp_path):
+    flags = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
+    summary = train(tmp_path / 'run', *flags, '--num_actors=2', '--num_learners=2')
+    assert summary['restarts'] == {}
+    launching.assert_nothing_runs(tmp_path / 'run', within_seconds=10)
+
+
+def test_bundles_train_on_prism(tmp_path):
+    flags = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
+    check_bundles(train(tmp_path / 'run', *flags, *BUNDLED))
+
+
+def test_a_job_server_and_a_worker_pool_train_and_a_killed_worker_is_replaced(
+    tmp_path, portable_flags
+):
+    run_dir = tmp_path / 'run'
+    flags = (*portable_flags, *SEPARATE, '--max_frames=16000', *launching.SMALL)
+    process = launching.start(run_dir, *flags)
+    launching.wait_for_updates(process, run_dir)
+    harnesses = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if any('SdkHarness' in part for part in child.cmdline())
+    ]
+    assert len(harnesses) == 2  # the actors' job and the learners' job
+    harnesses[0].kill()
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 16_000)
+    assert sum(summary['restarts'].values()) == 1
+
+
+def test_bundles_train_on_a_job_server_and_a_worker_pool(tmp_path, portable_flags):
+    check_bundles(train(tmp_path / 'run', *portable_flags, *BUNDLED))
+
+
+def test_jobs_submitted_to_dataflow_train_where_their_pipelines_are_run(tmp_path, portable_flags):
+    """The service's place is taken by an endpoint, its workers' by Beam's SDK harness in a pool."""
+    run_dir = tmp_path / 'run'
+    with FakeDataflow() as service:
+        flags = ['--runner=DataflowRunner', '--project=p', '--region=r', *service.flags]
+        flags += [f'--temp_location={tmp_path}', '--sdk_container_image=image']
+        flags += ['--host=127.0.0.2']  # also this machine's, but not the one of "no other machine"
+        for kind in ('actor', 'learner'):
+            (tmp_path / kind).mkdir()
+            flags.append(f'--{kind}_flags=--staging_location={tmp_path / kind}')
+        process = launching.start(run_dir, *flags, *SEPARATE, '--max_frames=8000', *launching.SMALL)
+        submitted = eventually(lambda: len(service.jobs) == 2, launching.START_SECONDS)
+        assert submitted, launching.output(run_dir)
+        names = sorted(job['name'] for job in service.jobs)
+        assert names == ['gorila-run-actor-0', 'gorila-run-learner-1']
+        results = [
+            run_portably(tmp_path / kind / 'pipeline.pb', portable_flags)
+            for kind in ('actor', 'learner')
+        ]
+        for result in results:
+            result.wait_until_finish()
+        service.state = 'JOB_STATE_DONE'
+        assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 8_000)
+    assert summary['restarts'] == {}
+
+
+def run_portably(file: pathlib.Path, flags: tuple[str, ...]) -> PipelineResult:
+    """Submits a staged pipeline to the job server, its container replaced by the worker pool."""
+    options = PipelineOptions(flags)
+    pipeline = beam_runner_api_pb2.Pipeline.FromString(file.read_bytes())
+    pool = PortableRunner()._create_environment(options).to_runner_api(None)
+    for name, environment in pipeline.components.environments.items():
+        del environment.dependencies[:]  # the pool has them installed, as the image would
+        pipeline.components.environments[name].urn = pool.urn
+        pipeline.components.environments[name].payload = pool.payload
+    return PortableRunner().run_portable_pipeline(pipeline, options)

@@ -1,0 +1,206 @@
+"""The table of engines: the flags of a job, and what is refused before a run starts."""
+
+import dataclasses
+import pathlib
+import socket
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipelines import dask_cluster, options, presets, run
+from pipelines.dask_cluster import require_cluster
+from pipelines.dataflow import job_flags, processors
+from pipelines.engines import ENGINES, engine
+from pipelines.errors import UsageError
+from tests.engines import dask_cluster as start_dask_cluster
+from tests.waiting import eventually
+
+DATAFLOW = (
+    '--runner=DataflowRunner',
+    '--project=p',
+    '--region=r',
+    '--temp_location=gs://bucket/tmp',
+    '--sdk_container_image=image',
+)
+
+
+def test_direct_runner_means_a_process_for_each_worker():
+    flags = engine('DirectRunner').job_flags('actor', 3, ['--job_name=pong'])
+    found = PipelineOptions(flags).get_all_options()
+    assert found['runner'] == 'FnApiRunner'
+    assert found['direct_running_mode'] == 'multi_processing'
+    assert found['direct_num_workers'] == 3
+    assert found['job_name'] == 'pong'
+
+
+def test_dask_gets_a_partition_for_each_worker():
+    flags = engine('DaskRunner').job_flags('actor', 3, ['--dask_client_address=tcp://h:1'])
+    assert flags[-1] == '--dask_npartitions=3'
+
+
+@pytest.mark.parametrize(
+    ('machine', 'count'),
+    [(None, 1), ('n1-standard-4', 4), ('n2-custom-6-8192', 6), ('e2-micro', 1)],
+)
+def test_processors_are_read_from_the_machine_type(machine, count):
+    assert processors(machine) == count
+
+
+def test_dataflow_gets_as_many_machines_as_the_workers_fill():
+    flags = job_flags('actor', 10, ['--worker_machine_type=n2-standard-4'])
+    assert '--num_workers=3' in flags  # 10 workers on 4 processors each
+    assert '--max_num_workers=3' in flags
+    # One learner to a machine with an accelerator, however many processors it has.
+    gpu = '--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1'
+    flags = job_flags('learner', 2, ['--worker_machine_type=g2-standard-8', gpu])
+    assert '--num_workers=2' in flags
+    assert '--experiments=no_use_multiple_sdk_containers' in flags
+
+
+def test_a_users_own_number_of_machines_counts_for_dataflow():
+    flags = engine('DataflowRunner').job_flags('actor', 10, ['--num_workers=7'])
+    assert PipelineOptions(flags).get_all_options()['num_workers'] == 7
+
+
+def test_flags_of_one_job_go_to_that_job_only():
+    launch, _, _ = options.parse([*DATAFLOW, "--learner_flags=--zone=z '--labels=a=b c'"])
+    assert launch.flags_of('learner') == launch.flags_of('bundle') == ('--zone=z', '--labels=a=b c')
+    assert launch.flags_of('actor') == ()
+
+
+def test_flags_that_only_a_job_server_knows_go_on_to_it():
+    portable = ('--runner=PortableRunner', '--job_endpoint=localhost:1')
+    launch, _, _ = options.parse([*portable, '--flink_conf_dir=d', '--checkpointing_interval=9'])
+    assert launch.beam_flags[-1] == '--checkpointing_interval=9'
+    with pytest.raises(UsageError, match='Did you mean.*--num_actors'):
+        options.parse([*portable, '--num_actor=3'])
+
+
+@pytest.mark.parametrize(
+    ('flags', 'named'),
+    [
+        (('--runner=SparkleRunner',), 'DaskRunner'),
+        (('--runner=DaskRunner',), 'tcp://HOST:8786'),
+        (('--runner=PortableRunner',), '--job_endpoint'),
+        (DATAFLOW[:-1], '--sdk_container_image'),
+        (DATAFLOW, '--host'),
+        (('--runner=DaskRunner', '--dask_client_address=x', '--dask_npartitions=1'), 'leave it'),
+        (('--runner=PrismRunner', '--prism_location=/nowhere/prism'), 'no such file'),
+        (('--runner=PortableRunner', '--job_endpoint=127.0.0.1:1'), 'nobody answers'),
+        (('--runner=PortableRunner', '--job_endpoint=here'), 'host:port'),
+        (("--actor_flags='",), 'close the quotes'),
+        (('--actor_flags=--num_actors=2',), "none of Beam's"),
+        (('--learner_flags=--zoner=x',), '--zoner'),
+    ],
+)
+def test_an_engine_that_cannot_run_is_refused_with_the_remedy(flags, named, tmp_path, capsys):
+    assert run.main([f'--run_dir={tmp_path / "run"}', *flags]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_every_engine_names_a_runner_that_beam_has():
+    from apache_beam.runners.runner import create_runner
+
+    for name in ENGINES:
+        engine(name).register_flags()
+        assert create_runner(engine(name).beam_runner) is not None
+
+
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+    """Address of a cluster of one worker."""
+    with start_dask_cluster(tmp_path_factory.mktemp('dask'), num_workers=1) as address:
+        yield address
+
+
+@pytest.fixture
+def launch(cluster):
+    flags = ['--runner=DaskRunner', f'--dask_client_address={cluster}']
+    return options.parse(flags)[0]
+
+
+def bundles(count):
+    """An experiment that needs `count` slots."""
+    values = {'topology': 'bundled', 'num_actors': count, 'num_learners': count}
+    return presets.experiment('laptop', values)
+
+
+def test_a_fit_dask_cluster_is_described(launch):
+    text = require_cluster(bundles(1), launch)
+    assert '1 worker processes, 1 of 1 slots free; dashboard http://' in text
+
+
+def test_too_small_a_dask_cluster_is_refused_with_the_figures(launch):
+    with pytest.raises(UsageError, match='has 1 worker slots, 0 .* need 2.*--nworkers 1'):
+        require_cluster(bundles(2), launch)
+
+
+def test_a_busy_slot_of_a_dask_cluster_counts_as_taken(cluster, launch):
+    import time
+
+    import distributed
+
+    with distributed.Client(cluster, set_as_default=False) as client:
+        busy = client.submit(time.sleep, 5.0)
+        assert eventually(lambda: any(client.processing().values()))
+        with pytest.raises(UsageError, match='1 of them busy'):
+            require_cluster(bundles(1), launch)
+        busy.cancel()
+
+
+def test_slots_are_counted_on_the_hosts_asked_for(launch):
+    elsewhere = dataclasses.replace(launch, learner_flags=('--dask_hosts=192.0.2.1',))
+    with pytest.raises(UsageError, match=r'has 0 worker slots on 192\.0\.2\.1'):
+        require_cluster(bundles(1), elsewhere)
+    here = dataclasses.replace(launch, learner_flags=('--dask_hosts=127.0.0.1',))
+    assert require_cluster(bundles(1), here)
+
+
+class FailOnce(beam.DoFn):
+    """Fails the first time, and notes every time."""
+
+    def __init__(self, notes: str):
+        self._notes = notes
+
+    def process(self, element):
+        with open(self._notes, 'a') as notes:
+            notes.write(f'{element}\n')
+        if len(pathlib.Path(self._notes).read_text().splitlines()) == 1:
+            raise RuntimeError('the first time')
+
+
+def test_dask_runs_an_element_again_that_failed(launch, tmp_path):
+    notes = tmp_path / 'notes'
+    beam_options = PipelineOptions(launch.engine.job_flags('actor', 1, launch.beam_flags))
+    with launch.engine.surroundings(beam_options):
+        pipeline = beam.Pipeline(options=beam_options)
+        _ = pipeline | beam.Create(['actor']) | beam.ParDo(FailOnce(str(notes)))
+        pipeline.run().wait_until_finish()
+    assert notes.read_text().splitlines() == ['actor', 'actor']
+
+
+def test_dask_workers_that_cannot_reach_a_server_are_told_of(launch):
+    with socket.create_server(('127.0.0.1', 0)) as closed:
+        address = f'127.0.0.1:{closed.getsockname()[1]}'
+    away = dataclasses.replace(launch, replay_addresses=(address,))
+    with pytest.raises(UsageError, match=f'1 of 1 Dask workers cannot reach {address}.*--host'):
+        require_cluster(bundles(1), away)
+
+
+def test_a_host_that_is_not_this_machines_is_refused(launch):
+    with pytest.raises(UsageError, match=r'--host 192\.0\.2\.1: not an address'):
+        require_cluster(bundles(1), dataclasses.replace(launch, host='192.0.2.1'))
+
+
+def test_dask_workers_with_other_code_are_refused(launch, monkeypatch):
+    monkeypatch.setattr(dask_cluster, '_CODE', 'changed')
+    with pytest.raises(UsageError, match='another version of this project'):
+        require_cluster(bundles(1), launch)
+
+
+def test_a_dask_scheduler_that_does_not_answer_is_named(launch):
+    flags = ('--dask_client_address=tcp://127.0.0.1:1', '--dask_connection_timeout=1')
+    with pytest.raises(UsageError, match=r'no Dask scheduler answers at tcp://127\.0\.0\.1:1'):
+        require_cluster(bundles(1), dataclasses.replace(launch, beam_flags=flags))
