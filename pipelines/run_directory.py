@@ -162,6 +162,21 @@ class RunDirectory:
         _require_run(path, '')
         return cls(path, lock=-1, created=None)
 
+    def holder(self) -> int | None:
+        """Process id of the run that goes on in the directory, None when none does."""
+        try:
+            descriptor = os.open(self.path / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.read(descriptor, 32).decode(errors='replace').strip()
+            return int(text) if text.isdigit() else None
+        finally:
+            os.close(descriptor)
+        return None
+
     @property
     def config_file(self) -> pathlib.Path:
         return self.path / 'config.json'
