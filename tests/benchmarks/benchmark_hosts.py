@@ -57,7 +57,10 @@ def rates(round_trip_ms: float, loss: float, flags: list[str], seconds: float) -
             time.sleep(seconds)
             process.send_signal(signal.SIGINT)
             process.wait(_STOP_SECONDS)
-        (start, first_frames, first_updates), *_, (end, frames, updates) = progress(output)[1:]
+        lines = progress(output)[1:]
+        if len(lines) < 2:
+            raise RuntimeError(f'{seconds:g} s are too short to see a rate:\n{output.read_text()}')
+        (start, first_frames, first_updates), (end, frames, updates) = lines[0], lines[-1]
     return {
         'round_trip_ms': round_trip_ms,
         'seconds': end - start,

@@ -189,6 +189,9 @@ def main() -> None:
         'efficiency_of_cpu': needed / spent,
         'efficiency_of_wall_x_cores': needed / (seen['wall_seconds'] * cores),
         'cores': cores,
+        'parameters': len(agent.build_policy(experiment).parameters()),
+        'actor_pulls_per_step': 1.0
+        / (experiment.actor.actor_pull_period * experiment.actor.envs_per_actor),
     }
     print(json.dumps(result, indent=2))
 

@@ -1,0 +1,180 @@
+"""How many boxes a target takes: `python pipelines/plan.py --target_fps 20000`.
+
+In: CPU time of each box per agent step and per update, as tests/benchmarks/benchmark_run.py
+measured them, and the target. Out: actors, learners, shards, cores, network, and the price.
+
+Everything grows in proportion to the rates: a second learner costs what the first one does. What
+that leaves out: learners that wait for a far parameter server (see README, Engines), and gradients
+that grow stale with the number of learners.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.errors import UsageError
+
+COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
+"""Measured with `benchmark_run --flags="--preset laptop"` (see README, Sizing)."""
+
+UTILISATION = 0.8
+"""Share of a core that is planned for: the rest takes up peaks, checkpoints and restarts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What was measured.
+
+    Attributes:
+      actor_ms, replay_ms: CPU milliseconds per agent step.
+      learner_ms, parameter_server_ms: CPU milliseconds per update.
+      parameters: of the network.
+      pulls_per_step: of actors, per agent step.
+    """
+
+    actor_ms: float
+    replay_ms: float
+    learner_ms: float
+    parameter_server_ms: float
+    parameters: int
+    pulls_per_step: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a target takes.
+
+    Attributes:
+      agent_steps_per_second, updates_per_second: the target.
+      actors, learners, parameter_shards, replay_shards: processes, of one core each at most.
+      cores: that they keep busy, at `UTILISATION`.
+      parameter_gbit_per_second: parameters and gradients, if no two processes share a host.
+    """
+
+    agent_steps_per_second: float
+    updates_per_second: float
+    actors: int
+    learners: int
+    parameter_shards: int
+    replay_shards: int
+    cores: int
+    parameter_gbit_per_second: float
+
+
+def read_costs(path: pathlib.Path) -> Costs:
+    """Costs from the JSON that benchmark_run.py printed.
+
+    Raises:
+      UsageError: it is not that.
+    """
+    try:
+        measured = json.loads(path.read_text())
+        cpu, steps = measured['cpu_seconds'], measured['agent_steps']
+        return Costs(
+            actor_ms=1e3 * cpu['actor'] / steps,
+            replay_ms=1e3 * cpu['replay'] / steps,
+            learner_ms=1e3 * cpu['learner'] / measured['updates'],
+            parameter_server_ms=1e3 * cpu['parameter_server'] / measured['updates'],
+            parameters=measured['parameters'],
+            pulls_per_step=measured['actor_pulls_per_step'],
+        )
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f'--costs {path}: not what tests/benchmarks/benchmark_run.py prints ({error!r}).'
+        ) from error
+
+
+def plan(costs: Costs, agent_steps_per_second: float, steps_per_update: float) -> Plan:
+    """The processes and cores that reach a target."""
+    updates = agent_steps_per_second / steps_per_update
+
+    def cores(rate: float, milliseconds: float) -> int:
+        return max(1, math.ceil(rate * milliseconds / 1e3 / UTILISATION))
+
+    counts = {
+        'actors': cores(agent_steps_per_second, costs.actor_ms),
+        'learners': cores(updates, costs.learner_ms),
+        'parameter_shards': cores(updates, costs.parameter_server_ms),
+        'replay_shards': cores(agent_steps_per_second, costs.replay_ms),
+    }
+    # An update is a gradient and parameters; an actor's pull is parameters.
+    vectors = 2 * updates + agent_steps_per_second * costs.pulls_per_step
+    return Plan(
+        agent_steps_per_second,
+        updates,
+        **counts,
+        cores=sum(counts.values()),
+        parameter_gbit_per_second=vectors * costs.parameters * 32 / 1e9,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='plan.py', description='Actors, learners, shards and machines for a target.'
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument('--target_fps', type=float, help='emulator frames a second')
+    target.add_argument('--target_ups', type=float, help='updates a second')
+    parser.add_argument(
+        '--agent_steps_per_update', type=float, default=4.0, help='ratio of the run [4]'
+    )
+    parser.add_argument('--action_repeat', type=int, default=4, help='frames an agent step [4]')
+    parser.add_argument(
+        '--costs', type=pathlib.Path, default=COSTS, help=f'JSON of benchmark_run.py [{COSTS.name}]'
+    )
+    parser.add_argument('--machine_cores', type=int, default=4, help='cores of a machine [4]')
+    parser.add_argument(
+        '--price_per_hour', type=float, help='of such a machine, in any currency; without: no price'
+    )
+    return parser
+
+
+def _steps_per_second(arguments: argparse.Namespace) -> float:
+    """The target in agent steps.
+
+    Raises:
+      UsageError: a value is not positive.
+    """
+    for name, value in vars(arguments).items():
+        if isinstance(value, float | int) and not 0 < value < math.inf:
+            raise UsageError(f'--{name} {value}: must be positive.')
+    if arguments.target_fps is not None:
+        return arguments.target_fps / arguments.action_repeat
+    return arguments.target_ups * arguments.agent_steps_per_update
+
+
+def describe(
+    found: Plan, costs: Costs, machine_cores: int, price_per_hour: float | None
+) -> Mapping[str, Any]:
+    """The plan, the costs it rests on, and the machines."""
+    machines = math.ceil(found.cores / machine_cores)
+    result: dict[str, Any] = {**dataclasses.asdict(found), 'machines': machines}
+    if price_per_hour is not None:
+        result['price_per_hour'] = machines * price_per_hour
+    flags = f'--num_actors={found.actors} --num_learners={found.learners}'
+    flags += f' --num_parameter_shards={found.parameter_shards}'
+    result['flags'] = f'{flags} --num_replay_shards={min(found.replay_shards, found.actors)}'
+    return {**result, 'costs': dataclasses.asdict(costs)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a plan as JSON; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        costs = read_costs(arguments.costs)
+        found = plan(costs, _steps_per_second(arguments), arguments.agent_steps_per_update)
+    except UsageError as error:
+        print(f'plan.py: {error}', file=sys.stderr)
+        return 2
+    result = describe(found, costs, arguments.machine_cores, arguments.price_per_hour)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
