@@ -76,6 +76,8 @@ class ClusterConfig:
       replay_ports: one port a shard; empty: free ones.
       parameter_addresses: `host:port` of shards that already run; none is started then.
       replay_addresses: `host:port` of shards that already run; none is started then.
+      restart_parameter_shards: False where no checkpoint would come back with one that died: its
+        death then is a failure.
       nice: added to the nice level of the servers; they use little, so 0 keeps the workers fed.
       startup_timeout_seconds: until every server serves, and two seconds more for each server.
 
@@ -95,6 +97,7 @@ class ClusterConfig:
     replay_ports: tuple[int, ...] = ()
     parameter_addresses: tuple[str, ...] = ()
     replay_addresses: tuple[str, ...] = ()
+    restart_parameter_shards: bool = True
     nice: int = 0
     startup_timeout_seconds: float = 120.0
 
@@ -336,15 +339,19 @@ class Cluster:
         else:
             self._restarts[server.component] += 1
 
+    def _abandon(self, server: _Server, why: str) -> None:
+        server.abandoned = True
+        self._failure = f'{why}: {server.process.describe_failure()}'
+        _LOGGER.error('%s', self._failure)
+
     def _plan_restart(self, server: _Server) -> None:
         if server.serving_since is None:
             server.failed_starts += 1
         if server.failed_starts >= _FAILED_STARTS_TO_GIVE_UP:
-            server.abandoned = True
-            self._failure = (
-                f'started {server.failed_starts} times in vain: {server.process.describe_failure()}'
-            )
-            _LOGGER.error('%s', self._failure)
+            self._abandon(server, f'started {server.failed_starts} times in vain')
+            return
+        if server.component == PARAMETER_SERVER and not self.config.restart_parameter_shards:
+            self._abandon(server, 'what this shard had learned is lost')
             return
         delay = server.back_off()
         server.start_at = time.monotonic() + delay

@@ -29,19 +29,22 @@ _START_MARK = '=== '
 _watching = threading.Lock()
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(grace_seconds: float = _ORPHAN_GRACE_SECONDS) -> None:
     """Makes this process end within seconds of its parent's death, even by `kill -9`.
 
     A daemon thread polls the parent's process id. PR_SET_PDEATHSIG is not used: the kernel sends
     it when the *thread* that forked ends, and a supervisor may restart servers from a thread.
-    The process gets SIGTERM first and SIGKILL a few seconds later. Repeated calls do nothing.
+    The process gets SIGTERM first and SIGKILL `grace_seconds` later. Repeated calls do nothing.
     """
     if not _watching.acquire(blocking=False):
         return
     parent = os.getppid()
     launcher = int(os.environ.get(LAUNCHER_VARIABLE, parent))
     threading.Thread(
-        target=_end_when_orphaned, args=(parent, launcher), name='exit_with_parent', daemon=True
+        target=_end_when_orphaned,
+        args=(parent, launcher, grace_seconds),
+        name='exit_with_parent',
+        daemon=True,
     ).start()
 
 
@@ -70,13 +73,13 @@ def announce_ready(ready_file: str | os.PathLike[str], port: int) -> None:
     temporary.replace(target)
 
 
-def _end_when_orphaned(parent: int, launcher: int) -> None:
+def _end_when_orphaned(parent: int, launcher: int, grace_seconds: float) -> None:
     # The launcher is looked at too: it may have died before this process could ask for its
     # parent's id, and a shell or `nice` may stand between the two.
     while os.getppid() == parent and is_alive(launcher):
         time.sleep(_ORPHAN_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_ORPHAN_GRACE_SECONDS)
+    time.sleep(grace_seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

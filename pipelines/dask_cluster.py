@@ -6,6 +6,7 @@ cannot reach the servers.
 """
 
 import argparse
+import asyncio
 import collections
 import contextlib
 import hashlib
@@ -74,16 +75,28 @@ def _hosts(text: str | None) -> list[str]:
     return [host.strip() for host in (text or '').split(',') if host.strip()]
 
 
-def look_around(addresses: Sequence[str]) -> dict[str, Any]:
-    """Runs on a worker: the version of its code, and those of the addresses it cannot reach."""
-    return {'code': _CODE, 'unreachable': [each for each in addresses if not _reaches(each)]}
+async def look_around(addresses: Sequence[str], dask_worker: Any = None) -> dict[str, Any]:
+    """Runs on a worker, in its event loop.
+
+    Returns:
+      'code': version of its code; 'executing': elements that it runs, those included that their
+      client has left; 'unreachable': those of the addresses that it cannot reach.
+    """
+    reached = await asyncio.gather(*(_reaches(address) for address in addresses))
+    return {
+        'code': _CODE,
+        'executing': dask_worker.state.executing_count,
+        'unreachable': [address for address, yes in zip(addresses, reached) if not yes],
+    }
 
 
-def _reaches(address: str) -> bool:
+async def _reaches(address: str) -> bool:
     try:
-        socket.create_connection(split_address(address), _CONNECT_SECONDS / 2).close()
-    except OSError:
+        opening = asyncio.open_connection(*split_address(address))
+        _, writer = await asyncio.wait_for(opening, _CONNECT_SECONDS / 2)
+    except (TimeoutError, OSError):
         return False
+    writer.close()
     return True
 
 
@@ -94,9 +107,11 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
       UsageError: it does not answer, is too small, or its workers are unfit.
     """
     with _connected(launch) as client, _probes(launch) as addresses:
-        slots, busy = client.nthreads(), _busy(client)
+        answers = client.run(look_around, addresses, on_error='return')
+        _require_fit(answers)
+        slots = client.nthreads()
+        busy = {worker: answer['executing'] for worker, answer in answers.items()}
         _require_slots(config, launch, client.scheduler_info()['address'], slots, busy)
-        _require_fit(client.run(look_around, addresses, on_error='return'))
         total = sum(slots.values())
         return (
             f'Dask: {len(slots)} worker processes, {total - sum(busy.values())} of {total} slots'
@@ -108,7 +123,8 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
 def _connected(launch: Launch) -> Iterator['distributed.Client']:
     import distributed
 
-    options = PipelineOptions(list(launch.beam_flags)).view_as(DaskOptions)
+    flags = [*launch.beam_flags, *launch.actor_flags, *launch.learner_flags]
+    options = PipelineOptions(flags).view_as(DaskOptions)
     arguments = options.get_all_options(drop_default=True, current_only=True)
     arguments = {name: arguments[name] for name in arguments if name not in _NOT_OF_CLIENT}
     try:
@@ -146,11 +162,6 @@ def _probes(launch: Launch) -> Iterator[list[str]]:
         yield [*given, f'{launch.host}:{listener.getsockname()[1]}']
 
 
-def _busy(client: 'distributed.Client') -> dict[str, int]:
-    """Slots, by worker, in which something runs: an element of another run keeps its for hours."""
-    return {worker: len(tasks) for worker, tasks in client.processing().items()}
-
-
 def _require_slots(
     config: ExperimentConfig,
     launch: Launch,
@@ -158,7 +169,10 @@ def _require_slots(
     slots: Mapping[str, int],
     busy: Mapping[str, int],
 ) -> None:
-    """Checks that each job has slots enough on its hosts, and all together on all."""
+    """Checks that each job has slots enough on its hosts, and all together on all of theirs.
+
+    A busy slot counts as taken: an element of another run keeps its for hours.
+    """
     allowed = {
         kind: _hosts(value_of('--dask_hosts', [*launch.beam_flags, *launch.flags_of(kind)]))
         for kind in config.run.workers
@@ -166,7 +180,9 @@ def _require_slots(
     wanted = config.run.workers
     workers = ' and '.join(f'{count} {kind}(s)' for kind, count in wanted.items())
     groups = [(f'{wanted[kind]} {kind}(s)', wanted[kind], allowed[kind]) for kind in wanted]
-    for name, needed, hosts in [*groups, (workers, sum(wanted.values()), [])]:
+    everywhere = not all(allowed.values())
+    union = [] if everywhere else sorted({host for hosts in allowed.values() for host in hosts})
+    for name, needed, hosts in [*groups, (workers, sum(wanted.values()), union)]:
         there = [each for each in slots if not hosts or urlsplit(each).hostname in hosts]
         total, taken = sum(slots[each] for each in there), sum(busy.get(each, 0) for each in there)
         if total - taken < needed:

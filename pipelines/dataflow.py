@@ -6,23 +6,37 @@ own on machines of a fixed number; requests to cancel or drain.
 
 import math
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from infra.flags import value_of, values_of
+from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    WorkerOptions,
+)
 
-_PROCESSORS = re.compile(r'-(\d+)(-\d+)?$')
+DRAIN_SECONDS = 30.0
+"""A streaming job that has not drained within is cancelled."""
+
+_POLL_SECONDS = 2.0
+_PROCESSORS = re.compile(r'-(\d+)(?=-|$)')
 
 
 def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
-    """Flags of a job, of which the user's own, behind them, may override each.
+    """Flags of a job; the user's own, behind them, count where both give one.
 
     Dataflow starts a process for each virtual processor of a machine; with one thread a process no
-    two workers of ours share one. A machine with an accelerator gets one process, for one learner.
+    two workers of ours share one. A machine with an accelerator gets one process, for one learner,
+    unless Nvidia's MPS lets several share it.
     """
-    options = values_of('--dataflow_service_options', flags)
-    accelerated = any('worker_accelerator' in option for option in options)
-    per_machine = 1 if accelerated else processors(value_of('--worker_machine_type', flags))
+    options = PipelineOptions(list(flags))
+    service = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    accelerator = next((each for each in service if 'worker_accelerator' in each), '')
+    accelerated = bool(accelerator) and 'use_nvidia_mps' not in accelerator
+    machine_type = options.view_as(WorkerOptions).machine_type
+    per_machine = 1 if accelerated else processors(machine_type)
     machines = math.ceil(num_workers / per_machine)
     return [
         f'--num_workers={machines}',
@@ -37,18 +51,25 @@ def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
 
 
 def processors(machine_type: str | None) -> int:
-    """Virtual processors of a machine type, such as 4 of n2-standard-4 or n2-custom-4-8192."""
+    """Virtual processors of a machine type, such as 4 of n2-standard-4; 1 if it does not say."""
     match = _PROCESSORS.search(machine_type or '')
     return max(1, int(match[1])) if match else 1
 
 
 def end(result: Any, options: Any) -> None:
-    """Drains a streaming job and cancels a batch job, which cannot be drained."""
-    from apache_beam.options.pipeline_options import StandardOptions
+    """Drains a streaming job, and cancels it if that takes long; cancels a batch job at once.
+
+    Its workers may be beyond help, their servers gone: then a drain would wait for them for ever.
+    """
     from apache_beam.runners.dataflow.internal import apiclient
 
-    if not options.view_as(StandardOptions).streaming:
-        result.cancel()
-        return
-    client = apiclient.DataflowApplicationClient(options)
-    client.modify_job_state(result.job_id(), 'JOB_STATE_DRAINING')
+    if options.view_as(StandardOptions).streaming:
+        client = apiclient.DataflowApplicationClient(options)
+        client.modify_job_state(result.job_id(), 'JOB_STATE_DRAINING')
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline:
+            if result.is_in_terminal_state():
+                return
+            time.sleep(_POLL_SECONDS)
+            result._update_job()  # of its state; Beam has no public name for it
+    result.cancel()

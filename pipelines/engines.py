@@ -7,17 +7,23 @@ anything is written. Everything that differs from engine to engine is in the tab
 import contextlib
 import dataclasses
 import importlib
+import ipaddress
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.addresses import AddressError, split_address
 from infra.flags import value_of
 from pipelines import dataflow
 from pipelines.errors import UsageError
 
+if TYPE_CHECKING:
+    from pipelines.config import ExperimentConfig
+    from pipelines.options import Launch
+
 _CONNECT_SECONDS = 5.0
+_END_SECONDS = 30.0  # a request to a service far away, repeated once or twice
 
 
 def _placed_by_dask(options: Any) -> contextlib.AbstractContextManager:
@@ -46,6 +52,7 @@ class Engine:
       remote: workers are always on other machines.
       outlives: a job goes on when the process that submitted it ends, unless `end` ends it.
       end: ends a job, given its result and options.
+      end_seconds: how long that may take; with no `outlives`, a process's own end.
       watched: a worker that dies is replaced by the launcher, since the engine does not.
       surroundings: what a job's pipeline is run in, given its options.
     """
@@ -63,6 +70,7 @@ class Engine:
     remote: bool = False
     outlives: bool = False
     end: Callable[[Any, Any], None] = lambda result, _: result.cancel()
+    end_seconds: float = 5.0
     watched: bool = False
     surroundings: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -101,14 +109,17 @@ ENGINES: Mapping[str, Engine] = {
     'PrismRunner': Engine('PrismRunner', here=True, watched=True),
     'PortableRunner': Engine(
         'PortableRunner',
-        required=(('--job_endpoint',),),
-        example='--job_endpoint=HOST:8099',
+        # Without the second Beam starts containers, which lack this project.
+        required=(('--job_endpoint',), ('--environment_type',)),
+        example='--job_endpoint=HOST:8099 --environment_type=EXTERNAL'
+        ' --environment_config=HOST:50000 (see README, Engines)',
         forwards=True,
         watched=True,
         outlives=True,
+        end_seconds=_END_SECONDS,
     ),
-    'FlinkRunner': Engine('FlinkRunner', forwards=True, outlives=True),
-    'SparkRunner': Engine('SparkRunner', forwards=True, outlives=True),
+    'FlinkRunner': Engine('FlinkRunner', forwards=True, outlives=True, end_seconds=_END_SECONDS),
+    'SparkRunner': Engine('SparkRunner', forwards=True, outlives=True, end_seconds=_END_SECONDS),
     'DataflowRunner': Engine(
         'DataflowRunner',
         defaults=dataflow.job_flags,
@@ -123,6 +134,7 @@ ENGINES: Mapping[str, Engine] = {
         remote=True,
         outlives=True,
         end=dataflow.end,
+        end_seconds=dataflow.DRAIN_SECONDS + _END_SECONDS,
     ),
 }
 
@@ -164,12 +176,48 @@ def require_flags(runner: str, flags: Sequence[str]) -> None:
             raise UsageError(f'--runner {runner} needs {" or ".join(group)}: {chosen.example}')
 
 
+def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
+    """Checks what the engine is given for each job of the run.
+
+    Raises:
+      UsageError: a flag is missing or for a job that there is not; there is no such file; nobody
+        listens at an address; workers on other machines are to reach servers on this one's own.
+    """
+    if launch.actor_flags and 'actor' not in config.run.workers:
+        raise UsageError(
+            '--actor_flags: there is no such job in --topology bundled; give --learner_flags.'
+        )
+    for kind in config.run.workers:
+        flags = [*launch.beam_flags, *launch.flags_of(kind)]
+        require_flags(launch.runner, flags)
+        require_reachable(flags)
+    attached = launch.parameter_addresses and launch.replay_addresses
+    if launch.engine.remote and not attached and _means_this_machine(launch.host):
+        raise UsageError(
+            f'--runner {launch.runner}: its workers do not reach servers on {launch.host}; give'
+            ' --host, an address of this machine that they reach, or --parameter_addresses and'
+            ' --replay_addresses of servers that run elsewhere.'
+        )
+
+
+def _means_this_machine(host: str) -> bool:
+    """Whether every machine takes the name or address for itself."""
+    try:
+        address = ipaddress.ip_address(socket.gethostbyname(host))
+    except OSError:
+        return False  # not known here: what listens there fails, and says so
+    return address.is_loopback or address.is_unspecified
+
+
 def require_reachable(flags: Sequence[str]) -> None:
     """Checks the files and addresses in Beam's own flags.
 
     Raises:
       UsageError: there is no such file, or nobody listens at an address.
     """
+    scheduler = value_of('--dask_scheduler_file', flags)
+    if scheduler and not os.path.isfile(scheduler):  # Dask would wait for it for ever
+        raise UsageError(f'--dask_scheduler_file {scheduler}: no such file.')
     prism = value_of('--prism_location', flags)
     if prism and '://' not in prism and not os.path.isfile(prism):
         raise UsageError(f'--prism_location {prism}: no such file; see README, Engines.')

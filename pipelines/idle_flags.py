@@ -42,7 +42,18 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'importance_exponent_start': _PRIORITIZED,
     'importance_exponent_end': _PRIORITIZED,
     'importance_updates': _PRIORITIZED,
+    'actor_priorities': _PRIORITIZED,
     'replay_mode': _SEPARATE,
+    'sample_insert_tolerance': _SEPARATE,
+    'checkpoint_replay': _SEPARATE,
+    'outlier_decay': (
+        '--outlier_deviations above 0',
+        lambda config: config.learner.outlier_deviations > 0,
+    ),
+    'optimizer_epsilon': (
+        '--optimizer rmsprop or adam',
+        lambda config: config.parameter_server.optimizer != 'adagrad',
+    ),
     'optimizer_decay': _RMSPROP,
     'optimizer_momentum': _RMSPROP,
     'adam_beta_1': _ADAM,

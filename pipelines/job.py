@@ -45,7 +45,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> None:
     """Builds the pipeline of one kind of worker and runs it to its end."""
     arguments, extra = _parse(argv)
-    exit_with_parent()
+    engine = engines.engine(arguments.runner)
+    exit_with_parent(engine.end_seconds)
     addresses = Addresses(
         parameters=tuple(filter(None, arguments.parameter_addresses.split(','))),
         replay=tuple(filter(None, arguments.replay_addresses.split(','))),
@@ -55,7 +56,6 @@ def main(argv: Sequence[str]) -> None:
     transform = TRANSFORMS[arguments.kind](
         config_lib.load(arguments.config), addresses, Submission(workers, arguments.submission)
     )
-    engine = engines.engine(arguments.runner)
     engine.register_flags()
     options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), extra))
     with engine.surroundings(options):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         _run(pipeline, options, engine)
 
 
-class _EndedError(Exception):
+class _Ended(BaseException):  # Beam's own threads and waits catch every Exception
     """SIGTERM came: nobody needs the job any more."""
 
 
@@ -79,17 +79,17 @@ def _run(pipeline: beam.Pipeline, options: PipelineOptions, engine: engines.Engi
     try:
         signal.signal(signal.SIGTERM, _raise_ended)
         if noted:
-            raise _EndedError
+            _raise_ended()
         result.wait_until_finish()
-    except _EndedError:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print(f'ending the job in state {result.state}', flush=True)
+    except _Ended:
+        print('ending the job ...', flush=True)
         engine.end(result, options)
         sys.exit(128 + signal.SIGTERM)
 
 
 def _raise_ended(*_: Any) -> None:
-    raise _EndedError
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come twice
+    raise _Ended
 
 
 if __name__ == '__main__':

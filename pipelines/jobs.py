@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from infra.flags import value_of
@@ -128,6 +129,7 @@ class Jobs:
         self._addresses = addresses
         self._directory = directory
         self.submissions = first_submission
+        self._name = uuid.uuid4().hex[:6]
         self._command = command or self._beam_command
         self._jobs: list[_Job] = []
         self._history: dict[Worker, _History] = {}
@@ -179,12 +181,12 @@ class Jobs:
         """Whether any job's process still runs."""
         return any(job.process.poll() is None for job in self._jobs)
 
-    def stop(self, grace_seconds: float = 5.0) -> None:
-        """Ends the jobs' processes, and with them the workers."""
+    def stop(self) -> None:
+        """Ends the jobs, and with them the workers."""
         for job in self._jobs:
             job.process.signal(signal.SIGTERM)  # all at once, so that the graces do not add up
         for job in self._jobs:
-            job.process.terminate(grace_seconds)
+            job.process.terminate(self._launch.engine.end_seconds)
         self._jobs.clear()
 
     def _ended(
@@ -207,9 +209,9 @@ class Jobs:
             how = job.death_of(number, beat, now) if self._launch.engine.here else ''
             how = how or _silence(job, beat, now, deaf_until)
             if how:
-                self._failed(number, job, beat, how, now)
-                job.workers.discard(number)
-                job.lost.add(number)
+                self._give_up([number], job, heartbeats, how, now)
+                if not self._launch.engine.here:  # it cannot be killed alone
+                    self._give_up(sorted(job.workers), job, heartbeats, 'ended with it', now)
         # They may hang, or start at last, rather than be dead: two of one must not work side by
         # side.
         for number in job.lost:
@@ -217,8 +219,22 @@ class Jobs:
             if beat is not None:
                 job.kill(beat.pid)
         if not job.workers:
-            job.process.terminate()
+            job.process.terminate(self._launch.engine.end_seconds)
             self._jobs.remove(job)
+
+    def _give_up(
+        self,
+        numbers: Sequence[int],
+        job: _Job,
+        heartbeats: Mapping[Worker, Heartbeat],
+        how: str,
+        now: float,
+    ) -> None:
+        """No longer relies on the job for these workers."""
+        for number in numbers:
+            self._failed(number, job, job.beat_of(number, heartbeats), how, now)
+            job.workers.discard(number)
+            job.lost.add(number)
 
     def _recall_finished(self, now: float, deaf_until: float) -> None:
         """Counts it as a failure when all workers of a kind ended well but the run goes on."""
@@ -282,11 +298,10 @@ class Jobs:
         ]
 
     def _job_name(self, kind: str, submission: int) -> str:
-        """A name that engines accept and no other job of the run has."""
-        run = (
-            value_of('--job_name', self._launch.beam_flags) or f'gorila-{self._directory.path.name}'
-        )
-        return re.sub('[^a-z0-9]+', '-', f'{run}-{kind}-{submission}'.lower())
+        """A name that engines accept and that no other job has, of this run or another."""
+        flags = [*self._launch.beam_flags, *self._launch.flags_of(kind)]
+        run = value_of('--job_name', flags) or f'gorila-{self._directory.path.name}'
+        return re.sub('[^a-z0-9]+', '-', f'{run}-{self._name}-{kind}-{submission}'.lower())
 
 
 def _silence(job: _Job, beat: Heartbeat | None, now: float, deaf_until: float) -> str:

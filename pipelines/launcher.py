@@ -180,7 +180,8 @@ class Launcher:
             client = stack.enter_context(
                 ParameterClient(addresses.parameters, layout, timeout_seconds=SERVER_SECONDS)
             )
-            _take(client, str(self.directory.path))
+            owner = str(self.directory.path)
+            _take(client, owner)
             reader = stack.enter_context(TelemetryReader(addresses.telemetry))
             first_submission = (resumed or {}).get('submissions', 0)
             jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
@@ -189,6 +190,7 @@ class Launcher:
             yield Training(
                 self.config,
                 self.display,
+                owner,
                 lambda: self.signals.name,
                 cluster,
                 client,

@@ -185,12 +185,12 @@ def _refuse_unknown(
 
     A job server may know flags that Beam does not: those that look like none of ours go on to it.
     """
-    ours = [f'--{name}' for name in config_lib.fields()]
     for text in unknown:
         flag = text.split('=')[0]
-        if engine.forwards and not difflib.get_close_matches(flag, ours, cutoff=0.8):
+        known = list(parser._option_string_actions)
+        if engine.forwards and not difflib.get_close_matches(flag, known, cutoff=0.8):
             continue
-        near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=3)
+        near = difflib.get_close_matches(flag, known, n=3)
         hint = f' Did you mean {", ".join(near)}?' if near else ' See --help.'
         raise UsageError(f'{text}: unknown flag.{hint}')
 
@@ -248,8 +248,6 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         for flags in (rest, *of_jobs):
             _refuse_unknown(every.parse_known_args(flags)[1], every, engine)
             engines.require_free(known.runner, flags)
-        for flags in of_jobs:
-            engines.require_flags(known.runner, [*rest, *flags])
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error
     values = {

@@ -82,16 +82,9 @@ def _require_engine(config: ExperimentConfig, launch: 'Launch') -> None:
     Raises:
       UsageError: it is not.
     """
-    from pipelines import engines, options
+    from pipelines import engines
 
-    engines.require_reachable(launch.beam_flags)
-    attached_to_all = launch.parameter_addresses and launch.replay_addresses
-    if launch.engine.remote and not attached_to_all and launch.host == options.LOOPBACK:
-        raise UsageError(
-            f'--runner {launch.runner}: its workers do not reach servers on {launch.host}; give'
-            ' --host, an address of this machine that they reach, or --parameter_addresses and'
-            ' --replay_addresses of servers that run elsewhere.'
-        )
+    engines.require_jobs(config, launch)
     if launch.runner == 'DaskRunner':
         from pipelines.dask_cluster import require_cluster
 

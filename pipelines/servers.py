@@ -1,7 +1,8 @@
 """Servers by themselves: `python pipelines/servers.py --host 10.0.0.1 ...`, for runs to attach to.
 
 In: the flags that the run will be given. Out: replay and parameter shards on this machine until
-SIGINT or SIGTERM, and the flags that lead a run to them. One start serves one run.
+SIGINT or SIGTERM, and the flags that lead a run to them. One start serves one run; a parameter
+shard that dies takes what it has learned with it, and ends them all: the run has its checkpoints.
 """
 
 import pathlib
@@ -22,9 +23,12 @@ _POLL_SECONDS = 0.5
 
 
 def cluster_config(
-    config: ExperimentConfig, launch: Launch, directory: pathlib.Path
+    config: ExperimentConfig, launch: Launch, directory: pathlib.Path, restore: bool = True
 ) -> ClusterConfig:
-    """The servers of a run, or those it attaches to."""
+    """The servers of a run, or those it attaches to.
+
+    Without `restore` there is no checkpoint that a server could start again from.
+    """
     from pipelines import agent
 
     return ClusterConfig(
@@ -40,7 +44,18 @@ def cluster_config(
         replay_addresses=launch.replay_addresses,
         parameter_ports=launch.parameter_ports,
         replay_ports=launch.replay_ports,
+        restart_parameter_shards=restore,
     )
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came."""
+
+
+def _raise_stopped(*_: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the servers end within seconds
+    raise _Stopped
 
 
 def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> int:
@@ -49,26 +64,27 @@ def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> 
     Raises:
       ClusterError: a server cannot be started, or not be kept alive.
     """
-    received: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        received.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
     print(f'starting servers, logs in {directory / "logs"} ...', file=sys.stderr, flush=True)
-    with Cluster(cluster_config(config, launch, directory)) as cluster:
-        # With bundles the telemetry's server alone, which a run is given as its replay.
-        replay = cluster.replay_addresses or (cluster.telemetry_address,)
-        print(
-            f'--parameter_addresses={",".join(cluster.parameter_addresses)}'
-            f' --replay_addresses={",".join(replay)}',
-            flush=True,
-        )
-        while not received:
-            cluster.check()
-            time.sleep(_POLL_SECONDS)
-    return 0
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _raise_stopped)
+        with Cluster(cluster_config(config, launch, directory, restore=False)) as cluster:
+            print(_attaching_flags(cluster), flush=True)
+            while True:
+                cluster.check()
+                time.sleep(_POLL_SECONDS)
+    except _Stopped:
+        return 0
+
+
+def _attaching_flags(cluster: Cluster) -> str:
+    """The flags that lead a run to the servers."""
+    # With bundles the telemetry's server alone, which a run is given as its replay.
+    replay = cluster.replay_addresses or (cluster.telemetry_address,)
+    return (
+        f'--parameter_addresses={",".join(cluster.parameter_addresses)}'
+        f' --replay_addresses={",".join(replay)}'
+    )
 
 
 def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:

@@ -108,11 +108,12 @@ def require_restorable(launch: Launch) -> None:
 
 
 def require_ports(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that ports asked for are free and as many as the shards.
+    """Checks that ports asked for are free and as many as the shards, and the host this machine's.
 
     Raises:
-      UsageError: a port is busy, or their number is another than the shards'.
+      UsageError: a port is busy, their number is another than the shards', or `host` is wrong.
     """
+    _require_host(launch)
     shards = {
         'parameter': config.parameter_server.num_parameter_shards,
         'replay': 1 if config.run.topology == 'bundled' else config.replay.num_replay_shards,
@@ -132,6 +133,17 @@ def require_ports(config: ExperimentConfig, launch: Launch) -> None:
             raise UsageError(f'--{kind}_ports {ports}: {count} different ones are needed.')
         for port in ports:
             _require_free(kind, port)
+
+
+def _require_host(launch: Launch) -> None:
+    if launch.parameter_addresses and launch.replay_addresses:
+        return  # nothing will listen
+    try:
+        socket.create_server((launch.host, 0)).close()
+    except OSError as error:
+        raise UsageError(
+            f'--host {launch.host}: not an IPv4 address of this machine ({error}).'
+        ) from error
 
 
 def _require_free(kind: str, port: int) -> None:

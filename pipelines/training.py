@@ -78,12 +78,14 @@ class Training:
     Attributes:
       config: the experiment.
       display: where progress is shown.
+      owner: the run's name at the parameter server.
       interrupted: name of the signal by which the user asked for a stop, or empty.
       cluster, client, reader, jobs, monitor, checkpoints, replay: the boxes, open.
     """
 
     config: ExperimentConfig
     display: Display
+    owner: str
     interrupted: Callable[[], str]
     cluster: Cluster
     client: ParameterClient
@@ -95,7 +97,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self._restarts: dict[str, int] = {}
-        self._reruns: Mapping[str, int] = {}
+        self._reruns: Counter[str] = Counter()
+        self._reruns_before: Counter[str] | None = None
         self._bundles: dict[int, Mapping[str, Any]] = {}
         self._status_due = Due(_STATUS_SECONDS)
         self._parameters_due = Due(_PARAMETERS_SECONDS)
@@ -171,12 +174,12 @@ class Training:
     def _ask(self) -> None:
         """Asks the servers for clock and counts."""
         try:
-            shards = self.client.report(_ASK_SECONDS)['shards']
+            shards = self.client.report(_ASK_SECONDS, self.owner)['shards']
         except ParameterServerUnavailable as error:
             self._see_away(error)
         else:
             self._away_since = None
-            self._reruns = shards[0]['reruns']
+            self._see_reruns(shards[0]['reruns'])
             self.monitor.clock(shards[0]['version'], shards[0]['agent_steps'])
             self.monitor.parameter_server(shards)
         if self.replay.addresses:
@@ -184,6 +187,12 @@ class Training:
         elif self._bundles:
             bundles = range(self.config.run.num_actors)
             self.monitor.replay([self._bundles.get(bundle, {}) for bundle in bundles])
+
+    def _see_reruns(self, reruns: Mapping[str, int]) -> None:
+        """Takes note of how often the engine has run workers again, in this part of the run."""
+        if self._reruns_before is None:
+            self._reruns_before = Counter(reruns)
+        self._reruns = Counter(reruns) - self._reruns_before
 
     def _see_away(self, error: ParameterServerUnavailable) -> None:
         """Deals with a parameter shard that does not answer.
@@ -213,7 +222,7 @@ class Training:
 
     def _count_restarts(self) -> None:
         # An engine that replaces workers itself says nothing: the parameter server tells.
-        workers = Counter(self.jobs.restarts) + Counter(self._reruns)
+        workers = Counter(self.jobs.restarts) + self._reruns
         for component, count in {**self.cluster.restarts, **workers}.items():
             new = count - self._restarts.get(component, 0)
             for _ in range(new):

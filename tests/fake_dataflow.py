@@ -18,12 +18,14 @@ class FakeDataflow:
       jobs: every job submitted, as the service was sent it, with its `id`.
       requested: (job's id, state) of each change asked for.
       state: what the service says of each job that nobody asked to end.
+      drains: whether a job that is to drain does so at once, or never.
     """
 
     def __init__(self) -> None:
         self.jobs: list[dict[str, Any]] = []
         self.requested: list[tuple[str, str]] = []
         self.state = 'JOB_STATE_RUNNING'
+        self.drains = True
         self._server = http.server.ThreadingHTTPServer(('localhost', 0), self._handler())
 
     @property
@@ -55,6 +57,8 @@ class FakeDataflow:
 
     def _status(self, job: str) -> dict[str, Any]:
         ended = dict(self.requested).get(job)
+        if ended == 'JOB_STATE_DRAINING' and self.drains:
+            ended = 'JOB_STATE_DRAINED'
         return {'id': job, 'projectId': 'p', 'location': 'r', 'currentState': ended or self.state}
 
     def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:

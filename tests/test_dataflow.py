@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult, DataflowRunner
+from apache_beam.runners.dataflow.internal import apiclient
 
 from pipelines import config as config_lib
-from pipelines import engines, presets
+from pipelines import dataflow, engines, presets
 from tests.fake_dataflow import FakeDataflow
 from tests.waiting import eventually
 
@@ -55,9 +58,10 @@ class Submission:
         return beam_runner_api_pb2.Pipeline.FromString(text)
 
     def end(self) -> int:
-        """Ends the process as the launcher does; returns its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        """Ends the process as the launcher does, who asks twice; returns its exit code."""
+        for _ in range(2):
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(90)
 
 
 @pytest.fixture
@@ -179,3 +183,19 @@ def test_a_streaming_job_is_drained_when_its_submitter_is_ended(submit):
     assert job.request['type'] == 'JOB_TYPE_STREAMING'
     assert job.end() == 128 + signal.SIGTERM
     assert submit.service.requested == [('job-0', 'JOB_STATE_DRAINING')]
+
+
+def test_a_streaming_job_that_does_not_drain_is_cancelled(monkeypatch):
+    monkeypatch.setattr(dataflow, 'DRAIN_SECONDS', 0.5)
+    with FakeDataflow() as service:
+        service.drains = False
+        flags = ['--project=p', '--region=r', '--streaming', *service.flags]
+        options = PipelineOptions(flags)
+        runner = DataflowRunner()
+        runner.dataflow_client = apiclient.DataflowApplicationClient(options)
+        job = runner.dataflow_client.get_job('job-0')
+        dataflow.end(DataflowPipelineResult(job, runner, options), options)
+        assert service.requested == [
+            ('job-0', 'JOB_STATE_DRAINING'),
+            ('job-0', 'JOB_STATE_CANCELLED'),
+        ]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from infra.parameter_server import checkpoint
+from infra.parameter_server import connection as connection_lib
 from infra.parameter_server.protocol import RequestRefusedError
 from infra.parameter_server.server import ParameterServer
 from tests.parameter_servers import LAYOUT, config, connect, serve
@@ -107,6 +108,18 @@ class TestRestore:
             checkpoint.read_state(str(saved[0]), 0, 2, 'adam')
 
 
+def test_a_restored_shard_knows_which_workers_were_begun(tmp_path, exit_stack):
+    servers = exit_stack.enter_context(serve(_config()))
+    client = exit_stack.enter_context(connect([server.address for server in servers]))
+    client.initialise(np.zeros(19))
+    assert client.enlist('actor', '0') == 0
+    client.save(tmp_path / 'checkpoint')
+    restored = _serve_restored(exit_stack, _config(), tmp_path / 'checkpoint')
+    successor = exit_stack.enter_context(connect(restored))
+    assert successor.enlist('actor', '0') == 1
+    assert successor.report()['shards'][0]['reruns'] == {'actor': 1}
+
+
 def test_a_client_goes_on_with_the_restored_shards(tmp_path, exit_stack):
     # The same client before and after: its messages are not taken for repeats, its steps not
     # counted twice.
@@ -195,6 +208,20 @@ class TestSave:
         client.initialise(np.zeros(19))
         with pytest.raises(RequestRefusedError, match='file'):
             client.save(tmp_path / 'file' / 'checkpoint')
+
+    def test_shards_on_other_hosts_send_their_parts(self, tmp_path, exit_stack, monkeypatch):
+        monkeypatch.setattr(connection_lib, 'is_loopback', lambda host: False)
+        servers = exit_stack.enter_context(serve(_config()))
+        client = exit_stack.enter_context(connect([server.address for server in servers]))
+        client.initialise(np.arange(19.0))
+        _push(client, _gradients(2))
+        client.save(tmp_path / 'checkpoint')
+        found = checkpoint.read_checkpoint(str(tmp_path / 'checkpoint'))
+        assert found.clock == {'updates': 2, 'agent_steps': 0}
+        with connect([server.address for server in servers]) as reader:
+            np.testing.assert_array_equal(found.parameters, reader.pull().values)
+            # The stream goes on behind the bytes.
+            assert client.push(_gradients(1)[0], reader.pull().versions).reason is None
 
     def test_shards_without_parameters_have_nothing_to_save(self, tmp_path, exit_stack):
         servers = exit_stack.enter_context(serve(_config()))

@@ -10,6 +10,7 @@ import pyarrow.flight as flight
 import pytest
 
 from infra.parameter_server import protocol
+from infra.parameter_server import shard as shard_lib
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import (
     LayoutMismatchError,
@@ -19,6 +20,7 @@ from infra.parameter_server.protocol import (
 )
 from infra.parameter_server.server import ParameterServer, ServerStartError
 from tests.parameter_servers import LAYOUT, config, connect, serve
+from tests.waiting import eventually
 
 _ZEROS = np.zeros(LAYOUT.size, np.float32)
 _ONES = np.ones(LAYOUT.size, np.float32)
@@ -212,6 +214,23 @@ class TestClock:
             client.request_stop()
             assert other.pull().clock.stopping
             assert client.push(_ONES, (0, 0)).snapshot.clock.stopping
+
+    def test_a_run_that_left_its_shards_stops_its_workers(self, client, addresses, monkeypatch):
+        client.claim('run')
+        assert not client.pull().clock.stopping
+        monkeypatch.setattr(shard_lib, 'LEASE_SECONDS', 0.3)
+        with connect(addresses) as worker:
+            assert eventually(lambda: worker.pull().clock.stopping)
+            client.report(owner='run')  # it was only busy
+            assert not worker.pull().clock.stopping
+
+    def test_a_worker_begun_again_in_another_session_is_counted(self, client, addresses):
+        assert client.enlist('actor', '0 of submission 3') == 0
+        assert client.enlist('actor', '0 of submission 3') == 0  # a repeated message
+        with connect(addresses) as again:
+            assert again.enlist('actor', '0 of submission 3') == 1
+            assert again.enlist('actor', '1 of submission 3') == 0
+        assert client.report()['shards'][0]['reruns'] == {'actor': 1}
 
     def test_the_report_counts_clients(self, client, addresses):
         with connect(addresses) as other:

@@ -37,6 +37,7 @@ def training(tmp_path):
             Training(
                 config=config,
                 display=PlainDisplay(told),
+                owner='run',
                 interrupted=str,
                 cluster=types.SimpleNamespace(restarts={}, abandoned=frozenset()),  # type: ignore[arg-type]
                 client=client,
@@ -93,7 +94,7 @@ def hanging(training, monkeypatch):
     run, told, _ = training
     killed: list[str] = []
 
-    def report(timeout_seconds):
+    def report(timeout_seconds, owner):
         raise ParameterServerUnavailable('host:1', 'no answer', 'start it again')
 
     monkeypatch.setattr(run.client, 'report', report)

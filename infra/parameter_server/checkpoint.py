@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
+import tarfile
+import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +98,32 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
         'counters': state.counters,
         'files': {file.name: _describe(file) for file in files},
     }
+
+
+def packed_part(shard: int, num_shards: int, state: ShardState) -> tuple[dict[str, Any], bytes]:
+    """One shard's entry of the manifest, and its files as a tar archive, for a directory elsewhere.
+
+    Raises:
+      OSError: there is no room for them in the temporary directory.
+    """
+    archive = io.BytesIO()
+    with tempfile.TemporaryDirectory() as directory:
+        part = write_part(directory, shard, num_shards, state)
+        with tarfile.open(fileobj=archive, mode='w') as tar:
+            for name in part['files']:
+                tar.add(os.path.join(directory, name), name)
+    return part, archive.getvalue()
+
+
+def unpack_part(directory: str, archive: bytes) -> None:
+    """Writes the files of `packed_part` to a directory.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    os.makedirs(directory, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(directory, filter='data')
 
 
 def publish(directory: str, optimizer: str, parts: list[dict[str, Any]]) -> None:

@@ -224,21 +224,25 @@ class ParameterClient:
             raise
         return self._outstanding
 
-    def report(self, timeout_seconds: float | None = None) -> dict[str, Any]:
+    def report(self, timeout_seconds: float | None = None, owner: str = '') -> dict[str, Any]:
         """Returns {'shards': [counters per shard]}: versions, rejected {stale, invalid}, clients.
 
         Args:
           timeout_seconds: how long to wait; None: as long as for any other call.
+          owner: the run that has claimed the shards, whose lease this prolongs; empty: nobody's.
 
         Raises:
           ParameterServerError: a shard did not answer in time.
         """
         everybody = range(len(self._connections))
-        replies = self._ask(everybody, 'report', timeout_seconds)
+        replies = self._ask(everybody, 'report', timeout_seconds, owner=owner)
         return {'shards': [reply['report'] for reply in replies]}
 
     def claim(self, owner: str) -> None:
         """Takes the shards for one run; a client that asks for them with another name is refused.
+
+        The run must be heard of, by `report` with its name, or the clock says `stopping` after ten
+        minutes.
 
         Raises:
           RequestRefusedError: another run has them.
@@ -270,17 +274,28 @@ class ParameterClient:
         self._ask([0], 'stop', timeout_seconds)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes a checkpoint that all shards can reach; others' updates go on meanwhile.
+        """Writes a checkpoint; others' updates go on meanwhile.
+
+        Shards on this machine write their parts, those on others send theirs.
 
         Raises:
           FileExistsError: the directory already holds a checkpoint.
+          OSError: it cannot be written.
           ParameterServerError: a shard could not write, or did not answer in time; the directory
             then is no checkpoint.
         """
         path = os.path.abspath(directory)
         if checkpoint.is_published(path):
             raise FileExistsError(f'{path} already holds a checkpoint; save to another directory')
-        replies = self._ask(range(len(self._connections)), 'save', directory=path)
+        with self._lock:
+            requests = [
+                Request(each, {**self._header('save'), 'directory': path if each.is_here else None})
+                for each in self._connections
+            ]
+            replies = self._exchange(requests)
+        for request in requests:
+            if request.reply_body is not None:
+                checkpoint.unpack_part(path, request.reply_body.tobytes())
         checkpoint.publish(path, replies[0]['optimizer'], [reply['part'] for reply in replies])
 
     def close(self) -> None:

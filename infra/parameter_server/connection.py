@@ -48,7 +48,8 @@ class ShardConnection:
         self._hello = hello
         self._size = size
         self._wire_dtype = hello['wire_dtype']
-        self._wants_segment = shared_memory and is_loopback(address.rpartition(':')[0])
+        self.is_here = is_loopback(address.rpartition(':')[0])
+        self._wants_segment = shared_memory and self.is_here
         self._segment: Segment | None = None
         self._client: flight.FlightClient | None = None
         self._writer: Any = None
@@ -117,7 +118,8 @@ class ShardConnection:
     def receive(self, tensor: str | None) -> tuple[dict[str, Any], np.ndarray | None]:
         """Returns the next reply, and the tensor that it brought (`PARAMETERS`, `TARGET`), if any.
 
-        That is float32 [size]; in shared memory the next reply overwrites it.
+        That is float32 [size]; in shared memory the next reply overwrites it. A reply that says
+        `octets` brings bytes instead, uint8 [n].
 
         Raises:
           StreamBroken: it did not come, or is not one.
@@ -126,7 +128,9 @@ class ShardConnection:
             chunk = self._reader.read_chunk()
             header = protocol.decode_header(chunk.app_metadata)
             if chunk.data is not None:
-                return header, self._decode(chunk.data)
+                octets = header.get('octets')
+                values = protocol.decode_octets(chunk.data) if octets else self._decode(chunk.data)
+                return header, values
         except (*_BROKEN, ValueError) as error:
             self.drop()
             raise StreamBroken(_first_line(error)) from error
@@ -207,7 +211,7 @@ class Request:
     Attributes:
       connection: to the shard.
       header: what is asked; fixed, so that a repeat is the same message.
-      reply_body: the values of the last reply, float32 [size].
+      reply_body: the values of the last reply, float32 [size], or its bytes, uint8 [n].
     """
 
     def __init__(

@@ -87,15 +87,19 @@ def encode_body(array: np.ndarray) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([column], schema=SCHEMA)
 
 
+def decode_octets(batch: pa.RecordBatch) -> np.ndarray:
+    """Returns a read-only view of a record batch's bytes, uint8 [n]."""
+    column = batch.column(0)
+    return np.frombuffer(column.buffers()[1], np.uint8, len(column), column.offset)
+
+
 def decode_body(batch: pa.RecordBatch, wire_dtype: str) -> np.ndarray:
-    """Returns a read-only view of a record batch's bytes.
+    """Returns a read-only view of a record batch's bytes as elements.
 
     Raises:
       ValueError: the bytes do not make whole elements.
     """
-    column = batch.column(0)
-    octets = np.frombuffer(column.buffers()[1], np.uint8, len(column), column.offset)
-    return octets.view(WIRE_TYPES[wire_dtype])
+    return decode_octets(batch).view(WIRE_TYPES[wire_dtype])
 
 
 def convert(source: np.ndarray, out: np.ndarray) -> None:

@@ -176,8 +176,11 @@ class _FlightServer(flight.FlightServerBase):
             # Whatever a message holds, it must not take the shard's other clients down.
             reply = _error_reply(error)
         reply['sequence'] = sequence
-        tensor = TARGET if operation_name == 'pull_target' else PARAMETERS
-        return reply, connection.reply_body(tensor) if reply.get('modified') else None
+        body = reply.pop('body', None)
+        if reply.get('modified'):
+            tensor = TARGET if operation_name == 'pull_target' else PARAMETERS
+            body = connection.reply_body(tensor)
+        return reply, body
 
     def _initialise(self, connection: _Connection, header: dict, body: Any) -> dict:
         values = connection.first_values(body)
@@ -210,6 +213,8 @@ class _FlightServer(flight.FlightServerBase):
         return self._shard.copy_target(header['known'], connection.tensors[TARGET])
 
     def _report(self, connection: _Connection, header: dict, body: Any) -> dict:
+        if header.get('owner'):
+            self._shard.claim(header['owner'])
         return {'report': {**self._shard.report(), 'clients': self._clients}}
 
     def _claim(self, connection: _Connection, header: dict, body: Any) -> dict:
@@ -227,10 +232,13 @@ class _FlightServer(flight.FlightServerBase):
     def _save(self, connection: _Connection, header: dict, body: Any) -> dict:
         # Written on this stream's thread, from a copy: other clients' updates go on meanwhile.
         config = self._shard.config
+        place = self._shard.index, config.num_parameter_shards
         state = self._shard.snapshot()
-        part = checkpoint.write_part(
-            header['directory'], self._shard.index, config.num_parameter_shards, state
-        )
+        if header['directory'] is None:  # one that only the client can reach
+            part, archive = checkpoint.packed_part(*place, state)
+            body = protocol.encode_body(np.frombuffer(archive, np.uint8))
+            return {'part': part, 'optimizer': config.optimizer, 'octets': True, 'body': body}
+        part = checkpoint.write_part(header['directory'], *place, state)
         return {'part': part, 'optimizer': config.optimizer}
 
     def _count_client(self, change: int) -> None:

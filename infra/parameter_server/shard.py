@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from infra.parameter_server.protocol import INVALID, STALE, LayoutMismatchError
 
 # A session is some 100 bytes; a run has one per worker process, and few restarts.
 _MAX_SESSIONS = 10_000
+
+LEASE_SECONDS = 600.0
+"""A run that has claimed a shard and not been heard of for so long has left it: its workers, which
+an engine may keep alive for days, are told to stop."""
 
 
 @dataclasses.dataclass
@@ -56,6 +61,7 @@ class Shard:
         self._agent_steps = 0
         self._stopping = False
         self._owner = ''
+        self._renewed = 0.0
         # By kind and name of a worker: the sessions in which it was run.
         self._enlisted: dict[tuple[str, str], list[str]] = {}
 
@@ -114,6 +120,8 @@ class Shard:
             self._agent_steps = state.counters['agent_steps']
             for session, (sequence, agent_steps) in state.counters['sessions'].items():
                 self._sessions[session] = _Session(sequence, agent_steps=agent_steps)
+            for kind, name, sessions in state.counters.get('enlisted', []):
+                self._enlisted[kind, name] = list(sessions)
             self.layout = state.layout
 
     def push(self, session: str, sequence: int, gradient: Any, version: int) -> tuple:
@@ -149,7 +157,7 @@ class Shard:
             memory.agent_steps = max(total, memory.agent_steps)
 
     def claim(self, owner: str) -> None:
-        """Gives the shard to a run, by whatever name it gives itself; again, changes nothing.
+        """Gives the shard to a run, by whatever name it gives itself; again, prolongs the lease.
 
         Raises:
           ValueError: another run has it.
@@ -160,12 +168,13 @@ class Shard:
                     f'shard {self.index} belongs to the run {self._owner}; start other servers'
                 )
             self._owner = owner
+            self._renewed = time.monotonic()
 
     def enlist(self, session: str, kind: str, name: str) -> int:
         """Notes that a worker has begun; returns how often it was begun in other sessions before.
 
         An engine that replaces a dead worker runs the same element again: only here can the two be
-        told apart. Kept in memory only.
+        told apart.
         """
         with self._lock:
             sessions = self._enlisted.setdefault((kind, name), [])
@@ -227,6 +236,7 @@ class Shard:
                 'target_version': self._target_version,
                 'agent_steps': self._agent_steps,
                 'sessions': sessions,
+                'enlisted': [[*worker, begun] for worker, begun in self._enlisted.items()],
             }
             arrays['target'] = self._target.copy()
             slots = ('parameters', 'target', *self._slice.slot_names)
@@ -278,10 +288,13 @@ class Shard:
             self._slice.copy_parameters(self._target)
             self._target_version = self._version
 
+    def _is_left(self) -> bool:
+        return bool(self._owner) and time.monotonic() - self._renewed > LEASE_SECONDS
+
     def _clock(self) -> dict[str, Any]:
         return {
             'version': self._version,
             'target_version': self._target_version,
             'agent_steps': self._agent_steps,
-            'stopping': self._stopping,
+            'stopping': self._stopping or self._is_left(),
         }
