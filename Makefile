@@ -90,9 +90,9 @@ test: $(TEST_STAMP)  ## lint, format, types and the whole suite; flags of pytest
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	if [ -n "$(ARGS)" ]; then exec $(BIN)/python -m pytest $(ARGS); fi
+	$(if $(ARGS),exec $(BIN)/python -m pytest $(ARGS))
 	# The last tests need Prism, whose build takes minutes: beside the first ones.
-	if command -v go > /dev/null; then (nice -n 19 $(MAKE) prism > $(VENV)/prism.log 2>&1 || true) & fi
+	if command -v go > /dev/null; then (nice -n 19 make prism > $(VENV)/prism.log 2>&1 || true) & fi
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not end_to_end'
 	exec $(BIN)/python -m pytest -m end_to_end
 

@@ -21,6 +21,7 @@ DRAIN_SECONDS = 30.0
 """A streaming job that has not drained within is cancelled."""
 
 _POLL_SECONDS = 2.0
+_ENDED = {f'JOB_STATE_{state}' for state in ('DONE', 'FAILED', 'CANCELLED', 'UPDATED', 'DRAINED')}
 _PROCESSORS = re.compile(r'-(\d+)(?=-|$)')
 
 
@@ -63,13 +64,16 @@ def end(result: Any, options: Any) -> None:
     """
     from apache_beam.runners.dataflow.internal import apiclient
 
+    # Of its own: the result's client is in use by the thread that follows the job.
+    client, job = apiclient.DataflowApplicationClient(options), result.job_id()
     if options.view_as(StandardOptions).streaming:
-        client = apiclient.DataflowApplicationClient(options)
-        client.modify_job_state(result.job_id(), 'JOB_STATE_DRAINING')
+        client.modify_job_state(job, 'JOB_STATE_DRAINING')
         deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline:
-            if result.is_in_terminal_state():
-                return
+        while time.monotonic() < deadline and not _has_ended(client, job):
             time.sleep(_POLL_SECONDS)
-            result._update_job()  # of its state; Beam has no public name for it
-    result.cancel()
+    if not _has_ended(client, job):
+        client.modify_job_state(job, 'JOB_STATE_CANCELLED')
+
+
+def _has_ended(client: Any, job: str) -> bool:
+    return str(client.get_job(job).currentState) in _ENDED

@@ -64,21 +64,30 @@ def listens(port: int) -> bool:
 @contextlib.contextmanager
 def dask_cluster(directory: pathlib.Path, num_workers: int) -> Iterator[str]:
     """A scheduler and workers of one thread each, with nannies; yields the scheduler's address."""
-    import distributed
-
     port = portpicker.pick_unused_port()
     address = f'tcp://127.0.0.1:{port}'
-    dask = [sys.executable, '-m', 'dask']
-    scheduler = [*dask, 'scheduler', '--host=127.0.0.1', f'--port={port}']
+    scheduler = [sys.executable, '-m', 'dask', 'scheduler', '--host=127.0.0.1', f'--port={port}']
     with running(
         [*scheduler, '--dashboard-address=127.0.0.1:0'], directory / 'scheduler.log', port
     ):
-        workers = [*dask, 'worker', address, f'--nworkers={num_workers}', '--nthreads=1']
-        workers += ['--host=127.0.0.1', '--no-dashboard', f'--local-directory={directory}']
-        with running(workers, directory / 'workers.log', port):
-            with distributed.Client(address, set_as_default=False) as client:
-                client.wait_for_workers(num_workers, timeout=_START_SECONDS)
+        with dask_worker(address, directory, '127.0.0.1', num_workers):
             yield address
+
+
+@contextlib.contextmanager
+def dask_worker(
+    address: str, directory: pathlib.Path, host: str, num_workers: int
+) -> Iterator[None]:
+    """Workers of one thread each, beside those that the cluster has."""
+    import distributed
+
+    worker = [sys.executable, '-m', 'dask', 'worker', address, f'--nworkers={num_workers}']
+    worker += ['--nthreads=1', f'--host={host}', '--no-dashboard', f'--local-directory={directory}']
+    with distributed.Client(address, set_as_default=False) as client:
+        there = len(client.nthreads())
+        with process(worker, directory / f'worker-{host}.log', directory):
+            client.wait_for_workers(there + num_workers, timeout=_START_SECONDS)
+            yield
 
 
 def prism() -> str:

@@ -16,6 +16,7 @@ from pipelines.dataflow import job_flags, processors
 from pipelines.engines import ENGINES, engine
 from pipelines.errors import UsageError
 from tests.engines import dask_cluster as start_dask_cluster
+from tests.engines import dask_worker
 from tests.waiting import eventually
 
 DATAFLOW = (
@@ -137,6 +138,13 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture
+def second_host(cluster, tmp_path):
+    """One more worker, on another address of this machine."""
+    with dask_worker(cluster, tmp_path, '127.0.0.2', num_workers=1):
+        yield
+
+
+@pytest.fixture
 def launch(cluster):
     flags = ['--runner=DaskRunner', f'--dask_client_address={cluster}']
     return options.parse(flags)[0]
@@ -211,6 +219,28 @@ def test_dask_runs_an_element_again_that_failed(launch, tmp_path):
         _ = pipeline | beam.Create(['actor']) | beam.ParDo(FailOnce(str(notes)))
         pipeline.run().wait_until_finish()
     assert notes.read_text().splitlines() == ['actor', 'actor']
+
+
+class NoteWhere(beam.DoFn):
+    """Notes the address of the Dask worker that it runs on."""
+
+    def __init__(self, notes: str):
+        self._notes = notes
+
+    def process(self, element):
+        pathlib.Path(self._notes).write_text(distributed.get_worker().address)
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', '127.0.0.2'])
+def test_a_job_runs_on_the_hosts_asked_for(launch, second_host, tmp_path, host):
+    notes = tmp_path / 'notes'
+    flags = (*launch.beam_flags, f'--dask_hosts={host}')
+    beam_options = PipelineOptions(launch.engine.job_flags('actor', 1, flags))
+    with launch.engine.surroundings(beam_options):
+        pipeline = beam.Pipeline(options=beam_options)
+        _ = pipeline | beam.Create(['actor']) | beam.ParDo(NoteWhere(str(notes)))
+        pipeline.run().wait_until_finish()
+    assert notes.read_text().startswith(f'tcp://{host}:')
 
 
 def test_dask_workers_that_cannot_reach_a_server_are_told_of(launch):

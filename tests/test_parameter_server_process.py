@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
 from tests.parameter_servers import LAYOUT, ShardProcess, config, connect
+from tests.waiting import eventually
 
 _ZEROS = np.zeros(LAYOUT.size, np.float32)
 _ONES = np.ones(LAYOUT.size, np.float32)
@@ -40,6 +42,11 @@ def shards(processes):
     with connect(_addresses(processes)) as client:
         client.initialise(_ZEROS)
     return processes
+
+
+def _is_stopped(pid):
+    """Whether SIGSTOP has taken effect."""
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'T'
 
 
 def _addresses(shards):
@@ -107,6 +114,7 @@ class TestHang:
         with connect(_addresses(shards), timeout_seconds=2, shared_memory=shared_memory) as client:
             versions = client.pull().versions
             os.kill(shards[0].process.pid, signal.SIGSTOP)
+            assert eventually(lambda: _is_stopped(shards[0].process.pid))
             try:
                 for _ in range(2):  # first with its stream open, then without
                     start = time.monotonic()
