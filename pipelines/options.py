@@ -228,6 +228,26 @@ def _ports(kind: str, text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, ...]]:
+    """Beam's flags of single jobs, checked together with `rest`, those of all; by `_KINDS`.
+
+    Raises:
+      UsageError, argparse.ArgumentError: one is unknown, or not the user's to give.
+      SystemExit: help was asked for, and printed.
+    """
+    engine = engines.engine(known.runner)
+    engine.register_flags()
+    every = _parser(own_only=False)
+    if known.help_beam:
+        every.print_help()
+        raise SystemExit(0)
+    of_jobs = [_split(kind, getattr(known, f'{kind}_flags')) for kind in _KINDS]
+    for flags in (rest, *of_jobs):
+        _refuse_unknown(every.parse_known_args(flags)[1], every, engine)
+        engines.require_free(known.runner, flags)
+    return of_jobs
+
+
 def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
     """Reads the command line: how to launch, the preset named (or None), values overridden.
 
@@ -238,16 +258,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
     """
     try:
         known, rest = _parser(own_only=True).parse_known_args(argv)
-        engine = engines.engine(known.runner)
-        engine.register_flags()
-        every = _parser(own_only=False)
-        if known.help_beam:
-            every.print_help()
-            raise SystemExit(0)
-        of_jobs = [_split(kind, getattr(known, f'{kind}_flags')) for kind in _KINDS]
-        for flags in (rest, *of_jobs):
-            _refuse_unknown(every.parse_known_args(flags)[1], every, engine)
-            engines.require_free(known.runner, flags)
+        of_jobs = _flags_of_jobs(known, rest)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error
     values = {

@@ -20,7 +20,7 @@ from typing import Any
 from pipelines.errors import UsageError
 
 COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
-"""Measured with `benchmark_run --flags="--preset laptop"` (see README, Sizing)."""
+"""Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
 
 UTILISATION = 0.8
 """Share of a core that is planned for: the rest takes up peaks, checkpoints and restarts."""
@@ -31,7 +31,8 @@ class Costs:
     """What was measured.
 
     Attributes:
-      actor_ms, replay_ms: CPU milliseconds per agent step.
+      actor_ms, replay_ms: CPU milliseconds per agent step; the replay's hold the samples drawn at
+        the ratio of steps to updates that was measured.
       learner_ms, parameter_server_ms: CPU milliseconds per update.
       parameters: of the network.
       pulls_per_step: of actors, per agent step.

@@ -86,27 +86,24 @@ def three_host_run(
     flags: Sequence[str],
     round_trip_ms: float,
     loss: float = 0.0,
-    num_learners: int = 1,
 ) -> Iterator[subprocess.Popen]:
     """A run whose servers and launcher, actor and learners are on three hosts.
 
     Its directory is `directory / 'run'`, its output `directory / 'run.out'`.
 
     Args:
-      directory: for logs and outputs.
-      flags: of the run and of its servers.
+      directory: for logs and outputs; flags: of the run and of its servers.
       round_trip_ms: between the servers and everybody else.
       loss: probability of a segment on the same way.
-      num_learners: on the third host; the second has one actor.
     """
-    shared = [*flags, f'--num_learners={num_learners}']
+    shared = [*flags, '--num_learners=1']
     with contextlib.ExitStack() as stack:
         first, second, third = stack.enter_context(network(3))
         started = functools.partial(_started, stack, directory)
-        servers = ['pipelines/servers.py', f'--run_dir={directory / "servers"}', *shared]
-        attach = started(first, 'servers', servers, '--parameter_addresses')
-        ports = re.findall(r':(\d+)', attach)
-        distant = ['tests/distant.py', f'--host={first.address}', f'--ports={",".join(ports)}']
+        servers = [f'--run_dir={directory / "servers"}', *shared]
+        attach = started(first, 'servers', ['pipelines/servers.py', *servers], '--replay_addresses')
+        distant = ['tests/distant.py', f'--host={first.address}']
+        distant += ['--ports=' + ','.join(re.findall(r':(\d+)', attach))]
         distant += [f'--round_trip_ms={round_trip_ms}', f'--loss={loss}']
         stand_ins = json.loads(started(first, 'distant', distant, 'listening').split(maxsplit=1)[1])
         for port, stand_in in stand_ins.items():
@@ -114,17 +111,16 @@ def three_host_run(
         scheduler = f'tcp://{second.address}:8786'
         dask = ['-m', 'dask', 'scheduler', f'--host={second.address}', '--port=8786']
         started(second, 'scheduler', [*dask, '--dashboard-address=:0'], 'Scheduler at')
-        for host, count in ((second, 1), (third, num_learners)):
-            worker = ['-m', 'dask', 'worker', scheduler, f'--nworkers={count}', '--nthreads=1']
+        for host in (second, third):
+            worker = ['-m', 'dask', 'worker', scheduler, '--nworkers=1', '--nthreads=1']
             worker += [f'--host={host.address}', '--no-dashboard', f'--local-directory={directory}']
             started(host, f'worker-{host.address}', worker, 'Registered to')
         run = ['pipelines/run.py', f'--run_dir={directory / "run"}', *shared]
         run += ['--runner=DaskRunner', f'--dask_client_address={scheduler}']
-        run += [f'--actor_flags=--dask_hosts={second.address}']
+        run += [f'--actor_flags=--dask_hosts={second.address}', *attach.split()]
         run += [f'--learner_flags=--dask_hosts={third.address}']
-        run += attach.split()
-        argv = first.argv([sys.executable, *run])
-        yield stack.enter_context(engines.process(argv, directory / 'run.out', _ROOT))
+        run = first.argv([sys.executable, *run])
+        yield stack.enter_context(engines.process(run, directory / 'run.out', _ROOT))
 
 
 def _started(

@@ -28,6 +28,22 @@ ENVS, GAMMA = 3, 0.99
 SPEC = TrajectorySpec(n_step=2)
 
 
+@contextlib.contextmanager
+def replay_shard(priority_exponent):
+    """A replay shard in this process; gives its address."""
+    replay = ReplayConfig(
+        replay_capacity=10_000,
+        min_replay_size=1,
+        agent_steps_per_update=0.0,
+        priority_exponent=priority_exponent,
+    )
+    server = start_server(build_tables(ShardConfig(replay, SPEC, telemetry=False), 0))
+    try:
+        yield f'127.0.0.1:{server.port}'
+    finally:
+        server.stop()
+
+
 @pytest.fixture
 def acting():
     """Makes an actor of a game on servers in this process; gives it, its client and the table."""
@@ -53,16 +69,7 @@ def acting():
                 )
             )
             client.initialise(policy.parameters())
-            replay = ReplayConfig(
-                replay_capacity=10_000,
-                min_replay_size=1,
-                agent_steps_per_update=0.0,
-                priority_exponent=float(prioritized),
-            )
-            shard = ShardConfig(replay, SPEC, telemetry=False)
-            server = start_server(build_tables(shard, 0))
-            stack.callback(server.stop)
-            address = f'127.0.0.1:{server.port}'
+            address = stack.enter_context(replay_shard(float(prioritized)))
             adder = stack.enter_context(Adder(address, SPEC, ENVS))
             priorities = None
             if prioritized:

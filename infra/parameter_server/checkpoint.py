@@ -15,6 +15,7 @@ import os
 import pathlib
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,9 +88,7 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
         reason = error.message.split(' [Op:')[0].splitlines()[0][-_REASON_LENGTH:]
         raise OSError(f'cannot write the checkpoint to {directory}: {reason}') from error
     files = sorted(pathlib.Path(directory).glob(f'{prefix}.*'))
-    for file in files:
-        with open(file, 'rb') as stream:
-            os.fsync(stream.fileno())
+    _sync(files)
     return {
         'prefix': prefix,
         'layout': state.layout.to_json(),
@@ -98,6 +97,13 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
         'counters': state.counters,
         'files': {file.name: _describe(file) for file in files},
     }
+
+
+def _sync(files: Iterable[pathlib.Path]) -> None:
+    """Makes the files survive a power cut."""
+    for file in files:
+        with open(file, 'rb') as stream:
+            os.fsync(stream.fileno())
 
 
 def packed_part(shard: int, num_shards: int, state: ShardState) -> tuple[dict[str, Any], bytes]:
@@ -124,6 +130,8 @@ def unpack_part(directory: str, archive: bytes) -> None:
     os.makedirs(directory, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(directory, filter='data')
+        files = [pathlib.Path(directory, name) for name in tar.getnames()]
+    _sync(files)
 
 
 def publish(directory: str, optimizer: str, parts: list[dict[str, Any]]) -> None:
