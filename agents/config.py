@@ -20,6 +20,8 @@ from infra.fields import (
 TORSOS = ('nature', 'dqn2013')
 LOSSES = ('huber', 'squared')
 AGENTS = ('dqn', 'c51', 'qr_dqn')
+DEVICE = re.compile(r'auto|(cpu|gpu)(:\d+)?')
+"""How a learner's device is named (see agents/device.py)."""
 FACTORY = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
 """How a factory of an agent is named: `package.module:function`."""
 
@@ -153,6 +155,11 @@ class LearnerConfig:
     overlap_push: bool = described(
         True, 'send a gradient while the next is computed (one more update of staleness)'
     )
+    learner_device: str = described(
+        'auto',
+        "where gradients are computed: 'auto' (a GPU if the learner sees one), 'cpu', 'gpu' (those"
+        " of a machine in turn), 'gpu:N'",
+    )
     outlier_deviations: float = described(
         6.0,
         'standard deviations above the mean loss at which a gradient is dropped; 0: never'
@@ -174,6 +181,8 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 65_536, 'batch_size')
+        named = bool(DEVICE.fullmatch(self.learner_device))
+        require(self, 'learner_device', named, 'auto, cpu, gpu, or gpu:N')
         require_at_least(self, 1, 'learner_pull_period')
         require_at_least(self, 0, 'outlier_deviations', 'importance_updates')
         require_fraction(self, 'importance_exponent_start', 'importance_exponent_end')

@@ -15,7 +15,13 @@ from infra.array_function import ArrayFunction
 
 
 class FlatVariables:
-    """A network's trainable variables as one float32 vector [parameters]."""
+    """A network's trainable variables as one float32 vector [parameters].
+
+    Attributes:
+      variables: in their order.
+      size: parameters.
+      device: where the variables are.
+    """
 
     def __init__(self, variables: Sequence[tf.Variable]) -> None:
         self.variables = tuple(variables)
@@ -24,13 +30,15 @@ class FlatVariables:
         # that of a part, which is only lent.
         memory = mmap.mmap(-1, self.size * np.dtype(np.float32).itemsize)
         self._flat = np.frombuffer(memory, np.float32)
-        self._assign = ArrayFunction(self._assign_all, [tf.TensorSpec([self.size], tf.float32)])
+        self.device = self.variables[0].device
+        flat = tf.TensorSpec([self.size], tf.float32)
+        self._assign = ArrayFunction(self._assign_all, [flat], device=self.device)
         self._read: ArrayFunction | None = None  # traced when first needed
 
     def values(self) -> np.ndarray:
         """A copy of all parameters, float32 [parameters]."""
         if self._read is None:
-            self._read = ArrayFunction(self._concatenated)
+            self._read = ArrayFunction(self._concatenated, device=self.device)
         return np.array(self._read())
 
     def assign(self, *parts: Any) -> None:

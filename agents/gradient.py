@@ -1,5 +1,6 @@
 """The learner's half of an agent: transitions in, the gradient at parameters from outside out."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,18 @@ class AgentGradient:
         numbers = tf.TensorSpec([None], tf.float32)
         columns = (frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames)
         signature = (*columns, numbers) if weighted else columns
-        self._gradient = ArrayFunction(self._flat_gradient, signature)
-        self._copy_to_target = ArrayFunction(self._initialize)
+        self._signature = signature
+        self._copy_to_target = ArrayFunction(self._initialize, device=self.device)
+
+    @property
+    def device(self) -> str:
+        """Where the agent was built, and computes."""
+        return self._online.device
+
+    @property
+    def size(self) -> int:
+        """Parameters."""
+        return self._online.size
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:
@@ -78,7 +89,12 @@ class AgentGradient:
     def _initialize(self) -> None:
         self.model.agent.initialize()
 
-    def _flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    @functools.cached_property
+    def _gradient(self) -> ArrayFunction:
+        return ArrayFunction(self.flat_gradient, self._signature, device=self.device)
+
+    def flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """`gradient` as a part of a graph: tensors in, tensors out."""
         transition = Transition(*columns[: len(Transition._fields)])
         weights = columns[-1] if self._weighted else None
         variables = self._online.variables

@@ -7,13 +7,14 @@ replay -> transitions -> loss -> gradient -> outlier test -> push
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 
 from agents.config import LearnerConfig
+from agents.gradient_stream import GradientStream, InTurn
 from infra.parameter_server.protocol import NotInitialisedError
 from infra.replay.priorities import importance_weights
 
@@ -135,6 +136,7 @@ class Learner:
         samples: Iterator[Any],
         parameters: Parameters,
         priorities: Priorities | None = None,
+        stream: Callable[[Any, Iterator[Any]], GradientStream] = InTurn,
     ):
         """
         Args:
@@ -144,16 +146,16 @@ class Learner:
           parameters: a connected, initialised client.
           priorities: of the replay that the samples are from; None: it draws uniformly, and the
             network takes no weights.
+          stream: how gradients follow each other: `InTurn`, or `Ahead` on an accelerator.
         """
         self._config = config
         self._priorities = priorities
         self._network = network
-        self._samples = samples
+        self._gradients = stream(network, samples)
         self._parameters = parameters
         self._statistics = LossStatistics()
         self._pending: Future | None = None
         self._target_versions: tuple[int, ...] | None = None
-        self._versions: tuple[int, ...] = ()
         self.counters = LearnerCounters()
         self.clock: Any = None
         self._refresh(parameters.pull())
@@ -165,11 +167,7 @@ class Learner:
           ReplayTimeout: the replay had no batch within its bound; the learner can be asked again.
           ParameterServerUnavailable: a shard stayed away longer than the client's bound.
         """
-        sample = next(self._samples)
-        gradient, loss, absolute_error = self._network.gradient(
-            sample.transition, self._weights(sample)
-        )
-        versions = self._versions
+        sample, versions, gradient, loss, absolute_error = self._gradients.next(self._weights)
         self.finish_push()
         counters = self.counters
         counters.gradients += 1
@@ -204,6 +202,11 @@ class Learner:
         self._refresh(self._parameters.pull())
         return self.clock
 
+    def close(self) -> None:
+        """Ends what is under way; call it before replay and parameter client are closed."""
+        self._gradients.close()
+        self.finish_push()
+
     def finish_push(self) -> None:
         """Waits for the push under way and takes what it brings: verdict, parameters, target."""
         if self._pending is None:
@@ -227,10 +230,9 @@ class Learner:
     def _refresh(self, snapshot: Any) -> None:
         self.clock = snapshot.clock
         if snapshot.parts is not None:
-            self._network.set_parameters(*snapshot.parts)
-            self._versions = snapshot.versions
+            self._gradients.set_parameters(snapshot.parts, snapshot.versions)
         if snapshot.target_versions != self._target_versions:
             target = self._parameters.pull_target()
             if target.parts is not None:
-                self._network.set_target(*target.parts)
+                self._gradients.set_target(target.parts)
             self._target_versions = target.target_versions

@@ -53,13 +53,15 @@ class GreedyPolicy:
 
     @functools.cached_property
     def _act(self) -> ArrayFunction:
-        return ArrayFunction(self.model.best_action, [self._frames])
+        return ArrayFunction(self.model.best_action, [self._frames], device=self._parameters.device)
 
     @functools.cached_property
     def _evaluate(self) -> ArrayFunction:
         if self.model.outputs is None or self.model.head is None:
             raise ValueError('the agent is not of this project: its outputs cannot be read')
-        return ArrayFunction(self._actions_and_outputs, [self._frames])
+        return ArrayFunction(
+            self._actions_and_outputs, [self._frames], device=self._parameters.device
+        )
 
     def _actions_and_outputs(self, observation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         outputs = self.model.outputs(observation)  # type: ignore[misc]

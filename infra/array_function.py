@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
+HOST = '/device:CPU:0'
+"""Where arrays are, in TensorFlow's words."""
+
+
 class _Mailbox:
     """Where a graph fetches its inputs and leaves its outputs.
 
@@ -47,6 +51,7 @@ class ArrayFunction:
         function: Callable[..., Any],
         signature: Sequence['tf.TensorSpec'] = (),
         cancellation: Any = None,
+        device: str = HOST,
     ) -> None:
         """Traces `function`.
 
@@ -55,10 +60,12 @@ class ArrayFunction:
             leaf and at least one, or None.
           signature: of the arguments, in order.
           cancellation: a TensorFlow CancellationManager that may end a call from another thread.
+          device: what computes; arrays come from the host and go back there.
         """
         import tensorflow as tf
 
         self._function = function
+        self._device = device
         self._signature = tuple(signature)
         self._types = tuple(np.dtype(spec.dtype.as_numpy_dtype) for spec in self._signature)
         self._mailbox = _Mailbox()
@@ -101,13 +108,16 @@ class ArrayFunction:
         inputs = []
         if self._signature:
             types = [spec.dtype for spec in self._signature]
-            inputs = tf.numpy_function(self._mailbox.fetch, [], types)
+            with tf.device(HOST):
+                inputs = tf.numpy_function(self._mailbox.fetch, [], types)
             for tensor, spec in zip(inputs, self._signature, strict=True):
                 tensor.set_shape(spec.shape)  # held to by _check
-        outputs = self._function(*inputs)
+        with tf.device(self._device):
+            outputs = self._function(*inputs)
         if outputs is not None:
             self._structure = tf.nest.map_structure(lambda _: None, outputs)
-            tf.numpy_function(self._mailbox.deliver, tf.nest.flatten(outputs), [])
+            with tf.device(HOST):
+                tf.numpy_function(self._mailbox.deliver, tf.nest.flatten(outputs), [])
 
     def _check(self, arrays: tuple[np.ndarray, ...]) -> None:
         if len(arrays) != len(self._signature):

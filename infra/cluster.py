@@ -76,8 +76,9 @@ class ClusterConfig:
       replay_ports: one port a shard; empty: free ones.
       parameter_addresses: `host:port` of shards that already run; none is started then.
       replay_addresses: `host:port` of shards that already run; none is started then.
-      restart_parameter_shards: False where no checkpoint would come back with one that died: its
-        death then is a failure.
+      state_directory: where shard i of a component keeps its own state, in `<component>-<i>`; None:
+        what comes back with one that died is what `Cluster` is told to restore.
+      tls: files of the certificate and the key with which parameter shards speak TLS; None: none.
       nice: added to the nice level of the servers; they use little, so 0 keeps the workers fed.
       startup_timeout_seconds: until every server serves, and two seconds more for each server.
 
@@ -97,7 +98,8 @@ class ClusterConfig:
     replay_ports: tuple[int, ...] = ()
     parameter_addresses: tuple[str, ...] = ()
     replay_addresses: tuple[str, ...] = ()
-    restart_parameter_shards: bool = True
+    state_directory: Path | None = None
+    tls: tuple[str, str] | None = None
     nice: int = 0
     startup_timeout_seconds: float = 120.0
 
@@ -350,9 +352,6 @@ class Cluster:
         if server.failed_starts >= _FAILED_STARTS_TO_GIVE_UP:
             self._abandon(server, f'started {server.failed_starts} times in vain')
             return
-        if server.component == PARAMETER_SERVER and not self.config.restart_parameter_shards:
-            self._abandon(server, 'what this shard had learned is lost')
-            return
         delay = server.back_off()
         server.start_at = time.monotonic() + delay
         _LOGGER.warning(
@@ -369,6 +368,22 @@ def _plan(config: ClusterConfig, restore: Restore) -> list[_Server]:
     """The servers to start, telemetry's (the first replay server) first."""
     servers: list[_Server] = []
     if not config.replay_addresses:
+        ports = config.replay_ports or (0,) * config.num_replay
+        servers += _plan_component(config, REPLAY, ports, restore)
+    if not config.parameter_addresses:
+        ports = config.parameter_ports or (0,) * config.num_parameter_shards
+        servers += _plan_component(config, PARAMETER_SERVER, ports, restore)
+    return servers
+
+
+def write_settings(config: ClusterConfig, component: str, directory: Path) -> Path:
+    """Writes what `--config` of every shard of a component names; returns the file.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    settings = dataclasses.asdict(config.parameter_server)
+    if component == REPLAY:
         settings = {
             'replay': dataclasses.asdict(config.replay),
             'trajectory': dataclasses.asdict(config.trajectory),
@@ -376,36 +391,35 @@ def _plan(config: ClusterConfig, restore: Restore) -> list[_Server]:
             'telemetry': True,
             'experience': config.experience,
         }
-        ports = config.replay_ports or (0,) * config.num_replay
-        servers += _plan_component(config, REPLAY, settings, ports, restore)
-    if not config.parameter_addresses:
-        settings = dataclasses.asdict(config.parameter_server)
-        ports = config.parameter_ports or (0,) * config.num_parameter_shards
-        servers += _plan_component(config, PARAMETER_SERVER, settings, ports, restore)
-    return servers
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f'{component}.json'
+    file.write_text(json.dumps(settings, indent=2) + '\n')
+    return file
 
 
 def _plan_component(
     config: ClusterConfig,
     component: str,
-    settings: Mapping[str, object],
     ports: Sequence[int],
     restore: Restore,
 ) -> list[_Server]:
     run_directory = config.run_directory.resolve()
     servers_directory = run_directory / 'servers'
-    servers_directory.mkdir(parents=True, exist_ok=True)
-    settings_file = servers_directory / f'{component}.json'
-    settings_file.write_text(json.dumps(settings, indent=2) + '\n')
+    settings_file = write_settings(config, component, servers_directory)
     planned = []
     for shard, port in enumerate(ports):
         name = f'{component}_{shard}'
         ready_file = servers_directory / f'{name}.ready'
         argv = [*_COMMANDS[component], '--config', str(settings_file), '--shard', str(shard)]
         argv += ['--ready_file', str(ready_file), '--host', config.host]
-        if component == REPLAY and config.replay_checkpoint_directory is not None:
+        if config.state_directory is not None:
+            argv += ['--state_dir', str(config.state_directory.resolve() / f'{component}-{shard}')]
+        elif component == REPLAY and config.replay_checkpoint_directory is not None:
             checkpoints = config.replay_checkpoint_directory.resolve() / f'shard-{shard}'
             argv += ['--checkpoint_dir', str(checkpoints)]
+        if component == PARAMETER_SERVER and config.tls is not None:
+            certificate, key = map(os.path.abspath, config.tls)
+            argv += ['--tls_certificate', certificate, '--tls_key', key]
         spec = ProcessSpec(
             name=name,
             argv=argv,

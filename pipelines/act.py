@@ -43,7 +43,7 @@ class Act(beam.DoFn):
         self._agent_steps = Metrics.counter('actor', 'agent_steps')
 
     def setup(self) -> None:
-        workers.prepare_process(self._config)
+        workers.prepare_process(self._config, learns=False)
 
     def process(
         self,

@@ -1,9 +1,10 @@
 """The agent of an experiment: configuration in, model, gradient, policy and behaviour out."""
 
 import numpy as np
+import tensorflow as tf
 
 from agents import behaviour as behaviour_lib
-from agents import dqn, foreign, model, py_environment
+from agents import device, dqn, foreign, model, py_environment
 from agents.behaviour import Behaviour
 from agents.config import FACTORY
 from agents.environment import AtariEnvironment
@@ -69,15 +70,17 @@ def try_agent(config: ExperimentConfig) -> None:
         )
 
 
-def build_learner(config: ExperimentConfig) -> AgentGradient:
-    """What computes a learner's gradients."""
+def build_learner(config: ExperimentConfig, device_name: str = device.HOST) -> AgentGradient:
+    """What computes a learner's gradients, on that device."""
     weighted = config.replay.prioritized
-    return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)
+    with tf.device(device_name):
+        return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)
 
 
 def build_policy(config: ExperimentConfig) -> GreedyPolicy:
-    """What chooses greedy actions."""
-    return GreedyPolicy(build_model(config))
+    """What chooses greedy actions, on the host: eight rows at a time are no work for a GPU."""
+    with tf.device(device.HOST):
+        return GreedyPolicy(build_model(config))
 
 
 def build_behaviour(

@@ -5,7 +5,8 @@ server that was started with other values, or that holds what another run has le
 `config.json` and `summary.json` untrue.
 """
 
-import json
+import functools
+import pathlib
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from infra.addresses import split_address
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.replay.trajectory import TrajectorySpec
 from infra.telemetry import TELEMETRY_TABLE
+from infra.tls import read_roots
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.options import Launch
@@ -25,19 +27,27 @@ _ANEW = 'start it anew, or another one in its place'
 
 
 def require_servers(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that a fresh server of its kind, and of this experiment, answers at each address.
+    """Checks that a server of its kind, and of this experiment, answers at each address.
+
+    It must be fresh, or, for a run to go on with, have the state of that very run.
 
     Raises:
       UsageError: nobody listens there, or something else, or a server that does not fit.
     """
+    run = str(pathlib.Path(launch.run_dir or '').absolute()) if launch.resume else ''
     for address in launch.parameter_addresses + launch.replay_addresses:
         _require_listener(address)
+    roots = read_roots(launch.tls_roots) if launch.tls_roots else None
+    ask = functools.partial(_ask_parameter_shard, tls_roots=roots)
     for shard, address in enumerate(launch.parameter_addresses):
-        report = _answer(address, 'parameter shard', _ask_parameter_shard)
+        report = _answer(address, 'parameter shard', ask)
         _check_parameter_shard(report, config, shard, address)
+        _check_owner(report, run, shard, address)
     for shard, address in enumerate(launch.replay_addresses):
         tables = _answer(address, 'replay shard', _ask_replay_shard)
         _check_replay_shard(tables, config, shard, address)
+        if not launch.resume and config.run.topology != 'bundled':
+            _require_empty(tables[EXPERIENCE_TABLE].current_size, address)
 
 
 def _require_listener(address: str) -> None:
@@ -55,17 +65,14 @@ def _answer(address: str, kind: str, ask: Callable[[str], Any]) -> Any:
     except Exception as error:  # gRPC, Flight and Reverb each raise kinds of their own
         raise UsageError(
             f'{address}: answers, but not as a {kind} ({type(error).__name__}); correct the'
-            ' address.'
+            ' address, and give --tls_roots just when parameter shards speak TLS.'
         ) from error
 
 
-def _ask_parameter_shard(address: str) -> Mapping[str, Any]:
-    import pyarrow.flight as flight
+def _ask_parameter_shard(address: str, tls_roots: bytes | None) -> Mapping[str, Any]:
+    from infra.parameter_server.connection import health
 
-    options = flight.FlightCallOptions(timeout=_CONNECT_SECONDS)
-    with flight.FlightClient(f'grpc://{address}') as client:
-        answers = client.do_action(flight.Action('health', b''), options)
-        return json.loads(next(iter(answers)).body.to_pybytes())
+    return health(address, _CONNECT_SECONDS, tls_roots)
 
 
 def _ask_replay_shard(address: str) -> Mapping[str, Any]:
@@ -95,7 +102,23 @@ def _check_parameter_shard(
                 f'{address}: was started with {name} {value}, this run asks for {wanted}; give'
                 f' --{name} {value}, or {_ANEW}.'
             )
-    if report['initialised'] or report['stopping'] or report['owner']:
+
+
+def _check_owner(report: Mapping[str, Any], run: str, shard: int, address: str) -> None:
+    """Checks that a shard belongs to `run`, or, where that is empty, to none."""
+    # A run takes the first shard at once, the others when it first asks for their counts.
+    theirs = report['owner'] == run or (shard > 0 and not report['owner'])
+    if run and theirs and not report['initialised']:
+        raise UsageError(
+            f'{address}: holds nothing of {run} any more; leave the addresses out to go on from its'
+            ' checkpoint with servers of its own.'
+        )
+    if run and not theirs:
+        raise UsageError(
+            f'{address}: belongs to {report["owner"] or "no run"}, not to {run}; leave the'
+            ' addresses out to go on from its checkpoint with servers of its own.'
+        )
+    if not run and (report['initialised'] or report['stopping'] or report['owner']):
         raise UsageError(
             f'{address}: belongs to another run, {report["owner"] or "which is not known"}, and is'
             f' at update {report["version"]}; {_ANEW}.'
@@ -125,11 +148,11 @@ def _check_replay_shard(
                 f'{address}: was started with {name} {found[name]}, this run asks for {value};'
                 f' give the flags it was started with, or {_ANEW}.'
             )
-    if tables[EXPERIENCE_TABLE].current_size:
-        raise UsageError(
-            f'{address}: holds {tables[EXPERIENCE_TABLE].current_size} transitions of another run;'
-            f' {_ANEW}.'
-        )
+
+
+def _require_empty(size: int, address: str) -> None:
+    if size:
+        raise UsageError(f'{address}: holds {size} transitions of another run; {_ANEW}.')
 
 
 def _described(table: Any) -> dict[str, Any]:

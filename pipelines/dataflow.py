@@ -1,13 +1,14 @@
 """Dataflow: one job's flags from the run's, and the end of a job that is not to go on.
 
 In: which workers a job has and the user's flags. Out: flags that give each worker a process of its
-own on machines of a fixed number; requests to cancel or drain.
+own on machines of a fixed number; what becomes of a job; requests to cancel or drain.
 """
 
+import contextlib
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from apache_beam.options.pipeline_options import (
@@ -21,6 +22,8 @@ DRAIN_SECONDS = 30.0
 """A streaming job that has not drained within is cancelled."""
 
 _POLL_SECONDS = 2.0
+_FOLLOW_SECONDS = 10.0
+_CONSOLE = 'https://console.cloud.google.com/dataflow/jobs'
 _ENDED = {f'JOB_STATE_{state}' for state in ('DONE', 'FAILED', 'CANCELLED', 'UPDATED', 'DRAINED')}
 _PROCESSORS = re.compile(r'-(\d+)(?=-|$)')
 
@@ -73,6 +76,24 @@ def end(result: Any, options: Any) -> None:
             time.sleep(_POLL_SECONDS)
     if not _has_ended(client, job):
         client.modify_job_state(job, 'JOB_STATE_CANCELLED')
+
+
+def follow(result: Any, options: Any, tell: Callable[[str], None]) -> None:
+    """Tells where the job can be seen, and its state whenever that changes, until it has ended.
+
+    For a thread of its own; an answer that does not come is asked for again.
+    """
+    from apache_beam.runners.dataflow.internal import apiclient
+
+    google, job = options.view_as(GoogleCloudOptions), result.job_id()
+    page = f'{_CONSOLE}/{google.region}/{job}?project={google.project}'
+    client, state = apiclient.DataflowApplicationClient(options), ''
+    while state not in _ENDED:
+        with contextlib.suppress(Exception):  # whatever the network brings: nothing depends on it
+            before, state = state, str(client.get_job(job).currentState)
+            if state != before:
+                tell(f'{state.removeprefix("JOB_STATE_").lower()}, {page}')
+        time.sleep(_FOLLOW_SECONDS)
 
 
 def _has_ended(client: Any, job: str) -> bool:

@@ -52,6 +52,8 @@ class Engine:
       remote: workers are always on other machines.
       outlives: a job goes on when the process that submitted it ends, unless `end` ends it.
       end: ends a job, given its result and options.
+      follow: tells what becomes of a job, given its result, options and whom to tell; None: only
+        its log does.
       end_seconds: how long that may take; with no `outlives`, a process's own end.
       watched: a worker that dies is replaced by the launcher, since the engine does not.
       surroundings: what a job's pipeline is run in, given its options.
@@ -70,6 +72,7 @@ class Engine:
     remote: bool = False
     outlives: bool = False
     end: Callable[[Any, Any], None] = lambda result, _: result.cancel()
+    follow: Callable[[Any, Any, Callable[[str], None]], None] | None = None
     end_seconds: float = 5.0
     watched: bool = False
     surroundings: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -134,6 +137,7 @@ ENGINES: Mapping[str, Engine] = {
         remote=True,
         outlives=True,
         end=dataflow.end,
+        follow=dataflow.follow,
         end_seconds=dataflow.DRAIN_SECONDS + _END_SECONDS,
     ),
 }

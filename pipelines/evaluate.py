@@ -22,7 +22,7 @@ from pipelines import config as config_lib
 from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
 from pipelines.files import write_json
-from pipelines.run_directory import RunDirectory
+from pipelines.run_directory import RunDirectory, readable
 
 PROTOCOL = 'no-op starts'
 EVALUATION_FILE = 'evaluation.json'
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         prog='evaluate.py',
         description="Evaluate a run's newest checkpoint: no-op starts, epsilon 0.05, 30 games.",
     )
-    parser.add_argument('--run_dir', type=pathlib.Path, required=True, help='directory of the run')
+    parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
     parser.add_argument('--episodes', type=int, help="games (the run's evaluation_episodes)")
     parser.add_argument('--epsilon', type=float, help="epsilon (the run's evaluation_epsilon)")
     parser.add_argument('--seed', type=int, help="seed of the games (the run's)")
@@ -164,16 +164,25 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     exit_with_launcher()
     try:
-        directory = RunDirectory.existing(arguments.run_dir)
-        config = _config(directory, arguments)
-        saved = read_newest(directory, lambda text: print(f'evaluate.py: {text}', file=sys.stderr))
+        with readable(arguments.run_dir, (EVALUATION_FILE,)) as path:
+            return _evaluate_newest(RunDirectory.existing(path), arguments)
     except UsageError as error:
         print(f'evaluate.py: {error}', file=sys.stderr)
         return 2
+
+
+def _evaluate_newest(directory: RunDirectory, arguments: argparse.Namespace) -> int:
+    """Evaluates and prints the result; returns the exit code.
+
+    Raises:
+      UsageError: see `_config`, or there is no checkpoint.
+    """
+    config = _config(directory, arguments)
+    saved = read_newest(directory, lambda text: print(f'evaluate.py: {text}', file=sys.stderr))
     try:
         result = evaluate(config, saved, directory.path)
     except (ValueError, OSError) as error:
-        print(f'evaluate.py: {directory.path}: {error}', file=sys.stderr)
+        print(f'evaluate.py: {arguments.run_dir}: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('evaluate.py: interrupted; the evaluation before stays as it was.', file=sys.stderr)

@@ -15,7 +15,7 @@ from pipelines import config as config_lib
 from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
 from pipelines.files import replaced_directory
-from pipelines.run_directory import RunDirectory
+from pipelines.run_directory import RunDirectory, readable
 
 
 def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path) -> None:
@@ -42,28 +42,37 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='export.py', description="Write a run's newest parameters as a TF-Agents policy."
     )
-    parser.add_argument('--run_dir', type=pathlib.Path, required=True, help='directory of the run')
+    parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
     arguments = parser.parse_args(argv)
     exit_with_launcher()
     try:
-        directory = RunDirectory.existing(arguments.run_dir)
-        config = config_lib.load(directory.config_file)
-        saved = read_newest(directory, lambda text: print(f'export.py: {text}', file=sys.stderr))
+        with readable(arguments.run_dir, ('policy',)) as path:
+            return _export_newest(RunDirectory.existing(path), arguments.run_dir)
     except UsageError as error:
         print(f'export.py: {error}', file=sys.stderr)
         return 2
+
+
+def _export_newest(directory: RunDirectory, told: str) -> int:
+    """Exports and says so of the run's directory, `told`; returns the exit code.
+
+    Raises:
+      UsageError: the configuration or the checkpoints cannot be read.
+    """
+    config = config_lib.load(directory.config_file)
+    saved = read_newest(directory, lambda text: print(f'export.py: {text}', file=sys.stderr))
     import tensorflow as tf
 
     try:
         export(config, saved, directory.policy)
     except (ValueError, OSError, tf.errors.OpError) as error:
         reason = str(error).splitlines()[0]
-        print(f'export.py: {directory.path}: nothing exported: {reason}', file=sys.stderr)
+        print(f'export.py: {told}: nothing exported: {reason}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('export.py: interrupted; policy/ stays as it was.', file=sys.stderr)
         return 130
-    print(f'{directory.policy}: policy after {saved.clock["updates"]} updates')
+    print(f'{told}/{directory.policy.name}: policy after {saved.clock["updates"]} updates')
     return 0
 
 

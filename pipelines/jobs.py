@@ -10,6 +10,7 @@ engines replace workers themselves: of their jobs only the end is looked at.
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -58,6 +59,8 @@ class _Job:
       workers: numbers of those it is relied upon for.
       submitted: when, seconds since the epoch.
       start_seconds: a worker must have been heard of so long after.
+      state_file: what the engine says of the job, if it says anything.
+      told: what it said last.
       lost: numbers of those given up, while others of the job work on.
       gone_since: by number, when a worker's process was first seen to be gone.
     """
@@ -67,6 +70,8 @@ class _Job:
     workers: set[int]
     submitted: float
     start_seconds: float
+    state_file: pathlib.Path
+    told: str = ''
     lost: set[int] = dataclasses.field(default_factory=set)
     gone_since: dict[int, float] = dataclasses.field(default_factory=dict)
 
@@ -176,6 +181,19 @@ class Jobs:
             self.restarts[kind] = self.restarts.get(kind, 0) + len(numbers)
             self._submit(kind, numbers, now)
 
+    def news(self) -> list[str]:
+        """What engines say of jobs, as far as it is new."""
+        news = []
+        for job in self._jobs:
+            try:
+                state = job.state_file.read_text()
+            except FileNotFoundError:
+                continue
+            if state != job.told:
+                job.told = state
+                news.append(f'{job.process.spec.name}: {state}')
+        return news
+
     @property
     def running(self) -> bool:
         """Whether any job's process still runs."""
@@ -277,7 +295,8 @@ class Jobs:
         )
         process.start()
         start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
-        self._jobs.append(_Job(process, kind, set(workers), now, start_seconds))
+        state_file = self._state_file(kind, number)
+        self._jobs.append(_Job(process, kind, set(workers), now, start_seconds, state_file))
 
     def _beam_command(self, kind: str, workers: Sequence[int], submission: int) -> list[str]:
         return [
@@ -291,11 +310,16 @@ class Jobs:
             f'--parameter_addresses={",".join(self._addresses.parameters)}',
             f'--replay_addresses={",".join(self._addresses.replay)}',
             f'--telemetry_address={self._addresses.telemetry}',
+            f'--state_file={self._state_file(kind, submission)}',
+            *([f'--tls_roots={self._launch.tls_roots}'] * bool(self._launch.tls_roots)),
             f'--runner={self._launch.runner}',
             *self._launch.beam_flags,
             *self._launch.flags_of(kind),
             *([f'--job_name={self._job_name(kind, submission)}'] * self._launch.engine.outlives),
         ]
+
+    def _state_file(self, kind: str, submission: int) -> pathlib.Path:
+        return (self._directory.logs / f'{kind}-{submission}.state').resolve()
 
     def _job_name(self, kind: str, submission: int) -> str:
         """A name that engines accept and that no other job has, of this run or another."""

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import tensorflow as tf
+
 from infra.cluster import Cluster, ClusterError
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import (
@@ -27,6 +29,7 @@ from infra.parameter_server.protocol import (
 from infra.process import ProcessSpec, SupervisedProcess
 from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
+from infra.tls import read_roots
 from pipelines import agent
 from pipelines.checkpoints import Checkpoints
 from pipelines.config import ExperimentConfig
@@ -35,8 +38,10 @@ from pipelines.errors import UsageError
 from pipelines.evaluate import EVALUATION_FILE, PROGRESS_FILE
 from pipelines.files import read_json
 from pipelines.jobs import Jobs, WorkersFailedError
+from pipelines.mirror import Mirror
 from pipelines.monitor import Monitor, MonitorConfig
 from pipelines.options import Launch
+from pipelines.remote_run import RemoteRun
 from pipelines.run_directory import RunDirectory
 from pipelines.servers import cluster_config
 from pipelines.training import LastCheckpointError, Replay, Training
@@ -173,12 +178,15 @@ class Launcher:
         with contextlib.ExitStack() as stack:
             servers = cluster_config(self.config, self.launch, self.directory.path)
             cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
-            addresses = Addresses(
-                cluster.parameter_addresses, cluster.replay_addresses, cluster.telemetry_address
-            )
+            addresses = self._addresses(cluster)
             layout = agent.layout_of(agent.build_policy(self.config))
             client = stack.enter_context(
-                ParameterClient(addresses.parameters, layout, timeout_seconds=SERVER_SECONDS)
+                ParameterClient(
+                    addresses.parameters,
+                    layout,
+                    timeout_seconds=SERVER_SECONDS,
+                    tls_roots=addresses.tls_roots,
+                )
             )
             owner = str(self.directory.path)
             _take(client, owner)
@@ -200,6 +208,15 @@ class Launcher:
                 checkpoints,
                 replay,
             )
+
+    def _addresses(self, cluster: Cluster) -> Addresses:
+        roots = self.launch.tls_roots
+        return Addresses(
+            cluster.parameter_addresses,
+            cluster.replay_addresses,
+            cluster.telemetry_address,
+            read_roots(roots) if roots else None,
+        )
 
     def _evaluate(self) -> dict[str, Any] | None:
         """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
@@ -240,7 +257,11 @@ class Launcher:
                     f'--run_dir={self.directory.path}',
                 ],
                 log_file=self.directory.logs / f'{verb}.log',
-                environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_NUM_INTRAOP_THREADS': '1'},
+                environment={
+                    'TF_CPP_MIN_LOG_LEVEL': '2',
+                    'TF_NUM_INTRAOP_THREADS': '1',
+                    'CUDA_VISIBLE_DEVICES': '-1',  # an accelerator is the learners'
+                },
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
@@ -258,8 +279,30 @@ def _take(client: ParameterClient, run: str) -> None:
         raise UsageError(str(error)) from error
 
 
-def launch(config: ExperimentConfig, launch_: Launch, directory: RunDirectory) -> int:
-    """Runs the experiment in `directory`; returns the exit code.
+def _mirrored(launcher: Launcher, remote: RemoteRun) -> int:
+    """`Launcher.run`, its directory copied to a remote place meanwhile and at its end."""
+    with Mirror(remote, launcher.directory, launcher.display.message) as mirror:
+        code = launcher.run()
+        launcher.display.phase(f'copying to {remote.url}')
+    local = launcher.directory.path
+    if mirror.problem:
+        launcher.display.message(
+            f'run.py: {remote.url} lacks a part of the run: {mirror.problem}; all of it is in'
+            f' {local}, and `python pipelines/mirror.py --run_dir {local}` sends it'
+        )
+        return _FAILED_EXIT_CODE
+    if not launcher.directory.unwanted(None):
+        launcher.display.message(f'{remote.url} has all of it')
+    return code
+
+
+def launch(
+    config: ExperimentConfig,
+    launch_: Launch,
+    directory: RunDirectory,
+    remote: RemoteRun | None = None,
+) -> int:
+    """Runs the experiment in `directory`, a working copy of `remote`; returns the exit code.
 
     Raises:
       UsageError: a resumed run has no checkpoint that can be read.
@@ -267,6 +310,9 @@ def launch(config: ExperimentConfig, launch_: Launch, directory: RunDirectory) -
     # force: modules of Beam log while they are imported, and logging then has a handler already.
     log_file = pathlib.Path(directory.logs) / 'launcher.log'
     logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
+    with contextlib.suppress(RuntimeError):  # looked at already
+        tf.config.set_visible_devices([], 'GPU')  # the learners'
     logging.raiseExceptions = False  # a full disk is told by who writes results, not by the log
     with open_display() as display, Signals(display) as signals:
-        return Launcher(config, launch_, directory, display, signals).run()
+        launcher = Launcher(config, launch_, directory, display, signals)
+        return launcher.run() if remote is None else _mirrored(launcher, remote)

@@ -15,10 +15,12 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from infra.addresses import AddressError, is_port, split_address
+from infra.tls import TlsError, read_pair, read_roots
 from pipelines import config as config_lib
 from pipelines import engines, presets
 from pipelines.errors import UsageError
 from pipelines.idle_flags import require_effect
+from pipelines.run_directory import is_remote
 
 _EPILOG = f"""examples:
   python pipelines/run.py --runner=DirectRunner
@@ -31,6 +33,13 @@ A flag without a value of yours takes the preset's; in brackets: those of the de
 {presets.DEFAULT}. Beam's own flags are accepted too: see `--help_beam`.
 """
 
+_TLS_HELP = {
+    'tls_certificate': 'PEM file: with it the parameter shards that are started speak TLS; for the'
+    ' name or address in --host',
+    'tls_key': "PEM file, the certificate's key; it stays on this machine",
+    'tls_roots': 'PEM file: what the certificates of the parameter shards are signed by'
+    ' [--tls_certificate itself]; travels to the workers',
+}
 LOOPBACK = '127.0.0.1'
 _KINDS = ('actor', 'learner')
 
@@ -43,6 +52,7 @@ RESUMABLE = frozenset(
         'num_learners',
         'num_parameter_shards',
         'worker_threads',
+        'learner_device',
         'checkpoint_period_seconds',
         'checkpoint_replay',
         'evaluation_episodes',
@@ -69,6 +79,9 @@ class Launch:
     replay_ports: tuple[int, ...]
     beam_flags: tuple[str, ...]
     host: str = LOOPBACK
+    work_dir: str | None = None
+    tls: tuple[str, str] | None = None  # files of certificate and key, of servers that are started
+    tls_roots: str | None = None  # file
     actor_flags: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
 
@@ -88,21 +101,19 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         '--preset',
         help=f'set of values to start from: {", ".join(presets.PRESETS)} [{presets.DEFAULT}]',
     )
-    launch.add_argument('--run_dir', help="directory of the run's outputs (runs/<game>-...)")
+    launch.add_argument(
+        '--run_dir',
+        help="directory of the run's outputs (runs/<game>-...), or gs://bucket/path, or another"
+        ' place that Beam knows: the run works in a local copy and keeps the place up to date',
+    )
+    launch.add_argument(
+        '--work_dir',
+        help='local copy of a remote --run_dir (runs/<last part of it>, with a number behind it'
+        ' when that is something else)',
+    )
     launch.add_argument(
         '--resume', action='store_true', help='go on from the last checkpoint in --run_dir'
     )
-    launch.add_argument(
-        '--parameter_addresses',
-        help='host:port,... of running parameter shards to attach to, in their order',
-    )
-    launch.add_argument(
-        '--replay_addresses', help='host:port,... of running replay shards, in their order'
-    )
-    for kind in ('parameter', 'replay'):
-        launch.add_argument(
-            f'--{kind}_ports', help=f'ports of the {kind} shards to start (default: free ones)'
-        )
     for kind in _KINDS:
         launch.add_argument(
             f'--{kind}_flags',
@@ -110,7 +121,24 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"Beam's flags for the {kind}s' job only, such as"
             f" --{kind}_flags='--worker_machine_type=n2-standard-4'",
         )
-    launch.add_argument(
+
+
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    servers = parser.add_argument_group('servers')
+    servers.add_argument(
+        '--parameter_addresses',
+        help='host:port,... of running parameter shards to attach to, in their order',
+    )
+    servers.add_argument(
+        '--replay_addresses', help='host:port,... of running replay shards, in their order'
+    )
+    for kind in ('parameter', 'replay'):
+        servers.add_argument(
+            f'--{kind}_ports', help=f'ports of the {kind} shards to start (default: free ones)'
+        )
+    for name, text in _TLS_HELP.items():
+        servers.add_argument(f'--{name}', help=text)
+    servers.add_argument(
         '--host',
         default=LOOPBACK,
         help='address of this machine at which workers on others reach the servers to start'
@@ -124,6 +152,7 @@ class GorilaOptions(PipelineOptions):
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
         _add_launch_arguments(parser)
+        _add_server_arguments(parser)
         default = presets.experiment(presets.DEFAULT, {})
         for group, config in config_lib.groups():
             arguments = parser.add_argument_group(group.replace('_', ' '))
@@ -228,6 +257,25 @@ def _ports(kind: str, text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _tls(known: argparse.Namespace) -> tuple[str, str] | None:
+    """Files of certificate and key.
+
+    Raises:
+      UsageError: one is missing, unreadable or not what it should be.
+    """
+    if bool(known.tls_certificate) != bool(known.tls_key):
+        raise UsageError('--tls_certificate and --tls_key go together; give both, or none.')
+    try:
+        if known.tls_roots:
+            read_roots(known.tls_roots)
+        if known.tls_certificate:
+            read_pair(known.tls_certificate, known.tls_key)
+            return known.tls_certificate, known.tls_key
+    except TlsError as error:
+        raise UsageError(f'{error}.') from error
+    return None
+
+
 def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, ...]]:
     """Beam's flags of single jobs, checked together with `rest`, those of all; by `_KINDS`.
 
@@ -276,14 +324,24 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         replay_ports=_ports('replay', known.replay_ports),
         beam_flags=tuple(rest),
         host=known.host,
+        work_dir=known.work_dir,
+        tls=_tls(known),
+        tls_roots=known.tls_roots or known.tls_certificate,
         actor_flags=of_jobs[0],
         learner_flags=of_jobs[1],
     )
+    _require_directories(launch)
+    return launch, known.preset, {**values, **_attached_shards(launch, values)}
+
+
+def _require_directories(launch: Launch) -> None:
+    """Raises UsageError when a directory is missing, or one that means nothing is given."""
     if launch.run_dir == '':
         raise UsageError('--run_dir is empty; name a directory, or leave the flag out.')
     if launch.resume and launch.run_dir is None:
         raise UsageError('--resume needs --run_dir: the directory of the run to go on with.')
-    return launch, known.preset, {**values, **_attached_shards(launch, values)}
+    if launch.work_dir is not None and not (launch.work_dir and is_remote(launch.run_dir or '')):
+        raise UsageError('--work_dir is the local copy of a remote --run_dir, such as gs://...')
 
 
 def _attached_shards(launch: Launch, values: Mapping[str, Any]) -> dict[str, int]:

@@ -13,11 +13,12 @@ from pipelines import config as config_lib
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.files import write_atomically
-from pipelines.run_directory import RunDirectory, default_path
+from pipelines.run_directory import RunDirectory, default_path, is_remote
 
 # Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
 if TYPE_CHECKING:
     from pipelines.options import Launch
+    from pipelines.remote_run import RemoteRun
 
 
 class StartUp:
@@ -25,10 +26,15 @@ class StartUp:
 
     A context manager. Nothing of a new run is left behind. No exception is raised, because one in
     the middle of an import comes out of it as another.
+
+    Attributes:
+      directory: the run's, None: not opened yet.
+      remote: its remote place, given free at the end; None: it has none.
     """
 
     def __init__(self) -> None:
         self.directory: RunDirectory | None = None
+        self.remote: RemoteRun | None = None
 
     def __enter__(self) -> 'StartUp':
         self._before = {
@@ -37,18 +43,40 @@ class StartUp:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.remote is not None:
+            self.remote.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def localized(self, launch: 'Launch') -> 'Launch':
+        """The same launch in a local directory; a remote one is claimed, and fetched to go on with.
+
+        Raises:
+          UsageError: it cannot be.
+        """
+        url = launch.run_dir or ''
+        if not is_remote(url):
+            return launch
+        from pipelines.remote_run import RemoteRun
+
+        print(f'asking {url} ...', flush=True)
+        self.remote = RemoteRun(url, launch.work_dir, launch.beam_flags)
+        local = self.remote.open(launch.resume, lambda text: print(text, flush=True))
+        return dataclasses.replace(launch, run_dir=str(local))
 
     def _end(self, number: int, _frame: Any) -> None:
         if self.directory is not None and not self.directory.summary_file.exists():
             # As for a mistake of the user's: the directory goes, if it is new and unused.
             self.directory.__exit__(UsageError, UsageError(signal.Signals(number).name), None)
+        if self.remote is not None:
+            self.remote.close()
         os._exit(128 + number)
 
 
-def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
+def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, 'Launch']:
     """Reads the command line and checks everything that can be checked before a file is written.
+
+    Of a remote run the place is claimed, and the run to go on with fetched.
 
     Raises:
       UsageError: a flag, a value, or the machine is unfit; the message names it and the remedy.
@@ -58,6 +86,7 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
 
     launch, preset, values = options.parse(argv)
     sizing.require_restorable(launch)
+    launch = start_up.localized(launch)
     if launch.resume:
         directory = RunDirectory.existing(launch.run_dir or '')
         config = options.resumed(config_lib.load(directory.config_file), preset, values)
@@ -68,6 +97,7 @@ def prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, 'Launch']:
     except UnknownGameError as error:
         raise UsageError(f'--game: {error}') from error
     config = config_lib.replace(config, {'game': game})
+    _require_device(config, launch)
     _require_agent(config, values)
     sizing.require_room(config, launch)
     sizing.require_ports(config, launch)
@@ -89,6 +119,23 @@ def _require_engine(config: ExperimentConfig, launch: 'Launch') -> None:
         from pipelines.dask_cluster import require_cluster
 
         print(require_cluster(config, launch), flush=True)
+
+
+def _require_device(config: ExperimentConfig, launch: 'Launch') -> None:
+    """Checks that the accelerator asked for is on this machine, if the learners are.
+
+    Raises:
+      UsageError: it is not.
+    """
+    if not (launch.engine.here and config.learner.learner_device.startswith('gpu')):
+        return
+    os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # this process needs none of it
+    from agents import device
+
+    try:
+        device.choose(config.learner.learner_device)
+    except device.DeviceError as error:
+        raise UsageError(str(error)) from error
 
 
 def _require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
@@ -144,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs a training from flags to summary; returns the exit code."""
     try:
         with StartUp() as start_up:
-            config, launch = prepare(argv)
+            config, launch = prepare(argv, start_up)
             path = launch.run_dir or default_path(config.environment.game, config.preset)
             with RunDirectory.open(path, launch.resume) as directory:
                 start_up.directory = directory
@@ -154,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
                 with contextlib.redirect_stderr(io.StringIO()):
                     from pipelines import launcher
 
-                return launcher.launch(config, launch, directory)
+                return launcher.launch(config, launch, directory, start_up.remote)
     except UsageError as error:
         print(f'run.py: {error}', file=sys.stderr)
         return 2

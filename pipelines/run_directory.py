@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from pipelines.errors import UsageError
@@ -20,6 +20,7 @@ from pipelines.errors import UsageError
 CHECKPOINT_RUN_FILE = 'run.json'
 """File of a checkpoint with the run's own counters; a checkpoint without it is incomplete."""
 
+_SCHEME = re.compile(r'[a-zA-Z][-a-zA-Z0-9+.]*://')
 _CHECKPOINT_NAME = re.compile(r'checkpoint-(\d{8})')
 _STAGING_PREFIX = '.writing-'
 _DAMAGED_PREFIX = 'damaged-'
@@ -38,6 +39,30 @@ def default_path(game: str, preset: str, now: datetime.datetime | None = None) -
     while candidate.exists():
         candidate, number = path.with_name(f'{path.name}-{number}'), number + 1
     return candidate
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` has a scheme, such as `gs://`, and so is no directory of this machine."""
+    return _SCHEME.match(path) is not None
+
+
+@contextlib.contextmanager
+def readable(path: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
+    """The directory of a run to read from, whether a run goes on there or not.
+
+    For a remote one: a copy of what evaluation and export need; those of `outputs`, files or
+    directories, that are in it when the block is left go back to the remote place.
+
+    Raises:
+      UsageError: there is no such remote run, it has no checkpoint, or it cannot be written.
+    """
+    if not is_remote(path):
+        yield pathlib.Path(path)
+        return
+    from pipelines.borrowed import borrowed  # imports Beam
+
+    with borrowed(path, outputs) as local:
+        yield local
 
 
 def _existing_ancestor(path: pathlib.Path) -> pathlib.Path:
@@ -278,6 +303,11 @@ class RunDirectory:
         """Removes, when the directory is closed, all that a new run without a checkpoint left."""
         self._discarded = True
 
+    def unwanted(self, error: BaseException | None) -> bool:
+        """Whether closing the directory now, because of `error`, removes all of it."""
+        discarded = self._discarded or isinstance(error, UsageError)
+        return discarded and self._new and not self.latest_checkpoints()
+
     def close(self) -> None:
         """Gives the directory free for another process. Repeated calls do nothing."""
         if self._lock >= 0:
@@ -293,8 +323,7 @@ class RunDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        unwanted = self._discarded or isinstance(error, UsageError)
-        if unwanted and self._new and not self.latest_checkpoints():
+        if self.unwanted(error):
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             _remove_empty(self.path, self._created)

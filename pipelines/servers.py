@@ -1,10 +1,13 @@
 """Servers by themselves: `python pipelines/servers.py --host 10.0.0.1 ...`, for runs to attach to.
 
 In: the flags that the run will be given. Out: replay and parameter shards on this machine until
-SIGINT or SIGTERM, and the flags that lead a run to them. One start serves one run; a parameter
-shard that dies takes what it has learned with it, and ends them all: the run has its checkpoints.
+SIGINT or SIGTERM, and the flags that lead a run to them. One start serves one run; a shard that
+dies is started again from the state that it keeps. With `--config_dir DIR` only the shards' own
+configurations are written, for whoever else starts them (infra/kubernetes, infra/systemd).
 """
 
+import argparse
+import dataclasses
 import pathlib
 import signal
 import sys
@@ -12,23 +15,27 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from infra.cluster import Cluster, ClusterConfig, ClusterError
+from infra.cluster import (
+    PARAMETER_SERVER,
+    REPLAY,
+    Cluster,
+    ClusterConfig,
+    ClusterError,
+    write_settings,
+)
 from pipelines import options, sizing
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.options import Launch
-from pipelines.run_directory import RunDirectory, default_path
+from pipelines.run_directory import RunDirectory, default_path, is_remote
 
 _POLL_SECONDS = 0.5
 
 
 def cluster_config(
-    config: ExperimentConfig, launch: Launch, directory: pathlib.Path, restore: bool = True
+    config: ExperimentConfig, launch: Launch, directory: pathlib.Path
 ) -> ClusterConfig:
-    """The servers of a run, or those it attaches to.
-
-    Without `restore` there is no checkpoint that a server could start again from.
-    """
+    """The servers of a run, or those it attaches to."""
     from pipelines import agent
 
     return ClusterConfig(
@@ -44,7 +51,7 @@ def cluster_config(
         replay_addresses=launch.replay_addresses,
         parameter_ports=launch.parameter_ports,
         replay_ports=launch.replay_ports,
-        restart_parameter_shards=restore,
+        tls=launch.tls,
     )
 
 
@@ -68,7 +75,9 @@ def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _raise_stopped)
-        with Cluster(cluster_config(config, launch, directory, restore=False)) as cluster:
+        servers = cluster_config(config, launch, directory)
+        own = dataclasses.replace(servers, state_directory=directory / 'servers' / 'state')
+        with Cluster(own) as cluster:
             print(_attaching_flags(cluster), flush=True)
             while True:
                 cluster.check()
@@ -87,6 +96,20 @@ def _attaching_flags(cluster: Cluster) -> str:
     )
 
 
+def write_configurations(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> None:
+    """Writes `replay.json` and `parameter_server.json`, and tells where.
+
+    Raises:
+      UsageError: the directory cannot be written.
+    """
+    servers = cluster_config(config, launch, directory)
+    try:
+        for component in (REPLAY, PARAMETER_SERVER):
+            print(write_settings(servers, component, directory))
+    except OSError as error:
+        raise UsageError(f'--config_dir {directory}: cannot be written ({error}).') from error
+
+
 def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:
     """Reads and checks the command line.
 
@@ -99,16 +122,38 @@ def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:
             '--resume, --parameter_addresses and --replay_addresses are for run.py: here new'
             ' servers are started.'
         )
-    config = options.experiment(preset, values)
-    sizing.require_servers_room(config, launch)
-    sizing.require_ports(config, launch)
-    return config, launch
+    if is_remote(launch.run_dir or ''):
+        raise UsageError(
+            f'--run_dir {launch.run_dir}: servers need a directory of this machine, for their state'
+            ' and logs.'
+        )
+    return options.experiment(preset, values), launch
+
+
+def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The one flag that is not a run's, and the others; a call for help shows both."""
+    parser = argparse.ArgumentParser(
+        prog='servers.py', description=__doc__, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        '--config_dir', help='directory for replay.json and parameter_server.json; nothing starts'
+    )
+    own, others = parser.parse_known_args(argv)
+    if {'-h', '--help'} & set(others):
+        print(parser.format_help(), end='\nand the flags of run.py:\n\n')
+    return own.config_dir, others
 
 
 def main(argv: Sequence[str]) -> int:
     """Starts the servers of an experiment and keeps them; returns the exit code."""
     try:
+        config_dir, argv = _config_dir(argv)
         config, launch = _prepare(argv)
+        if config_dir is not None:
+            write_configurations(config, launch, pathlib.Path(config_dir))
+            return 0
+        sizing.require_servers_room(config, launch)
+        sizing.require_ports(config, launch)
         path = launch.run_dir or default_path('servers', config.preset)
         with RunDirectory.open(path, False) as directory:
             return serve(config, launch, directory.path)

@@ -94,17 +94,19 @@ def require_servers_room(config: ExperimentConfig, launch: Launch) -> None:
 
 
 def require_restorable(launch: Launch) -> None:
-    """Checks that a run to go on with starts its servers itself.
+    """Checks that a run to go on with starts its servers itself, or attaches to all it had.
 
     Raises:
-      UsageError: it attaches to servers, which cannot be given a checkpoint to start from.
+      UsageError: it attaches to some, which cannot be given a checkpoint to start from.
     """
-    for kind in ('parameter', 'replay'):
-        if launch.resume and getattr(launch, f'{kind}_addresses'):
-            raise UsageError(
-                f'--{kind}_addresses contradicts --resume: a checkpoint cannot be restored into'
-                ' servers that already run; leave the addresses out.'
-            )
+    given = [kind for kind in ('parameter', 'replay') if getattr(launch, f'{kind}_addresses')]
+    if launch.resume and len(given) == 1:
+        raise UsageError(
+            f'--{given[0]}_addresses alone contradicts --resume: a checkpoint cannot be restored'
+            ' into servers that already run; leave it out to go on from the checkpoint with servers'
+            ' of its own, or give --parameter_addresses and --replay_addresses of the servers that'
+            ' have kept the state of this run.'
+        )
 
 
 def require_ports(config: ExperimentConfig, launch: Launch) -> None:

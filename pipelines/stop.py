@@ -6,14 +6,13 @@ checkpoint and the summary are written. Waits for that.
 
 import argparse
 import os
-import pathlib
 import signal
 import sys
 import time
 from collections.abc import Sequence
 
 from pipelines.errors import UsageError
-from pipelines.run_directory import RunDirectory
+from pipelines.run_directory import RunDirectory, is_remote
 
 _POLL_SECONDS = 0.5
 _TELL_SECONDS = 10.0
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='stop.py', description='End a run: workers, last checkpoint, summary.'
     )
-    parser.add_argument('--run_dir', type=pathlib.Path, required=True, help='directory of the run')
+    parser.add_argument('--run_dir', required=True, help='directory of the run, on its machine')
     parser.add_argument(
         '--timeout_seconds',
         type=float,
@@ -65,6 +64,11 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
+        if is_remote(arguments.run_dir):
+            raise UsageError(
+                f"{arguments.run_dir}: the run's process is signalled, so its local working copy is"
+                f' needed, on its machine; {arguments.run_dir.rstrip("/")}/owner.json names both.'
+            )
         ended = stop(RunDirectory.existing(arguments.run_dir), arguments.timeout_seconds)
     except UsageError as error:
         print(f'stop.py: {error}', file=sys.stderr)

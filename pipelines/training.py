@@ -165,6 +165,8 @@ class Training:
         self._bundles.update(_bundle_replays(events))
         self.monitor.fold(events)
         self._count_restarts()
+        for text in self.jobs.news():
+            self.display.message(text)
         self.monitor.tick()
         state = self.monitor.state()
         if not self._ending:

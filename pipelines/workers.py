@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agents.actor import Actor
     from agents.environment import AtariEnvironment
     from agents.learner import Learner
+    from infra.replay.dataset import ReplayDataset
     from infra.replay.status import StatusReader
     from infra.telemetry import Telemetry
 
@@ -46,11 +47,13 @@ class Addresses:
       parameters: parameter shards, in order.
       replay: replay shards, in order; none in the bundled topology.
       telemetry: the Reverb server with the telemetry queue.
+      tls_roots: PEM, what the certificates of the parameter shards are signed by; None: no TLS.
     """
 
     parameters: tuple[str, ...]
     replay: tuple[str, ...]
     telemetry: str
+    tls_roots: bytes | None = None
 
     def with_replay(self, address: str) -> 'Addresses':
         """These addresses with one other replay."""
@@ -96,18 +99,27 @@ class Submission:
         return [WorkerSpec(worker, self.number, segments) for worker in self.workers]
 
 
-def prepare_process(config: ExperimentConfig) -> None:
-    """Bounds this worker process's threads and life; call it before any TensorFlow operation."""
+def prepare_process(config: ExperimentConfig, learns: bool = True) -> None:
+    """Bounds this worker process's threads and life; call it before any TensorFlow operation.
+
+    A process that does not learn sees no accelerator; one that does takes memory of it as it needs
+    more, so that several learners may share one.
+    """
     exit_with_launcher()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     # oneDNN's kernels: a gradient takes two thirds of the time on processors where TensorFlow does
     # not switch them on by itself (tests/benchmarks/benchmark_gradient.py).
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+    os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):  # another worker in this process was first
+        if not learns:
+            tf.config.set_visible_devices([], 'GPU')
+        accelerated = bool(tf.config.get_visible_devices('GPU'))
         tf.config.threading.set_intra_op_parallelism_threads(config.run.worker_threads)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+        # On an accelerator a batch and a gradient travel beside the computation.
+        tf.config.threading.set_inter_op_parallelism_threads(3 if accelerated else 1)
 
 
 def budget_reached(config: ExperimentConfig) -> Callable[[Any], bool]:
@@ -251,6 +263,7 @@ def _connect(stack: contextlib.ExitStack, config: ExperimentConfig, addresses: A
             shared_memory=server.shared_memory,
             copy_parts=False,  # actor and learner assign them at once
             timeout_seconds=SERVER_SECONDS,
+            tls_roots=addresses.tls_roots,
         )
     )
 
@@ -306,6 +319,20 @@ def open_actor(
         actor.look()  # reports the last agent steps
 
 
+def _samples(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayDataset':
+    """Batches of the replay shards at these addresses."""
+    from infra.replay.dataset import sample_dataset
+    from pipelines import agent
+
+    return sample_dataset(
+        shards,
+        agent.trajectory_spec(config),
+        config.learner.batch_size,
+        config.agent.discount,
+        timeout_seconds=STATUS_SECONDS,  # then the learner asks whether the run is over
+    )
+
+
 @contextlib.contextmanager
 def open_learner(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec, component: str = 'learner'
@@ -314,8 +341,9 @@ def open_learner(
 
     `component` is what its telemetry calls it.
     """
+    from agents import device
+    from agents.gradient_stream import stream_on
     from agents.learner import Learner
-    from infra.replay.dataset import sample_dataset
     from infra.replay.priorities import PriorityWriter
     from infra.telemetry import Telemetry
     from pipelines import agent
@@ -326,23 +354,18 @@ def open_learner(
     with contextlib.ExitStack() as stack:
         telemetry = stack.enter_context(Telemetry(addresses.telemetry, component, spec.worker))
         _beat(telemetry)
-        network = agent.build_learner(config)
+        device_name = device.choose(config.learner.learner_device, spec.worker)
+        network = agent.build_learner(config, device_name)
         parameters = _connect(stack, config, addresses, agent.layout_of(network))
         parameters.initialise(network.parameters())
         if component == 'learner':  # a bundle's actor has told of the bundle
             parameters.enlist(component, spec.name)
-        samples = stack.enter_context(
-            sample_dataset(
-                shards,
-                agent.trajectory_spec(config),
-                config.learner.batch_size,
-                config.agent.discount,
-                timeout_seconds=STATUS_SECONDS,  # then the learner asks whether the run is over
-            )
-        )
+        samples = stack.enter_context(_samples(config, shards))
         prioritized = config.replay.prioritized
         priorities = stack.enter_context(PriorityWriter(shards)) if prioritized else None
-        learner = Learner(config.learner, network, samples, parameters, priorities)
+        stream = stream_on(device_name)
+        learner = Learner(config.learner, network, samples, parameters, priorities, stream)
+        stack.callback(learner.close)
         worker = LearnerWorker(learner, config, telemetry, patient=component == 'learner')
         stack.callback(worker.report)
         yield worker

@@ -39,9 +39,9 @@ def serve(server_config):
         ]
 
 
-def connect(addresses, **options):
+def connect(addresses, layout=LAYOUT, **options):
     """A client with a short time limit."""
-    return ParameterClient(addresses, LAYOUT, **{'timeout_seconds': TIMEOUT_SECONDS, **options})
+    return ParameterClient(addresses, layout, **{'timeout_seconds': TIMEOUT_SECONDS, **options})
 
 
 class ShardProcess:

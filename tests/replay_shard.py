@@ -19,9 +19,12 @@ _TICKS = os.sysconf('SC_CLK_TCK')
 class ShardProcess:
     """Starts `python -m infra.replay.server`; `wait` returns once it serves."""
 
-    def __init__(self, config: ShardConfig, directory: Path, shard: int = 0):
-        """Files go to `directory`."""
+    def __init__(
+        self, config: ShardConfig, directory: Path, shard: int = 0, own_state: bool = False
+    ):
+        """Files go to `directory`; with `own_state` the shard keeps its state there by itself."""
         self.directory = directory
+        self.own_state = own_state
         self.shard = shard
         self.port = 0
         self._ready = directory / f'ready-{shard}.json'
@@ -96,7 +99,8 @@ class ShardProcess:
         command = [sys.executable, '-m', 'infra.replay.server', '--config', str(self._config)]
         command += ['--shard', str(self.shard), '--port', str(self.port)]
         command += ['--ready_file', str(self._ready)]
-        command += ['--checkpoint_dir', str(self.directory / f'checkpoints-{self.shard}'), *options]
+        place = '--state_dir' if self.own_state else '--checkpoint_dir'
+        command += [place, str(self.directory / f'checkpoints-{self.shard}'), *options]
         with (self.directory / f'shard-{self.shard}.log').open('a') as log:
             # No shard outlives the tests.
             environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid())}

@@ -108,6 +108,32 @@ def test_shards_that_a_run_has_just_taken_are_refused(servers):
             client.claim('runs/second')
 
 
+def resume(run_dir, *addresses):
+    launch, preset, values = options.parse(
+        [*SHARDS[1:], '--resume', f'--run_dir={run_dir}', *addresses]
+    )
+    attached.require_servers(options.experiment(preset, values), launch)
+
+
+def test_a_run_that_goes_on_finds_the_servers_that_have_its_state(servers, tmp_path):
+    shards, addresses = servers()
+    layout = Layout(('kernel',), ((4,),))
+    with pytest.raises(UsageError, match='belongs to no run, not to'):
+        resume(tmp_path, *addresses)
+    with parameter_servers.connect([shard.address for shard in shards], layout=layout) as client:
+        client.claim(str(tmp_path))
+        with pytest.raises(UsageError, match='holds nothing'):
+            resume(tmp_path, *addresses)
+        client.initialise(np.zeros(4, np.float32))
+        client.request_stop()
+        resume(tmp_path, *addresses)
+        with pytest.raises(UsageError, match='leave the addresses out to go on'):
+            resume(tmp_path / 'other', *addresses)
+        assert client.pull().clock.stopping
+        client.claim(str(tmp_path))  # the run begins again
+        assert not client.pull().clock.stopping
+
+
 def test_all_shards_must_be_named(servers):
     shards, (_, replay) = servers()
     with pytest.raises(UsageError, match='one of 2 parameter shards; name all'):

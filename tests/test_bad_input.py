@@ -158,8 +158,9 @@ def test_as_many_ports_as_shards_are_needed(rejected):
 
 
 @pytest.mark.parametrize('kind', ['parameter', 'replay'])
-def test_resume_with_servers_that_already_run_is_refused(rejected, kind):
-    assert f'--{kind}_addresses' in rejected('--resume', f'--{kind}_addresses=localhost:1')
+def test_resume_with_servers_of_one_kind_alone_is_refused(rejected, kind):
+    message = rejected('--resume', f'--{kind}_addresses=localhost:1')
+    assert f'--{kind}_addresses alone contradicts --resume' in message
 
 
 def test_resume_without_a_readable_checkpoint_leaves_the_configuration_alone(tmp_path, capsys):

@@ -4,6 +4,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
 
@@ -182,6 +183,22 @@ def test_a_streaming_job_is_drained_when_its_submitter_is_ended(submit):
     assert job.request['type'] == 'JOB_TYPE_STREAMING'
     assert job.end() == 128 + signal.SIGTERM
     assert submit.service.requested == [('job-0', 'JOB_STATE_DRAINING')]
+
+
+def test_a_jobs_state_and_page_are_told_until_it_has_ended(monkeypatch):
+    monkeypatch.setattr(dataflow, '_FOLLOW_SECONDS', 0.05)
+    told: list[str] = []
+    with FakeDataflow() as service:
+        options = PipelineOptions(['--project=p', '--region=r', *service.flags])
+        job = types.SimpleNamespace(job_id=lambda: 'job-0')
+        thread = threading.Thread(target=dataflow.follow, args=(job, options, told.append))
+        thread.start()
+        assert eventually(lambda: len(told) == 1)
+        service.state = 'JOB_STATE_DONE'
+        thread.join(10)
+        assert not thread.is_alive()
+    page = 'https://console.cloud.google.com/dataflow/jobs/r/job-0?project=p'
+    assert told == [f'running, {page}', f'done, {page}']
 
 
 def test_a_streaming_job_that_does_not_drain_is_cancelled(monkeypatch):

@@ -273,6 +273,15 @@ def test_stopping_ends_every_job_and_worker(make_run):
     assert eventually(lambda: all(has_ended(pid) for pid in pids))
 
 
+def test_what_an_engine_says_of_a_job_is_told_once(make_run):
+    run = make_run()
+    run.jobs.start(1.0)
+    assert run.jobs.news() == []
+    (run.directory.logs / 'learner-1.state').write_text('running, https://page')
+    assert run.jobs.news() == ['the learner job 1: running, https://page']
+    assert run.jobs.news() == []
+
+
 def test_a_job_is_told_its_workers_servers_and_beams_flags(tmp_path):
     with RunDirectory.open(tmp_path / 'run') as directory:
         jobs = Jobs(

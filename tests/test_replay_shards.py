@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -409,6 +410,24 @@ class TestReturningShard:
             np.testing.assert_array_equal(oldest, transition.action - 3)
 
 
+def newest_of(directory):
+    """The newest state of a shard that keeps its own."""
+    return server_lib.published_checkpoints(str(directory / 'checkpoints-0'))[0]
+
+
+def await_another(directory):
+    """Waits for a state that is not there yet."""
+    before = newest_of(directory)
+    assert eventually(lambda: newest_of(directory) != before)
+
+
+def damage(checkpoint):
+    """Cuts the files of a checkpoint short, but for the one that says it is complete."""
+    for file in Path(checkpoint).iterdir():
+        if file.name != 'DONE':
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 class TestCheckpoints:
     def test_items_and_limiter_come_back(self, tmp_path):
         with shards(tmp_path, count=1) as (shard,):
@@ -441,6 +460,42 @@ class TestCheckpoints:
                 paths += server_lib.save([shard.address])
             assert [os.path.isdir(path) for path in paths] == [False, True, True]
             assert Path(paths[-1]).parent == tmp_path / 'checkpoints-0'
+
+    def test_a_shard_with_a_state_of_its_own_goes_on_from_it(self, tmp_path):
+        with ShardProcess(ShardConfig(FREE, SPEC), tmp_path, own_state=True) as shard:
+            shard.wait()
+            fill(shard.address, 21)
+            assert shard.close() == 0  # SIGTERM: the state is written
+            shard.restart('--state_period_seconds=0.5').wait()
+            assert size_of(shard.address) == 20
+            fill(shard.address, 6)
+            # Two more, since the first may have been begun before the last insert.
+            for _ in range(2):
+                await_another(tmp_path)
+            shard.kill()
+            shard.restart().wait()
+            assert size_of(shard.address) == 25
+
+    def test_a_damaged_state_gives_way_to_the_one_before_and_then_to_an_empty_shard(self, tmp_path):
+        with ShardProcess(ShardConfig(FREE, SPEC), tmp_path, own_state=True) as shard:
+            shard.wait()
+            for _ in range(2):
+                fill(shard.address, 11)
+                assert shard.close() == 0
+                shard.restart().wait()
+            assert size_of(shard.address) == 20
+            shard.kill()
+            for expected in (10, 0):
+                damage(newest_of(tmp_path))
+                shard.restart().wait()
+                assert size_of(shard.address) == expected
+                shard.kill()
+                shutil.rmtree(newest_of(tmp_path))
+
+    def test_a_state_and_a_checkpoint_to_start_from_contradict_each_other(self, tmp_path):
+        result = run_server(tmp_path, '--state_dir', str(tmp_path), '--restore', str(tmp_path))
+        assert result.returncode == 2
+        assert '--restore contradicts --state_dir' in result.stderr
 
     def test_saving_a_dead_shard_is_an_error_that_names_it(self, tmp_path):
         with shards(tmp_path, count=1) as (shard,):

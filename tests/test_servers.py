@@ -1,13 +1,19 @@
 """Servers by themselves: real ones, and what is refused."""
 
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.layout import Layout
+from infra.parameter_server.server import load_config
+from infra.replay.server import ShardConfig
 from pipelines import servers
 from tests.end_to_end import launching
 from tests.waiting import eventually, has_ended
@@ -43,14 +49,38 @@ def flags_of(log: pathlib.Path) -> list[str]:
     return log.read_text().splitlines()[-1].split()
 
 
-def test_a_dead_parameter_shard_ends_the_servers_since_its_state_is_lost(start):
+def pid_of(directory: pathlib.Path, server: str) -> int:
+    """Process id of a server, as it has told it."""
+    return json.loads((directory / 'servers' / f'{server}.ready').read_text())['pid']
+
+
+def test_a_dead_parameter_shard_is_started_again_with_its_state(start):
     process, directory, log = start()
-    flags_of(log)
-    ready = (directory / 'servers' / 'parameter_server_0.ready').read_text()
-    os.kill(int(ready.partition('"pid": ')[2].rstrip('}')), signal.SIGKILL)
-    assert process.wait(20) == 1
-    assert 'what this shard had learned is lost' in log.read_text()
+    parameters, _ = flags_of(log)
+    layout = Layout(('kernel',), ((4,),))
+    with ParameterClient([parameters.partition('=')[2]], layout, timeout_seconds=90.0) as client:
+        client.initialise(np.arange(4.0))
+        client.claim('runs/first')
+        pid = pid_of(directory, 'parameter_server_0')
+        os.kill(pid, signal.SIGTERM)  # it writes its state: a kill -9 would cost up to a minute
+        assert eventually(lambda: has_ended(pid), 20.0)
+        np.testing.assert_array_equal(np.asarray(client.pull().values), np.arange(4.0))
+        assert client.report()['shards'][0]['owner'] == 'runs/first'
+    process.terminate()
+    assert process.wait(20) == 0
     launching.assert_nothing_runs(directory, within_seconds=10)
+
+
+def test_configurations_for_other_starters_are_those_that_the_shards_read(tmp_path, capsys):
+    flags = ('--preset=apex', '--num_parameter_shards=3', f'--config_dir={tmp_path / "c"}')
+    assert servers.main(flags) == 0
+    replay, parameters = capsys.readouterr().out.split()
+    assert load_config(parameters).num_parameter_shards == 3
+    with open(replay) as file:
+        shard = ShardConfig.from_dict(json.load(file))
+    # Ape-X (Horgan et al. 2018): alpha 0.6, batches of 512, three steps.
+    assert (shard.replay.priority_exponent, shard.batch_size) == (0.6, 512)
+    assert shard.trajectory.n_step == 3
 
 
 def test_servers_of_bundles_are_told_with_the_one_that_keeps_telemetry(start):
@@ -77,6 +107,11 @@ def test_a_signal_while_they_start_ends_them_at_once(start):
 def test_what_only_a_run_can_do_is_refused(flag, tmp_path, capsys):
     assert servers.main([flag, f'--run_dir={tmp_path / "servers"}']) == 2
     assert 'for run.py' in capsys.readouterr().err
+
+
+def test_a_remote_directory_is_refused(capsys):
+    assert servers.main(['--run_dir=gs://bucket/servers']) == 2
+    assert 'need a directory of this machine' in capsys.readouterr().err
 
 
 def test_too_little_memory_is_told_before_anything_is_written(tmp_path, capsys):

@@ -42,7 +42,7 @@ def training(tmp_path):
                 cluster=types.SimpleNamespace(restarts={}, abandoned=frozenset()),  # type: ignore[arg-type]
                 client=client,
                 reader=types.SimpleNamespace(drain=lambda timeout_seconds: []),  # type: ignore[arg-type]
-                jobs=types.SimpleNamespace(restarts={}, submissions=2),  # type: ignore[arg-type]
+                jobs=types.SimpleNamespace(restarts={}, submissions=2, news=list),  # type: ignore[arg-type]
                 monitor=stack.enter_context(Monitor(directory, MONITOR)),
                 checkpoints=Checkpoints(directory, config),
                 replay=Replay(('replay:1',), types.SimpleNamespace(read=list)),  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class DamagedCheckpointError(ValueError):
 
 
 class CheckpointMismatchError(ValueError):
-    """The checkpoint is sound but was made with another optimizer."""
+    """The checkpoint is sound but was made with another optimizer, or by another shard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
     import tensorflow as tf
 
     os.makedirs(directory, exist_ok=True)
-    prefix = f'shard-{shard:05d}-of-{num_shards:05d}'
+    prefix = _prefix(shard, num_shards)
     with tf.device('cpu'):
         variables = {name: tf.Variable(array) for name, array in state.arrays.items()}
     try:
@@ -197,11 +197,7 @@ def read_state(directory: str, shard: int, num_shards: int, optimizer: str) -> S
       CheckpointMismatchError: the checkpoint was made with another optimizer.
     """
     manifest = validate(directory)
-    if manifest['optimizer'] != optimizer:
-        raise CheckpointMismatchError(
-            f'{directory} was made with optimizer={manifest["optimizer"]}, not {optimizer}; '
-            f'use --optimizer={manifest["optimizer"]} or another checkpoint'
-        )
+    _require_optimizer(directory, manifest, optimizer)
     layout = Layout(**manifest['layout'])
     wanted = layout.slices(num_shards)[shard]
     parts = manifest['parts']
@@ -218,6 +214,38 @@ def read_state(directory: str, shard: int, num_shards: int, optimizer: str) -> S
         # Sequences count messages to one shard; with other shards every client is a new one.
         counters['sessions'] = {}
     return ShardState(layout, arrays, tuple(parts[first]['slots']), counters)
+
+
+def read_only_part(directory: str, shard: int, num_shards: int, optimizer: str) -> ShardState:
+    """Returns the state of the one shard that published its part by itself.
+
+    Raises:
+      DamagedCheckpointError: see `validate`.
+      CheckpointMismatchError: it is another shard's, or was made with another optimizer.
+    """
+    manifest = validate(directory)
+    _require_optimizer(directory, manifest, optimizer)
+    part = manifest['parts'][0]
+    if part['prefix'] != _prefix(shard, num_shards):
+        raise CheckpointMismatchError(
+            f'{directory} holds {part["prefix"]}, this is {_prefix(shard, num_shards)}; give each'
+            ' shard a directory of its own, and a new experiment an empty one'
+        )
+    arrays = {name: _read_array(directory, part, name) for name in part['arrays']}
+    layout = Layout(**manifest['layout'])
+    return ShardState(layout, arrays, tuple(part['slots']), part['counters'])
+
+
+def _prefix(shard: int, num_shards: int) -> str:
+    return f'shard-{shard:05d}-of-{num_shards:05d}'
+
+
+def _require_optimizer(directory: str, manifest: dict[str, Any], optimizer: str) -> None:
+    if manifest['optimizer'] != optimizer:
+        raise CheckpointMismatchError(
+            f'{directory} was made with optimizer={manifest["optimizer"]}, not {optimizer}; '
+            f'use --optimizer={manifest["optimizer"]} or another checkpoint'
+        )
 
 
 def read_checkpoint(directory: str) -> Checkpoint:

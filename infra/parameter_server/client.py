@@ -100,6 +100,7 @@ class ParameterClient:
         shared_memory: bool = True,
         copy_parts: bool = True,
         timeout_seconds: float = 30.0,
+        tls_roots: bytes | None = None,
     ) -> None:
         """Prepares; the first call connects.
 
@@ -111,6 +112,7 @@ class ParameterClient:
           copy_parts: whether a snapshot's parts are its own. Without, they are where the shards
             write the next ones: faster, and good until the next call for parameters or target.
           timeout_seconds: no call takes longer than about this.
+          tls_roots: PEM, what the shards' certificates are signed by; None: no TLS.
 
         Raises:
           ValueError: there is no address, or the wire type does not exist.
@@ -120,17 +122,15 @@ class ParameterClient:
         self._timeout_seconds = timeout_seconds
         self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
-        self._connections = _connections(addresses, layout, wire_dtype, shared_memory)
+        self._connections = _connections(addresses, layout, wire_dtype, shared_memory, tls_roots)
         self._watchdog = Watchdog(self._connections)
         self._lock = threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
         self._outstanding: concurrent.futures.Future | None = None
-        self._sequence = 0
-        self._agent_steps = 0
+        self._sequence = self._agent_steps = 0
         # What the shards sent last; a part stays as it is while its shard has nothing new.
-        self._latest: dict[str, list[Any]] = {
-            tensor: [None] * len(addresses) for tensor in (PARAMETERS, TARGET)
-        }
+        nothing = [None] * len(addresses)
+        self._latest: dict[str, list[Any]] = {PARAMETERS: [*nothing], TARGET: [*nothing]}
 
     def __enter__(self) -> ParameterClient:
         return self
@@ -470,7 +470,11 @@ def _check_arguments(addresses: Sequence[str], wire_dtype: str) -> None:
 
 
 def _connections(
-    addresses: Sequence[str], layout: Layout, wire_dtype: str, shared_memory: bool
+    addresses: Sequence[str],
+    layout: Layout,
+    wire_dtype: str,
+    shared_memory: bool,
+    tls_roots: bytes | None,
 ) -> list[ShardConnection]:
     """One for each shard, none of them open yet."""
     hello = {
@@ -480,9 +484,10 @@ def _connections(
         'num_shards': len(addresses),
         'wire_dtype': wire_dtype,
     }
+    sizes = [part.stop - part.start for part in layout.slices(len(addresses))]
     return [
-        ShardConnection(address, {**hello, 'shard': shard}, part.stop - part.start, shared_memory)
-        for shard, (address, part) in enumerate(zip(addresses, layout.slices(len(addresses))))
+        ShardConnection(address, {**hello, 'shard': shard}, size, shared_memory, tls_roots)
+        for shard, (address, size) in enumerate(zip(addresses, sizes))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,31 @@ _NOTHING = {PARAMETERS: -1, TARGET: -1}
 _BROKEN = (flight.FlightError, pa.ArrowException, StopIteration, OSError)
 
 
+def health(address: str, timeout_seconds: float, tls_roots: bytes | None = None) -> dict[str, Any]:
+    """Asks a shard for its report without a stream; see `Shard.report`.
+
+    Args:
+      address: `host:port`.
+      timeout_seconds: no longer than that.
+      tls_roots: PEM, what the shard's certificate is signed by; None: it speaks no TLS.
+
+    Raises:
+      FlightError, ArrowException, OSError, ValueError: nothing came, or no report.
+    """
+    options = flight.FlightCallOptions(timeout=timeout_seconds)
+    with _client(address, tls_roots) as client:
+        (answer,) = client.do_action(flight.Action('health', b''), options)
+        return json.loads(answer.body.to_pybytes())
+
+
+def _client(address: str, tls_roots: bytes | None) -> flight.FlightClient:
+    if tls_roots is None:
+        return flight.FlightClient(f'grpc://{address}', generic_options=_CHANNEL_OPTIONS)
+    return flight.FlightClient(
+        f'grpc+tls://{address}', tls_root_certs=tls_roots, generic_options=_CHANNEL_OPTIONS
+    )
+
+
 class StreamBroken(Exception):
     """The stream ended or was cancelled; another one may be opened."""
 
@@ -42,8 +68,17 @@ class ShardConnection:
         Forgotten with the stream: versions of another server do not compare.
     """
 
-    def __init__(self, address: str, hello: dict[str, Any], size: int, shared_memory: bool) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: dict[str, Any],
+        size: int,
+        shared_memory: bool,
+        tls_roots: bytes | None = None,
+    ) -> None:
+        """`tls_roots`: PEM, what the shard's certificate is signed by; None: no TLS."""
         self.address = address
+        self._tls_roots = tls_roots
         self.known = dict(_NOTHING)
         self._hello = hello
         self._size = size
@@ -165,9 +200,7 @@ class ShardConnection:
                     end()
 
     def _open(self, deadline: float) -> dict[str, Any]:
-        self._client = flight.FlightClient(
-            f'grpc://{self.address}', generic_options=_CHANNEL_OPTIONS
-        )
+        self._client = _client(self.address, self._tls_roots)
         # A call with a time limit first: opening the stream itself could wait for ever.
         options = flight.FlightCallOptions(timeout=max(0.05, deadline - time.monotonic()))
         list(self._client.do_action(flight.Action('health', b''), options))

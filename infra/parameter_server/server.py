@@ -1,7 +1,8 @@
 """The process around one shard: Flight messages in, replies out.
 
 `python -m infra.parameter_server.server --config FILE --shard I [--port N] [--ready_file F]
-[--host H] [--restore DIR]`; SIGTERM ends it with exit code 0, bad input with 2.
+[--host H] [--restore DIR | --state_dir DIR] [--tls_certificate F --tls_key F]`; SIGTERM ends it
+with exit code 0, bad input with 2.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
+from infra.flags import positive_number
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
+from infra.parameter_server.own_state import OwnState
 from infra.parameter_server.shared_memory import (
     GRADIENT,
     PARAMETERS,
@@ -32,6 +36,7 @@ from infra.parameter_server.shared_memory import (
     Segment,
     host_identity,
 )
+from infra.tls import read_pair
 
 if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
     from infra.parameter_server.shard import Shard
@@ -39,6 +44,7 @@ if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
 _LOG = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
 _WAKE_SECONDS = 0.5
+_STATE_SECONDS = 60.0  # what a shard's death may cost
 
 
 class ServerStartError(Exception):
@@ -115,8 +121,11 @@ class _Connection:
 class _FlightServer(flight.FlightServerBase):
     """Turns the messages of each stream into calls of the shard."""
 
-    def __init__(self, shard: Shard, location: str) -> None:
-        super().__init__(location)
+    def __init__(self, shard: Shard, address: str, tls: tuple[bytes, bytes] | None) -> None:
+        if tls is None:
+            super().__init__(f'grpc://{address}')
+        else:
+            super().__init__(f'grpc+tls://{address}', tls_certificates=[tls])
         self._shard = shard
         self._clients = 0
         self._clients_lock = threading.Lock()
@@ -214,7 +223,7 @@ class _FlightServer(flight.FlightServerBase):
 
     def _report(self, connection: _Connection, header: dict, body: Any) -> dict:
         if header.get('owner'):
-            self._shard.claim(header['owner'])
+            self._shard.renew(header['owner'])
         return {'report': {**self._shard.report(), 'clients': self._clients}}
 
     def _claim(self, connection: _Connection, header: dict, body: Any) -> dict:
@@ -262,20 +271,27 @@ class ParameterServer:
         host: str = '127.0.0.1',
         port: int = 0,
         state: checkpoint.ShardState | None = None,
+        own_state: OwnState | None = None,
+        tls: tuple[bytes, bytes] | None = None,
     ) -> None:
-        """Starts to serve, from `state` when there is one.
+        """Starts to serve, from `state` when there is one, or from the newest of its own.
+
+        `tls`: PEM, a certificate for the name that clients call the host by, and its key.
 
         Raises:
           ServerStartError: the port is taken or the host is not one of this machine.
-          ValueError: there is no such shard.
+          ValueError: there is no such shard, or its own state is damaged or of another one.
         """
         from infra.parameter_server.shard import Shard
 
         self.shard = Shard(config, index)
-        if state is not None:
+        self._own_state = own_state
+        if own_state is not None and (kept := own_state.newest()) is not None:
+            self.shard.restore(kept, keep_owner=True)
+        elif state is not None:
             self.shard.restore(state)
         try:
-            self._server = _FlightServer(self.shard, f'grpc://{host}:{port}')
+            self._server = _FlightServer(self.shard, f'{host}:{port}', tls)
         except (pa.ArrowException, OSError) as error:
             raise _cannot_listen(host, port) from error
         self.port = self._server.port
@@ -286,6 +302,18 @@ class ParameterServer:
 
     def __exit__(self, *exception: Any) -> None:
         self.stop()
+
+    def keep_state(self) -> None:
+        """Writes the shard's own state, if it has parameters yet and a place for it.
+
+        What cannot be written is told, and costs nothing but the state since the one before.
+        """
+        if self._own_state is None or self.shard.layout is None:
+            return
+        try:
+            self._own_state.save(self.shard.snapshot())
+        except OSError as error:
+            _LOG.warning('no state written: %s', error)
 
     def stop(self) -> None:
         """Stops serving; waits a bounded time for clients that are still connected."""
@@ -312,12 +340,16 @@ def load_config(path: str) -> ParameterServerConfig:
 def main(arguments: list[str] | None = None) -> int:
     """Serves one shard until SIGTERM ends the process; returns only a failure's exit code."""
     options = _parse(arguments)
-    # At once: a regular exit would wait for the streams of live clients.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    stopped: list[int] = []
+    if options.state_dir:
+        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    else:
+        # At once: a regular exit would wait for the streams of live clients.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which decides.
     try:
         server = _start(options)
-    except (ServerStartError, ValueError) as error:
+    except (ServerStartError, ValueError, OSError) as error:
         print(f'parameter server: {error}', file=sys.stderr, flush=True)
         return 2
     if options.ready_file:
@@ -325,9 +357,20 @@ def main(arguments: list[str] | None = None) -> int:
 
         announce_ready(options.ready_file, server.port)
     print(f'parameter shard {options.shard} serves on {server.address}', flush=True)
-    while True:
+    _keep(server, options.state_period_seconds, stopped)
+    os._exit(0)
+
+
+def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]) -> None:
+    """Has the state written once a period, and when a signal came, upon which it returns."""
+    due = time.monotonic() + period_seconds
+    while not stopped:
         # Not `pause`: another thread may take the signal, and then nothing wakes this one.
         time.sleep(_WAKE_SECONDS)
+        if time.monotonic() >= due:
+            server.keep_state()
+            due = time.monotonic() + period_seconds
+    server.keep_state()
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -337,23 +380,44 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--port', type=int, default=0, help='0: any free port')
     parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on')
-    parser.add_argument('--restore', help='checkpoint directory to start from')
-    return parser.parse_args(arguments)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument('--restore', help='checkpoint directory to start from')
+    start.add_argument(
+        '--state_dir',
+        help="directory of this shard's own: it starts from the newest state there, and writes it"
+        ' now and then and at SIGTERM; for a shard that a supervisor starts again',
+    )
+    parser.add_argument(
+        '--state_period_seconds',
+        type=positive_number,
+        default=_STATE_SECONDS,
+        help=f'between two states [{_STATE_SECONDS:g}]',
+    )
+    parser.add_argument('--tls_certificate', help='PEM, for the name that clients call it by')
+    parser.add_argument('--tls_key', help="PEM, the certificate's")
+    options = parser.parse_args(arguments)
+    if bool(options.tls_certificate) != bool(options.tls_key):
+        parser.error('--tls_certificate and --tls_key go together; give both, or none')
+    return options
 
 
 def _start(options: argparse.Namespace) -> ParameterServer:
     # What can be wrong is looked at first: importing TensorFlow takes seconds.
     config = load_config(options.config)
     _check_port(options.host, options.port)
+    tls = None
+    if options.tls_certificate:
+        tls = read_pair(options.tls_certificate, options.tls_key)
     if options.restore:
         checkpoint.validate(options.restore)
     _configure_tensorflow()
-    state = None
+    place = options.shard, config.num_parameter_shards, config.optimizer
+    state = own_state = None
     if options.restore:
-        state = checkpoint.read_state(
-            options.restore, options.shard, config.num_parameter_shards, config.optimizer
-        )
-    return ParameterServer(config, options.shard, options.host, options.port, state)
+        state = checkpoint.read_state(options.restore, *place)
+    if options.state_dir:
+        own_state = OwnState(options.state_dir, *place)
+    return ParameterServer(config, options.shard, options.host, options.port, state, own_state, tls)
 
 
 def _check_port(host: str, port: int) -> None:

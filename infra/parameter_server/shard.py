@@ -108,8 +108,13 @@ class Shard:
             self.layout = layout
             return True
 
-    def restore(self, state: ShardState) -> None:
-        """Takes over a saved state, whose arrays are already those of this shard's slice."""
+    def restore(self, state: ShardState, keep_owner: bool = False) -> None:
+        """Takes over a saved state, whose arrays are already those of this shard's slice.
+
+        Args:
+          keep_owner: whether the run that had the shard still has it: its servers are started
+            again, not the run.
+        """
         with self._lock:
             self._allocate(state.layout)
             for name, variable in self._slice.state.items():
@@ -122,6 +127,9 @@ class Shard:
                 self._sessions[session] = _Session(sequence, agent_steps=agent_steps)
             for kind, name, sessions in state.counters.get('enlisted', []):
                 self._enlisted[kind, name] = list(sessions)
+            if keep_owner:
+                self._owner = state.counters.get('owner', '')
+                self._renewed = time.monotonic()
             self.layout = state.layout
 
     def push(self, session: str, sequence: int, gradient: Any, version: int) -> tuple:
@@ -157,7 +165,16 @@ class Shard:
             memory.agent_steps = max(total, memory.agent_steps)
 
     def claim(self, owner: str) -> None:
-        """Gives the shard to a run, by whatever name it gives itself; again, prolongs the lease.
+        """Gives the shard to a run that begins, by whatever name it gives itself, or goes on.
+
+        Raises:
+          ValueError: another run has it.
+        """
+        self.renew(owner)
+        self._stopping = False
+
+    def renew(self, owner: str) -> None:
+        """Prolongs a run's lease; a shard that has forgotten its run belongs to it again.
 
         Raises:
           ValueError: another run has it.
@@ -237,6 +254,7 @@ class Shard:
                 'agent_steps': self._agent_steps,
                 'sessions': sessions,
                 'enlisted': [[*worker, begun] for worker, begun in self._enlisted.items()],
+                'owner': self._owner,
             }
             arrays['target'] = self._target.copy()
             slots = ('parameters', 'target', *self._slice.slot_names)

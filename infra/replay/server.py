@@ -7,6 +7,7 @@ Run as `python -m infra.replay.server --config FILE --shard I --port N --ready_f
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,11 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from infra import process
 from infra import telemetry as telemetry_lib
+from infra.flags import positive_number
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.errors import ReplayUnavailable
 from infra.replay.trajectory import TrajectorySpec
@@ -32,6 +34,8 @@ _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
 _PORT_ATTEMPTS = 10
 _WAKE_SECONDS = 0.5
 _STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop
+_STATE_SECONDS = 600.0  # a shard answers nobody while it writes; a lost replay fills again
+_SAVE_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +165,18 @@ def _publish(path: str, keep: int) -> str:
     parent = os.path.dirname(incoming)
     published = os.path.join(parent, name)
     os.rename(path, published)
-    complete = sorted(
-        entry
-        for entry in os.listdir(parent)
-        if os.path.exists(os.path.join(parent, entry, _DONE_FILE))
-    )
-    for entry in complete[:-keep]:
-        shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+    for older in published_checkpoints(parent)[keep:]:
+        shutil.rmtree(older, ignore_errors=True)
     return published
+
+
+def published_checkpoints(checkpoint_dir: str) -> list[str]:
+    """Paths of a shard's complete checkpoints, newest first."""
+    if not os.path.isdir(checkpoint_dir):
+        return []
+    paths = (os.path.join(checkpoint_dir, entry) for entry in os.listdir(checkpoint_dir))
+    # Named by the time when they were written.
+    return sorted((p for p in paths if os.path.exists(os.path.join(p, _DONE_FILE))), reverse=True)
 
 
 def _checkpoint_root(checkpoint_dir: str | None, restore_path: str | None) -> str:
@@ -241,6 +249,25 @@ def start_server(
             shutil.rmtree(root, ignore_errors=True)
 
 
+def start_from_newest(
+    build: Callable[[], Sequence['reverb.Table']], port: int, state_dir: str
+) -> 'reverb.Server':
+    """`start_server` from the newest checkpoint in `state_dir` that can be read; else empty.
+
+    `build` makes the tables anew for each attempt, since a server takes them over. A damaged
+    checkpoint is told of, and left where it is until newer ones have taken its place.
+
+    Raises:
+      OSError: the port is busy, or `state_dir` cannot be written.
+    """
+    for path in published_checkpoints(state_dir):
+        try:
+            return start_server(build(), port, state_dir, path)
+        except RuntimeError as error:
+            print(f'{path} cannot be read: {error}', file=sys.stderr, flush=True)
+    return start_server(build(), port, state_dir)
+
+
 def stop_server(server: 'reverb.Server') -> None:
     """Stops a server; waits a bounded time for the streams that are still open."""
     stopping = threading.Thread(target=server.stop, daemon=True)
@@ -257,9 +284,55 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         '--host', help='accepted for uniformity: Reverb listens on every interface of the host'
     )
     parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
-    parser.add_argument('--checkpoint_dir', help='where checkpoints go')
-    parser.add_argument('--restore', help='a checkpoint (directory) to start from')
-    return parser.parse_args(arguments)
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument('--checkpoint_dir', help='where checkpoints that a run asks for go')
+    place.add_argument(
+        '--state_dir',
+        help="directory of this shard's own: it starts from the newest checkpoint there, and writes"
+        ' one now and then and at SIGTERM; for a shard that a supervisor starts again',
+    )
+    parser.add_argument('--restore', help='with --checkpoint_dir: a checkpoint to start from')
+    parser.add_argument(
+        '--state_period_seconds',
+        type=positive_number,
+        default=_STATE_SECONDS,
+        help=f'between two states [{_STATE_SECONDS:g}]',
+    )
+    options = parser.parse_args(arguments)
+    if options.restore and options.state_dir:
+        parser.error('--restore contradicts --state_dir, which says what to start from')
+    return options
+
+
+def _start(options: argparse.Namespace) -> 'reverb.Server':
+    """Reads the configuration and starts the server; see `main` for what may be raised."""
+    with open(options.config) as file:
+        config = ShardConfig.from_dict(json.load(file))
+    build = functools.partial(build_tables, config, options.shard)
+    if options.state_dir:
+        return start_from_newest(build, options.port, os.path.abspath(options.state_dir))
+    return start_server(build(), options.port, options.checkpoint_dir, options.restore)
+
+
+def _serve(server: 'reverb.Server', options: argparse.Namespace, stopped: threading.Event) -> None:
+    """Serves until `stopped`; writes its state, if it has a place for it, now and then and last."""
+    period = options.state_period_seconds
+    due = time.monotonic() + period
+    # Not without bound: another thread may take the signal, and then nothing wakes this one.
+    while not stopped.wait(_WAKE_SECONDS):
+        if options.state_dir and time.monotonic() >= due:
+            _keep_state(server.port)
+            due = time.monotonic() + period
+    if options.state_dir:
+        _keep_state(server.port)
+
+
+def _keep_state(port: int) -> None:
+    """Writes a checkpoint; what cannot be written is told, and the one before stays the newest."""
+    try:
+        save([f'127.0.0.1:{port}'], _SAVE_SECONDS)
+    except (ReplayUnavailable, OSError) as error:
+        print(f'no state written: {error}', file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -270,19 +343,14 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when a run ends
     try:
-        with open(options.config) as file:
-            config = ShardConfig.from_dict(json.load(file))
-        tables = build_tables(config, options.shard)
-        server = start_server(tables, options.port, options.checkpoint_dir, options.restore)
+        server = _start(options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         print(f'replay shard {options.shard} cannot start: {error}', file=sys.stderr, flush=True)
         return 2
     if options.ready_file:
         process.announce_ready(options.ready_file, server.port)
     print(f'replay shard {options.shard} serves on port {server.port}', flush=True)
-    # Not without bound: another thread may take the signal, and then nothing wakes this one.
-    while not stopped.wait(_WAKE_SECONDS):
-        pass
+    _serve(server, options, stopped)
     stop_server(server)
     return 0
 

@@ -1,5 +1,6 @@
 """Starting `pipelines/run.py` as a user would, waiting for it, and looking at what it leaves."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+
+from tests import engines
+from tests.waiting import eventually
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -122,3 +126,17 @@ def check_run_directory(run_dir: pathlib.Path, max_frames: int) -> dict:
     assert list(run_dir.glob('events/events.out.tfevents.*'))
     assert list(run_dir.glob('checkpoints/checkpoint-*/run.json'))
     return told
+
+
+@contextlib.contextmanager
+def servers(directory: pathlib.Path, *flags: str) -> Iterator[list[str]]:
+    """Servers by themselves; yields the flags that lead a run to them."""
+    log = directory / 'servers.log'
+    argv = [sys.executable, 'pipelines/servers.py', f'--run_dir={directory / "servers"}', *flags]
+    with engines.process(argv, log, ROOT) as process:
+        ready = eventually(lambda: '--replay_addresses' in log.read_text(), 60.0)
+        assert ready, log.read_text()
+        yield log.read_text().splitlines()[-1].split()
+        process.terminate()
+        assert process.wait(30) == 0
+        assert_nothing_runs(directory / 'servers', within_seconds=10)

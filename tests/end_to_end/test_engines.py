@@ -1,11 +1,8 @@
 """Both topologies on engines that exist: a Dask cluster, Prism, a job server with a worker pool."""
 
-import contextlib
 import json
 import pathlib
 import re
-import sys
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -141,7 +138,7 @@ def test_jobs_submitted_to_dataflow_train_where_their_pipelines_are_run(tmp_path
     So this is the separate topology on a job server with a worker pool, too.
     """
     run_dir = tmp_path / 'run'
-    with FakeDataflow() as service, servers(tmp_path, *SEPARATE, *SMALL) as attach:
+    with FakeDataflow() as service, launching.servers(tmp_path, *SEPARATE, *SMALL) as attach:
         flags = ['--runner=DataflowRunner', '--project=p', '--region=r', *service.flags, *attach]
         flags += [f'--temp_location={tmp_path}', '--sdk_container_image=image']
         for kind in ('actor', 'learner'):
@@ -152,6 +149,8 @@ def test_jobs_submitted_to_dataflow_train_where_their_pipelines_are_run(tmp_path
         assert submitted, launching.output(run_dir)
         for kind, job in zip(('actor-0', 'learner-1'), sorted(j['name'] for j in service.jobs)):
             assert re.fullmatch(f'gorila-run-[0-9a-f]{{6}}-{kind}', job)
+        page = 'the learner job 1: running, https://console.cloud.google.com/dataflow/jobs/r/job-'
+        assert eventually(lambda: page in launching.output(run_dir), 60.0)
         results = [
             run_portably(tmp_path / kind / 'pipeline.pb', portable_flags)
             for kind in ('actor', 'learner')
@@ -162,20 +161,6 @@ def test_jobs_submitted_to_dataflow_train_where_their_pipelines_are_run(tmp_path
         assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
     summary = launching.check_run_directory(run_dir, 6_000)
     assert summary['restarts'] == {}
-
-
-@contextlib.contextmanager
-def servers(directory: pathlib.Path, *flags: str) -> Iterator[list[str]]:
-    """Servers by themselves; yields the flags that lead a run to them."""
-    log = directory / 'servers.log'
-    argv = [sys.executable, 'pipelines/servers.py', f'--run_dir={directory / "servers"}', *flags]
-    with engines.process(argv, log, launching.ROOT) as process:
-        ready = eventually(lambda: '--replay_addresses' in log.read_text(), 60.0)
-        assert ready, log.read_text()
-        yield log.read_text().splitlines()[-1].split()
-        process.terminate()
-        assert process.wait(30) == 0
-        launching.assert_nothing_runs(directory / 'servers', within_seconds=10)
 
 
 def run_portably(file: pathlib.Path, flags: tuple[str, ...]) -> PipelineResult:

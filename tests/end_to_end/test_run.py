@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
+from infra.parameter_server.connection import health
+from tests import certificates
 from tests.end_to_end import launching
 from tests.waiting import eventually, has_ended
 
@@ -131,6 +133,31 @@ def test_killed_learner_is_replaced_and_the_run_reaches_its_budget(tmp_path):
     assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
     summary = launching.check_run_directory(run_dir, 12_000)
     assert summary['restarts'].get('learner', 0) >= 1
+
+
+def test_a_killed_launchers_run_goes_on_with_servers_that_kept_its_state(tmp_path):
+    run_dir, flags = tmp_path / 'run', ('--checkpoint_period_seconds=5', '--num_learners=1')
+    files = certificates.issue(tmp_path)
+    tls = [f'--tls_{name}={files[name]}' for name in ('certificate', 'key')]
+    alone = ('--num_parameter_shards=1', *tls)
+    with launching.servers(tmp_path, *flags, *launching.SMALL, *alone) as attach:
+        attach += [f'--tls_roots={files["roots"]}']
+        process = launching.start(run_dir, '--max_frames=8000', *flags, *launching.SMALL, *attach)
+        checkpoints = run_dir / 'checkpoints'
+        assert eventually(lambda: any(checkpoints.glob('checkpoint-*/run.json')), 120.0)
+        process.kill()
+        process.wait()
+        launching.assert_nothing_runs(run_dir, within_seconds=60)
+        saved = json.loads(sorted(checkpoints.glob('checkpoint-*/run.json'))[-1].read_text())
+        roots = pathlib.Path(files['roots']).read_bytes()
+        kept = health(attach[0].partition('=')[2], 10.0, roots)
+        assert kept['version'] >= saved['updates'] > 0
+        resumed = launching.start(run_dir, '--resume', *attach)
+        assert launching.finish(resumed, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 8_000)
+    # The shard's own clock went on: nothing was learned, and no frame made, twice.
+    assert summary['updates'] > kept['version']
+    assert summary['frames'] < 8_000 + 3_000
 
 
 def test_killed_shard_with_the_clock_is_restarted_and_the_run_reaches_its_budget(tmp_path):

@@ -1,0 +1,279 @@
+"""What an accelerator does, on a second device that is a processor, too: run by test_device.py.
+
+Configured before anything else uses TensorFlow, hence in a process of its own. What only an
+accelerator itself could show (its kernels, its copies beside them) is not shown.
+"""
+
+import collections
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.framework import kernels
+
+from agents import device
+from agents.config import LearnerConfig
+from agents.gradient_stream import Ahead, InTurn, stream_on
+from agents.learner import Learner
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.layout import Layout
+from infra.replay.errors import ReplayTimeout
+from tests import dqn_agents, memory, parameter_servers
+from tests.waiting import eventually
+
+_CPU = tf.config.list_physical_devices('CPU')[0]
+tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+SECOND = '/device:CPU:1'
+BATCH = 4
+WAIT_SECONDS = 20.0
+# Not of a kernel: TensorFlow's own wiring, and what has to be on the host.
+_TEXT = tf.string.as_datatype_enum
+_NO_KERNEL = {'Placeholder', 'NoOp', 'PyFunc', 'StatefulPartitionedCall', 'PartitionedCall'}
+
+Sample = collections.namedtuple('Sample', 'number transition')
+
+
+def samples(count=None):
+    """Transitions that differ in their rewards."""
+    first = dqn_agents.transition(BATCH)
+    for number in itertools.count() if count is None else range(count):
+        yield Sample(number, first._replace(reward=first.reward + np.float32(number)))
+
+
+class Starving:
+    """A replay that has no more than `draws` samples at first."""
+
+    def __init__(self, of, draws):
+        self._of = of
+        self.draws = draws
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.draws:
+            raise ReplayTimeout('no batch')
+        self.draws -= 1
+        return next(self._of)
+
+
+def no_weights(_):
+    return None
+
+
+def network(weighted=False):
+    with tf.device(SECOND):
+        return dqn_agents.gradient(weighted=weighted)
+
+
+@pytest.fixture
+def ahead():
+    """Makes streams, with an agent and random samples; closes them."""
+    made = []
+
+    def make(drawn=None, weighted=False):
+        made.append(Ahead(network(weighted), drawn or samples()))
+        return made[-1]
+
+    yield make
+    for stream in made:
+        stream.close()
+
+
+def operations_of(function):
+    """The operations of an `ArrayFunction`'s graph and of the functions in it."""
+    graph = function._run.graph.as_graph_def()
+    return [*graph.node, *(node for inner in graph.library.function for node in inner.node_def)]
+
+
+class TestChoice:
+    def test_without_an_accelerator_the_host_is_taken(self):
+        assert device.choose('auto') == device.choose('cpu') == device.HOST
+        assert stream_on(device.choose('auto')) is InTurn
+
+    def test_a_device_that_is_there_is_taken(self):
+        assert device.choose('cpu:1', worker=5) == SECOND
+        assert stream_on(SECOND) is Ahead
+
+    @pytest.mark.parametrize('wanted', ['gpu', 'gpu:0', 'cpu:2'])
+    def test_a_device_that_is_not_there_is_an_error_that_names_the_flag(self, wanted):
+        with pytest.raises(device.DeviceError, match=f'--learner_device {wanted}: TensorFlow sees'):
+            device.choose(wanted)
+
+
+class TestPlacement:
+    def test_variables_and_arithmetic_are_on_the_device_and_arrays_on_the_host(self):
+        learner = network()
+        assert {device.is_host(variable.device) for variable in learner.variables} == {False}
+        learner.gradient(dqn_agents.transition(BATCH))
+        nodes = operations_of(learner._gradient)
+        on = {node.op: node.device for node in nodes}
+        assert on['PyFunc'].endswith('CPU:0')
+        assert {on[op][-5:] for op in ('MatMul', 'Conv2D', 'Conv2DBackpropFilter')} == {'CPU:1'}
+
+    def test_on_the_host_nothing_is_elsewhere(self):
+        learner = dqn_agents.gradient()
+        learner.gradient(dqn_agents.transition(BATCH))
+        devices = {node.device[-5:] for node in operations_of(learner._gradient) if node.device}
+        assert devices == {'CPU:0'}
+
+    def test_all_that_computes_has_a_kernel_for_a_gpu(self, ahead):
+        # This TensorFlow is built with CUDA: its kernels are registered with or without a GPU.
+        if not tf.test.is_built_with_cuda():
+            pytest.skip('this TensorFlow has no kernels for GPUs')
+        stream = ahead(weighted=True)
+        stream.next(lambda sample: np.ones(BATCH, np.float32))
+        (slot, _) = stream._slots
+        kept = {variable.dtype for variable in (*slot._batch, *slot._results)}
+        assert all(has_gpu_kernel('VarHandleOp', kind) for kind in kept)
+        assert not has_gpu_kernel('VarHandleOp', tf.int32)  # as actions come
+        missing = {
+            (node.op, kind.name)
+            for function in (slot.stage, slot.compute, slot.fetch)
+            for node in operations_of(function)
+            if node.device.endswith('CPU:1') and node.op not in _NO_KERNEL
+            for kind in types_of(node)
+            if not has_gpu_kernel(node.op, kind)
+        }
+        assert missing == set()
+
+
+def types_of(node):
+    """The types that a node's kernel is chosen by; texts, of assertions, stay on the host."""
+    named = [node.attr[name].type for name in ('T', 'dtype') if name in node.attr]
+    return [tf.as_dtype(kind) for kind in named if kind not in (0, _TEXT)]
+
+
+def has_gpu_kernel(op, kind):
+    """Whether some kernel of `op` for a GPU, or for any device, takes `kind`."""
+    for kernel in kernels.get_registered_kernels_for_op(op).kernel:
+        allowed = {
+            value
+            for constraint in kernel.constraint
+            if constraint.name in ('T', 'dtype')
+            for value in constraint.allowed_values.list.type
+        }
+        taken = not allowed or kind.as_datatype_enum in allowed
+        if kernel.device_type in ('GPU', 'DEFAULT') and taken:
+            return True
+    return False
+
+
+class TestAhead:
+    def test_its_gradients_are_those_in_turn(self, ahead):
+        streams = ahead(), InTurn(dqn_agents.gradient(), samples())
+        for number in range(5):
+            one, other = (stream.next(no_weights) for stream in streams)
+            assert one.sample.number == other.sample.number == number
+            np.testing.assert_array_equal(one.gradient, other.gradient)
+            np.testing.assert_array_equal(one.absolute_error, other.absolute_error)
+            assert one.loss == other.loss
+
+    def test_weights_go_with_their_batch(self, ahead):
+        def weights(sample):
+            return np.full(BATCH, 1.0 + sample.number, np.float32)
+
+        plain = InTurn(dqn_agents.gradient(), samples())
+        stream = ahead(weighted=True)
+        for number in range(3):
+            expected = (1.0 + number) * plain.next(no_weights).gradient
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(
+                stream.next(weights).gradient / scale, expected / scale, atol=1e-5
+            )
+
+    def test_a_gradient_comes_to_the_host_while_the_next_is_computed(self, ahead):
+        stream = ahead()
+        stream.next(no_weights)
+        begun, may_end = threading.Event(), threading.Event()
+        for slot in stream._slots:
+            compute = slot.compute
+
+            def held(compute=compute):
+                begun.set()
+                assert may_end.wait(WAIT_SECONDS)
+                compute()
+
+            slot.compute = held
+        stream.next(no_weights)  # its computation began before it was held
+        # The one behind is held, and yet:
+        assert begun.wait(WAIT_SECONDS)
+        assert not stream._computing.end.done()
+        may_end.set()
+        assert stream.next(no_weights).sample.number == 2
+
+    def test_a_batch_goes_to_the_device_while_a_gradient_is_computed(self, ahead):
+        drawn = []
+
+        def counted():
+            for sample in samples():
+                drawn.append(sample.number)
+                yield sample
+
+        stream = ahead(counted())
+        stream.next(no_weights)
+        staged = threading.Event()
+        for slot in stream._slots:
+            stage, compute = slot.stage, slot.compute
+
+            def told(*columns, stage=stage):
+                stage(*columns)
+                staged.set()
+
+            def held(compute=compute):
+                assert staged.wait(WAIT_SECONDS)
+                compute()
+
+            slot.stage, slot.compute = told, held
+        last = [stream.next(no_weights).sample.number for _ in range(3)][-1]
+        # One gradient is ahead, and one batch ahead of that.
+        assert eventually(lambda: drawn[-1] == last + 2)
+
+    def test_parameters_that_arrive_are_those_of_the_gradient_that_begins_next(self, ahead):
+        stream = ahead()
+        stream.set_parameters([np.zeros(stream._network.size, np.float32)], (7,))
+        old = stream.next(no_weights)  # and the next has begun
+        ones = np.full(stream._network.size, 1e-2, np.float32)
+        stream.set_parameters([ones[:100], ones[100:]], (8,))
+        ones[:] = 9.0  # parts are lent
+        assert (old.versions, stream.next(no_weights).versions) == ((7,), (7,))
+        new = stream.next(no_weights)
+        assert new.versions == (8,)
+        expected = dqn_agents.gradient()
+        expected.set_parameters(np.full(expected.size, 1e-2, np.float32))
+        transition = new.sample.transition
+        np.testing.assert_array_equal(new.gradient, expected.gradient(transition)[0])
+
+    def test_a_replay_without_a_batch_costs_no_gradient(self, ahead):
+        replay = Starving(samples(), draws=2)
+        stream = ahead(replay)
+        assert [stream.next(no_weights).sample.number for _ in range(2)] == [0, 1]
+        for _ in range(2):
+            with pytest.raises(ReplayTimeout):
+                stream.next(no_weights)
+        replay.draws = 5
+        assert [stream.next(no_weights).sample.number for _ in range(2)] == [2, 3]
+
+    def test_it_leaves_nothing_behind(self, ahead):
+        stream = ahead(itertools.repeat(next(samples())))
+        # A single block an update would be 60.
+        assert memory.blocks_kept(lambda: stream.next(no_weights), 60) < 60
+
+
+def test_a_learner_ahead_pushes_every_gradient_and_none_is_stale():
+    gradient = network()
+    config = parameter_servers.config(max_staleness=2)
+    with parameter_servers.serve(config) as shards:
+        layout = Layout.from_variables(gradient.variables)
+        with ParameterClient([shard.address for shard in shards], layout) as client:
+            client.initialise(gradient.parameters())
+            settings = LearnerConfig(batch_size=BATCH, outlier_deviations=0.0)
+            learner = Learner(settings, gradient, samples(), client, stream=Ahead)
+            for _ in range(10):
+                learner.update()
+            learner.close()
+            # Its own pushes age its gradients, by the one on its way and the one ahead.
+            assert (learner.counters.stale, client.pull().clock.updates) == (0, 10)

@@ -1,0 +1,132 @@
+"""A parameter shard that keeps its own state, and goes on from it when it is started again."""
+
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from infra.parameter_server import checkpoint
+from infra.parameter_server.own_state import OwnState
+from infra.parameter_server.server import ParameterServer
+from tests.parameter_servers import LAYOUT, ShardProcess, config, connect
+from tests.waiting import eventually
+
+ONE = config(num_parameter_shards=1)
+PLACE = (0, 1, 'adagrad')
+
+
+def push(client, count):
+    """Applies gradients of ones: with this configuration parameters move by -1 each."""
+    for _ in range(count):
+        assert client.push(np.ones(LAYOUT.size), client.pull().versions).reason is None
+
+
+def state_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in directory.rglob('*.data-*') if file.is_file())
+
+
+def updates_in(directory: pathlib.Path) -> int:
+    """Updates in the newest state."""
+    state = OwnState(str(directory), *PLACE).newest()
+    return state.counters['version'] if state else 0
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with the states after 1 and after 3 updates."""
+    with ParameterServer(ONE, 0, own_state=OwnState(str(tmp_path), *PLACE)) as server:
+        with connect([server.address]) as client:
+            client.initialise(np.zeros(LAYOUT.size))
+            client.claim('runs/first')
+            push(client, 1)
+            server.keep_state()
+            push(client, 2)
+            server.keep_state()
+    return tmp_path
+
+
+def restored(directory) -> ParameterServer:
+    return ParameterServer(ONE, 0, own_state=OwnState(str(directory), *PLACE))
+
+
+def test_a_shard_goes_on_from_its_newest_state_and_still_belongs_to_its_run(saved):
+    with restored(saved) as server, connect([server.address]) as client:
+        report = client.report()['shards'][0]
+        assert (report['version'], report['owner']) == (3, 'runs/first')
+        np.testing.assert_allclose(client.pull().values, -3.0, rtol=1e-5)
+
+
+def test_the_newest_two_states_are_kept(saved):
+    with restored(saved) as server:
+        server.keep_state()
+    assert sorted(path.name for path in saved.iterdir()) == ['state-00000002', 'state-00000003']
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(saved):
+    state_files(saved)[-1].write_bytes(b'nonsense')
+    with restored(saved) as server:
+        assert server.shard.clock()['version'] == 1
+
+
+def test_a_half_written_state_is_removed(saved):
+    (saved / 'state-00000003').mkdir()
+    with restored(saved) as server:
+        assert server.shard.clock()['version'] == 3
+    assert not (saved / 'state-00000003').exists()
+
+
+def test_a_shard_whose_states_are_all_damaged_does_not_start_empty(saved):
+    for file in state_files(saved):
+        file.write_bytes(b'nonsense')
+    with pytest.raises(checkpoint.DamagedCheckpointError, match='is damaged'):
+        restored(saved)
+
+
+def test_a_state_of_another_shard_or_optimizer_is_refused(saved):
+    with pytest.raises(checkpoint.CheckpointMismatchError, match='a directory of its own'):
+        OwnState(str(saved), 1, 2, 'adagrad').newest()
+    with pytest.raises(checkpoint.CheckpointMismatchError, match='use --optimizer=adagrad'):
+        OwnState(str(saved), 0, 1, 'adam').newest()
+
+
+def test_a_shard_without_parameters_keeps_no_state(tmp_path):
+    with restored(tmp_path) as server:
+        server.keep_state()
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestProcess:
+    def test_sigterm_and_sigkill_leave_a_state_to_go_on_from(self, tmp_path):
+        own = (f'--state_dir={tmp_path / "state"}', '--state_period_seconds=0.5')
+        with ShardProcess(tmp_path, ONE, 0, *own) as shard:
+            shard.wait_ready()
+            with connect([shard.address], timeout_seconds=90.0) as client:
+                client.initialise(np.zeros(LAYOUT.size))
+                push(client, 4)
+                shard.process.send_signal(signal.SIGTERM)
+                assert shard.process.wait(20) == 0
+                shard.start(*own)
+                assert client.pull().clock.updates == 4
+                push(client, 1)
+                # Periods of half a second: the fifth update is in a state soon.
+                assert eventually(lambda: updates_in(tmp_path / 'state') == 5, 20.0)
+                shard.kill()
+                shard.start(*own)
+                assert client.pull().clock.updates == 5
+
+    def test_a_damaged_state_is_one_line_and_exit_code_2(self, saved, tmp_path_factory):
+        for file in state_files(saved):
+            file.write_bytes(b'nonsense')
+        directory = tmp_path_factory.mktemp('shard')
+        with ShardProcess(directory, ONE, 0, f'--state_dir={saved}') as shard:
+            code, text = shard.wait_failed()
+        assert code == 2
+        assert 'is damaged' in text
+
+    def test_a_period_that_is_none_is_refused(self, tmp_path):
+        options = (f'--state_dir={tmp_path / "s"}', '--state_period_seconds=0')
+        with ShardProcess(tmp_path, ONE, 0, *options) as shard:
+            code, text = shard.wait_failed()
+        assert code == 2
+        assert 'is no number above 0' in text
