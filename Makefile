@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format prism clean
+.PHONY: help setup run test lint format prism images-check clean
 
 # Without compiled byte-code TensorFlow takes twice as long to import, in every process of a run.
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME PIP_NO_COMPILE
@@ -77,7 +77,7 @@ $(BIN)/python -m pip install --compile --no-input --disable-pip-version-check --
 endef
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	echo 'PYTHON=/path/to/python3.11 chooses the interpreter of the environment.'
 
 setup: $(RUN_STAMP)  ## make .venv with everything a run needs
@@ -115,6 +115,9 @@ $(BIN)/prism:
 	command -v go > /dev/null || { echo "Prism is built with Go, which is not on PATH: install it (Debian, Ubuntu: apt-get install golang)." >&2; exit 2; }
 	echo "Building Prism into $@ (some minutes) ..."
 	GOBIN="$$(cd $(BIN) && pwd)" go install github.com/apache/beam/sdks/v2/go/cmd/prism@$(PRISM_VERSION)
+
+images-check:  ## build and try the container images without an engine; needs root, debootstrap, 25 GB
+	@exec "$(CHOSEN_PYTHON)" -m infra.docker.check $(ARGS)
 
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
