@@ -1,0 +1,347 @@
+"""Servers that Kubernetes or systemd keeps: where they are, in; flags that lead a run to them, out.
+
+    kubectl get statefulsets -o json | python -m infra.deployment kubernetes
+    python -m infra.deployment hosts --parameter_hosts a,b --replay_hosts a --parameter_shards 4
+
+print `--parameter_addresses=... --replay_addresses=...`, in the order of the shards. The objects
+and ports are those of infra/kubernetes and infra/systemd.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from infra.addresses import is_port, split_address
+
+KINDS = ('parameter', 'replay')
+"""Of shards; the label `app.kubernetes.io/component` of the objects of each."""
+
+FIRST_PORTS = {'parameter': 7101, 'replay': 7001}
+"""Port of shard 0 of each kind where systemd starts them; shard I has the I-th after it."""
+
+_NAME_LABEL = 'app.kubernetes.io/name'
+_COMPONENT_LABEL = 'app.kubernetes.io/component'
+_POD_LABEL = 'statefulset.kubernetes.io/pod-name'
+
+
+class DeploymentError(ValueError):
+    """The servers cannot be found; the message is one line naming the value and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Where a shard is.
+
+    Attributes:
+      kind: one of `KINDS`.
+      number: from 0.
+      host: name or address, without brackets.
+      port: where it listens.
+    """
+
+    kind: str
+    number: int
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """`host:port`, an IPv6 host in brackets."""
+        host = f'[{self.host}]' if ':' in self.host else self.host
+        return f'{host}:{self.port}'
+
+    @property
+    def unit(self) -> str:
+        """Of systemd."""
+        return f'gorila-{self.kind}@{self.number}'
+
+
+def flags(shards: Iterable[Shard]) -> str:
+    """The flags that lead a run to the shards."""
+    shards = sorted(shards, key=lambda shard: shard.number)
+    return ' '.join(
+        f'--{kind}_addresses=' + ','.join(shard.address for shard in shards if shard.kind == kind)
+        for kind in KINDS
+    )
+
+
+def units(shards: Iterable[Shard]) -> str:
+    """A line for each host: its name, and the units that it runs."""
+    hosts: dict[str, list[str]] = {}
+    for shard in shards:
+        hosts.setdefault(shard.host, []).append(shard.unit)
+    return '\n'.join(f'{host}: {" ".join(names)}' for host, names in hosts.items())
+
+
+def on_hosts(kind: str, hosts: Sequence[str], count: int, first_port: int) -> list[Shard]:
+    """Shards of a kind on hosts in turn, each at the first port and its own number.
+
+    Raises:
+      DeploymentError: there is no host or no shard, or a port is none.
+    """
+    if not hosts:
+        raise DeploymentError(f'--{kind}_hosts is empty; name the hosts of the {kind} shards')
+    if count < 1:
+        raise DeploymentError(f'--{kind}_shards {count}: a run has one at least')
+    last_port = first_port + count - 1
+    if not (is_port(str(first_port)) and is_port(str(last_port))):
+        raise DeploymentError(
+            f'--{kind}_port {first_port}: {count} shards take the ports up to {last_port};'
+            ' they must be between 1 and 65535'
+        )
+    return [
+        Shard(kind, number, hosts[number % len(hosts)], first_port + number)
+        for number in range(count)
+    ]
+
+
+def require_distinct(shards: Iterable[Shard]) -> None:
+    """Checks that no two shards have the same port of the same host.
+
+    Raises:
+      DeploymentError: two have.
+    """
+    taken: dict[tuple[str, int], Shard] = {}
+    for shard in shards:
+        other = taken.setdefault((shard.host, shard.port), shard)
+        if other is not shard:
+            raise DeploymentError(
+                f'{shard.address}: is the place of {other.unit} and of {shard.unit}; choose another'
+                f' --{shard.kind}_port'
+            )
+
+
+def read_objects(text: str) -> list[Mapping[str, Any]]:
+    """The Kubernetes objects in JSON or YAML, those of a list one by one.
+
+    Raises:
+      DeploymentError: it is neither, or holds no objects.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        documents = [json.loads(text)] if text.lstrip().startswith('{') else None
+        documents = documents or list(yaml.safe_load_all(text))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = ' '.join(str(error).split())
+        raise DeploymentError(f'neither JSON nor YAML of Kubernetes: {reason}') from error
+    objects: list[Mapping[str, Any]] = []
+    for document in documents:
+        if not isinstance(document, Mapping | None):
+            raise DeploymentError(
+                f'{str(document)[:40]!r} is no object of Kubernetes; give the output of `kubectl'
+                ' get statefulsets -o json`, or of `kubectl kustomize`'
+            )
+        found = (document or {}).get('items', [document] if document else [])
+        objects += [each for each in found if isinstance(each, Mapping)]
+    return objects
+
+
+def in_kubernetes(
+    objects: Sequence[Mapping[str, Any]],
+    kind: str,
+    namespace: str | None = None,
+    domain: str = 'cluster.local',
+) -> list[Shard]:
+    """Shards of a kind, by the names that their pods keep within the cluster.
+
+    Args:
+      objects: the StatefulSets, and others that are not looked at.
+      kind: which shards.
+      namespace: the only one to look at; None: the objects say it.
+      domain: of the cluster's names.
+
+    Raises:
+      DeploymentError: there is no StatefulSet of the kind, several, or one that lacks something.
+    """
+    shards = _stateful_set(objects, kind, namespace)
+    where = shards['metadata'].get('namespace') or namespace
+    name = shards['metadata']['name']
+    if not where:
+        raise DeploymentError(f'StatefulSet {name} has no namespace; give it with --namespace')
+    service = shards['spec'].get('serviceName')
+    if not service:
+        raise DeploymentError(
+            f'StatefulSet {name} has no serviceName, so its pods have no names of their own; give'
+            ' it that of a headless Service'
+        )
+    port = _container_port(shards, kind)
+    return [
+        Shard(kind, number, f'{name}-{number}.{service}.{where}.svc.{domain}', port)
+        for number in range(_replicas(shards))
+    ]
+
+
+def outside_kubernetes(
+    objects: Sequence[Mapping[str, Any]], kind: str, namespace: str | None = None
+) -> list[Shard]:
+    """Shards of a kind, by the addresses of the load balancers that lead to their pods.
+
+    Raises:
+      DeploymentError: see `in_kubernetes`; or a pod has no Service of type LoadBalancer, or that no
+        address yet.
+    """
+    shards = _stateful_set(objects, kind, namespace)
+    where = shards['metadata'].get('namespace')
+    balancers = {
+        (each.get('spec', {}).get('selector') or {}).get(_POD_LABEL): each
+        for each in objects
+        if each.get('kind') == 'Service'
+        and each.get('spec', {}).get('type') == 'LoadBalancer'
+        and each['metadata'].get('namespace') == where
+    }
+    found = []
+    for number in range(_replicas(shards)):
+        pod = f'{shards["metadata"]["name"]}-{number}'
+        if pod not in balancers:
+            raise DeploymentError(
+                f'pod {pod} has no Service of type LoadBalancer; add one (see'
+                ' infra/kubernetes/overlays/external-workers/services.yaml), and read'
+                ' `kubectl get statefulsets,services -o json`'
+            )
+        host, port = _balanced(balancers[pod])
+        found.append(Shard(kind, number, host, port))
+    return found
+
+
+def _stateful_set(
+    objects: Sequence[Mapping[str, Any]], kind: str, namespace: str | None
+) -> Mapping[str, Any]:
+    """The one StatefulSet of a kind of shards."""
+    found = []
+    for each in objects:
+        metadata = each.get('metadata') or {}
+        labels = metadata.get('labels') or {}
+        ours = labels.get(_NAME_LABEL) == 'gorila' and labels.get(_COMPONENT_LABEL) == kind
+        elsewhere = namespace and metadata.get('namespace', namespace) != namespace
+        if each.get('kind') == 'StatefulSet' and ours and not elsewhere:
+            found.append(each)
+    if not found:
+        where = f' in namespace {namespace}' if namespace else ''
+        raise DeploymentError(
+            f'no StatefulSet{where} has the labels {_NAME_LABEL}=gorila and'
+            f' {_COMPONENT_LABEL}={kind}, among {len(objects)} objects; apply infra/kubernetes, and'
+            ' name its namespace: `kubectl get statefulsets -n NAMESPACE -o json`'
+        )
+    if len(found) > 1:
+        names = ', '.join(
+            f'{each["metadata"].get("namespace", "")}/{each["metadata"]["name"]}' for each in found
+        )
+        raise DeploymentError(
+            f'{len(found)} StatefulSets hold {kind} shards: {names}; name one namespace'
+        )
+    return found[0]
+
+
+def _replicas(shards: Mapping[str, Any]) -> int:
+    """How many shards a StatefulSet has, numbered from 0."""
+    name, spec = shards['metadata']['name'], shards['spec']
+    if first := (spec.get('ordinals') or {}).get('start', 0):
+        raise DeploymentError(
+            f'StatefulSet {name} counts its pods from {first}, but shards count from 0; leave'
+            ' spec.ordinals out'
+        )
+    if (replicas := spec.get('replicas', 1)) < 1:
+        raise DeploymentError(
+            f'StatefulSet {name} has {replicas} replicas: no shard; scale it to their number'
+        )
+    return replicas
+
+
+def _container_port(shards: Mapping[str, Any], name: str) -> int:
+    """The container's port of that name."""
+    for container in shards['spec']['template']['spec']['containers']:
+        for port in container.get('ports', []):
+            if port.get('name') == name:
+                return port['containerPort']
+    raise DeploymentError(
+        f'StatefulSet {shards["metadata"]["name"]} has no container port named {name}; name it so'
+    )
+
+
+def _balanced(service: Mapping[str, Any]) -> tuple[str, int]:
+    """Address and port of a load balancer."""
+    entries = ((service.get('status') or {}).get('loadBalancer') or {}).get('ingress') or [{}]
+    host = entries[0].get('ip') or entries[0].get('hostname')
+    if not host:
+        raise DeploymentError(
+            f'Service {service["metadata"]["name"]} has no address yet; wait until `kubectl get'
+            ' services` shows one'
+        )
+    return host, service['spec']['ports'][0]['port']
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='python -m infra.deployment',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    places = parser.add_subparsers(dest='place', required=True)
+    cluster = places.add_parser('kubernetes', help='StatefulSets of infra/kubernetes')
+    cluster.add_argument('file', nargs='?', help='their JSON or YAML [standard input]')
+    cluster.add_argument('--namespace', help='look at this one only')
+    cluster.add_argument('--domain', default='cluster.local', help="cluster's [cluster.local]")
+    cluster.add_argument(
+        '--external', action='store_true', help='addresses of load balancers, for workers outside'
+    )
+    hosts = places.add_parser('hosts', help='units of infra/systemd')
+    for kind in KINDS:
+        hosts.add_argument(f'--{kind}_hosts', required=True, help='a,b,...: shards go round them')
+        hosts.add_argument(f'--{kind}_shards', type=int, default=1, help='how many [1]')
+        hosts.add_argument(
+            f'--{kind}_port',
+            type=int,
+            default=FIRST_PORTS[kind],
+            help=f'of shard 0 [{FIRST_PORTS[kind]}]; shard I has the I-th after it',
+        )
+    hosts.add_argument(
+        '--units', action='store_true', help='print which units each host runs instead'
+    )
+    return parser.parse_args(arguments)
+
+
+def _hosts(options: argparse.Namespace) -> list[Shard]:
+    shards = []
+    for kind in KINDS:
+        given = getattr(options, f'{kind}_hosts')
+        hosts = [host.strip().strip('[]') for host in given.split(',') if host.strip()]
+        count, first_port = getattr(options, f'{kind}_shards'), getattr(options, f'{kind}_port')
+        shards += on_hosts(kind, hosts, count, first_port)
+    require_distinct(shards)
+    return shards
+
+
+def _cluster(options: argparse.Namespace) -> list[Shard]:
+    text = pathlib.Path(options.file).read_text() if options.file else sys.stdin.read()
+    objects = read_objects(text)
+    shards: list[Shard] = []
+    for kind in KINDS:
+        if options.external:
+            shards += outside_kubernetes(objects, kind, options.namespace)
+        else:
+            shards += in_kubernetes(objects, kind, options.namespace, options.domain)
+    return shards
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints flags, or units; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        shards = _hosts(options) if options.place == 'hosts' else _cluster(options)
+        for shard in shards:
+            split_address(shard.address)
+    except (OSError, ValueError) as error:
+        print(f'deployment: {error}', file=sys.stderr)
+        return 2
+    print(units(shards) if options.place == 'hosts' and options.units else flags(shards))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
