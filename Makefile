@@ -94,7 +94,7 @@ test: $(TEST_STAMP)  ## lint, format, types and the whole suite; flags of pytest
 	# The last tests need Prism, whose build takes minutes: beside the first ones.
 	if command -v go > /dev/null; then (nice -n 19 make prism > $(VENV)/prism.log 2>&1 || true) & fi
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not end_to_end'
-	exec $(BIN)/python -m pytest -m end_to_end
+	exec $(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1 -m end_to_end
 
 lint: $(TEST_STAMP)  ## lint, format and types only
 	@$(BIN)/ruff check .

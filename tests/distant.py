@@ -2,7 +2,7 @@
 
     python tests/distant.py --host 10.77.0.1 --ports 7001,7101 --round_trip_ms 10 --loss 0.001
 
-Listens at `host` on a free port for each of the ports, to which it connects at 127.0.0.1. For
+Listens at `host` on a free port for each of the ports, to which it connects there, too. For
 machines whose kernel has no netem. TCP itself never loses anything: a lost segment shows as a delay
 of one more round trip (fast retransmission), and so it does here.
 """
@@ -57,7 +57,7 @@ async def serve(host: str, port: int, one_way_seconds: float, loss: float) -> as
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection('127.0.0.1', port)
+            far_reader, far_writer = await asyncio.open_connection(host, port)
         except OSError:
             writer.close()
             return

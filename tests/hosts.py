@@ -17,6 +17,9 @@ from tests import engines
 from tests.waiting import eventually
 
 _NETWORK = '10.77.0'
+FIRST = f'{_NETWORK}.1'
+"""Address of the first host of a network."""
+
 _START_SECONDS = 120.0
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -100,14 +103,14 @@ def three_host_run(
     with contextlib.ExitStack() as stack:
         first, second, third = stack.enter_context(network(3))
         started = functools.partial(_started, stack, directory)
-        servers = [f'--run_dir={directory / "servers"}', *shared]
+        servers = [f'--run_dir={directory / "servers"}', f'--host={first.address}', *shared]
         attach = started(first, 'servers', ['pipelines/servers.py', *servers], '--replay_addresses')
         distant = ['tests/distant.py', f'--host={first.address}']
         distant += ['--ports=' + ','.join(re.findall(r':(\d+)', attach))]
         distant += [f'--round_trip_ms={round_trip_ms}', f'--loss={loss}']
         stand_ins = json.loads(started(first, 'distant', distant, 'listening').split(maxsplit=1)[1])
         for port, stand_in in stand_ins.items():
-            attach = attach.replace(f'127.0.0.1:{port}', f'{first.address}:{stand_in}')
+            attach = attach.replace(f':{port}', f':{stand_in}')
         scheduler = f'tcp://{second.address}:8786'
         dask = ['-m', 'dask', 'scheduler', f'--host={second.address}', '--port=8786']
         started(second, 'scheduler', [*dask, '--dashboard-address=:0'], 'Scheduler at')

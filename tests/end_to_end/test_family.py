@@ -39,20 +39,25 @@ def test_all_parts_together_train_breakout_on_two_prioritized_shards(tmp_path):
     launching.assert_nothing_runs(run_dir, within_seconds=10)
 
 
-def test_somebody_elses_agent_trains_in_bundles(tmp_path):
+def test_somebody_elses_agent_trains_breakout_in_two_bundles(tmp_path):
     run_dir = tmp_path / 'run'
     process = launching.start(
         run_dir,
         '--agent=tests.examples.own_agent:munchausen',
+        '--game=breakout',
         '--topology=bundled',
-        '--num_actors=1',
-        '--num_learners=1',
-        '--max_frames=6000',
+        '--num_actors=2',
+        '--num_learners=2',
+        '--num_parameter_shards=3',
+        '--max_frames=10000',
         *(flag for flag in launching.SMALL if not flag.startswith('--torso')),  # it brings its own
     )
     assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = launching.check_run_directory(run_dir, 6_000)
-    assert summary['updates'] > 200
+    summary = launching.check_run_directory(run_dir, 10_000)
+    # 2,500 agent steps, 400 of them before the first update, 4 an update; segments of 64 steps may
+    # still be unlearned, or have come on top, in each of the two bundles.
+    assert summary['updates'] == pytest.approx(2_100 / 4, abs=2 * 2 * 64 / 4)
+    assert summary['episodes'] > 0
     script = [sys.executable, 'tests/examples/play_a_trained_policy.py', str(run_dir)]
     played = subprocess.run(script, cwd=launching.ROOT, capture_output=True, text=True, timeout=90)
     assert played.returncode == 0, played.stderr
