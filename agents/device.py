@@ -27,11 +27,27 @@ def choose(wanted: str, worker: int = 0) -> str:
         return HOST
     number = int(index or (worker % max(1, there) if kind == 'GPU' else 0))
     if number >= there:
-        raise DeviceError(
-            f'--learner_device {wanted}: TensorFlow sees {there} of this kind; install driver and'
-            ' libraries (see infra/docker, learner-gpu), or choose another.'
-        )
+        raise _absent(wanted, there)
     return f'/device:{kind}:{number}'
+
+
+def require(wanted: str) -> None:
+    """Checks that this machine has the GPU asked for, and takes nothing of it.
+
+    Raises:
+      DeviceError: it has not.
+    """
+    there = len(tf.config.list_physical_devices('GPU'))
+    kind, _, index = wanted.partition(':')
+    if kind == 'gpu' and int(index or 0) >= there:
+        raise _absent(wanted, there)
+
+
+def _absent(wanted: str, there: int) -> DeviceError:
+    return DeviceError(
+        f'--learner_device {wanted}: TensorFlow sees {there} of this kind; install driver and'
+        ' libraries (see infra/docker, learner-gpu), or choose another.'
+    )
 
 
 def is_host(device: str) -> bool:

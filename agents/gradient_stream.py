@@ -36,6 +36,8 @@ class GradientStream(Protocol):
 
     def next(self, weights: Weights) -> Computed: ...
 
+    def parameters(self) -> np.ndarray: ...
+
     def set_parameters(self, parts: Sequence[np.ndarray], versions: tuple[int, ...]) -> None: ...
 
     def set_target(self, parts: Sequence[np.ndarray]) -> None: ...
@@ -68,6 +70,10 @@ class InTurn:
         sample = next(self._samples)
         result = self._network.gradient(sample.transition, weights(sample))
         return Computed(sample, self._versions, *result)
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the newest parameters, float32 [parameters]."""
+        return self._network.parameters()
 
     def set_parameters(self, parts: Sequence[np.ndarray], versions: tuple[int, ...]) -> None:
         """Sets the network's parameters, float32 vectors that make up [parameters]."""
@@ -104,8 +110,8 @@ class Ahead:
         self._computing: _UnderWay | None = None
         self._begun = 0  # gradients
         self._versions: tuple[int, ...] = ()
-        self._parameters: np.ndarray | None = None  # to be set before the next gradient
-        self._target: np.ndarray | None = None
+        self._waiting_parameters: np.ndarray | None = None  # for the next gradient
+        self._waiting_target: np.ndarray | None = None
 
     def next(self, weights: Weights) -> Computed:
         """The next gradient, while the one behind it is being computed.
@@ -115,19 +121,26 @@ class Ahead:
         done = self._computing or self._begin(weights)
         self._computing = None
         done.end.result()
-        # What stands in the way now, the next call meets again: it draws anew.
-        with contextlib.suppress(Exception):
-            self._computing = self._begin(weights)
+        # A gradient that is done does not wait for the batch of another. What else stands in the
+        # way now, the next call meets again: it draws anew.
+        if self._staged is not None and self._staged.done():
+            with contextlib.suppress(Exception):
+                self._computing = self._begin(weights)
         return Computed(done.sample, done.versions, *done.slot.fetch())
+
+    def parameters(self) -> np.ndarray:
+        """A copy of the newest parameters, float32 [parameters], set already or not."""
+        waiting = self._waiting_parameters
+        return self._network.parameters() if waiting is None else waiting.copy()
 
     def set_parameters(self, parts: Sequence[np.ndarray], versions: tuple[int, ...]) -> None:
         """Sets the network's parameters before the next gradient begins; `parts` are copied."""
-        self._parameters = np.concatenate(parts)
+        self._waiting_parameters = np.concatenate(parts)
         self._versions = versions
 
     def set_target(self, parts: Sequence[np.ndarray]) -> None:
         """Sets the target network's, likewise."""
-        self._target = np.concatenate(parts)
+        self._waiting_target = np.concatenate(parts)
 
     def close(self) -> None:
         """Waits for what is under way; gradients that nobody asked for are dropped."""
@@ -160,8 +173,8 @@ class Ahead:
         return self._stager.submit(stage)
 
     def _set_waiting(self) -> None:
-        parameters, self._parameters = self._parameters, None
-        target, self._target = self._target, None
+        parameters, self._waiting_parameters = self._waiting_parameters, None
+        target, self._waiting_target = self._waiting_target, None
         if target is not None:
             self._network.set_target(target)
         if parameters is not None:

@@ -150,7 +150,6 @@ class Learner:
         """
         self._config = config
         self._priorities = priorities
-        self._network = network
         self._gradients = stream(network, samples)
         self._parameters = parameters
         self._statistics = LossStatistics()
@@ -216,7 +215,7 @@ class Learner:
             reply = pending.result()
         except NotInitialisedError:
             # A shard came back without a checkpoint: what this learner has is the best there is.
-            self._parameters.initialise(self._network.parameters())
+            self._parameters.initialise(self._gradients.parameters())
             self._refresh(self._parameters.pull())
             return
         if 'stale' in reply.rejected:

@@ -1,6 +1,9 @@
 """TLS of the parameter shards: PEM files in, what Arrow Flight takes out."""
 
+import re
 import ssl
+
+_CERTIFICATE = re.compile(b'-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----', re.DOTALL)
 
 
 class TlsError(ValueError):
@@ -24,14 +27,14 @@ def read_pair(certificate_file: str, key_file: str) -> tuple[bytes, bytes]:
 
 
 def read_roots(file: str) -> bytes:
-    """Certificates that those of servers are signed by, PEM.
+    """Certificates that those of servers are signed by, PEM; of a key in the same file nothing.
 
     Raises:
       TlsError: the file cannot be read, or holds none.
     """
     try:
         ssl.create_default_context(cafile=file)
-        return _read(file)
+        return b'\n'.join(_CERTIFICATE.findall(_read(file)))  # they travel: a key must not
     except (OSError, ssl.SSLError) as error:
         raise TlsError(f'--tls_roots {file}: no certificates in PEM ({error})') from error
 

@@ -34,7 +34,7 @@ def require_servers(config: ExperimentConfig, launch: Launch) -> None:
     Raises:
       UsageError: nobody listens there, or something else, or a server that does not fit.
     """
-    run = str(pathlib.Path(launch.run_dir or '').absolute()) if launch.resume else ''
+    run = str(pathlib.Path(launch.run_dir).absolute()) if launch.run_dir else ''
     for address in launch.parameter_addresses + launch.replay_addresses:
         _require_listener(address)
     roots = read_roots(launch.tls_roots) if launch.tls_roots else None
@@ -42,7 +42,7 @@ def require_servers(config: ExperimentConfig, launch: Launch) -> None:
     for shard, address in enumerate(launch.parameter_addresses):
         report = _answer(address, 'parameter shard', ask)
         _check_parameter_shard(report, config, shard, address)
-        _check_owner(report, run, shard, address)
+        _check_owner(report, run, launch.resume, shard, address)
     for shard, address in enumerate(launch.replay_addresses):
         tables = _answer(address, 'replay shard', _ask_replay_shard)
         _check_replay_shard(tables, config, shard, address)
@@ -104,24 +104,29 @@ def _check_parameter_shard(
             )
 
 
-def _check_owner(report: Mapping[str, Any], run: str, shard: int, address: str) -> None:
-    """Checks that a shard belongs to `run`, or, where that is empty, to none."""
+def _check_owner(
+    report: Mapping[str, Any], run: str, resume: bool, shard: int, address: str
+) -> None:
+    """Checks that a shard has the state of `run`, which goes on, or is free for it to begin."""
+    owner = report['owner']
     # A run takes the first shard at once, the others when it first asks for their counts.
-    theirs = report['owner'] == run or (shard > 0 and not report['owner'])
-    if run and theirs and not report['initialised']:
+    theirs = owner == run or (shard > 0 and not owner)
+    if resume and not theirs:
+        raise UsageError(
+            f'{address}: belongs to {owner or "no run"}, not to {run}; leave the addresses out to'
+            ' go on from its checkpoint with servers of its own.'
+        )
+    if resume and not report['initialised']:
         raise UsageError(
             f'{address}: holds nothing of {run} any more; leave the addresses out to go on from its'
             ' checkpoint with servers of its own.'
         )
-    if run and not theirs:
+    # This very run may have been told to go before it had learned anything.
+    fresh = not (report['initialised'] or report['stopping'] or owner)
+    if not resume and not fresh and not (run and owner == run and not report['version']):
         raise UsageError(
-            f'{address}: belongs to {report["owner"] or "no run"}, not to {run}; leave the'
-            ' addresses out to go on from its checkpoint with servers of its own.'
-        )
-    if not run and (report['initialised'] or report['stopping'] or report['owner']):
-        raise UsageError(
-            f'{address}: belongs to another run, {report["owner"] or "which is not known"}, and is'
-            f' at update {report["version"]}; {_ANEW}.'
+            f'{address}: belongs to another run, {owner or "which is not known"}, and is at update'
+            f' {report["version"]}; {_ANEW}.'
         )
 
 

@@ -293,6 +293,7 @@ class Jobs:
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
+        self._state_file(kind, number).unlink(missing_ok=True)  # of a job before a resumption
         process.start()
         start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
         state_file = self._state_file(kind, number)

@@ -380,7 +380,7 @@ def _content(file: pathlib.Path) -> bytes | None:
 def _age(owner: Mapping[str, Any]) -> float:
     """Seconds since the owner was heard of; the clocks of two machines may differ a little."""
     when = owner.get('time')
-    return abs(time.time() - when) if isinstance(when, int | float) else 0.0
+    return max(0.0, time.time() - when) if isinstance(when, int | float) else 0.0
 
 
 def _described(owner: Mapping[str, Any]) -> str:

@@ -129,11 +129,10 @@ def _require_device(config: ExperimentConfig, launch: 'Launch') -> None:
     """
     if not (launch.engine.here and config.learner.learner_device.startswith('gpu')):
         return
-    os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')  # this process needs none of it
     from agents import device
 
     try:
-        device.choose(config.learner.learner_device)
+        device.require(config.learner.learner_device)
     except device.DeviceError as error:
         raise UsageError(str(error)) from error
 

@@ -55,9 +55,12 @@ class Replay:
 class Due:
     """Says, once every `period_seconds`, that something is due; the first time after one period."""
 
-    def __init__(self, period_seconds: float):
+    def __init__(self, period_seconds: float, at_once: bool = False):
+        """`at_once`: the first time now."""
         self._period = period_seconds
         self.postpone()
+        if at_once:
+            self._next = time.monotonic()
 
     def postpone(self) -> None:
         """Begins a new period now."""
@@ -241,7 +244,11 @@ class Training:
         if self._checkpoint_due.take():
             self._checkpoint()
         elif self.cluster.config.parameter_addresses:
-            return  # shards that this run did not start are not this run's to restart
+            # Such shards are not this run's to restart; but without a checkpoint it could not go on
+            # with them either.
+            if not self._learned:
+                self._learned = True
+                self._checkpoint()
         elif not self._learned or self._parameters_due.take():
             self._learned = True
             with self._reported():
@@ -250,12 +257,11 @@ class Training:
     def _drain(self) -> None:
         """Asks the workers to end, and waits for them as long as it takes them at most."""
         deadline = time.monotonic() + _DRAIN_SECONDS
-        asked = False
+        ask = Due(_ASK_SECONDS, at_once=True)  # again and again: the shard may restart meanwhile
         while self.jobs.running and time.monotonic() < deadline:
             with contextlib.suppress(ParameterServerError):  # asked again, or ended below
-                if not asked:
+                if ask.take():
                     self.client.request_stop(_ASK_SECONDS)
-                    asked = True
             self._look()
             time.sleep(_POLL_SECONDS)
         self.jobs.stop()

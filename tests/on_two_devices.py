@@ -30,6 +30,7 @@ SECOND = '/device:CPU:1'
 BATCH = 4
 WAIT_SECONDS = 20.0
 # Not of a kernel: TensorFlow's own wiring, and what has to be on the host.
+_TYPES = {'T', 'dtype', 'SrcT', 'DstT', 'Tidx', 'Index', 'Tshape', 'out_type'}
 _TEXT = tf.string.as_datatype_enum
 _NO_KERNEL = {'Placeholder', 'NoOp', 'PyFunc', 'StatefulPartitionedCall', 'PartitionedCall'}
 
@@ -41,6 +42,15 @@ def samples(count=None):
     first = dqn_agents.transition(BATCH)
     for number in itertools.count() if count is None else range(count):
         yield Sample(number, first._replace(reward=first.reward + np.float32(number)))
+
+
+def get_ahead(stream):
+    """Draws gradients until the next one has begun; returns the last one drawn."""
+    for _ in range(100):
+        drawn = stream.next(no_weights)
+        if stream._computing is not None:
+            return drawn
+    raise AssertionError('it never is ahead')
 
 
 class Starving:
@@ -128,38 +138,38 @@ class TestPlacement:
         stream.next(lambda sample: np.ones(BATCH, np.float32))
         (slot, _) = stream._slots
         kept = {variable.dtype for variable in (*slot._batch, *slot._results)}
-        assert all(has_gpu_kernel('VarHandleOp', kind) for kind in kept)
-        assert not has_gpu_kernel('VarHandleOp', tf.int32)  # as actions come
+        for kind in kept:
+            assert has_gpu_kernel('VarHandleOp', {'dtype': kind.as_datatype_enum})
+        actions = {'dtype': tf.int32.as_datatype_enum}  # as they come
+        assert not has_gpu_kernel('VarHandleOp', actions)
         missing = {
-            (node.op, kind.name)
+            (node.op, str(types_of(node)))
             for function in (slot.stage, slot.compute, slot.fetch)
             for node in operations_of(function)
             if node.device.endswith('CPU:1') and node.op not in _NO_KERNEL
-            for kind in types_of(node)
-            if not has_gpu_kernel(node.op, kind)
+            if _TEXT not in {value.type for value in node.attr.values()}
+            if not has_gpu_kernel(node.op, types_of(node))
         }
         assert missing == set()
 
 
 def types_of(node):
-    """The types that a node's kernel is chosen by; texts, of assertions, stay on the host."""
-    named = [node.attr[name].type for name in ('T', 'dtype') if name in node.attr]
-    return [tf.as_dtype(kind) for kind in named if kind not in (0, _TEXT)]
+    """The types, by attribute, that a node's kernel is chosen by; texts stay on the host."""
+    kinds = {name: value.type for name, value in node.attr.items() if name in _TYPES}
+    return {name: kind for name, kind in kinds.items() if kind not in (0, _TEXT)}
 
 
-def has_gpu_kernel(op, kind):
-    """Whether some kernel of `op` for a GPU, or for any device, takes `kind`."""
-    for kernel in kernels.get_registered_kernels_for_op(op).kernel:
-        allowed = {
-            value
+def has_gpu_kernel(op, types):
+    """Whether some kernel of `op` for a GPU, or for any device, takes these types."""
+    return any(
+        all(
+            types[constraint.name] in constraint.allowed_values.list.type
             for constraint in kernel.constraint
-            if constraint.name in ('T', 'dtype')
-            for value in constraint.allowed_values.list.type
-        }
-        taken = not allowed or kind.as_datatype_enum in allowed
-        if kernel.device_type in ('GPU', 'DEFAULT') and taken:
-            return True
-    return False
+            if constraint.name in types
+        )
+        for kernel in kernels.get_registered_kernels_for_op(op).kernel
+        if kernel.device_type in ('GPU', 'DEFAULT')
+    )
 
 
 class TestAhead:
@@ -187,7 +197,8 @@ class TestAhead:
 
     def test_a_gradient_comes_to_the_host_while_the_next_is_computed(self, ahead):
         stream = ahead()
-        stream.next(no_weights)
+        last = get_ahead(stream).sample.number
+        assert eventually(stream._staged.done)
         begun, may_end = threading.Event(), threading.Event()
         for slot in stream._slots:
             compute = slot.compute
@@ -203,7 +214,7 @@ class TestAhead:
         assert begun.wait(WAIT_SECONDS)
         assert not stream._computing.end.done()
         may_end.set()
-        assert stream.next(no_weights).sample.number == 2
+        assert stream.next(no_weights).sample.number == last + 2
 
     def test_a_batch_goes_to_the_device_while_a_gradient_is_computed(self, ahead):
         drawn = []
@@ -214,7 +225,7 @@ class TestAhead:
                 yield sample
 
         stream = ahead(counted())
-        stream.next(no_weights)
+        get_ahead(stream)
         staged = threading.Event()
         for slot in stream._slots:
             stage, compute = slot.stage, slot.compute
@@ -228,14 +239,16 @@ class TestAhead:
                 compute()
 
             slot.stage, slot.compute = told, held
-        last = [stream.next(no_weights).sample.number for _ in range(3)][-1]
+        for _ in range(3):
+            assert eventually(stream._staged.done)
+            last = stream.next(no_weights).sample.number
         # One gradient is ahead, and one batch ahead of that.
         assert eventually(lambda: drawn[-1] == last + 2)
 
     def test_parameters_that_arrive_are_those_of_the_gradient_that_begins_next(self, ahead):
         stream = ahead()
         stream.set_parameters([np.zeros(stream._network.size, np.float32)], (7,))
-        old = stream.next(no_weights)  # and the next has begun
+        old = get_ahead(stream)
         ones = np.full(stream._network.size, 1e-2, np.float32)
         stream.set_parameters([ones[:100], ones[100:]], (8,))
         ones[:] = 9.0  # parts are lent
@@ -256,6 +269,26 @@ class TestAhead:
                 stream.next(no_weights)
         replay.draws = 5
         assert [stream.next(no_weights).sample.number for _ in range(2)] == [2, 3]
+
+    def test_a_gradient_that_is_done_does_not_wait_for_another_batch(self, ahead):
+        replay = Starving(samples(), draws=2)
+        held = threading.Event()
+
+        def drawn():
+            yield next(replay)
+            yield next(replay)
+            assert held.wait(WAIT_SECONDS)
+            yield next(samples())
+
+        stream = ahead(drawn())
+        numbers: list[int] = []
+        done = threading.Thread(
+            target=lambda: numbers.extend(stream.next(no_weights).sample.number for _ in range(2))
+        )
+        done.start()
+        done.join(WAIT_SECONDS / 2)
+        assert numbers == [0, 1]
+        held.set()
 
     def test_it_leaves_nothing_behind(self, ahead):
         stream = ahead(itertools.repeat(next(samples())))

@@ -134,6 +134,18 @@ def test_a_run_that_goes_on_finds_the_servers_that_have_its_state(servers, tmp_p
         assert not client.pull().clock.stopping
 
 
+def test_a_run_told_to_go_before_it_learned_may_begin_again_with_its_servers(servers, tmp_path):
+    shards, addresses = servers()
+    layout = Layout(('kernel',), ((4,),))
+    with parameter_servers.connect([shard.address for shard in shards], layout=layout) as client:
+        client.claim(str(tmp_path))
+        client.initialise(np.zeros(4, np.float32))
+        client.report(owner=str(tmp_path))
+        check(*addresses, f'--run_dir={tmp_path}')
+        with pytest.raises(UsageError, match='belongs to another run'):
+            check(*addresses, f'--run_dir={tmp_path / "other"}')
+
+
 def test_all_shards_must_be_named(servers):
     shards, (_, replay) = servers()
     with pytest.raises(UsageError, match='one of 2 parameter shards; name all'):

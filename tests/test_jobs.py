@@ -275,9 +275,11 @@ def test_stopping_ends_every_job_and_worker(make_run):
 
 def test_what_an_engine_says_of_a_job_is_told_once(make_run):
     run = make_run()
+    state = run.directory.logs / 'learner-1.state'
+    state.write_text('done, https://page of an earlier job of the same number')
     run.jobs.start(1.0)
     assert run.jobs.news() == []
-    (run.directory.logs / 'learner-1.state').write_text('running, https://page')
+    state.write_text('running, https://page')
     assert run.jobs.news() == ['the learner job 1: running, https://page']
     assert run.jobs.news() == []
 

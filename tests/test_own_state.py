@@ -1,5 +1,6 @@
 """A parameter shard that keeps its own state, and goes on from it when it is started again."""
 
+import contextlib
 import pathlib
 import signal
 
@@ -8,6 +9,7 @@ import pytest
 
 from infra.parameter_server import checkpoint
 from infra.parameter_server.own_state import OwnState
+from infra.parameter_server.protocol import ParameterServerUnavailable
 from infra.parameter_server.server import ParameterServer
 from tests.parameter_servers import LAYOUT, ShardProcess, config, connect
 from tests.waiting import eventually
@@ -27,9 +29,11 @@ def state_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def updates_in(directory: pathlib.Path) -> int:
-    """Updates in the newest state."""
-    state = OwnState(str(directory), *PLACE).newest()
-    return state.counters['version'] if state else 0
+    """Updates in the newest state that a shard, which runs, has written."""
+    names = sorted(path.name for path in directory.glob('state-*'))
+    with contextlib.suppress(checkpoint.DamagedCheckpointError, OSError, IndexError):
+        return checkpoint.read_only_part(str(directory / names[-1]), *PLACE).counters['version']
+    return 0
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def test_a_shard_goes_on_from_its_newest_state_and_still_belongs_to_its_run(save
 def test_the_newest_two_states_are_kept(saved):
     with restored(saved) as server:
         server.keep_state()
-    assert sorted(path.name for path in saved.iterdir()) == ['state-00000002', 'state-00000003']
+    assert sorted(path.name for path in saved.glob('s*')) == ['state-00000002', 'state-00000003']
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(saved):
@@ -83,17 +87,56 @@ def test_a_shard_whose_states_are_all_damaged_does_not_start_empty(saved):
         restored(saved)
 
 
-def test_a_state_of_another_shard_or_optimizer_is_refused(saved):
-    with pytest.raises(checkpoint.CheckpointMismatchError, match='a directory of its own'):
-        OwnState(str(saved), 1, 2, 'adagrad').newest()
-    with pytest.raises(checkpoint.CheckpointMismatchError, match='use --optimizer=adagrad'):
-        OwnState(str(saved), 0, 1, 'adam').newest()
+@pytest.mark.parametrize(
+    ('place', 'message'),
+    [((1, 2, 'adagrad'), 'a directory of its own'), ((0, 1, 'adam'), 'use --optimizer=adagrad')],
+)
+def test_a_state_of_another_shard_or_optimizer_is_refused(saved, place, message):
+    own = OwnState(str(saved), *place)
+    with pytest.raises(checkpoint.CheckpointMismatchError, match=message):
+        own.newest()
+    own.close()
+
+
+def test_a_directory_that_another_process_has_is_refused(saved):
+    with restored(saved):
+        with pytest.raises(OSError, match='in use by another process'):
+            OwnState(str(saved), *PLACE)
+
+
+def test_a_damaged_state_does_not_push_out_a_sound_one(saved):
+    state_files(saved)[-1].write_bytes(b'nonsense')
+    with restored(saved) as server:
+        server.keep_state()
+    # The state after 1 update is still there beside the one just written.
+    state_files(saved)[-1].write_bytes(b'nonsense')
+    with restored(saved) as server:
+        assert server.shard.clock()['version'] == 1
+
+
+def test_a_shard_told_to_stop_still_is_when_it_is_back(saved):
+    with restored(saved) as server:
+        server.shard.request_stop()
+        server.keep_state()
+    with restored(saved) as server:
+        assert server.shard.clock()['stopping']
+        server.shard.claim('runs/first')
+        assert not server.shard.clock()['stopping']
+
+
+def test_nothing_is_answered_behind_the_last_state(saved):
+    with restored(saved) as server, connect([server.address], timeout_seconds=1.0) as client:
+        client.pull()
+        server.keep_state(last=True)
+        with pytest.raises(ParameterServerUnavailable):
+            client.push(np.ones(LAYOUT.size), (3,))
+        server.shard._lock.release()  # the test's own end
 
 
 def test_a_shard_without_parameters_keeps_no_state(tmp_path):
     with restored(tmp_path) as server:
         server.keep_state()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
 
 
 class TestProcess:

@@ -57,6 +57,14 @@ def test_a_shard_process_speaks_tls_by_its_flags(files, tmp_path):
         assert process.process.wait(10) == 0
 
 
+def test_a_key_in_the_file_of_the_roots_stays_there(files, tmp_path):
+    both = tmp_path / 'both.pem'
+    both.write_bytes(b''.join(pathlib.Path(files[name]).read_bytes() for name in ('key', 'roots')))
+    roots = read_roots(str(both))
+    assert b'PRIVATE KEY' not in roots
+    assert roots.strip() == pathlib.Path(files['roots']).read_bytes().strip()
+
+
 @pytest.mark.parametrize('given', [('certificate', 'roots'), ('certificate',)])
 def test_a_shard_without_the_right_key_does_not_start(files, tmp_path, given):
     flags = [f'--tls_{name}={files[name]}' for name in given[:1]]

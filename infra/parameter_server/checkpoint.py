@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from infra.directories import sync
 from infra.parameter_server.layout import Layout
 
 _MANIFEST = 'manifest.json'
@@ -149,6 +150,7 @@ def publish(directory: str, optimizer: str, parts: list[dict[str, Any]]) -> None
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(directory)
 
 
 def is_published(directory: str) -> bool:

@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 
+from infra.directories import hold
 from infra.parameter_server import checkpoint
 from infra.parameter_server.checkpoint import DamagedCheckpointError, ShardState
 
@@ -21,18 +22,18 @@ _LOG = logging.getLogger(__name__)
 
 
 class OwnState:
-    """The states of one shard in its directory, oldest out first."""
+    """The states of one shard in its directory, oldest out first; held by this process alone."""
 
     def __init__(self, directory: str, shard: int, num_shards: int, optimizer: str) -> None:
         """Makes the directory, and removes what a predecessor left half-written.
 
         Raises:
-          OSError: it cannot be made or written.
+          OSError: it cannot be made or written, or another process has it.
         """
         self._directory = pathlib.Path(directory)
         self._place = shard, num_shards
         self._optimizer = optimizer
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(directory)
         for path in self._numbered().values():
             if not checkpoint.is_published(str(path)):
                 shutil.rmtree(path)
@@ -50,6 +51,7 @@ class OwnState:
                 return checkpoint.read_only_part(str(path), *self._place, self._optimizer)
             except DamagedCheckpointError as error:
                 _LOG.warning('%s; trying the state before', error)
+                self._set_aside(path)
                 damaged = damaged or error
         if damaged is not None:
             raise damaged
@@ -71,6 +73,16 @@ class OwnState:
             raise
         for number in sorted(before)[: -(_KEEP - 1)]:
             shutil.rmtree(before[number], ignore_errors=True)
+
+    def _set_aside(self, path: pathlib.Path) -> None:
+        """Renames a damaged state, so that it counts no longer."""
+        aside = path.with_name(f'damaged-{path.name}')
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+    def close(self) -> None:
+        """Gives the directory free."""
+        self._lock.close()
 
     def _numbered(self) -> dict[int, pathlib.Path]:
         matches = ((_NAME.fullmatch(name), name) for name in os.listdir(self._directory))

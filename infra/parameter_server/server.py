@@ -303,17 +303,18 @@ class ParameterServer:
     def __exit__(self, *exception: Any) -> None:
         self.stop()
 
-    def keep_state(self) -> None:
+    def keep_state(self, last: bool = False) -> None:
         """Writes the shard's own state, if it has parameters yet and a place for it.
 
         What cannot be written is told, and costs nothing but the state since the one before.
+        With `last` the shard answers nobody from then on.
         """
         if self._own_state is None or self.shard.layout is None:
             return
         try:
-            self._own_state.save(self.shard.snapshot())
-        except OSError as error:
-            _LOG.warning('no state written: %s', error)
+            self._own_state.save(self.shard.last_snapshot() if last else self.shard.snapshot())
+        except Exception:  # whatever it is, the shard goes on serving
+            _LOG.exception('no state written')
 
     def stop(self) -> None:
         """Stops serving; waits a bounded time for clients that are still connected."""
@@ -321,6 +322,8 @@ class ParameterServer:
         thread = threading.Thread(target=self._server.shutdown, daemon=True)
         thread.start()
         thread.join(_STOP_SECONDS)
+        if self._own_state is not None:
+            self._own_state.close()
 
 
 def load_config(path: str) -> ParameterServerConfig:
@@ -363,14 +366,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]) -> None:
     """Has the state written once a period, and when a signal came, upon which it returns."""
-    due = time.monotonic() + period_seconds
+    due = 0.0  # the first one as soon as there are parameters
     while not stopped:
         # Not `pause`: another thread may take the signal, and then nothing wakes this one.
         time.sleep(_WAKE_SECONDS)
-        if time.monotonic() >= due:
+        if time.monotonic() >= due and server.shard.layout is not None:
             server.keep_state()
             due = time.monotonic() + period_seconds
-    server.keep_state()
+    server.keep_state(last=True)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -129,6 +129,7 @@ class Shard:
                 self._enlisted[kind, name] = list(sessions)
             if keep_owner:
                 self._owner = state.counters.get('owner', '')
+                self._stopping = state.counters.get('stopping', False)
                 self._renewed = time.monotonic()
             self.layout = state.layout
 
@@ -171,7 +172,8 @@ class Shard:
           ValueError: another run has it.
         """
         self.renew(owner)
-        self._stopping = False
+        with self._lock:
+            self._stopping = False
 
     def renew(self, owner: str) -> None:
         """Prolongs a run's lease; a shard that has forgotten its run belongs to it again.
@@ -244,21 +246,30 @@ class Shard:
           ValueError: the shard has no parameters yet.
         """
         with self._lock:
-            if self.layout is None:
-                raise ValueError(f'shard {self.index} has no parameters to save; initialise first')
-            arrays = {name: var.numpy() for name, var in self._slice.state.items()}
-            sessions = {name: [s.sequence, s.agent_steps] for name, s in self._sessions.items()}
-            counters = {
-                'version': self._version,
-                'target_version': self._target_version,
-                'agent_steps': self._agent_steps,
-                'sessions': sessions,
-                'enlisted': [[*worker, begun] for worker, begun in self._enlisted.items()],
-                'owner': self._owner,
-            }
-            arrays['target'] = self._target.copy()
-            slots = ('parameters', 'target', *self._slice.slot_names)
-            return ShardState(self.layout, arrays, slots, counters)
+            return self._snapshot()
+
+    def last_snapshot(self) -> ShardState:
+        """`snapshot` before the process ends: no update is answered, and so lost, after it."""
+        self._lock.acquire()  # never given back: clients ask again when the shard is back
+        return self._snapshot()
+
+    def _snapshot(self) -> ShardState:
+        if self.layout is None:
+            raise ValueError(f'shard {self.index} has no parameters to save; initialise first')
+        arrays = {name: var.numpy() for name, var in self._slice.state.items()}
+        sessions = {name: [s.sequence, s.agent_steps] for name, s in self._sessions.items()}
+        counters = {
+            'version': self._version,
+            'target_version': self._target_version,
+            'agent_steps': self._agent_steps,
+            'sessions': sessions,
+            'enlisted': [[*worker, begun] for worker, begun in self._enlisted.items()],
+            'owner': self._owner,
+            'stopping': self._stopping,
+        }
+        arrays['target'] = self._target.copy()
+        slots = ('parameters', 'target', *self._slice.slot_names)
+        return ShardState(self.layout, arrays, slots, counters)
 
     def _allocate(self, layout: Layout) -> None:
         part = self.slice_of(layout)

@@ -6,6 +6,7 @@ Run as `python -m infra.replay.server --config FILE --shard I --port N --ready_f
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,10 +18,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra import process
 from infra import telemetry as telemetry_lib
+from infra.directories import hold, sync
 from infra.flags import positive_number
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.errors import ReplayUnavailable
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
     import reverb
 
 _DONE_FILE = 'DONE'  # Reverb writes it last
+_SIZES_FILE = 'SIZES.json'
+_NUMBER_DIGITS = 8
+_DAMAGED = 'damaged-'  # prefix of a checkpoint that could not be read
 _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
 _PORT_ATTEMPTS = 10
 _WAKE_SECONDS = 0.5
 _STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop
 _STATE_SECONDS = 600.0  # a shard answers nobody while it writes; a lost replay fills again
 _SAVE_SECONDS = 600.0
+_LAST_SAVE_SECONDS = 240.0  # supervisors kill after 300 (infra/kubernetes, infra/systemd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,25 +164,57 @@ def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2
 
 
 def _publish(path: str, keep: int) -> str:
-    """Moves a new checkpoint one directory up, beside the ones before; returns its new path."""
+    """Moves a new checkpoint one directory up, beside the ones before; returns its new path.
+
+    There it is numbered, since the clock, which Reverb names it by, may be set back; and the sizes
+    of its files are noted, since Reverb takes an empty file for an empty table.
+    """
     incoming, name = os.path.split(path)
     if not os.path.isdir(path) or not os.path.basename(incoming).startswith(_INCOMING):
         return path  # on another host, or not written by `main`
     parent = os.path.dirname(incoming)
-    published = os.path.join(parent, name)
+    before = published_checkpoints(parent)
+    number = 1 + max((_number(each) for each in before), default=0)
+    published = os.path.join(parent, f'{number:08d}-{name}')
+    with open(os.path.join(path, _SIZES_FILE), 'w') as file:
+        json.dump(_sizes(path), file)
+    sync(path)
     os.rename(path, published)
-    for older in published_checkpoints(parent)[keep:]:
+    sync(published)
+    for older in before[keep - 1 :]:
         shutil.rmtree(older, ignore_errors=True)
     return published
+
+
+def _sizes(path: str) -> dict[str, int]:
+    """Bytes of a checkpoint's files, by name."""
+    names = (name for name in os.listdir(path) if name != _SIZES_FILE)
+    return {name: os.path.getsize(os.path.join(path, name)) for name in names}
+
+
+def _number(path: str) -> int:
+    """Of a published checkpoint; 0: it has none."""
+    number, _, _ = os.path.basename(path).partition('-')
+    return int(number) if len(number) == _NUMBER_DIGITS and number.isdigit() else 0
+
+
+def _require_whole(path: str) -> None:
+    """Raises RuntimeError when a file of a published checkpoint has lost some of its bytes."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(path, _SIZES_FILE)) as file:
+            if json.load(file) == _sizes(path):
+                return
+    raise RuntimeError(f'a file is missing or not as long as {_SIZES_FILE} says')
 
 
 def published_checkpoints(checkpoint_dir: str) -> list[str]:
     """Paths of a shard's complete checkpoints, newest first."""
     if not os.path.isdir(checkpoint_dir):
         return []
-    paths = (os.path.join(checkpoint_dir, entry) for entry in os.listdir(checkpoint_dir))
-    # Named by the time when they were written.
-    return sorted((p for p in paths if os.path.exists(os.path.join(p, _DONE_FILE))), reverse=True)
+    entries = (entry for entry in os.listdir(checkpoint_dir) if not entry.startswith(_DAMAGED))
+    paths = (os.path.join(checkpoint_dir, entry) for entry in entries)
+    complete = [path for path in paths if os.path.exists(os.path.join(path, _DONE_FILE))]
+    return sorted(complete, key=lambda path: (_number(path), path), reverse=True)
 
 
 def _checkpoint_root(checkpoint_dir: str | None, restore_path: str | None) -> str:
@@ -255,16 +293,20 @@ def start_from_newest(
     """`start_server` from the newest checkpoint in `state_dir` that can be read; else empty.
 
     `build` makes the tables anew for each attempt, since a server takes them over. A damaged
-    checkpoint is told of, and left where it is until newer ones have taken its place.
+    checkpoint is told of and set aside.
 
     Raises:
       OSError: the port is busy, or `state_dir` cannot be written.
     """
     for path in published_checkpoints(state_dir):
         try:
+            _require_whole(path)
             return start_server(build(), port, state_dir, path)
         except RuntimeError as error:
             print(f'{path} cannot be read: {error}', file=sys.stderr, flush=True)
+            aside = os.path.join(state_dir, f'{_DAMAGED}{os.path.basename(path)}')
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
     return start_server(build(), port, state_dir)
 
 
@@ -304,12 +346,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+_held: list[BinaryIO] = []  # directories, until this process ends
+
+
 def _start(options: argparse.Namespace) -> 'reverb.Server':
     """Reads the configuration and starts the server; see `main` for what may be raised."""
     with open(options.config) as file:
         config = ShardConfig.from_dict(json.load(file))
     build = functools.partial(build_tables, config, options.shard)
     if options.state_dir:
+        _held.append(hold(options.state_dir))
         return start_from_newest(build, options.port, os.path.abspath(options.state_dir))
     return start_server(build(), options.port, options.checkpoint_dir, options.restore)
 
@@ -321,16 +367,16 @@ def _serve(server: 'reverb.Server', options: argparse.Namespace, stopped: thread
     # Not without bound: another thread may take the signal, and then nothing wakes this one.
     while not stopped.wait(_WAKE_SECONDS):
         if options.state_dir and time.monotonic() >= due:
-            _keep_state(server.port)
+            _keep_state(server.port, _SAVE_SECONDS)
             due = time.monotonic() + period
     if options.state_dir:
-        _keep_state(server.port)
+        _keep_state(server.port, _LAST_SAVE_SECONDS)
 
 
-def _keep_state(port: int) -> None:
+def _keep_state(port: int, timeout_seconds: float) -> None:
     """Writes a checkpoint; what cannot be written is told, and the one before stays the newest."""
     try:
-        save([f'127.0.0.1:{port}'], _SAVE_SECONDS)
+        save([f'127.0.0.1:{port}'], timeout_seconds)
     except (ReplayUnavailable, OSError) as error:
         print(f'no state written: {error}', file=sys.stderr, flush=True)
 

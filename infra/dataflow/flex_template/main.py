@@ -8,7 +8,7 @@ import sys
 
 from pipelines import job
 
-DEFAULTS = ('--runner=DataflowRunner', '--replay_addresses=', '--submission=0')
+DEFAULTS = ('--runner=DataflowRunner', '--replay_addresses=')
 """Flags in front of the template's: of one given twice the last counts."""
 
 if __name__ == '__main__':
