@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ KINDS = ('parameter', 'replay')
 FIRST_PORTS = {'parameter': 7101, 'replay': 7001}
 """Port of shard 0 of each kind where systemd starts them; shard I has the I-th after it."""
 
+# A name or an IPv4 address, or an IPv6 address, which has two colons at least.
+_HOST = re.compile(r'[\w.-]+|[\da-fA-F.]*:[\da-fA-F.]*:[\da-fA-F:.]*')
 _NAME_LABEL = 'app.kubernetes.io/name'
 _COMPONENT_LABEL = 'app.kubernetes.io/component'
 _POD_LABEL = 'statefulset.kubernetes.io/pod-name'
@@ -87,6 +90,12 @@ def on_hosts(kind: str, hosts: Sequence[str], count: int, first_port: int) -> li
         raise DeploymentError(f'--{kind}_hosts is empty; name the hosts of the {kind} shards')
     if count < 1:
         raise DeploymentError(f'--{kind}_shards {count}: a run has one at least')
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            raise DeploymentError(
+                f'--{kind}_hosts: {host!r} is no name or address of a host; give it without port'
+                f' and scheme (--{kind}_port is the first one)'
+            )
     last_port = first_port + count - 1
     if not (is_port(str(first_port)) and is_port(str(last_port))):
         raise DeploymentError(
@@ -338,6 +347,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             split_address(shard.address)
     except (OSError, ValueError) as error:
         print(f'deployment: {error}', file=sys.stderr)
+        return 2
+    except (KeyError, TypeError, AttributeError) as error:
+        print(
+            f'deployment: no objects as Kubernetes has them ({error!r}); give the output of'
+            ' `kubectl get statefulsets -o json`, or of `kubectl kustomize`',
+            file=sys.stderr,
+        )
         return 2
     print(units(shards) if options.place == 'hosts' and options.units else flags(shards))
     return 0

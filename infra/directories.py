@@ -15,8 +15,11 @@ def hold(directory: str | os.PathLike[str]) -> BinaryIO:
       OSError: it cannot be made or written, or another process has it.
     """
     path = pathlib.Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = (path / _LOCK_FILE).open('ab')
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK_FILE).open('ab')
+    except OSError as error:
+        raise OSError(f'{path}: no directory that can be written ({error.strerror})') from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,5 +1,6 @@
 """TLS of the parameter shards: PEM files in, what Arrow Flight takes out."""
 
+import contextlib
 import re
 import ssl
 
@@ -37,6 +38,36 @@ def read_roots(file: str) -> bytes:
         return b'\n'.join(_CERTIFICATE.findall(_read(file)))  # they travel: a key must not
     except (OSError, ssl.SSLError) as error:
         raise TlsError(f'--tls_roots {file}: no certificates in PEM ({error})') from error
+
+
+def require_accepted(pair: tuple[str, str], roots: str, host: str) -> None:
+    """Checks, by a handshake in memory, that clients will accept a server's certificate.
+
+    Args:
+      pair: files of the certificate and its key.
+      roots: file of what it must be signed by.
+      host: the name or address that clients call the server by.
+
+    Raises:
+      TlsError: they will not: it is for another name, out of date, or signed by somebody else.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ssl.create_default_context(cafile=roots).wrap_bio(
+        to_client, to_server, server_hostname=host
+    )
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    try:
+        for side in (client, server, client):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLError as error:
+        reason = getattr(error, 'verify_message', '') or str(error)
+        raise TlsError(
+            f'--tls_certificate {pair[0]}: workers would not accept it at {host}: {reason}; it must'
+            f' name {host} (as an alternative name), and be signed by what is in {roots}'
+        ) from error
 
 
 def _read(file: str) -> bytes:

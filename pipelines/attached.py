@@ -21,6 +21,7 @@ from pipelines.errors import UsageError
 from pipelines.options import Launch
 
 _CONNECT_SECONDS = 5.0
+_REASON_CHARACTERS = 300
 # What each client may choose for itself.
 _CLIENTS_OWN = frozenset({'wire_dtype', 'shared_memory'})
 _ANEW = 'start it anew, or another one in its place'
@@ -64,9 +65,15 @@ def _answer(address: str, kind: str, ask: Callable[[str], Any]) -> Any:
         return ask(address)
     except Exception as error:  # gRPC, Flight and Reverb each raise kinds of their own
         raise UsageError(
-            f'{address}: answers, but not as a {kind} ({type(error).__name__}); correct the'
-            ' address, and give --tls_roots just when parameter shards speak TLS.'
+            f'{address}: answers, but not as a {kind} ({_reason(error)}); correct the address, and'
+            ' give --tls_roots just when parameter shards speak TLS: their issuers.'
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's kind and first line, in which gRPC also tells what is wrong with a certificate."""
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:_REASON_CHARACTERS]}'
 
 
 def _ask_parameter_shard(address: str, tls_roots: bytes | None) -> Mapping[str, Any]:

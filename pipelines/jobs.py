@@ -133,7 +133,8 @@ class Jobs:
         self._launch = launch
         self._addresses = addresses
         self._directory = directory
-        self.submissions = first_submission
+        # A launcher that died has submitted jobs after its last checkpoint.
+        self.submissions = max(first_submission, _first_unused(directory.logs))
         self._name = uuid.uuid4().hex[:6]
         self._command = command or self._beam_command
         self._jobs: list[_Job] = []
@@ -327,6 +328,12 @@ class Jobs:
         flags = [*self._launch.beam_flags, *self._launch.flags_of(kind)]
         run = value_of('--job_name', flags) or f'gorila-{self._directory.path.name}'
         return re.sub('[^a-z0-9]+', '-', f'{run}-{self._name}-{kind}-{submission}'.lower())
+
+
+def _first_unused(logs: pathlib.Path) -> int:
+    """A number above those of all jobs that have left a log."""
+    numbers = (re.fullmatch(r'[a-z]+-(\d+)', log.stem) for log in logs.glob('*.log'))
+    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
 
 
 def _silence(job: _Job, beat: Heartbeat | None, now: float, deaf_until: float) -> str:

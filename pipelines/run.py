@@ -101,6 +101,7 @@ def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, '
     _require_agent(config, values)
     sizing.require_room(config, launch)
     sizing.require_ports(config, launch)
+    sizing.require_tls(launch)
     attached.require_servers(config, launch)
     _require_engine(config, launch)
     return config, launch

@@ -149,11 +149,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         config_dir, argv = _config_dir(argv)
         config, launch = _prepare(argv)
+        if config_dir == '':
+            raise UsageError('--config_dir is empty; name a directory.')
         if config_dir is not None:
+            launch = dataclasses.replace(launch, parameter_ports=(), replay_ports=())
             write_configurations(config, launch, pathlib.Path(config_dir))
             return 0
         sizing.require_servers_room(config, launch)
         sizing.require_ports(config, launch)
+        sizing.require_tls(launch)
         path = launch.run_dir or default_path('servers', config.preset)
         with RunDirectory.open(path, False) as directory:
             return serve(config, launch, directory.path)

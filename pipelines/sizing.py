@@ -6,6 +6,7 @@ Memory for its replay and processes, disk for its checkpoints, free ports.
 import pathlib
 import socket
 
+from infra import tls
 from pipelines.config import ExperimentConfig
 from pipelines.errors import UsageError
 from pipelines.options import Launch
@@ -107,6 +108,25 @@ def require_restorable(launch: Launch) -> None:
             ' of its own, or give --parameter_addresses and --replay_addresses of the servers that'
             ' have kept the state of this run.'
         )
+
+
+def require_tls(launch: Launch) -> None:
+    """Checks that the parameter shards to start will be let speak TLS to their own clients.
+
+    Raises:
+      UsageError: there is no certificate, or it will not be accepted at --host.
+    """
+    if launch.parameter_addresses or launch.tls_roots is None:
+        return
+    if launch.tls is None:
+        raise UsageError(
+            '--tls_roots: the parameter shards that are started speak no TLS; give'
+            ' --tls_certificate and --tls_key, or --parameter_addresses of shards that do.'
+        )
+    try:
+        tls.require_accepted(launch.tls, launch.tls_roots, launch.host)
+    except tls.TlsError as error:
+        raise UsageError(f'{error}.') from error
 
 
 def require_ports(config: ExperimentConfig, launch: Launch) -> None:

@@ -235,6 +235,9 @@ def test_an_ipv6_host_gets_its_brackets():
     [
         (('--parameter_hosts=', '--replay_hosts=a'), '--parameter_hosts is empty'),
         (('--parameter_hosts=a', '--replay_hosts=a', '--replay_shards=0'), '--replay_shards 0'),
+        (('--parameter_hosts=a b', '--replay_hosts=a'), "'a b' is no name or address"),
+        (('--parameter_hosts=a', '--replay_hosts=a:7001'), 'without port and scheme'),
+        (('--parameter_hosts=http://a', '--replay_hosts=a'), 'without port and scheme'),
         (
             ('--parameter_hosts=a', '--replay_hosts=a', '--parameter_port=65535')
             + ('--parameter_shards=2',),
@@ -252,3 +255,14 @@ def test_places_that_cannot_be_are_one_line_and_code_2(arguments, says):
     assert (code, output) == (2, '')
     assert says in errors
     assert errors.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'text', ['{"items": 3}', '{"kind": "StatefulSet", "metadata": {"labels": 1}}']
+)
+def test_objects_that_are_none_of_kubernetes_are_one_line_and_exit_code_2(text, tmp_path):
+    file = tmp_path / 'objects.json'
+    file.write_text(text)
+    code, output, errors = run('kubernetes', str(file))
+    assert (code, output) == (2, '')
+    assert len(errors.strip().splitlines()) == 1

@@ -284,6 +284,17 @@ def test_what_an_engine_says_of_a_job_is_told_once(make_run):
     assert run.jobs.news() == []
 
 
+def test_a_number_of_a_job_that_has_left_a_log_is_not_given_again(tmp_path):
+    with RunDirectory.open(tmp_path / 'run') as directory:
+        for name in ('actor-0', 'learner-11', 'launcher', 'replay_7'):
+            (directory.logs / f'{name}.log').touch()
+        launch = Launch('DirectRunner', None, False, (), (), (), (), ())
+        config = presets.experiment('laptop', {})
+        for given, expected in ((3, 12), (40, 40)):
+            jobs = Jobs(config, launch, Addresses((), (), ''), directory, first_submission=given)
+            assert jobs.submissions == expected
+
+
 def test_a_job_is_told_its_workers_servers_and_beams_flags(tmp_path):
     with RunDirectory.open(tmp_path / 'run') as directory:
         jobs = Jobs(

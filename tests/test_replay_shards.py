@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import portpicker
 import psutil
 import pytest
 import reverb
@@ -501,6 +502,21 @@ class TestCheckpoints:
             Path(first).rename(ahead)
             (second,) = server_lib.save([shard.address])
             assert server_lib.published_checkpoints(str(ahead.parent)) == [second, str(ahead)]
+
+    def test_a_state_that_cannot_be_written_leaves_no_part_of_it(self, tmp_path, capfd):
+        (tmp_path / 'incoming-x' / '2026').mkdir(parents=True)
+        nobody = portpicker.pick_unused_port()
+        server_lib._keep_state(nobody, str(tmp_path), timeout_seconds=0.5)
+        assert 'no state written' in capfd.readouterr().err
+        assert list((tmp_path / 'incoming-x').iterdir()) == []
+
+    def test_the_state_of_an_experiment_with_other_values_is_refused(self, tmp_path):
+        before = {'shard': 0, **config_dict(ShardConfig(FREE, SPEC, batch_size=7))}
+        (tmp_path / 'state').mkdir()
+        (tmp_path / 'state' / 'shard.json').write_text(json.dumps(before))
+        result = run_server(tmp_path, '--state_dir', str(tmp_path / 'state'))
+        assert result.returncode == 2
+        assert 'an experiment with other values; empty it' in result.stderr
 
     def test_two_shards_with_one_state_are_refused(self, tmp_path):
         with ShardProcess(ShardConfig(FREE, SPEC), tmp_path, own_state=True) as shard:

@@ -72,8 +72,8 @@ def test_a_dead_parameter_shard_is_started_again_with_its_state(start):
 
 
 def test_configurations_for_other_starters_are_those_that_the_shards_read(tmp_path, capsys):
-    flags = ('--preset=apex', '--num_parameter_shards=3', f'--config_dir={tmp_path / "c"}')
-    assert servers.main(flags) == 0
+    flags = ('--preset=apex', '--num_parameter_shards=3', '--parameter_ports=1,2,3')
+    assert servers.main([*flags, f'--config_dir={tmp_path / "c"}']) == 0
     replay, parameters = capsys.readouterr().out.split()
     assert load_config(parameters).num_parameter_shards == 3
     with open(replay) as file:
@@ -107,6 +107,11 @@ def test_a_signal_while_they_start_ends_them_at_once(start):
 def test_what_only_a_run_can_do_is_refused(flag, tmp_path, capsys):
     assert servers.main([flag, f'--run_dir={tmp_path / "servers"}']) == 2
     assert 'for run.py' in capsys.readouterr().err
+
+
+def test_an_empty_name_for_the_configurations_is_refused(capsys):
+    assert servers.main(['--config_dir=']) == 2
+    assert '--config_dir is empty' in capsys.readouterr().err
 
 
 def test_a_remote_directory_is_refused(capsys):

@@ -8,8 +8,8 @@ import pytest
 
 from infra.parameter_server.protocol import ParameterServerUnavailable
 from infra.parameter_server.server import ParameterServer
-from infra.tls import TlsError, read_pair, read_roots
-from pipelines import options
+from infra.tls import TlsError, read_pair, read_roots, require_accepted
+from pipelines import options, sizing
 from pipelines.errors import UsageError
 from tests import certificates
 from tests.parameter_servers import LAYOUT, ShardProcess, config, connect
@@ -82,6 +82,23 @@ def test_files_that_are_not_what_they_should_be_are_named(files, tmp_path):
         read_roots(str(nonsense))
     with pytest.raises(TlsError, match='--tls_certificate .*roots'):
         read_pair(files['roots'], files['key'])
+
+
+@pytest.mark.parametrize(
+    ('roots', 'host', 'reason'),
+    [('roots', '10.1.2.3', "not valid for '10.1.2.3'"), ('other', '127.0.0.1', 'unable to get')],
+)
+def test_a_certificate_that_workers_would_not_accept_is_refused(files, roots, host, reason):
+    pair = files['certificate'], files['key']
+    require_accepted(pair, files['roots'], '127.0.0.1')
+    with pytest.raises(TlsError, match=reason):
+        require_accepted(pair, files[roots], host)
+
+
+def test_roots_without_a_server_that_speaks_tls_are_refused(files):
+    launch, _, _ = options.parse([f'--tls_roots={files["roots"]}'])
+    with pytest.raises(UsageError, match='that are started speak no TLS'):
+        sizing.require_tls(launch)
 
 
 def test_the_roots_of_a_run_are_its_own_certificate_unless_given(files):

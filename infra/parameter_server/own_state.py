@@ -17,6 +17,7 @@ from infra.parameter_server import checkpoint
 from infra.parameter_server.checkpoint import DamagedCheckpointError, ShardState
 
 _KEEP = 2
+_DAMAGED = 'damaged-'
 _NAME = re.compile(r'state-(\d{8})')
 _LOG = logging.getLogger(__name__)
 
@@ -43,18 +44,21 @@ class OwnState:
 
         Raises:
           CheckpointMismatchError: it is of another shard, or of another optimizer.
-          DamagedCheckpointError: there are states, and none can be read.
+          DamagedCheckpointError: there were states, and none can be read: a shard that started
+            empty would forget the run without a word.
         """
-        damaged: DamagedCheckpointError | None = None
         for _, path in sorted(self._numbered().items(), reverse=True):
             try:
                 return checkpoint.read_only_part(str(path), *self._place, self._optimizer)
             except DamagedCheckpointError as error:
                 _LOG.warning('%s; trying the state before', error)
                 self._set_aside(path)
-                damaged = damaged or error
-        if damaged is not None:
-            raise damaged
+        damaged = sorted(path.name for path in self._directory.glob(f'{_DAMAGED}*'))
+        if damaged:
+            raise DamagedCheckpointError(
+                f'{self._directory}: the state is damaged ({", ".join(damaged)}); put it back, or'
+                ' remove these to start empty'
+            )
         return None
 
     def save(self, state: ShardState) -> None:
@@ -76,7 +80,7 @@ class OwnState:
 
     def _set_aside(self, path: pathlib.Path) -> None:
         """Renames a damaged state, so that it counts no longer."""
-        aside = path.with_name(f'damaged-{path.name}')
+        aside = path.with_name(f'{_DAMAGED}{path.name}')
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 

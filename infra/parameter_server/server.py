@@ -419,7 +419,7 @@ def _start(options: argparse.Namespace) -> ParameterServer:
     if options.restore:
         state = checkpoint.read_state(options.restore, *place)
     if options.state_dir:
-        own_state = OwnState(options.state_dir, *place)
+        own_state = OwnState(options.state_dir, *place)  # held until this process ends
     return ParameterServer(config, options.shard, options.host, options.port, state, own_state, tls)
 
 

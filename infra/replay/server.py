@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _DONE_FILE = 'DONE'  # Reverb writes it last
 _SIZES_FILE = 'SIZES.json'
+_CONFIG_FILE = 'shard.json'  # of a directory with a shard's own state
 _NUMBER_DIGITS = 8
 _DAMAGED = 'damaged-'  # prefix of a checkpoint that could not be read
 _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
@@ -134,7 +136,7 @@ def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2
     Raises:
       ReplayUnavailable: a shard did not answer within the time, or could not write.
     """
-    paths: list[Any] = ['no answer'] * len(addresses)
+    paths: list[Any] = [None] * len(addresses)
     written = [False] * len(addresses)
 
     def write(i: int) -> None:
@@ -156,9 +158,10 @@ def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2
         thread.join(max(0.0, deadline - time.monotonic()))
     for i, address in enumerate(addresses):
         if not written[i]:
+            late = f'no answer within {timeout_seconds:g} s'
             raise ReplayUnavailable(
-                f'replay shard {address} wrote no checkpoint within {timeout_seconds:g} s:'
-                f' {paths[i]}; look at its log and at the free disk space'
+                f'replay shard {address} wrote no checkpoint: {paths[i] or late}; look at its log'
+                ' and at the free disk space'
             )
     return [_publish(path, keep) for path in paths]
 
@@ -346,6 +349,26 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _require_same(options: argparse.Namespace, config: ShardConfig) -> None:
+    """Checks that the state is of this very shard: a table comes back as it was.
+
+    Raises:
+      ValueError: it is another's.
+    """
+    path = os.path.join(options.state_dir, _CONFIG_FILE)
+    now = {'shard': options.shard, **dataclasses.asdict(config)}
+    if not os.path.exists(path):
+        with open(path, 'w') as file:
+            json.dump(now, file)
+    with open(path) as file:
+        before = json.load(file)
+    if before != json.loads(json.dumps(now)):
+        raise ValueError(
+            f'--state_dir {options.state_dir} holds the state of another shard, or of an experiment'
+            ' with other values; empty it, or give another one'
+        )
+
+
 _held: list[BinaryIO] = []  # directories, until this process ends
 
 
@@ -356,6 +379,7 @@ def _start(options: argparse.Namespace) -> 'reverb.Server':
     build = functools.partial(build_tables, config, options.shard)
     if options.state_dir:
         _held.append(hold(options.state_dir))
+        _require_same(options, config)
         return start_from_newest(build, options.port, os.path.abspath(options.state_dir))
     return start_server(build(), options.port, options.checkpoint_dir, options.restore)
 
@@ -367,18 +391,20 @@ def _serve(server: 'reverb.Server', options: argparse.Namespace, stopped: thread
     # Not without bound: another thread may take the signal, and then nothing wakes this one.
     while not stopped.wait(_WAKE_SECONDS):
         if options.state_dir and time.monotonic() >= due:
-            _keep_state(server.port, _SAVE_SECONDS)
+            _keep_state(server.port, options.state_dir, _SAVE_SECONDS)
             due = time.monotonic() + period
     if options.state_dir:
-        _keep_state(server.port, _LAST_SAVE_SECONDS)
+        _keep_state(server.port, options.state_dir, _LAST_SAVE_SECONDS)
 
 
-def _keep_state(port: int, timeout_seconds: float) -> None:
+def _keep_state(port: int, state_dir: str, timeout_seconds: float) -> None:
     """Writes a checkpoint; what cannot be written is told, and the one before stays the newest."""
     try:
         save([f'127.0.0.1:{port}'], timeout_seconds)
     except (ReplayUnavailable, OSError) as error:
         print(f'no state written: {error}', file=sys.stderr, flush=True)
+        for incoming in glob.glob(os.path.join(glob.escape(state_dir), f'{_INCOMING}*', '*')):
+            shutil.rmtree(incoming, ignore_errors=True)  # a part of one, which fills the disk
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -390,7 +416,9 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when a run ends
     try:
         server = _start(options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        if isinstance(error, KeyError):
+            error = ValueError(f'{options.config} lacks {error}: it is no configuration of replay')
         print(f'replay shard {options.shard} cannot start: {error}', file=sys.stderr, flush=True)
         return 2
     if options.ready_file:
@@ -402,6 +430,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     code = main(sys.argv[1:])
     # Without the interpreter's own shutdown: a destructor of Reverb may wait for open streams.
     sys.stdout.flush()

@@ -121,6 +121,10 @@ while [ "$#" -gt 0 ]; do
       read -r -a flags <<< "$2"
       shift 2
       ;;
+    -h | --help)
+      sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+      exit 0
+      ;;
     --*) fail "$1: unknown flag; there is --flags" ;;
     *)
       units+=("$1")
