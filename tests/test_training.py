@@ -88,6 +88,19 @@ def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, mon
         run._last_checkpoint()
 
 
+def test_a_run_with_servers_of_others_has_a_checkpoint_from_its_first_update_on(training):
+    run, _, directory = training
+    run.cluster.config = types.SimpleNamespace(parameter_addresses=('host:1', 'host:2'))
+    run.checkpoints = Checkpoints(directory, run.config, replay_is_ours=False)
+    run._save_if_due()
+    assert not directory.latest_checkpoints()  # nothing is learned yet
+    run.monitor.clock(1, 1_600)
+    run._save_if_due()
+    run._save_if_due()
+    (path,) = directory.latest_checkpoints()  # the next one is due in minutes
+    assert not (path / 'replay').exists()
+
+
 @pytest.fixture
 def hanging(training, monkeypatch):
     """A training whose parameter shard answers nobody; gives it, its output, what it killed."""

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from infra.flags import positive_number
+from infra.flags import add_state_flags
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
@@ -383,19 +383,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--port', type=int, default=0, help='0: any free port')
     parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on')
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument('--restore', help='checkpoint directory to start from')
-    start.add_argument(
-        '--state_dir',
-        help="directory of this shard's own: it starts from the newest state there, and writes it"
-        ' now and then and at SIGTERM; for a shard that a supervisor starts again',
-    )
-    parser.add_argument(
-        '--state_period_seconds',
-        type=positive_number,
-        default=_STATE_SECONDS,
-        help=f'between two states [{_STATE_SECONDS:g}]',
-    )
+    add_state_flags(parser, '--restore', 'checkpoint directory to start from', _STATE_SECONDS)
     parser.add_argument('--tls_certificate', help='PEM, for the name that clients call it by')
     parser.add_argument('--tls_key', help="PEM, the certificate's")
     options = parser.parse_args(arguments)

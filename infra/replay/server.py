@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from infra import process
 from infra import telemetry as telemetry_lib
 from infra.directories import hold, sync
-from infra.flags import positive_number
+from infra.flags import add_state_flags
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.errors import ReplayUnavailable
 from infra.replay.trajectory import TrajectorySpec
@@ -329,20 +329,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         '--host', help='accepted for uniformity: Reverb listens on every interface of the host'
     )
     parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument('--checkpoint_dir', help='where checkpoints that a run asks for go')
-    place.add_argument(
-        '--state_dir',
-        help="directory of this shard's own: it starts from the newest checkpoint there, and writes"
-        ' one now and then and at SIGTERM; for a shard that a supervisor starts again',
-    )
+    where = 'where checkpoints that a run asks for go'
+    add_state_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
     parser.add_argument('--restore', help='with --checkpoint_dir: a checkpoint to start from')
-    parser.add_argument(
-        '--state_period_seconds',
-        type=positive_number,
-        default=_STATE_SECONDS,
-        help=f'between two states [{_STATE_SECONDS:g}]',
-    )
     options = parser.parse_args(arguments)
     if options.restore and options.state_dir:
         parser.error('--restore contradicts --state_dir, which says what to start from')

@@ -62,7 +62,7 @@ set_up() {
   make -C "$PREFIX" setup
   python="$ROOT$(readlink -f "$PREFIX/.venv/bin/python")"  # of an image: who builds it knows
   case "$python" in
-    /root/* | /home/*)
+    ~root/* | /home/*)
       fail "$python: the shards' user sees no home directory; install Python 3.11 for all" \
         "and name it: PYTHON=/usr/bin/python3.11 (then remove $PREFIX/.venv)"
       ;;
