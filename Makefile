@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format prism images-check clean
+.PHONY: help setup run test test-fast lint format prism images-check clean
 
 # Without compiled byte-code TensorFlow takes twice as long to import, in every process of a run.
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME PIP_NO_COMPILE
@@ -93,8 +93,14 @@ test: $(TEST_STAMP)  ## lint, format, types and the whole suite; flags of pytest
 	$(if $(ARGS),exec $(BIN)/python -m pytest $(ARGS))
 	# The last tests need Prism, whose build takes minutes: beside the first ones.
 	if command -v go > /dev/null; then (nice -n 19 make prism > $(VENV)/prism.log 2>&1 || true) & fi
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not end_to_end'
+	$(BIN)/python -m pytest -n 3 --dist loadscope -m 'not end_to_end'
 	exec $(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1 -m end_to_end
+
+test-fast: $(TEST_STAMP)  ## lint, types and the quick tests: before each commit
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	exec $(BIN)/python -m pytest -n 3 --dist loadscope -m 'not end_to_end and not slow' $(ARGS)
 
 lint: $(TEST_STAMP)  ## lint, format and types only
 	@$(BIN)/ruff check .
@@ -117,7 +123,7 @@ $(BIN)/prism:
 	GOBIN="$$(cd $(BIN) && pwd)" go install github.com/apache/beam/sdks/v2/go/cmd/prism@$(PRISM_VERSION)
 
 images-check:  ## build and try the container images without an engine; needs root, debootstrap, 25 GB
-	@exec "$(CHOSEN_PYTHON)" -m infra.docker.check $(ARGS)
+	@exec "$(CHOSEN_PYTHON)" -m tests.images.check $(ARGS)
 
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -10,17 +10,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from agents.behaviour import Behaviour
 from agents.config import ActorConfig
 from agents.environment import AtariEnvironment, FrameStack
+from agents.exploration import Behaviour
 from infra.replay.trajectory import Steps
 
 
 class Adder(Protocol):
-    """What the actor needs of the replay (see infra/replay/adder.py)."""
+    """The part of the replay's interface that the actor uses (see infra/replay/adder.py)."""
 
     def add(self, steps: Steps, truncated: np.ndarray, error: np.ndarray | None = None) -> bool:
-        """One row an environment, all arrays [envs, ...]; False: asked to stop while it waited."""
+        """Adds one row per environment, arrays [envs, ...]; False if stopped while waiting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Episode:
 
     Attributes:
       raw_return: sum of the game's own rewards.
-      clipped_return: sum of the rewards as the agent was given them.
+      clipped_return: sum of the rewards the agent learns from.
       agent_steps: decisions in the game.
-      epsilon: probability of a random action at its end.
+      epsilon: probability of a random action at the end of the game.
     """
 
     raw_return: float
@@ -41,7 +41,7 @@ class Episode:
 
 
 class EpisodeTally:
-    """Adds up returns and lengths of the games of a batch of environments."""
+    """Sums returns and lengths of the games in a batch of environments."""
 
     def __init__(self, num_environments: int):
         self._raw = np.zeros(num_environments)
@@ -51,9 +51,12 @@ class EpisodeTally:
     def add(
         self, raw: np.ndarray, clipped: np.ndarray, ended: np.ndarray, epsilon: np.ndarray
     ) -> list[Episode]:
-        """Adds one step's rewards, float32 [envs], and returns the games that `ended`, bool [envs].
+        """Adds one step's rewards and returns the games that ended with it.
 
-        `epsilon` float [envs] is told with them.
+        Args:
+          raw, clipped: rewards float32 [envs].
+          ended: bool [envs], true where a game is over.
+          epsilon: float [envs], recorded in the returned episodes.
         """
         self._raw += raw
         self._clipped += clipped
@@ -72,9 +75,9 @@ class EpisodeTally:
 
 
 class Actor:
-    """Plays a batch of games and writes what happens to the replay.
+    """Plays a batch of games and writes their rows to the replay.
 
-    Its life loss, no-op and reward rules are the environment's and `ActorConfig`'s (paper, 5).
+    `EnvironmentConfig` and `ActorConfig` set the rules for lives, no-ops and rewards (paper, 5).
     """
 
     def __init__(
@@ -98,15 +101,26 @@ class Actor:
         self._uncounted = 0
         self._steps_since_pull = 0
         self.clock: Any = None
-        self.look()
+        self.sync()
 
     @property
     def epsilon(self) -> float:
-        """Today's probability of a random action, the mean over the environments."""
+        """Current probability of a random action, averaged over the environments."""
         return float(self._behaviour.epsilon(self.clock.updates).mean())
 
-    def look(self) -> Any:
-        """Reports the agent steps made, takes newer parameters if there are any; the clock."""
+    @property
+    def run_agent_steps(self) -> int:
+        """Estimates the run's agent steps: the clock last pulled plus this actor's steps since.
+
+        Misses at most one pull period of steps of each other actor.
+        """
+        return self.clock.agent_steps + self._uncounted
+
+    def sync(self) -> Any:
+        """Syncs with the parameter server and returns the clock.
+
+        Reports this actor's steps and pulls newer parameters.
+        """
         counted, self._uncounted = self._uncounted, 0
         snapshot = self._parameters.pull(agent_steps=counted)
         if snapshot.parts is not None:
@@ -116,15 +130,15 @@ class Actor:
         return self.clock
 
     def step(self, rng: np.random.Generator) -> list[Episode]:
-        """One agent step in every environment; returns the games that ended with it.
+        """Takes one agent step in every environment and returns the games that ended with it.
 
-        Every `actor_pull_period` steps it looks at the parameter server first.
+        Syncs with the parameter server first, once every `actor_pull_period` steps.
 
         Raises:
-          ReplayTimeout: the replay took no more rows within its bound (see infra/replay/adder.py).
+          ReplayTimeout: the replay accepts no rows within its bound (see infra/replay/adder.py).
         """
         if self._steps_since_pull >= self._config.actor_pull_period:
-            self.look()
+            self.sync()
         seen, updates = self._frames, self.clock.updates
         observation = self._stack.push(seen.frame, seen.first)
         action, error = self._behaviour.act(observation, updates, rng)

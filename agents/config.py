@@ -1,7 +1,7 @@
-"""Configuration of the environment, network, agent, actor and learner: plain data in, no behaviour.
+"""Configuration of environment, network, agent, actor and learner as frozen, validated data.
 
-Every field becomes a command-line flag of the same name (see pipelines/options.py); its help text,
-with unit and source, stands beside it.
+Every field becomes a command-line flag of the same name (pipelines/experiment/command_line.py). The
+help text beside a field gives its unit and source.
 """
 
 import dataclasses
@@ -19,18 +19,24 @@ from infra.fields import (
 
 TORSOS = ('nature', 'dqn2013')
 LOSSES = ('huber', 'squared')
+OUTLIER_RULES = ('lone', 'every')
 AGENTS = ('dqn', 'c51', 'qr_dqn')
+STALENESS_BOUNDS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Bounds, in global updates, of the histogram of staleness. Bin i counts values above bound i - 1
+and at most bound i; the last bin counts values above every bound."""
 DEVICE = re.compile(r'auto|(cpu|gpu)(:\d+)?')
-"""How a learner's device is named (see agents/device.py)."""
+"""Pattern of a learner's device (see agents/device.py)."""
 FACTORY = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
-"""How a factory of an agent is named: `package.module:function`."""
+"""Pattern of an agent factory's name: `package.module:function`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvironmentConfig:
     """The Atari game and its preprocessing (Mnih et al. 2015, Methods)."""
 
-    game: str = described('pong', 'Atari game, e.g. pong, breakout, space_invaders')
+    game: str = described(
+        'pong', 'Atari game: pong, space_invaders, ...; or its id in gymnasium: ALE/Pong-v5'
+    )
     action_repeat: int = described(4, 'emulator frames per agent step (Mnih et al. 2015)')
     frame_stack: int = described(4, 'frames in one observation (Mnih et al. 2015)')
     max_noops: int = described(30, 'at most this many no-ops start a game (Mnih et al. 2015)')
@@ -60,8 +66,8 @@ class NetworkConfig:
     )
     center_input: bool = described(
         False,
-        "take each observation's mean from it: else a game's plain background drowns what moves"
-        ' while the first layer is young (not in the papers)',
+        "subtract each observation's mean: a plain background otherwise hides motion early in"
+        ' training (not in the papers)',
     )
     dueling: bool = described(
         False, 'streams for the value of a state and for advantages (Wang et al. 2016)'
@@ -73,12 +79,12 @@ class NetworkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """The agent and its loss."""
+    """The agent, its loss and the clipping of its gradient."""
 
     agent: str = described(
         'dqn',
         "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al. 2018), or"
-        " module:function, a factory of a TF-Agents agent of one's own (see README.md)",
+        " module:function, a factory of the user's own TF-Agents agent (see docs/tf_agents.md)",
     )
     discount: float = described(0.99, 'discount per agent step (Mnih et al. 2015)')
     n_step: int = described(1, 'agent steps of reward before the bootstrap')
@@ -86,7 +92,7 @@ class AgentConfig:
         False, 'the network chooses the best next action, the target judges it (van Hasselt 2016)'
     )
     loss: str = described('huber', "of 'dqn': 'huber' (clipped, Mnih et al. 2015) or 'squared'")
-    num_atoms: int = described(51, "returns that 'c51' tells apart (Bellemare et al. 2017)")
+    num_atoms: int = described(51, "returns that 'c51' distinguishes (Bellemare et al. 2017)")
     v_min: float = described(-10.0, "least return of 'c51' (Bellemare et al. 2017)")
     v_max: float = described(10.0, "largest return of 'c51' (Bellemare et al. 2017)")
     num_quantiles: int = described(200, "quantiles of 'qr_dqn' (Dabney et al. 2018)")
@@ -108,11 +114,11 @@ class AgentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ActorConfig:
-    """Acting: how many environments, how greedy, how fresh."""
+    """Acting: number of environments, exploration, freshness of parameters."""
 
     envs_per_actor: int = described(8, 'environments stepped as one batch by an actor')
     actor_pull_period: int = described(
-        16, 'agent steps of one environment between two looks at the parameter server'
+        16, 'agent steps of one environment between two syncs with the parameter server'
     )
     epsilon_start: float = described(1.0, 'epsilon before the first update (paper, section 5)')
     epsilon_end: float = described(0.1, 'epsilon after the annealing (paper, section 5)')
@@ -121,8 +127,8 @@ class ActorConfig:
     )
     epsilon_ladder: bool = described(
         False,
-        'each environment keeps an epsilon of its own, ladder_epsilon^(1 + i/(N-1) ladder_exponent)'
-        ' for environment i of all N (Horgan et al. 2018, section 4.1), in place of the annealing',
+        'each environment i of all N has a fixed epsilon, ladder_epsilon^(1 + i/(N-1)'
+        ' ladder_exponent) (Horgan et al. 2018, section 4.1), instead of annealing',
     )
     ladder_epsilon: float = described(
         0.4, 'largest of the ladder of epsilons (Horgan et al. 2018, section 4.1)'
@@ -132,7 +138,7 @@ class ActorConfig:
     )
     actor_priorities: bool = described(
         True,
-        "a new transition gets the actor's own error as its priority (Horgan et al. 2018), else 1"
+        "a new transition's priority is the actor's own error (Horgan et al. 2018), else 1"
         ' (Schaul et al. 2016: the largest so far, which no process here knows)',
     )
     clip_reward: bool = described(True, 'rewards are clipped to [-1, 1] in training (paper)')
@@ -165,6 +171,12 @@ class LearnerConfig:
         'standard deviations above the mean loss at which a gradient is dropped; 0: never'
         ' (paper, section 4.3: "several")',
     )
+    outlier_rule: str = described(
+        'lone',
+        "which outliers are dropped: 'lone', those without another in the last 1 / (1 -"
+        ' outlier_decay) updates, and of these every other one, so that a rare reward is learned;'
+        " 'every' (paper, section 4.3), which can hide it for ever",
+    )
     outlier_decay: float = described(
         0.999, 'decay per update of the running mean and deviation of the loss (not in the paper)'
     )
@@ -185,5 +197,6 @@ class LearnerConfig:
         require(self, 'learner_device', named, 'auto, cpu, gpu, or gpu:N')
         require_at_least(self, 1, 'learner_pull_period')
         require_at_least(self, 0, 'outlier_deviations', 'importance_updates')
+        require_choice(self, 'outlier_rule', OUTLIER_RULES)
         require_fraction(self, 'importance_exponent_start', 'importance_exponent_end')
         require(self, 'outlier_decay', 0 <= self.outlier_decay < 1, 'at least 0 and less than 1')

@@ -1,4 +1,4 @@
-"""Where a learner computes: the value of --learner_device in, TensorFlow's name of a device out."""
+"""Chooses the learner's device: value of --learner_device in, TensorFlow device name out."""
 
 import tensorflow as tf
 
@@ -6,19 +6,19 @@ from infra.array_function import HOST
 
 
 class DeviceError(ValueError):
-    """The device asked for is not there; the message says how many are, and the remedy."""
+    """The requested device does not exist; the message gives the number found and the remedy."""
 
 
 def choose(wanted: str, worker: int = 0) -> str:
-    """The device of learner number `worker` in TensorFlow's words, such as '/device:GPU:0'.
+    """TensorFlow's name of the device for learner number `worker`, such as '/device:GPU:0'.
 
     Args:
-      wanted: 'auto' (an accelerator if there is one), 'cpu', 'gpu', or one of them by its number,
-        such as 'gpu:1'. Several learners on a machine take its accelerators in turn.
+      wanted: 'auto' (a GPU if one exists), 'cpu', 'gpu', or a numbered device such as 'gpu:1'.
+        Without a number, learners on one machine are spread over its GPUs in turn.
       worker: number of the learner, from 0.
 
     Raises:
-      DeviceError: there is no such device.
+      DeviceError: the device does not exist.
     """
     kind, _, index = wanted.partition(':')
     kind = {'auto': 'gpu'}.get(kind, kind).upper()
@@ -32,10 +32,10 @@ def choose(wanted: str, worker: int = 0) -> str:
 
 
 def require(wanted: str) -> None:
-    """Checks that this machine has the GPU asked for, and takes nothing of it.
+    """Checks that this machine has the requested GPU, without allocating its memory.
 
     Raises:
-      DeviceError: it has not.
+      DeviceError: the GPU does not exist.
     """
     there = len(tf.config.list_physical_devices('GPU'))
     kind, _, index = wanted.partition(':')
@@ -51,5 +51,5 @@ def _absent(wanted: str, there: int) -> DeviceError:
 
 
 def is_host(device: str) -> bool:
-    """Whether arrays are already where the device computes: nothing has to be copied there."""
+    """Whether the device computes in host memory, so that arrays need no copy."""
     return device.endswith(HOST)

@@ -1,12 +1,12 @@
-"""The DQN family as one TF-Agents agent: a network whose outputs a head makes values and a loss.
+"""The DQN family as one TF-Agents agent: a head turns the network's outputs into values and a loss.
 
-DQN, double DQN, C51 and QR-DQN differ in their head and in who chooses the best next action;
-dueling is the network's affair, n steps and priorities are the replay's.
+DQN, double DQN, C51 and QR-DQN differ in their head and in the network that chooses the best next
+action. The network implements dueling; the replay implements n-step returns and priorities.
 
-Where the discount is: a `Transition` from our replay carries discount = gamma^n * product of the
-episode's discounts, so its loss is taken with gamma = 1. The agent itself is built with the gamma
-and n of the configuration, so whoever gives it TF-Agents' own `Trajectory` (or a Transition in
-TF-Agents' form, with gamma^(n-1) in it) gets the right loss too, from `train` and from `loss`.
+A `Transition` from our replay carries discount = gamma^n * product of the episode's discounts, so
+its loss uses gamma = 1. The agent itself is built with the configured gamma and n. `train` and
+`loss` are therefore also right for TF-Agents' own `Trajectory`, and for a Transition in TF-Agents'
+form, whose discount holds gamma^(n-1).
 """
 
 from typing import Any
@@ -23,15 +23,15 @@ from agents import networks
 from agents.config import AgentConfig, NetworkConfig
 from agents.heads import Head, head_of
 
-# The parameter server rules over the target; TF-Agents' own copying must never come due.
+# The parameter server sets the target network; TF-Agents' own copy must never be due.
 _NEVER = 2**31 - 1
 
 
 class ActionValues(network_lib.Network):
-    """A network's expected returns, float32 [B, num_actions]: what TF-Agents' policies ask for."""
+    """A network's expected returns, float32 [B, num_actions], as TF-Agents' policies need them."""
 
     def __init__(self, network: network_lib.Network, head: Head, name: str = 'action_values'):
-        super().__init__(input_tensor_spec=network.input_tensor_spec, name=name)
+        super().__init__(network.input_tensor_spec, network.state_spec, name)
         self._network = network
         self._head = head
 
@@ -45,11 +45,11 @@ class ActionValues(network_lib.Network):
 
 
 class DqnAgent(dqn_agent.DqnAgent):
-    """TF-Agents' DQN with any head, whose `loss` is the one that `train` minimises.
+    """TF-Agents' DQN with any head; `loss` computes what `train` minimises.
 
-    TF-Agents' `loss` silently takes gamma = 1 and no reward scale, its DQN runs the target network
-    twice per loss (once for the values, once for their argmax), and its C51 ignores weights, takes
-    no `Transition` and tells no errors.
+    TF-Agents' own `loss` silently uses gamma = 1 and no reward scale. Its DQN runs the target
+    network twice per loss, once for the values and once for their argmax. Its C51 ignores weights,
+    accepts no `Transition` and reports no errors.
     """
 
     def __init__(
@@ -62,11 +62,17 @@ class DqnAgent(dqn_agent.DqnAgent):
         double_dqn: bool = False,
         **kwargs: Any,
     ) -> None:
-        """`q_network` has outputs float32 [B, num_actions, *head.output_shape]; the rest is
-        TF-Agents'.
+        """
+        Args:
+          time_step_spec, action_spec: tensor specs without batch dimension.
+          q_network: returns outputs float32 [B, num_actions, *head.output_shape].
+          optimizer: applied by `train`.
+          head: interprets the outputs.
+          double_dqn: whether `q_network` chooses the best next action, not the target network.
+          **kwargs: further arguments of TF-Agents' `DqnAgent`.
 
         Raises:
-          ValueError: an argument of TF-Agents' that has no effect here.
+          ValueError: `kwargs` has an argument that has no effect here.
         """
         for name in ('td_errors_loss_fn', 'observation_and_action_constraint_splitter'):
             if kwargs.get(name) is not None:
@@ -79,7 +85,7 @@ class DqnAgent(dqn_agent.DqnAgent):
 
     @property
     def head(self) -> Head:
-        """What the networks' outputs mean."""
+        """Interprets the networks' outputs."""
         return self._head
 
     @property
@@ -89,7 +95,7 @@ class DqnAgent(dqn_agent.DqnAgent):
 
     @property
     def target_q_network(self) -> network_lib.Network:
-        """The network of the targets."""
+        """The network that values the best next action."""
         return self._target_q_network
 
     def _check_network_output(self, net: network_lib.Network, label: str) -> None:
@@ -137,14 +143,17 @@ class DqnAgent(dqn_agent.DqnAgent):
     def _compute_q_values(
         self, time_steps: ts.TimeStep, actions: tf.Tensor, training: bool = False
     ) -> tf.Tensor:
-        """Outputs float32 [B, *output_shape] of the actions taken."""
+        """Outputs float32 [B, *output_shape] for the actions taken.
+
+        The shape is [B, T, *output_shape] for a recurrent network, here and below.
+        """
         outputs, _ = self._q_network(
             time_steps.observation, step_type=time_steps.step_type, training=training
         )
         return outputs_of(outputs, actions)
 
     def _compute_next_q_values(self, next_time_steps: ts.TimeStep, info: Any) -> tf.Tensor:
-        """The target network's outputs float32 [B, *output_shape] of the best next actions."""
+        """The target network's outputs float32 [B, *output_shape] for the best next actions."""
         del info
         observation, step_type = next_time_steps.observation, next_time_steps.step_type
         target, _ = self._target_q_network(observation, step_type=step_type)
@@ -160,12 +169,18 @@ class DqnAgent(dqn_agent.DqnAgent):
         rewards: tf.Tensor,
         discounts: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._head.loss(q_values, next_q_values, rewards, discounts)
+        steps = network_utils.BatchSquash(rewards.shape.rank)  # heads take [B, ...] only
+        columns = map(steps.flatten, (q_values, next_q_values, rewards, discounts))
+        loss, error = self._head.loss(*columns)
+        return steps.unflatten(loss), steps.unflatten(error)
 
 
 def outputs_of(outputs: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
-    """Of outputs [B, num_actions, ...] those of one action an example, [B, ...]."""
-    return tf.gather_nd(outputs, action[:, None], batch_dims=1)
+    """Selects the outputs for given actions.
+
+    outputs [..., num_actions, *output_shape], action [...] -> [..., *output_shape]
+    """
+    return tf.gather_nd(outputs, action[..., None], batch_dims=action.shape.rank)
 
 
 def make_agent(
@@ -175,14 +190,14 @@ def make_agent(
     action_spec: Any,
     seed: int = 0,
 ) -> DqnAgent:
-    """The agent of `config`, its network's first weights given by `seed`, its target equal to it.
+    """Builds the agent of `config`; `seed` sets its first weights, which the target copies.
 
-    Specs may be array or tensor specs. The agent's own optimizer (SGD with rate 0) changes nothing:
-    the parameter server owns the optimizer. Nor does the agent clip: `config.gradient_clip_norm` is
-    the norm of the whole gradient and belongs to `AgentGradient`; TF-Agents' clips each variable's.
+    Specs may be array or tensor specs. The agent's own optimizer (SGD with rate 0) changes nothing,
+    because the parameter server owns the optimizer. The agent does not clip either: `AgentGradient`
+    clips the whole gradient to `config.gradient_clip_norm`, where TF-Agents clips each variable's.
 
     Raises:
-      ValueError: `config.agent` is none of the family.
+      ValueError: `config.agent` is not one of `dqn`, `c51` and `qr_dqn`.
     """
     head = head_of(config)
     time_step_spec = tensor_spec.from_spec(time_step_spec)
@@ -200,7 +215,12 @@ def make_agent(
         n_step_update=config.n_step,
         target_update_period=_NEVER,
         gamma=config.discount,
-        train_step_counter=tf.Variable(0, dtype=tf.int64, name='train_step'),
+        train_step_counter=tf.Variable(
+            0,
+            dtype=tf.int64,
+            name='train_step',
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        ),
     )
     agent.initialize()
     return agent

@@ -1,88 +1,58 @@
 """Atari games: actions in, preprocessed frames, raw rewards and ends of episodes out.
 
-The emulators run in `ale_py`'s C++ vector environment, which does the preprocessing of Mnih et al.
-(2015): an action is repeated for 4 emulator frames, the last two are made grey, joined by their
-maximum and resized to 84 x 84. Actions are the game's minimal set.
+`ale_py`'s C++ vector environment runs the emulators and the preprocessing of Mnih et al. (2015). It
+repeats an action for 4 emulator frames, converts the last two to grey, takes their maximum and
+resizes it to 84 x 84. Actions are the game's minimal set.
 
-Frames and rewards are bit for bit those of gymnasium's `AtariPreprocessing`; no-ops, the limit of
-frames and lives are treated differently (tests/test_atari_preprocessing.py says how). Mnih et al.
-take the maximum of each colour, then the grey: in 500 random steps of each of nine games fewer than
-0.5 % of the pixels differ by more than one grey level.
+Frames and rewards equal those of gymnasium's `AtariPreprocessing` bit for bit; no-ops, the limit of
+frames and lives differ (tests/agents/test_atari_preprocessing.py shows how). Mnih et al. take the
+maximum of each colour before the grey: in 500 random steps of each of nine games, fewer than 0.5 %
+of the pixels differ by more than one grey level.
 
-A game starts with 0 to `max_noops` no-ops (emulator frames, uniformly drawn). Nothing presses FIRE
-for the agent, as in the published code of Mnih et al. (2015): in Breakout serving the ball is part
-of what is learned.
+A game starts with 0 to `max_noops` no-ops (emulator frames, uniformly drawn). The environment does
+not press FIRE, as in the published code of Mnih et al. (2015): in Breakout the agent learns to
+serve the ball.
 
-No TensorFlow here, so that a launcher can check a game's name without waiting for its import; the
-TF-Agents view of these games is `agents/py_environment.py`.
+This module does not import TensorFlow; `agents/py_environment.py` wraps these games for TF-Agents.
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 import numpy as np
-from ale_py import roms, vector_env
+from ale_py import vector_env
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
+from agents.games import rom_id
 
 FRAME_SHAPE = (84, 84)  # Mnih et al. (2015)
 _BITS_PER_PIXEL = 8
 
 
-class UnknownGameError(ValueError):
-    """The game has no ROM in this installation; the message names the nearest ones."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """What E environments show after a step, each row one environment.
+    """The result of a step in E environments, one row per environment.
 
-    The frame after an end of a game is the next game's first (same-step reset), while `reward`,
+    When a game ends, `frame` is the first of the next game (same-step reset). `reward`,
     `terminated`, `truncated` and `life_lost` always belong to the action just taken.
     """
 
     frame: np.ndarray  # uint8 [E, 84, 84]
     reward: np.ndarray  # float32 [E], raw: not clipped
     terminated: np.ndarray  # bool [E], the game is over
-    truncated: np.ndarray  # bool [E], the game was cut by the limit of frames
-    life_lost: np.ndarray  # bool [E], a training episode ended, its game goes on
-    first: np.ndarray  # bool [E], `frame` starts an episode: older frames do not belong to it
-
-
-def game_names() -> tuple[str, ...]:
-    """Games that can be played, sorted, in snake_case (`space_invaders`)."""
-    return tuple(sorted(roms.get_all_rom_ids()))
-
-
-def rom_id(game: str) -> str:
-    """The ROM of `game`, which may be written `SpaceInvaders`, `space-invaders` or `pong`.
-
-    Raises:
-      UnknownGameError: no such ROM.
-    """
-    names = {_letters(name): name for name in game_names()}
-    wanted = _letters(game)
-    if wanted in names:
-        return names[wanted]
-    nearest = [names[match] for match in difflib.get_close_matches(wanted, names, cutoff=0.5)]
-    advice = f'did you mean {" or ".join(nearest)}?' if nearest else 'none is like it.'
-    others = '' if nearest else f' The games are {", ".join(game_names())}.'
-    raise UnknownGameError(f'unknown game {game!r}: {advice}{others}')
-
-
-def _letters(name: str) -> str:
-    return ''.join(character for character in name.lower() if character.isalnum())
+    truncated: np.ndarray  # bool [E], the limit of frames cut the game
+    life_lost: np.ndarray  # bool [E], a training episode ended and its game continues
+    first: np.ndarray  # bool [E], `frame` starts an episode; older frames belong to another
 
 
 def make_emulators(
     config: EnvironmentConfig, num_environments: int, autoreset_mode: AutoresetMode
 ) -> vector_env.AtariVectorEnv:
-    """`num_environments` emulators without life loss or reward clipping, one frame per observation.
+    """Opens emulators that ignore life loss, do not clip rewards and return one frame per step.
 
     Raises:
-      UnknownGameError: `config.game` has no ROM.
+      GameError: `config.game` is unknown or unplayable.
       ValueError: `num_environments` is not an integer of at least 1.
     """
     if not isinstance(num_environments, int) or num_environments < 1:
@@ -101,7 +71,7 @@ def make_emulators(
         frameskip=config.action_repeat,
         # ale_py draws from 0 .. noop_max - 1.
         noop_max=config.max_noops + 1,
-        # ale_py's own life loss cannot be told from the end of the game.
+        # ale_py's own life loss is indistinguishable from the end of the game.
         life_loss_info=False,
         reward_clipping=False,
         use_fire_reset=False,
@@ -111,23 +81,23 @@ def make_emulators(
 def check_actions(action: np.ndarray, num_actions: int) -> None:
     """
     Raises:
-      ValueError: an action outside 0 .. num_actions - 1; ale_py would wait for ever on one.
+      ValueError: an action is outside 0 .. num_actions - 1, on which ale_py would hang.
     """
     if action.min() < 0 or action.max() >= num_actions:
         raise ValueError(f'actions {action.tolist()} must lie in 0 .. {num_actions - 1}.')
 
 
 def emulator_seeds(seed: int, num_environments: int) -> np.ndarray:
-    """Independent seeds int64 [E] below 2^31: neighbouring `seed`s share none of their streams."""
+    """Independent seeds int64 [E] below 2^31; neighbouring values of `seed` share no stream."""
     states = np.random.SeedSequence(seed).generate_state(num_environments)
     return (states & 0x7FFF_FFFF).astype(np.int64)
 
 
 class AtariEnvironment:
-    """E games stepped as one batch, each restarted as soon as it ends.
+    """Steps E games as one batch and restarts each as soon as it ends.
 
-    In training, and if `config.life_loss_ends_episode`, the loss of a life ends an episode but not
-    its game: `life_lost` is set, and only a real new game begins with no-ops.
+    In training with `config.life_loss_ends_episode`, the loss of a life ends an episode but not its
+    game: `life_lost` is set, and the next episode begins without no-ops.
     """
 
     def __init__(
@@ -135,14 +105,14 @@ class AtariEnvironment:
     ) -> None:
         """
         Raises:
-          UnknownGameError: `config.game` has no ROM.
+          GameError: `config.game` is unknown or unplayable.
         """
         self.config = config
         self.num_environments = num_environments
         self._emulators = make_emulators(config, num_environments, AutoresetMode.SAME_STEP)
         self._seeds = emulator_seeds(seed, num_environments)
         self._lives_matter = training and config.life_loss_ends_episode
-        self._lives: np.ndarray | None = None  # None: not reset yet
+        self._lives: np.ndarray | None = None  # None before the first reset
 
     @property
     def num_actions(self) -> int:
@@ -150,7 +120,7 @@ class AtariEnvironment:
         return int(self._emulators.single_action_space.n)
 
     def reset(self) -> Frames:
-        """New games in all environments, the same ones at each call."""
+        """Starts a new game in every environment, with the same seeds at each call."""
         observation, info = self._emulators.reset(seed=self._seeds)
         self._lives = info['lives']
         nothing = np.zeros(self.num_environments, bool)
@@ -167,8 +137,8 @@ class AtariEnvironment:
         """Takes `action` int32 [E] in each environment.
 
         Raises:
-          RuntimeError: `reset` was not called before.
-          ValueError: an action outside the game's minimal set.
+          RuntimeError: `reset` was never called.
+          ValueError: an action is outside the game's minimal set.
         """
         if self._lives is None:
             raise RuntimeError('step_frames() before reset(): call reset() first.')
@@ -199,9 +169,9 @@ class AtariEnvironment:
 
 
 class FrameStack:
-    """The last frames of E environments as one observation, the newest last.
+    """Stacks the last frames of E environments to observations, newest last.
 
-    Frames from before an episode's first are zero, as in Mnih et al. (2015).
+    Frames before the first of an episode are zero, as in Mnih et al. (2015).
     """
 
     def __init__(
@@ -212,10 +182,10 @@ class FrameStack:
         self._words = self._stack.view('<u4')[..., 0] if depth == 4 else None
 
     def push(self, frame: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """The observation uint8 [E, 84, 84, depth] once `frame` uint8 [E, 84, 84] has come.
+        """Adds `frame` uint8 [E, 84, 84] and returns observations uint8 [E, 84, 84, depth].
 
-        `first` bool [E] says which frames start an episode. The result is this object's own memory,
-        valid until the next call: copy it to keep it.
+        `first` bool [E] marks frames that start an episode. The result is a view of this object's
+        memory, valid until the next call. Copy it to keep it.
         """
         if first.any():
             self._stack[first] = 0

@@ -1,7 +1,7 @@
 """A network's variables as one flat float32 vector: parts from the parameter server in, values out.
 
-The vector is the variables in the order given, each in row-major order: the order of the parameter
-server's `Layout`.
+The vector concatenates the variables in the given order, each in row-major order, like the
+parameter server's `Layout`.
 """
 
 import mmap
@@ -18,16 +18,16 @@ class FlatVariables:
     """A network's trainable variables as one float32 vector [parameters].
 
     Attributes:
-      variables: in their order.
-      size: parameters.
-      device: where the variables are.
+      variables: in the order of the vector.
+      size: number of parameters.
+      device: TensorFlow's name of the variables' device.
     """
 
     def __init__(self, variables: Sequence[tf.Variable]) -> None:
         self.variables = tuple(variables)
         self.size = sum(variable.shape.num_elements() for variable in self.variables)
-        # On pages of its own TensorFlow takes it over: a variable may share this memory, and never
-        # that of a part, which is only lent.
+        # TensorFlow takes page-aligned memory without a copy, so a variable may share this buffer.
+        # It must never share the memory of a part, which belongs to the caller.
         memory = mmap.mmap(-1, self.size * np.dtype(np.float32).itemsize)
         self._flat = np.frombuffer(memory, np.float32)
         self.device = self.variables[0].device
@@ -42,12 +42,12 @@ class FlatVariables:
         return np.array(self._read())
 
     def assign(self, *parts: Any) -> None:
-        """Sets all variables from float32 vectors that make up [parameters], in order.
+        """Sets all variables from float32 vectors that concatenate to [parameters].
 
-        Not while another thread computes with the variables: it could see some of both.
+        No other thread may compute with the variables meanwhile: it could read old and new values.
 
         Raises:
-          ValueError: the parts have another size or type together; nothing was set.
+          ValueError: the parts have a wrong total size or type; no variable was changed.
         """
         arrays = [np.asarray(part) for part in parts]
         sizes, types = [array.shape for array in arrays], {array.dtype for array in arrays}

@@ -1,4 +1,4 @@
-"""The learner's half of an agent: transitions in, the gradient at parameters from outside out."""
+"""The learner's half of an agent: transitions and parameters in, gradients out."""
 
 import functools
 from typing import Any
@@ -13,20 +13,20 @@ from infra.replay.trajectory import Transition
 
 
 class AgentGradient:
-    """The gradient of an agent's loss."""
+    """Computes the gradient of an agent's loss."""
 
     def __init__(self, model: Model, gradient_clip_norm: float, weighted: bool = False) -> None:
         """
         Args:
-          model: of the agent.
-          gradient_clip_norm: bound of the global norm of the gradient; 0: not clipped.
-          weighted: whether each row of a batch comes with a weight.
+          model: the agent's loss and variables.
+          gradient_clip_norm: bound of the gradient's global norm; 0 disables clipping.
+          weighted: whether `gradient` receives a weight for each row.
         """
         self.model = model
         self._clip_norm = gradient_clip_norm
         self._weighted = weighted
         self._online = FlatVariables(model.variables)
-        # Memory of its own: target variables go on sharing what was assigned last by it.
+        # A separate buffer: target variables keep sharing the memory last assigned through it.
         self._staged_target = FlatVariables(model.variables)
         observation = model.agent.time_step_spec.observation
         frames = tf.TensorSpec([None, *observation.shape], observation.dtype)
@@ -38,32 +38,32 @@ class AgentGradient:
 
     @property
     def device(self) -> str:
-        """Where the agent was built, and computes."""
+        """TensorFlow's name of the device that holds the agent and computes."""
         return self._online.device
 
     @property
     def size(self) -> int:
-        """Parameters."""
+        """Number of parameters."""
         return self._online.size
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:
-        """What the flat vectors hold, in their order."""
+        """The variables of the flat vectors, in order."""
         return self._online.variables
 
     def gradient(
         self, transition: Any, weights: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """float32 [parameters] clipped gradient, float32 [] mean loss, float32 [B] absolute error.
+        """Clipped gradient float32 [parameters], mean loss float32 [], absolute errors float32 [B].
 
-        The loss is without weights, so that it is the same measure at any priorities.
+        The mean loss ignores weights, so it is comparable at any priorities.
 
         Args:
-          transition: a batch of B.
-          weights: float32 [B], of the rows' losses; given exactly when `weighted`.
+          transition: a batch of B transitions.
+          weights: float32 [B], weights of the rows' losses; required exactly if `weighted`.
 
         Raises:
-          ValueError: a column has another shape or type than the network takes.
+          ValueError: the shape or type of a column does not fit the network.
         """
         columns = tuple(transition) if weights is None else (*transition, weights)
         return self._gradient(*columns)
@@ -73,13 +73,14 @@ class AgentGradient:
         return self._online.values()
 
     def set_parameters(self, *parts: Any) -> None:
-        """Sets the network from float32 vectors that make up [parameters], in order."""
+        """Sets the network from float32 vectors that concatenate to [parameters]."""
         self._online.assign(*parts)
 
     def set_target(self, *parts: Any) -> None:
-        """Sets the agent's target from float32 vectors that make up [parameters], in order.
+        """Sets the agent's target from float32 vectors that concatenate to [parameters].
 
-        By way of the agent's own network, which TF-Agents' `initialize` copies to the target.
+        Loads them into the agent's own network, which TF-Agents' `initialize` copies to the target.
+        The network keeps its parameters.
         """
         online = self._online.values()
         self._staged_target.assign(*parts)
@@ -94,7 +95,7 @@ class AgentGradient:
         return ArrayFunction(self.flat_gradient, self._signature, device=self.device)
 
     def flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """`gradient` as a part of a graph: tensors in, tensors out."""
+        """Like `gradient`, inside a graph: tensors in, tensors out."""
         transition = Transition(*columns[: len(Transition._fields)])
         weights = columns[-1] if self._weighted else None
         variables = self._online.variables
@@ -108,8 +109,8 @@ class AgentGradient:
     def _clipped(self, flat: tf.Tensor) -> tf.Tensor:
         if not self._clip_norm:
             return flat
-        # Half the time of tf.clip_by_norm, which writes the squares to memory.
+        # Takes half the time of tf.clip_by_norm, which writes the squares to memory.
         norm = tf.sqrt(2 * tf.nn.l2_loss(flat))
         scale = self._clip_norm / norm
-        # Mostly it is within the norm: no product then, which would write it all again.
+        # Skips the product in the common case of a short gradient: it would rewrite the vector.
         return tf.cond(scale < 1.0, lambda: flat * scale, lambda: flat)

@@ -1,9 +1,9 @@
-"""Heads: what the network's outputs for an action mean, as values and as a loss.
+"""Heads: network outputs for an action in, expected returns and losses out.
 
     outputs of the action taken, outputs of the best next action, reward, discount -> loss, error
 
-A head is a few pure functions. `outputs` are float32 [..., *output_shape]: nothing for a value, the
-logits of the atoms or the quantiles for a distribution of the return.
+A head consists of pure functions. `outputs` are float32 [..., *output_shape]. A value has the shape
+(); a distribution of the return has one output per logit of an atom, or per quantile.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ LOSSES = {
 
 
 class Head(Protocol):
-    """One way to model the return of an action."""
+    """A model of an action's return."""
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -37,9 +37,9 @@ class Head(Protocol):
         outputs: tf.Tensor,  # [B, *output_shape], of the action taken
         next_outputs: tf.Tensor,  # [B, *output_shape], of the best next action, from the target
         reward: tf.Tensor,  # [B]
-        discount: tf.Tensor,  # [B], 0 behind an end
+        discount: tf.Tensor,  # [B], 0 after the end of an episode
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Losses float32 [B], and errors float32 [B] whose size says how surprising a row was.
+        """Losses float32 [B] and errors float32 [B]; the absolute error is a row's priority.
 
         No gradient flows into `next_outputs`.
         """
@@ -47,7 +47,7 @@ class Head(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ValueHead:
-    """The expected return itself (Mnih et al. 2015); the error is the TD error."""
+    """Models the expected return (Mnih et al. 2015); the error is the TD error."""
 
     loss_name: str = 'huber'
 
@@ -69,8 +69,9 @@ class ValueHead:
 class CategoricalHead:
     """C51: logits of fixed, equally spaced returns (Bellemare et al. 2017, algorithm 1).
 
-    The error is the Kullback-Leibler divergence from the target distribution, which is what Rainbow
-    prioritizes by (Hessel et al. 2018, section 3); the loss, the cross-entropy, has its gradient.
+    The error is the Kullback-Leibler divergence from the target distribution, the priority of
+    Rainbow (Hessel et al. 2018, section 3). The loss is the cross-entropy, which has the same
+    gradient.
     """
 
     num_atoms: int = 51
@@ -83,7 +84,7 @@ class CategoricalHead:
 
     @property
     def support(self) -> np.ndarray:
-        """The returns that the atoms stand for, float32 [num_atoms]."""
+        """Returns of the atoms, float32 [num_atoms]."""
         return np.linspace(self.v_min, self.v_max, self.num_atoms, dtype=np.float32)
 
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
@@ -102,7 +103,7 @@ class CategoricalHead:
     ) -> tf.Tensor:
         """Probabilities float32 [B, num_atoms] of reward + discount * return, on the support.
 
-        An atom that falls between two of the support is shared by them, the nearer one having more.
+        Splits an atom between its two neighbours on the support; the nearer one receives more.
         """
         spacing = (self.v_max - self.v_min) / (self.num_atoms - 1)
         moved = reward[:, None] + discount[:, None] * self.support
@@ -115,7 +116,7 @@ class CategoricalHead:
 class QuantileHead:
     """QR-DQN: quantiles of the return (Dabney et al. 2018, algorithm 1, QR-DQN-1: kappa = 1).
 
-    The error is that of the mean.
+    The error is the TD error of the mean.
     """
 
     num_quantiles: int = 200
@@ -126,7 +127,7 @@ class QuantileHead:
 
     @property
     def midpoints(self) -> np.ndarray:
-        """The probabilities whose quantiles are learned, float32 [num_quantiles]."""
+        """Probabilities of the learned quantiles, float32 [num_quantiles]."""
         return ((np.arange(self.num_quantiles) + 0.5) / self.num_quantiles).astype(np.float32)
 
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
@@ -143,10 +144,10 @@ class QuantileHead:
 @tf.custom_gradient
 def _quantile_huber_loss(
     quantiles: tf.Tensor,  # [B, N]
-    target: tf.Tensor,  # [B, N], as many samples
+    target: tf.Tensor,  # [B, N], one sample per quantile
     midpoints: tf.Tensor,  # [N]
 ) -> tuple[tf.Tensor, Callable]:
-    """Of each row, summed over quantiles and averaged over samples, float32 [B].
+    """Losses float32 [B], summed over quantiles and averaged over samples.
 
     No gradient flows into `target`.
     """
@@ -158,10 +159,10 @@ def _quantile_huber_loss(
 def _compared(
     quantiles: tf.Tensor, target: tf.Tensor, midpoints: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The loss float32 [B], and its slope in each quantile float32 [B, N].
+    """Losses float32 [B] and their derivatives by the quantiles, float32 [B, N].
 
-    Compiled, and the samples outermost: the compiler then adds up many quantiles at a time. Every
-    two of 200 are compared; single operations would write and read 1.3 million numbers ten times.
+    XLA compiles it. With the samples outermost it adds many quantiles at a time. 200 quantiles make
+    1.3 million pairs in a batch of 32; uncompiled operations would write and read them ten times.
     """
     difference = tf.transpose(target)[:, :, None] - quantiles  # [sample, B, quantile]
     weight = tf.where(difference < 0.0, 1.0 - midpoints, midpoints)
@@ -172,10 +173,10 @@ def _compared(
 
 
 def head_of(config: AgentConfig) -> Head:
-    """The head of `config.agent`.
+    """Builds the head of `config.agent`.
 
     Raises:
-      ValueError: it is none of this project's family.
+      ValueError: `config.agent` is not one of `dqn`, `c51` and `qr_dqn`.
     """
     heads: dict[str, Head] = {
         'dqn': ValueHead(config.loss),

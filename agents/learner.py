@@ -5,6 +5,7 @@ replay -> transitions -> loss -> gradient -> outlier test -> push
                             +------ parameters, target <------+
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -13,30 +14,30 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from agents.config import LearnerConfig
-from agents.gradient_stream import GradientStream, InTurn
-from infra.parameter_server.protocol import NotInitialisedError
+from agents.config import STALENESS_BOUNDS, LearnerConfig
+from agents.gradient_pipeline import GradientStream, InTurn
+from infra.parameter_server.protocol import INVALID, STALE, NotInitialisedError
 from infra.replay.priorities import importance_weights
 
 
 class Network(Protocol):
-    """What the learner needs of an agent (see agents/gradient.py)."""
+    """The part of an agent's interface that the learner uses (see agents/gradient.py)."""
 
     def gradient(self, transition: Any, weights: Any = None) -> tuple[Any, Any, Any]:
-        """(float32 [parameters] gradient, float32 [] loss, float32 [batch_size] absolute error)."""
+        """Gradient float32 [parameters], loss float32 [], absolute errors float32 [batch_size]."""
 
     def parameters(self) -> np.ndarray:
         """A copy of the network's parameters, float32 [parameters]."""
 
     def set_parameters(self, *parts: Any) -> None:
-        """Assigns float32 vectors that make up [parameters] to the network."""
+        """Assigns float32 vectors that concatenate to [parameters] to the network."""
 
     def set_target(self, *parts: Any) -> None:
-        """Assigns float32 vectors that make up [parameters] to the target network."""
+        """Assigns float32 vectors that concatenate to [parameters] to the target network."""
 
 
 class Parameters(Protocol):
-    """What the learner needs of the parameter server's client."""
+    """The part of the parameter client's interface that the learner uses."""
 
     def initialise(self, values: np.ndarray) -> bool: ...
 
@@ -44,11 +45,11 @@ class Parameters(Protocol):
 
     def pull_target(self) -> Any: ...
 
-    def push_async(self, gradient: np.ndarray, versions: Any, pull: bool = True) -> Future: ...
+    def push_async(self, gradient: np.ndarray, version: int, pull: bool = True) -> Future: ...
 
 
 class Priorities(Protocol):
-    """What the learner needs of a prioritized replay (see infra/replay/priorities.py)."""
+    """The part of a prioritized replay that the learner uses (see infra/replay/priorities.py)."""
 
     @property
     def dropped(self) -> int: ...
@@ -57,7 +58,7 @@ class Priorities(Protocol):
 
 
 def importance_exponent(config: LearnerConfig, updates: int) -> float:
-    """Beta, linear over the global updates (Schaul et al. 2016, section 3.4)."""
+    """Beta, annealed linearly over the global updates (Schaul et al. 2016, section 3.4)."""
     progress = min(updates / max(config.importance_updates, 1), 1.0)
     start, end = config.importance_exponent_start, config.importance_exponent_end
     return start + progress * (end - start)
@@ -70,8 +71,8 @@ class LossStatistics:
     Attributes:
       mean: of the absolute loss.
       variance: of the absolute loss.
-      weight: total weight of what was seen, 1 - decay^count; below 1 - 1/e the statistics are
-        too young to judge by.
+      weight: total weight of the losses seen, 1 - decay^count; below 1 - 1/e the statistics are
+        too young for the outlier test.
     """
 
     mean: float = 0.0
@@ -87,46 +88,87 @@ class LossStatistics:
         variance = (1.0 - rate) * (self.variance + rate * delta * delta)
         return LossStatistics(mean, variance, weight)
 
-    def is_outlier(self, loss: float, deviations: float) -> bool:
-        """Whether `loss` lies more than `deviations` standard deviations above the mean.
+    def bound(self, deviations: float) -> float:
+        """The largest absolute loss that is not an outlier.
 
-        Never while fewer than about 1 / (1 - decay) losses were seen, nor when `deviations` is 0.
+        Returns the mean plus `deviations` standard deviations. Returns infinity if `deviations` is
+        0, and during the first 1 / (1 - decay) or so losses.
         """
-        young = self.weight < 1.0 - math.exp(-1.0)
-        if deviations == 0.0 or young or not math.isfinite(loss):
-            return False  # what is not finite the shards refuse, and count
-        return abs(loss) > self.mean + deviations * math.sqrt(self.variance)
+        if deviations == 0.0 or self.weight < 1.0 - math.exp(-1.0):
+            return math.inf
+        return self.mean + deviations * math.sqrt(self.variance)
+
+
+class OutlierTest:
+    """Detects outliers among losses and decides which gradients to drop (paper, 4.1).
+
+    A rare reward also causes outliers, and a dropped gradient does not reduce the next such loss.
+    The paper's rule drops every outlier, so it can hide a rare reward for ever. The rule 'lone'
+    drops an outlier only if the one before it was not dropped and lies more than 1 / (1 - decay)
+    losses back. It drops a single outlier and learns from a recurring one at least every other
+    time.
+
+    An outlier enters the statistics as the bound that it exceeds. Its full size would raise the
+    bound for about 1 / (1 - decay) losses and hide other outliers.
+    """
+
+    def __init__(self, config: LearnerConfig) -> None:
+        self._config = config
+        self._dropped_last = False
+        self._since_last = 0  # losses
+        self.statistics = LossStatistics()
+
+    def drops(self, loss: float) -> bool:
+        """Adds the loss to the statistics and returns whether to drop its gradient."""
+        if not math.isfinite(loss):
+            return False  # the parameter server rejects and counts the non-finite gradient
+        bound = self.statistics.bound(self._config.outlier_deviations)
+        self.statistics = self.statistics.including(
+            min(abs(loss), bound), self._config.outlier_decay
+        )
+        self._since_last += 1
+        if abs(loss) <= bound:
+            return False
+        window = 1.0 / (1.0 - self._config.outlier_decay)
+        lone = self._since_last > window and not self._dropped_last
+        self._since_last = 0
+        self._dropped_last = lone or self._config.outlier_rule == 'every'
+        return self._dropped_last
 
 
 @dataclasses.dataclass
 class LearnerCounters:
-    """What a learner did since it started, and how its latest update looked.
+    """Counts of a learner since its start, and statistics of its latest batch.
 
     Attributes:
-      gradients: computed, outliers included.
-      outliers: not pushed, for their loss.
-      stale: refused by a shard as too old.
-      invalid: refused by a shard as not finite or misshapen.
-      loss: mean of the latest batch, without importance weights.
-      absolute_error: of the latest batch's rows (see agents/heads.py), float32 [batch_size]; 0
+      gradients: gradients computed, outliers included.
+      outliers: gradients dropped by the outlier test.
+      stale: gradients rejected as too old.
+      invalid: gradients rejected as not finite or misshapen.
+      staleness: histogram of pushed gradients by staleness (see `STALENESS_BOUNDS`).
+      loss: mean loss of the latest batch, without importance weights.
+      absolute_error: errors of the latest batch (see agents/heads.py), float32 [batch_size]; 0
         before the first.
-      priorities_dropped: changes that a replay shard did not take.
+      priorities_dropped: priority updates that a replay shard did not accept.
     """
 
     gradients: int = 0
     outliers: int = 0
     stale: int = 0
     invalid: int = 0
+    staleness: list[int] = dataclasses.field(
+        default_factory=lambda: [0] * (len(STALENESS_BOUNDS) + 1)
+    )
     loss: float = 0.0
     absolute_error: Any = 0.0
     priorities_dropped: int = 0
 
 
 class Learner:
-    """Computes gradients and pushes them; applies none itself (paper, section 4.1).
+    """Computes gradients and pushes them; the parameter server applies them (paper, section 4.1).
 
-    With `overlap_push` the push of one gradient travels while the next is computed, so a gradient
-    may be one update older than without.
+    With `overlap_push` it sends one gradient while it computes the next, so a gradient may be one
+    update older.
     """
 
     def __init__(
@@ -140,19 +182,19 @@ class Learner:
     ):
         """
         Args:
-          config: batch, freshness, outlier test.
-          network: the agent's gradient.
+          config: batch size, freshness of parameters, outlier test.
+          network: computes the agent's gradient.
           samples: yields the replay's samples.
           parameters: a connected, initialised client.
-          priorities: of the replay that the samples are from; None: it draws uniformly, and the
-            network takes no weights.
-          stream: how gradients follow each other: `InTurn`, or `Ahead` on an accelerator.
+          priorities: writer to the prioritized replay that yields the samples; None for a uniform
+            replay, where the network takes no weights.
+          stream: schedules the gradients: `InTurn`, or `Ahead` on an accelerator.
         """
         self._config = config
         self._priorities = priorities
         self._gradients = stream(network, samples)
         self._parameters = parameters
-        self._statistics = LossStatistics()
+        self._outlier_test = OutlierTest(config)
         self._pending: Future | None = None
         self._target_versions: tuple[int, ...] | None = None
         self.counters = LearnerCounters()
@@ -160,13 +202,13 @@ class Learner:
         self._refresh(parameters.pull())
 
     def update(self) -> None:
-        """One batch: gradient, outlier test, push, and what the push brings back.
+        """Processes one batch: computes its gradient, tests for an outlier and pushes.
 
         Raises:
-          ReplayTimeout: the replay had no batch within its bound; the learner can be asked again.
-          ParameterServerUnavailable: a shard stayed away longer than the client's bound.
+          ReplayTimeout: the replay has no batch within its bound; the caller may call again.
+          ParameterServerUnavailable: a shard is unreachable for longer than the client's bound.
         """
-        sample, versions, gradient, loss, absolute_error = self._gradients.next(self._weights)
+        sample, version, gradient, loss, absolute_error = self._gradients.next(self._weights)
         self.finish_push()
         counters = self.counters
         counters.gradients += 1
@@ -176,60 +218,59 @@ class Learner:
             self._priorities.update(sample.key, sample.shard, absolute_error)
             counters.priorities_dropped = self._priorities.dropped
         due = counters.gradients % self._config.learner_pull_period == 0
-        outlier = self._statistics.is_outlier(counters.loss, self._config.outlier_deviations)
-        if math.isfinite(counters.loss):
-            self._statistics = self._statistics.including(counters.loss, self._config.outlier_decay)
-        if outlier:
+        if self._outlier_test.drops(counters.loss):
             counters.outliers += 1
             if due:
                 self._refresh(self._parameters.pull())
             return
-        self._pending = self._parameters.push_async(gradient, versions, pull=due)
+        self._pending = self._parameters.push_async(gradient, version, pull=due)
         if not self._config.overlap_push:
             self.finish_push()
 
     def _weights(self, sample: Any) -> np.ndarray | None:
-        """Importance weights float32 [batch_size] of a prioritized sample, else None."""
+        """Importance weights float32 [batch_size], or None if the replay draws uniformly."""
         if self._priorities is None:
             return None
         exponent = importance_exponent(self._config, self.clock.updates)
         return importance_weights(sample.probability, sample.shard, exponent)
 
-    def look(self) -> Any:
-        """Asks the parameter server for parameters and clock without a push; returns the clock."""
+    def sync(self, agent_steps: int = 0) -> Any:
+        """Syncs with the parameter server without a push and returns the clock.
+
+        Args:
+          agent_steps: reported steps, made since the last sync by an actor that shares this
+            learner's network.
+        """
         self.finish_push()
-        self._refresh(self._parameters.pull())
+        self._refresh(self._parameters.pull(agent_steps))
         return self.clock
 
     def close(self) -> None:
-        """Ends what is under way; call it before replay and parameter client are closed."""
+        """Finishes pending computations and pushes; call it before closing replay and client."""
         self._gradients.close()
         self.finish_push()
 
     def finish_push(self) -> None:
-        """Waits for the push under way and takes what it brings: verdict, parameters, target."""
+        """Waits for the pending push and takes its reply: verdict, parameters, target."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         try:
             reply = pending.result()
         except NotInitialisedError:
-            # A shard came back without a checkpoint: what this learner has is the best there is.
+            # A shard restarted without a checkpoint: this learner's parameters are the newest left.
             self._parameters.initialise(self._gradients.parameters())
             self._refresh(self._parameters.pull())
             return
-        if 'stale' in reply.rejected:
-            self.counters.stale += 1
-        elif 'invalid' in reply.rejected:
-            self.counters.invalid += 1
+        self.counters.stale += reply.rejected == STALE
+        self.counters.invalid += reply.rejected == INVALID
+        self.counters.staleness[bisect.bisect_left(STALENESS_BOUNDS, reply.staleness)] += 1
         self._refresh(reply.snapshot)
-        if any(reply.rejected):
-            self._refresh(self._parameters.pull())  # the next gradient must not be refused too
 
     def _refresh(self, snapshot: Any) -> None:
         self.clock = snapshot.clock
         if snapshot.parts is not None:
-            self._gradients.set_parameters(snapshot.parts, snapshot.versions)
+            self._gradients.set_parameters(snapshot.parts, snapshot.version)
         if snapshot.target_versions != self._target_versions:
             target = self._parameters.pull_target()
             if target.parts is not None:

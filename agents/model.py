@@ -1,6 +1,7 @@
-"""What learner and actor need of a TF-Agents agent, whoever wrote it: variables, loss, outputs.
+"""A TF-Agents agent as learner and actor use it: its variables, loss, greedy actions and outputs.
 
-Built from one of this project's agents by `family_model`, from anybody else's by agents/foreign.py.
+`family_model` builds it from one of this project's agents; agents/custom_agent.py builds it from a
+user's agent.
 """
 
 import dataclasses
@@ -19,16 +20,16 @@ from infra.replay.trajectory import Transition
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """An agent as learner and actor see it; the functions are called in a graph.
+    """An agent's variables and functions; the functions are called in a graph.
 
     Attributes:
-      agent: whose `initialize` makes its target networks, if it has any, equal to its own.
-      variables: those that the loss trains, in the order in which they travel.
-      loss: (transition, weights float32 [B] or None) to `Losses`.
-      best_action: observations uint8 [B, ...] to greedy actions int32 [B].
-      outputs: observations to the outputs of all actions float32 [B, num_actions, ...]; None: the
-        agent has none that this project can read.
-      head: what the outputs mean; None: likewise.
+      agent: its `initialize` copies its networks to its target networks, if it has any.
+      variables: the trained variables, in the order of the parameter server's layout.
+      loss: maps (transition, weights float32 [B] or None) to `Losses`.
+      best_action: maps observations uint8 [B, ...] to greedy actions int32 [B].
+      outputs: maps observations to outputs of all actions float32 [B, num_actions, ...]; None for a
+        user's agent, whose outputs are unknown.
+      head: interprets the outputs; None for a user's agent.
     """
 
     agent: tf_agent.TFAgent
@@ -40,15 +41,15 @@ class Model:
 
 
 class Losses(NamedTuple):
-    """What an agent's loss says of a batch."""
+    """An agent's losses and errors on a batch."""
 
-    weighted: tf.Tensor  # float32 [], the mean whose gradient is taken, weights included
-    rows: tf.Tensor  # float32 [B], without weights
-    error: tf.Tensor  # float32 [B], not negative: how surprising a row was
+    weighted: tf.Tensor  # float32 [], the weighted loss that the gradient is taken of
+    rows: tf.Tensor  # float32 [B], losses without weights
+    error: tf.Tensor  # float32 [B], absolute errors, from which priorities are computed
 
 
 def family_model(agent: DqnAgent) -> Model:
-    """The model of one of this project's agents."""
+    """Builds the model of one of this project's agents."""
 
     def outputs(observation: tf.Tensor) -> tf.Tensor:
         return agent.q_network(observation)[0]
@@ -69,7 +70,7 @@ def family_model(agent: DqnAgent) -> Model:
 
 
 def tf_agents_transition(transition: Any) -> trajectory.Transition:
-    """Our transition in TF-Agents' type, all rows MID steps; its discount is left as it is."""
+    """Converts our transition to TF-Agents' type, all rows MID steps, the discount unchanged."""
     reward = transition.reward
     step_type = tf.ones_like(transition.action)
     nothing = tf.zeros_like(reward)

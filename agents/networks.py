@@ -1,7 +1,7 @@
 """Q-networks: uint8 frames in, float32 outputs for each action out (see agents/heads.py).
 
-The torsos are data. Weights and biases start uniform in +-1/sqrt(fan_in), as in the published code
-of Mnih et al. (2015) (Torch's default).
+`TORSOS` lists the layers of each torso. Weights and biases start uniform in +-1/sqrt(fan_in), as in
+the published code of Mnih et al. (2015) (Torch's default).
 """
 
 import dataclasses
@@ -32,15 +32,19 @@ TORSOS = {
 }
 
 
-@tf.custom_gradient
-def dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """`x` float32 [batch, in] through `kernel` float32 [out, in]: float32 [batch, out].
+def dense(x: tf.Tensor, kernel: Any) -> tf.Tensor:
+    """Multiplies `x` float32 [batch, in] by `kernel` float32 [out, in] to float32 [batch, out].
 
-    A kernel stored as [out, in], and each product ordered so that TensorFlow need not repack the
-    kernel: at batch 32 and 3136 x 512 half the time of TensorFlow's own layer forwards, and a fifth
-    of its gradient of `x` (see tests/benchmarks/benchmark_gradient.py).
+    The kernel is stored as [out, in] and each product is ordered so that TensorFlow does not repack
+    it. At batch 32 and 3136 x 512 this takes half the time of TensorFlow's own layer forwards, and
+    a fifth for the gradient of `x` (see tests/benchmarks/benchmark_gradient.py).
     """
+    # TensorFlow's custom gradients take tensors, not variables distributed over devices.
+    return _dense(x, tf.convert_to_tensor(kernel))
 
+
+@tf.custom_gradient
+def _dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.matmul(dy, kernel), tf.matmul(dy, x, transpose_a=True)
 
@@ -78,11 +82,11 @@ class _Stream(tf.Module):
 
 
 class QNetwork(network.Network):
-    """A torso and linear outputs for each action, plain or dueling.
+    """A torso with linear outputs for each action, plain or dueling.
 
-    Dueling (Wang et al. 2016, equation 9): two streams, each with a dense layer of its own, for the
-    value of the state and the advantages of the actions: value + advantage - mean advantage. (Their
-    scaling of the gradient that enters the torso by 1/sqrt(2) is left out.)
+    Dueling (Wang et al. 2016, equation 9) has two streams, each with its own dense layer, for the
+    state's value and the actions' advantages. Outputs are value + advantage - mean advantage. The
+    gradient that enters the torso is not scaled by 1/sqrt(2) as in that paper.
     """
 
     def __init__(
@@ -131,7 +135,7 @@ class QNetwork(network.Network):
         for layer, stride in zip(self._convolutions, self._strides):
             x = tf.nn.conv2d(x, layer.kernel, stride, 'VALID')
             if shift is not None:
-                x, shift = x - shift, None  # the first layer's only
+                x, shift = x - shift, None  # for the first layer only
             x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
         x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
         outputs = tf.reshape(self._q_values(x), (-1, *self._output_shape))
@@ -141,17 +145,17 @@ class QNetwork(network.Network):
         return outputs, network_state
 
     def _shift(self, x: tf.Tensor) -> tf.Tensor:
-        """What the first convolution makes of each observation's mean, float32 [B, 1, 1, filters].
+        """The first convolution's output for each observation's mean, float32 [B, 1, 1, filters].
 
-        Without padding, convolving x - mean(x) is convolving x and taking this away, which writes
-        20 x 20 values a filter instead of 84 x 84 a frame.
+        Without padding, convolving x - mean(x) equals convolving x and subtracting this output.
+        That writes 20 x 20 values per filter instead of 84 x 84 per frame.
         """
         mean = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
         return mean * tf.reduce_sum(self._convolutions[0].kernel, axis=[0, 1, 2])
 
 
 def _layer_seed(seed: int, index: int) -> int:
-    return 100 * seed + index  # no torso has 100 layers: two seeds share no layer's stream
+    return 100 * seed + index  # torsos have fewer than 100 layers, so seeds share no stream
 
 
 def q_network(
@@ -161,14 +165,14 @@ def q_network(
     seed: int = 0,
     output_shape: tuple[int, ...] = (),
 ) -> QNetwork:
-    """The Q-network of `config` for uint8 [height, width, stack] observations, its variables built.
+    """Builds the Q-network of `config`, and its variables, for uint8 [height, width, stack].
 
     Args:
-      observation_spec: TF-Agents spec without batch dimension, array or tensor.
-      action_spec: TF-Agents bounded scalar spec whose minimum is 0, array or tensor.
-      config: its torso, and whether it is dueling.
-      seed: the same seed gives the same first weights.
-      output_shape: of the outputs for one action; nothing: one value.
+      observation_spec: array or tensor spec without batch dimension.
+      action_spec: bounded scalar array or tensor spec with minimum 0.
+      config: torso, centering and dueling.
+      seed: equal seeds give equal first weights.
+      output_shape: shape of the outputs for one action; () for one value.
     """
     spec = tensor_spec.from_spec(observation_spec)
     num_actions = int(tensor_spec.from_spec(action_spec).maximum) + 1

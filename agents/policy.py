@@ -1,4 +1,4 @@
-"""The actor's half of an agent: observations in, greedy actions at parameters from outside out."""
+"""The actor's half of an agent: observations and parameters in, greedy actions out."""
 
 import functools
 from typing import Any
@@ -12,7 +12,7 @@ from infra.array_function import ArrayFunction
 
 
 class GreedyPolicy:
-    """An agent's best actions."""
+    """Computes an agent's greedy actions."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -22,14 +22,14 @@ class GreedyPolicy:
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:
-        """What the flat vector holds, in its order."""
+        """The variables of the flat vector, in order."""
         return self._parameters.variables
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Greedy actions int32 [E] for uint8 [E, 84, 84, stack].
 
         Raises:
-          ValueError: `observation` has another shape or type than the network takes.
+          ValueError: the shape or type of `observation` does not fit the network.
         """
         return self._act(observation)
 
@@ -37,7 +37,7 @@ class GreedyPolicy:
         """Greedy actions int32 [E], and the outputs of all actions float32 [E, num_actions, ...].
 
         Raises:
-          ValueError: likewise, or the agent's outputs are not known.
+          ValueError: as `act`, or the agent is a user's, whose outputs are unknown.
         """
         return self._evaluate(observation)
 
@@ -46,10 +46,10 @@ class GreedyPolicy:
         return self._parameters.values()
 
     def set_parameters(self, *parts: Any) -> None:
-        """Sets the network from float32 vectors that make up [parameters], in order."""
+        """Sets the network from float32 vectors that concatenate to [parameters]."""
         self._parameters.assign(*parts)
 
-    # Traced when first called: an actor needs one of the two.
+    # Traced on first use, since an actor needs only one of the two.
 
     @functools.cached_property
     def _act(self) -> ArrayFunction:

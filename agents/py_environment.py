@@ -1,9 +1,9 @@
 """Atari as a TF-Agents `PyEnvironment`: actions in, TimeSteps of stacked frames out.
 
-`AtariPyEnvironment` plays a batch of games, `SingleAtariPyEnvironment` one game without a batch
-dimension, for what takes only such: `ParallelPyEnvironment`, `BatchedPyEnvironment`, the wrappers
-(`TimeLimit`, ...), the Reverb observers. Eight games in a batch share one call of the policy and
-need no processes, so prefer the batch where both will do.
+`AtariPyEnvironment` plays a batch of games. `SingleAtariPyEnvironment` plays one game without a
+batch dimension, as `ParallelPyEnvironment`, `BatchedPyEnvironment`, the wrappers (`TimeLimit`, ...)
+and the Reverb observers require. Prefer the batch where both work: its games share one call of the
+policy and one process.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 from tf_agents.environments import py_environment
 from tf_agents.specs import array_spec
 from tf_agents.trajectories import time_step as ts
+from tf_agents.typing import types
 from tf_agents.utils import nest_utils
 
 from agents import environment
@@ -39,17 +40,18 @@ def action_spec(num_actions: int) -> array_spec.BoundedArraySpec:
 
 
 class AtariPyEnvironment(py_environment.PyEnvironment):
-    """E games by TF-Agents' conventions, for TF-Agents' own drivers and metrics.
+    """Plays E games by TF-Agents' conventions, for TF-Agents' own drivers and metrics.
 
-    Rewards are raw. A LAST step shows the old episode's last frame; the step after it ignores the
+    Rewards are raw. A LAST step shows the old episode's last frame. The step after it ignores the
     action and is the FIRST of the next episode. After the loss of a life (see
-    `environment.AtariEnvironment`) that step is one no-op in the game that goes on, and its reward
-    is lost. A game cut by the limit of frames ends with discount 1.
+    `environment.AtariEnvironment`) that step is one no-op in the same game, and its reward is
+    dropped. A game cut by the limit of frames ends with discount 1.
 
-    `reset()` begins an episode in every game, as loops over `is_last()` and `TimeLimit` expect: the
-    next one where one has just ended, so after a lost life the game goes on, and a new game
-    elsewhere. The first one is seeded; the next go on with the seed's stream of no-ops, so a caller
-    that resets at each end sees different starts.
+    `reset()` starts an episode in every game, as loops over `is_last()` and `TimeLimit` expect.
+    Where every game is in mid-episode, it starts new games. Otherwise an episode that has just
+    ended is followed by the next one, so after a lost life the same game continues, and games in
+    mid-episode restart. Only the first reset is seeded; later ones continue the seed's stream of
+    no-ops, so a caller that resets after every episode sees different starts.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
     ) -> None:
         """
         Raises:
-          UnknownGameError: `config.game` has no ROM.
+          GameError: `config.game` cannot be played.
         """
         # TF-Agents' own auto-reset restarts the whole batch; ours restarts single games.
         super().__init__(handle_auto_reset=False)
@@ -89,7 +91,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         if self._seeds is not None or not self._ended.any():
             frame, info = self._emulators.reset(seed=self._seeds)
         else:
-            # One step goes on after a lost life and begins the next game after an end.
+            # One step continues the game after a lost life, or starts the next after a game's end.
             noops = np.full(self.batch_size, _NOOP, np.int32)
             frame, _, terminated, truncated, info = self._emulators.step(noops)
             given_up = ~self._ended | terminated | truncated
@@ -104,10 +106,10 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
     def _step(self, action: np.ndarray) -> ts.TimeStep:
         """
         Raises:
-          ValueError: `action` is not int [E], or outside the game's minimal set.
+          ValueError: `action` is not int [E], or is outside the game's minimal set.
         """
         first = self._ended
-        # A policy may give a tensor: PyTFEagerPolicy does when its time steps come in batches.
+        # A policy may return a tensor: PyTFEagerPolicy does for batched time steps.
         action = np.asarray(action)
         if action.shape != (self.batch_size,) or not np.issubdtype(action.dtype, np.integer):
             raise ValueError(
@@ -118,14 +120,14 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         frame, reward, terminated, truncated, info = self._emulators.step(
             np.where(first, _NOOP, action).astype(np.int32)
         )
-        # The no-op after a lost life ended the game: the episode begins with the next game instead.
+        # If the no-op after a lost life ends the game, the episode starts with the next game.
         empty = first & (terminated | truncated)
         if empty.any():
             frame, info = self._emulators.reset(options={'reset_mask': empty})
         lives = info['lives']
         life_lost = (lives < self._lives) & self._lives_matter
         self._lives = lives
-        # `first` games are new or go on after a life loss: no life was lost since.
+        # A `first` game is new or continues after a lost life, so it has lost no life since.
         over = (terminated | life_lost) & ~first
         self._ended = over | (truncated & ~first)
         step_type = np.where(first, ts.StepType.FIRST, ts.StepType.MID)
@@ -136,22 +138,43 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
             observation=self._stack.push(frame[:, 0], first).copy(),
         )
 
+    def seed(self, seed: types.Seed) -> None:
+        """Makes the next `reset` start the same games as a new environment with this seed.
+
+        Raises:
+          TypeError, ValueError: `seed` is not an integer >= 0 or a sequence of such integers.
+        """
+        self._seeds = environment.emulator_seeds(seed, self.batch_size)
+
+    def render(self, mode: str = 'rgb_array') -> np.ndarray:
+        """The newest preprocessed frames, grey as RGB: uint8 [E, 84, 84, 3].
+
+        Raises:
+          NotImplementedError: `mode` is not 'rgb_array'.
+          ValueError: `reset` was never called.
+        """
+        if mode != 'rgb_array':
+            raise NotImplementedError(
+                f'render: mode {mode!r} needs a window. Fix: use rgb_array and show the pictures.'
+            )
+        return np.repeat(self.current_time_step().observation[..., -1:], 3, axis=-1)
+
     def close(self) -> None:
         """Ends the emulators' threads."""
         self._emulators.close()
 
 
 class SingleAtariPyEnvironment(py_environment.PyEnvironment):
-    """One game of `AtariPyEnvironment` without the batch dimension: scalar actions and rewards.
+    """Plays one game as `AtariPyEnvironment` does, without the batch dimension.
 
-    `functools.partial(SingleAtariPyEnvironment, config, seed)` is a constructor that
-    `ParallelPyEnvironment` can send to a process.
+    Actions and rewards are scalars. `ParallelPyEnvironment` accepts the constructor
+    `functools.partial(SingleAtariPyEnvironment, config, seed)`.
     """
 
     def __init__(self, config: EnvironmentConfig, seed: int, training: bool = True) -> None:
         """
         Raises:
-          UnknownGameError: `config.game` has no ROM.
+          GameError: `config.game` cannot be played.
         """
         super().__init__(handle_auto_reset=False)
         self._batch = AtariPyEnvironment(config, 1, seed, training)
@@ -167,6 +190,14 @@ class SingleAtariPyEnvironment(py_environment.PyEnvironment):
 
     def _step(self, action: Any) -> ts.TimeStep:
         return nest_utils.unbatch_nested_array(self._batch.step(np.expand_dims(action, 0)))
+
+    def seed(self, seed: types.Seed) -> None:
+        """Makes the next `reset` start the same game as a new environment with this seed."""
+        self._batch.seed(seed)
+
+    def render(self, mode: str = 'rgb_array') -> np.ndarray:
+        """The newest preprocessed frame, grey as RGB: uint8 [84, 84, 3]."""
+        return self._batch.render(mode)[0]
 
     def close(self) -> None:
         """Ends the emulator's thread."""

@@ -1,9 +1,9 @@
-"""Calls a TensorFlow graph with NumPy arrays and takes NumPy arrays from it.
+"""Calls a TensorFlow graph: NumPy arrays in, NumPy arrays out, no tensor visible to Python.
 
-TensorFlow 2.15 on Python 3.11 loses 48 bytes with every tensor that Python sees
-(https://github.com/tensorflow/tensorflow/issues/62551); a worker that lives for millions of calls
-must not see any. Here the graph itself fetches its inputs and delivers its outputs, as arrays on
-the tensors' own memory (an input that is not aligned as TensorFlow wants it is copied).
+TensorFlow 2.15 on Python 3.11 leaks 48 bytes for every tensor that Python handles
+(https://github.com/tensorflow/tensorflow/issues/62551), too much for a worker with millions of
+calls. Here the graph itself fetches its inputs and delivers its outputs as arrays that share the
+tensors' memory. TensorFlow copies an input only if its memory is not aligned.
 """
 
 import threading
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 HOST = '/device:CPU:0'
-"""Where arrays are, in TensorFlow's words."""
+"""TensorFlow's name of the device that holds NumPy arrays."""
 
 
 class _Mailbox:
-    """Where a graph fetches its inputs and leaves its outputs.
+    """Holds the inputs that a graph fetches and the outputs that it delivers.
 
-    TensorFlow keeps what a `numpy_function` refers to as long as the thread that traced it: it may
-    refer to this, not to the function, whose graph and variables would live as long.
+    TensorFlow keeps the objects that a `numpy_function` references as long as the thread that
+    traced it. A reference to the `ArrayFunction` would keep its graph and variables alive.
     """
 
     def __init__(self) -> None:
@@ -36,14 +36,14 @@ class _Mailbox:
 
     def deliver(self, *outputs: np.ndarray) -> None:
         for output in outputs:
-            output.setflags(write=False)  # it may be a variable's memory, or a constant's
+            output.setflags(write=False)  # may be the memory of a variable or a constant
         self.outputs = outputs
 
 
 class ArrayFunction:
-    """A function of tensors, traced once, called with arrays; for one thread at a time.
+    """A function of tensors, traced once and called with arrays by one thread at a time.
 
-    It is traced without AutoGraph, which takes 10 s over TF-Agents' code.
+    Traces without AutoGraph, which takes 10 s on TF-Agents' code.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class ArrayFunction:
         """Traces `function`.
 
         Args:
-          function: takes tensors of `signature`; returns a structure with a tensor for every
-            leaf and at least one, or None.
-          signature: of the arguments, in order.
-          cancellation: a TensorFlow CancellationManager that may end a call from another thread.
-          device: what computes; arrays come from the host and go back there.
+          function: takes tensors of `signature`; returns a structure whose leaves, at least one,
+            are tensors, or None.
+          signature: specs of the arguments, in order.
+          cancellation: a TensorFlow CancellationManager that cancels a call from another thread.
+          device: device that computes; arrays are copied from and to the host.
         """
         import tensorflow as tf
 
@@ -71,20 +71,20 @@ class ArrayFunction:
         self._mailbox = _Mailbox()
         self._idle = threading.Lock()
         self._structure: Any = None
-        # A concrete function is called in a third of the time that `tf.function` takes to find it.
+        # Calling a concrete function takes a third of the time of a lookup by `tf.function`.
         self._run = tf.function(self._graph, autograph=False).get_concrete_function()
         if cancellation is not None:
             self._run = cancellation.get_cancelable_function(self._run)
 
     def __call__(self, *arrays: Any) -> Any:
-        """The function's structure, with arrays for its tensors (scalars are NumPy's scalars).
+        """Calls the function and returns its structure with arrays in place of tensors.
 
-        An input is read in place: a variable that the function assigns, or an output that is the
-        input in another shape, may go on sharing its memory. Outputs can not be written to.
+        The function reads inputs in place. A variable that it assigns, or an output that reshapes
+        an input, may share the input's memory after the call. Outputs are read-only.
 
         Raises:
-          ValueError: the arrays do not fit the signature; nothing was computed.
-          RuntimeError: another thread's call is under way; nothing was computed.
+          ValueError: the arrays do not fit the signature; the function was not called.
+          RuntimeError: a call of another thread is running; the function was not called.
         """
         import tensorflow as tf
 
@@ -98,7 +98,7 @@ class ArrayFunction:
             self._run()
             outputs = mailbox.outputs
         finally:
-            mailbox.inputs = mailbox.outputs = ()  # what is held here could not be written in place
+            mailbox.inputs = mailbox.outputs = ()  # arrays held here could not be written in place
             self._idle.release()
         return tf.nest.pack_sequence_as(self._structure, outputs) if outputs else None
 
@@ -111,7 +111,7 @@ class ArrayFunction:
             with tf.device(HOST):
                 inputs = tf.numpy_function(self._mailbox.fetch, [], types)
             for tensor, spec in zip(inputs, self._signature, strict=True):
-                tensor.set_shape(spec.shape)  # held to by _check
+                tensor.set_shape(spec.shape)  # _check enforces it
         with tf.device(self._device):
             outputs = self._function(*inputs)
         if outputs is not None:

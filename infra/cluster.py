@@ -1,7 +1,7 @@
 """The servers of a run: replay shards and parameter shards as local processes, or given addresses.
 
-In: how many shards, their configuration and a run directory. Out: addresses. A server that dies is
-started again on its old port, from the latest checkpoint; no server outlives this process.
+In: numbers of shards, their configuration and a run directory. Out: addresses. A dead server is
+restarted on its old port from the latest checkpoint. No server outlives this process.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from infra.addresses import AddressError, split_address
+from infra.guard import Guard, UnforeseenError
+from infra.own_time import OwnTime
 from infra.parameter_server.config import ParameterServerConfig
 from infra.process import ProcessSpec, SupervisedProcess, describe_exit
 from infra.replay.config import ReplayConfig
@@ -28,7 +30,6 @@ PARAMETER_SERVER = 'parameter_server'
 REPLAY = 'replay'
 
 _LOGGER = logging.getLogger(__name__)
-_ROOT = Path(__file__).resolve().parents[1]
 _COMMANDS = {
     PARAMETER_SERVER: (sys.executable, '-m', 'infra.parameter_server.server'),
     REPLAY: (sys.executable, '-m', 'infra.replay.server'),
@@ -39,51 +40,53 @@ _FIRST_BACK_OFF_SECONDS = 0.5
 _LONGEST_BACK_OFF_SECONDS = 30.0
 _STABLE_SECONDS = 60.0  # a server that served this long starts the next series of restarts afresh
 _FAILED_STARTS_TO_GIVE_UP = 5
+_ENDS_TO_GIVE_UP = 8  # each within `_STABLE_SECONDS`: two minutes with the back-offs between
 
 _ENVIRONMENT = {
     'TF_CPP_MIN_LOG_LEVEL': '2',
-    # Two cores are shared by every process of a run: a shard applies slices on one thread.
+    # All processes of a run may share two cores, so a shard computes on one thread.
     'OMP_NUM_THREADS': '1',
     'TF_NUM_INTRAOP_THREADS': '1',
     'TF_NUM_INTEROP_THREADS': '1',
     'CUDA_VISIBLE_DEVICES': '-1',  # an accelerator belongs to the learners
-    'PYTHONUNBUFFERED': '1',  # the last line before a crash must reach the log
+    'PYTHONUNBUFFERED': '1',  # so that the last line before a crash reaches the log
     'PYTHONFAULTHANDLER': '1',
 }
 
 Restore = Callable[[str, int], str | os.PathLike[str] | None]
-"""(component, shard) -> the checkpoint directory that server starts from, None: empty."""
+"""Maps (component, shard) to the checkpoint directory it starts from, or None to start empty."""
 
 
 class ClusterError(RuntimeError):
-    """A server cannot be started or reached; the message names it, what it said and the remedy."""
+    """A server fails to start or is unreachable; the message names it, its error and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """Which servers a run has.
+    """The servers of a run.
 
     Attributes:
-      run_directory: logs go to `logs/`, configurations and ready files to `servers/` below it.
+      run_directory: holds logs in `logs/`, configurations and ready files in `servers/`.
       parameter_server: optimizer, target period and number of parameter shards.
       replay: capacity, limits and number of replay shards.
-      trajectory: shapes of what the replay holds.
-      batch_size: transitions of a learner's batch (the replay's limiter counts them).
-      experience: False: the first replay server holds telemetry only (bundled topology).
-      replay_checkpoint_directory: where replay shard i writes its checkpoints, in `shard-i`.
-      host: interface the servers listen on and address the workers are given.
-      parameter_ports: one port a shard; empty: free ones.
-      replay_ports: one port a shard; empty: free ones.
-      parameter_addresses: `host:port` of shards that already run; none is started then.
-      replay_addresses: `host:port` of shards that already run; none is started then.
-      state_directory: where shard i of a component keeps its own state, in `<component>-<i>`; None:
-        what comes back with one that died is what `Cluster` is told to restore.
-      tls: files of the certificate and the key with which parameter shards speak TLS; None: none.
-      nice: added to the nice level of the servers; they use little, so 0 keeps the workers fed.
-      startup_timeout_seconds: until every server serves, and two seconds more for each server.
+      trajectory: shapes of the stored rows and windows.
+      batch_size: transitions in a learner's batch, for the replay's rate limiter.
+      experience: if false, the only replay server holds just telemetry (bundled topology).
+      replay_checkpoint_directory: parent of the directories `shard-i` for checkpoints of replay
+        shards.
+      host: interface that the servers listen on and address that the workers use.
+      parameter_ports: one port per shard; empty for any free ones.
+      replay_ports: one port per shard; empty for any free ones.
+      parameter_addresses: `host:port` of shards that are already running; no shard is started then.
+      replay_addresses: `host:port` of shards that are already running; no shard is started then.
+      state_directory: parent of the directories `<component>-<i>` for the shards' own states. If
+        None, a restarted shard starts from what the `restore` of `Cluster` returns.
+      tls: certificate and key files of the parameter shards; None for no TLS.
+      nice: added to the servers' nice level; they need little CPU, so 0 keeps the workers fed.
+      startup_timeout_seconds: bound until all servers are ready, plus 2 s per server.
 
     Raises:
-      ValueError: another number of ports than of shards, or ports beside addresses.
+      ValueError: the numbers of ports and shards differ, or both ports and addresses are given.
     """
 
     run_directory: Path
@@ -119,12 +122,12 @@ class ClusterConfig:
 
     @property
     def num_parameter_shards(self) -> int:
-        """Parameter shards, started or attached to."""
+        """Number of parameter shards, local or at given addresses."""
         return len(self.parameter_addresses) or self.parameter_server.num_parameter_shards
 
     @property
     def num_replay(self) -> int:
-        """Replay servers, started or attached to; one, for telemetry, without experience."""
+        """Number of replay servers, local or given; without experience one, for telemetry."""
         if self.replay_addresses:
             return len(self.replay_addresses)
         return self.replay.num_replay_shards if self.experience else 1
@@ -150,18 +153,18 @@ class _Server:
     def name(self) -> str:
         return self.process.spec.name
 
-    def start(self) -> None:
+    def start(self, now: float) -> None:
         """Starts, or starts again on the same port."""
         self.process.spec = dataclasses.replace(self.process.spec, argv=self.command(self.port))
         self.start_at = self.serving_since = None
-        self.started_at = time.monotonic()
+        self.started_at = now
         self.process.start()
 
-    def look_for_ready(self) -> bool:
-        """Whether it serves; learns the port from the ready file."""
+    def look_for_ready(self, now: float) -> bool:
+        """Whether the server is ready; reads its port from the ready file."""
         if self.serving_since is None and (ready := self.process.ready()):
             self.port = int(ready['port'])
-            self.serving_since = time.monotonic()
+            self.serving_since = now
             self.failed_starts = 0
         return self.serving_since is not None
 
@@ -173,26 +176,29 @@ class _Server:
 
 
 class Cluster:
-    """Context manager: inside it the servers serve, and are watched from a thread.
+    """Runs the servers inside its context and watches them from a thread.
 
     with Cluster(config) as cluster:
         client = ParameterClient(cluster.parameter_addresses, layout)
     """
 
     def __init__(self, config: ClusterConfig, restore: Restore | None = None):
-        """Starts nothing yet.
+        """Prepares; entering the context starts the servers.
 
         Args:
           config: the servers.
-          restore: asked at every start of a server, the first included; None: always empty.
+          restore: called at every start of a server; None to start empty always.
         """
         self.config = config
         self._restore = restore or (lambda *_: None)
         self._restarts: Counter[str] = Counter({PARAMETER_SERVER: 0, REPLAY: 0})
         self._lock = threading.RLock()  # guards the servers' state
         self._closed = threading.Event()
+        self._own_time = OwnTime()
         self._watcher: threading.Thread | None = None
         self._failure: str | None = None
+        self._news: list[str] = []
+        self.failures = 0  # unexpected ends of servers, restarted since or not
         self._servers: list[_Server] = []
 
     def __enter__(self) -> 'Cluster':
@@ -213,64 +219,78 @@ class Cluster:
 
     @property
     def replay_addresses(self) -> tuple[str, ...]:
-        """`host:port` of the replay shards; empty when replay is in the bundles."""
+        """`host:port` of the replay shards; empty if the bundles hold the replay."""
         if not self.config.experience:
             return ()
         return self.config.replay_addresses or self._addresses(REPLAY)
 
     @property
     def telemetry_address(self) -> str:
-        """`host:port` of the server that holds the telemetry queue: the first replay server."""
+        """`host:port` of the first replay server, which holds the telemetry queue."""
         return (self.config.replay_addresses or self._addresses(REPLAY))[0]
 
     @property
     def restarts(self) -> Mapping[str, int]:
-        """Restarts of servers so far, by component."""
+        """Number of restarts so far, by component."""
         return dict(self._restarts)
+
+    def news(self) -> list[str]:
+        """Messages about failures of servers since the last call."""
+        with self._lock:
+            news, self._news = self._news, []
+        return news
 
     @property
     def abandoned(self) -> frozenset[str]:
-        """Components of which a server failed at every attempt to restart it."""
+        """Components with a server whose restarts all failed."""
         return frozenset(server.component for server in self._servers if server.abandoned)
 
     @property
     def pids(self) -> Mapping[str, int]:
-        """Process id of every local server, by its name, such as `replay_0`."""
+        """Process ID of every local server, by its name such as `replay_0`."""
         return {server.name: server.process.pid or 0 for server in self._servers}
 
-    def kill(self, address: str) -> bool:
-        """Kills the local server at `address`, which hangs; it is started again as a dead one is.
+    def kill_hung(self, address: str, seconds: float) -> bool:
+        """Kills the hanging local server at `address`, which is then restarted.
+
+        Args:
+          address: `host:port`.
+          seconds: time since its last reply; a server that became ready since then is not killed.
 
         Returns:
-          Whether it is one of this cluster's own.
+          Whether it was killed.
         """
         with self._lock:
+            now = self._own_time.look()
             for server in self._servers:
-                if f'{self.config.host}:{server.port}' == address:
+                since = server.serving_since
+                here = f'{self.config.host}:{server.port}' == address
+                if here and since is not None and now - since >= seconds:
                     _LOGGER.warning('%s does not answer, it is killed.', server.name)
                     server.process.signal(signal.SIGKILL)
                     return True
         return False
 
     def check(self) -> None:
-        """Does nothing while the servers can be kept alive.
+        """Checks that no server is abandoned.
 
         Raises:
-          ClusterError: a server failed at every attempt to restart it.
+          ClusterError: all restarts of a server failed, or the watching thread did.
         """
         if self._failure:
             raise ClusterError(self._failure)
 
     def poll(self) -> None:
-        """Restarts what has died; the watching thread calls it, a test may."""
+        """Restarts dead servers; called by the watching thread, or by a test."""
         with self._lock:
             if self._closed.is_set():
                 return
+            now = self._own_time.look()
             for server in self._servers:
-                self._tend(server)
+                self._tend(server, now)
 
     def close(self) -> None:
-        """Ends every server, side by side; idempotent."""
+        """Ends all servers in parallel; repeated calls have no effect."""
         self._closed.set()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
@@ -294,18 +314,20 @@ class Cluster:
         _await_addresses(config.parameter_addresses + config.replay_addresses, timeout)
         self._servers = _plan(config, self._restore)
         for server in self._servers:
-            server.start()
+            server.start(self._own_time.look())
         self._await_servers(timeout + 2.0 * len(self._servers))
         self._watcher = threading.Thread(target=self._watch, name='cluster', daemon=True)
         self._watcher.start()
 
     def _await_servers(self, timeout_seconds: float) -> None:
-        deadline = time.monotonic() + timeout_seconds
-        while waiting := [server for server in self._servers if not server.look_for_ready()]:
+        deadline = self._own_time.look() + timeout_seconds
+        while waiting := [
+            server for server in self._servers if not server.look_for_ready(self._own_time.look())
+        ]:
             for server in waiting:
                 if server.process.poll() is not None:
                     raise ClusterError(server.process.describe_failure())
-            if time.monotonic() > deadline:
+            if self._own_time.seconds > deadline:
                 raise ClusterError(
                     f'not serving after {timeout_seconds:.0f} s (a machine too busy, or a'
                     f' server that hangs): {waiting[0].process.describe_failure()}'
@@ -313,31 +335,39 @@ class Cluster:
             time.sleep(_POLL_SECONDS / 4)
 
     def _watch(self) -> None:
-        while not self._closed.wait(_POLL_SECONDS):
-            self.poll()
+        guard = Guard(self._tell)
+        try:
+            while not self._closed.wait(_POLL_SECONDS):
+                guard.attempt(self.poll)
+        except UnforeseenError as error:
+            self._failure = f'the watch over the servers: {error}'
 
-    def _tend(self, server: _Server) -> None:
-        now = time.monotonic()
+    def _tell(self, text: str) -> None:
+        self._news.append(text)
+
+    def _tend(self, server: _Server, now: float) -> None:
         if server.abandoned:
             return
         if server.start_at is not None:
             if now >= server.start_at:
-                self._restart(server)
+                self._restart(server, now)
         elif server.process.poll() is not None:
-            self._plan_restart(server)
-        elif server.look_for_ready():
+            self._plan_restart(server, now)
+        elif server.look_for_ready(now):
             if now - (server.serving_since or now) > _STABLE_SECONDS:
                 server.ends = 0
         elif now - server.started_at > self.config.startup_timeout_seconds:
             _LOGGER.warning('%s does not serve, it is killed.', server.name)
             server.process.terminate(grace_seconds=0.0)
 
-    def _restart(self, server: _Server) -> None:
+    def _restart(self, server: _Server, now: float) -> None:
         try:
-            server.start()
+            server.start(now)
         except Exception:  # no file handles left, an unreadable checkpoint: later it may go well
             _LOGGER.exception('%s could not be started.', server.name)
-            server.start_at = time.monotonic() + server.back_off()
+            server.start_at = now + server.back_off()
+            if server.ends >= _ENDS_TO_GIVE_UP:
+                self._abandon(server, f'could not be started {server.ends} times')
         else:
             self._restarts[server.component] += 1
 
@@ -346,26 +376,28 @@ class Cluster:
         self._failure = f'{why}: {server.process.describe_failure()}'
         _LOGGER.error('%s', self._failure)
 
-    def _plan_restart(self, server: _Server) -> None:
+    def _plan_restart(self, server: _Server, now: float) -> None:
+        self.failures += 1
         if server.serving_since is None:
             server.failed_starts += 1
+        delay = server.back_off()
         if server.failed_starts >= _FAILED_STARTS_TO_GIVE_UP:
             self._abandon(server, f'started {server.failed_starts} times in vain')
             return
-        delay = server.back_off()
-        server.start_at = time.monotonic() + delay
-        _LOGGER.warning(
-            '%s %s; it starts again on port %d in %.1f s (log: %s).',
-            server.name,
-            describe_exit(server.process.poll()),
-            server.port,
-            delay,
-            server.process.spec.log_file,
+        if server.ends >= _ENDS_TO_GIVE_UP:
+            self._abandon(server, f'ended {server.ends} times, each soon after its start')
+            return
+        server.start_at = now + delay
+        error = server.process.last_error()
+        self._news.append(
+            f'{server.name} {describe_exit(server.process.poll())}{error and f" ({error})"}; it'
+            f' starts again in {delay:.1f} s; log: {server.process.spec.log_file}'
         )
+        _LOGGER.warning('%s', self._news[-1])
 
 
 def _plan(config: ClusterConfig, restore: Restore) -> list[_Server]:
-    """The servers to start, telemetry's (the first replay server) first."""
+    """Lists the servers to start, the one with telemetry (the first replay server) first."""
     servers: list[_Server] = []
     if not config.replay_addresses:
         ports = config.replay_ports or (0,) * config.num_replay
@@ -377,10 +409,10 @@ def _plan(config: ClusterConfig, restore: Restore) -> list[_Server]:
 
 
 def write_settings(config: ClusterConfig, component: str, directory: Path) -> Path:
-    """Writes what `--config` of every shard of a component names; returns the file.
+    """Writes the configuration file of a component's shards and returns its path.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the directory is not writable.
     """
     settings = dataclasses.asdict(config.parameter_server)
     if component == REPLAY:
@@ -417,6 +449,8 @@ def _plan_component(
         elif component == REPLAY and config.replay_checkpoint_directory is not None:
             checkpoints = config.replay_checkpoint_directory.resolve() / f'shard-{shard}'
             argv += ['--checkpoint_dir', str(checkpoints)]
+        if component == PARAMETER_SERVER:
+            argv += ['--checkpoint_root', str(run_directory)]
         if component == PARAMETER_SERVER and config.tls is not None:
             certificate, key = map(os.path.abspath, config.tls)
             argv += ['--tls_certificate', certificate, '--tls_key', key]
@@ -426,9 +460,8 @@ def _plan_component(
             log_file=run_directory / 'logs' / f'{name}.log',
             ready_file=ready_file,
             environment=_ENVIRONMENT,
-            unset=('PYTHONDONTWRITEBYTECODE',),  # uncompiled imports cost seconds at each start
+            unset=('PYTHONDONTWRITEBYTECODE',),  # uncompiled imports take seconds at each start
             nice=config.nice,
-            working_directory=_ROOT,  # `-m infra...` must find this very package
         )
         command = _command(argv, component, shard, restore)
         planned.append(_Server(component, shard, SupervisedProcess(spec), command, port))
@@ -447,12 +480,12 @@ def _command(
 
 
 def _await_addresses(addresses: Sequence[str], timeout_seconds: float) -> None:
-    """Waits until each given address takes connections.
+    """Waits until each address accepts a connection.
 
     Raises:
-      ClusterError: an address is not `host:port`, or nobody answers there.
+      ClusterError: an address is not `host:port`, or accepts no connection in time.
     """
-    deadline = time.monotonic() + timeout_seconds
+    own_time = OwnTime()
     for address in addresses:
         try:
             host_and_port = split_address(address)
@@ -464,9 +497,9 @@ def _await_addresses(addresses: Sequence[str], timeout_seconds: float) -> None:
                 socket.create_connection(host_and_port, 5.0),
             ):
                 break
-            if time.monotonic() > deadline:
+            if own_time.look() > timeout_seconds:
                 raise ClusterError(
-                    f'nobody answers at {address} after {timeout_seconds:.0f} s:'
-                    ' start that server first, or correct the address.'
+                    f'{address}: no server accepts connections after {timeout_seconds:.0f} s.'
+                    ' Fix: start that server first, or correct the address.'
                 )
             time.sleep(_POLL_SECONDS)

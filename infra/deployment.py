@@ -1,15 +1,14 @@
-"""Servers that Kubernetes or systemd keeps: where they are, in; flags that lead a run to them, out.
+"""Servers under Kubernetes or systemd: their objects or hosts in, flags with their addresses out.
 
     kubectl get statefulsets -o json | python -m infra.deployment kubernetes
     python -m infra.deployment hosts --parameter_hosts a,b --replay_hosts a --parameter_shards 4
 
-print `--parameter_addresses=... --replay_addresses=...`, in the order of the shards. The objects
-and ports are those of infra/kubernetes and infra/systemd.
+print `--parameter_addresses=... --replay_addresses=...` in the order of the shards. The directories
+infra/kubernetes and infra/systemd define the objects and ports.
 """
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -17,14 +16,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from infra.addresses import is_port, split_address
+from infra.flags import Parser, integer
+from infra.sealed import parse_object
 
 KINDS = ('parameter', 'replay')
-"""Of shards; the label `app.kubernetes.io/component` of the objects of each."""
+"""Kinds of shards, also values of the objects' label `app.kubernetes.io/component`."""
 
 FIRST_PORTS = {'parameter': 7101, 'replay': 7001}
-"""Port of shard 0 of each kind where systemd starts them; shard I has the I-th after it."""
+"""Port of shard 0 of each kind under systemd; shard I listens on the I-th port after it."""
 
-# A name or an IPv4 address, or an IPv6 address, which has two colons at least.
+# A name or an IPv4 address, or an IPv6 address, which has at least two colons.
 _HOST = re.compile(r'[\w.-]+|[\da-fA-F.]*:[\da-fA-F.]*:[\da-fA-F:.]*')
 _NAME_LABEL = 'app.kubernetes.io/name'
 _COMPONENT_LABEL = 'app.kubernetes.io/component'
@@ -32,18 +33,18 @@ _POD_LABEL = 'statefulset.kubernetes.io/pod-name'
 
 
 class DeploymentError(ValueError):
-    """The servers cannot be found; the message is one line naming the value and the remedy."""
+    """The servers are not found; the message names the value and the remedy on one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Where a shard is.
+    """A shard and its place.
 
     Attributes:
       kind: one of `KINDS`.
       number: from 0.
       host: name or address, without brackets.
-      port: where it listens.
+      port: that it listens on.
     """
 
     kind: str
@@ -59,12 +60,12 @@ class Shard:
 
     @property
     def unit(self) -> str:
-        """Of systemd."""
+        """Name of its systemd unit."""
         return f'gorila-{self.kind}@{self.number}'
 
 
 def flags(shards: Iterable[Shard]) -> str:
-    """The flags that lead a run to the shards."""
+    """The flags that make a run use the shards."""
     shards = sorted(shards, key=lambda shard: shard.number)
     return ' '.join(
         f'--{kind}_addresses=' + ','.join(shard.address for shard in shards if shard.kind == kind)
@@ -73,7 +74,7 @@ def flags(shards: Iterable[Shard]) -> str:
 
 
 def units(shards: Iterable[Shard]) -> str:
-    """A line for each host: its name, and the units that it runs."""
+    """One line per host: its name and the units that it runs."""
     hosts: dict[str, list[str]] = {}
     for shard in shards:
         hosts.setdefault(shard.host, []).append(shard.unit)
@@ -81,10 +82,10 @@ def units(shards: Iterable[Shard]) -> str:
 
 
 def on_hosts(kind: str, hosts: Sequence[str], count: int, first_port: int) -> list[Shard]:
-    """Shards of a kind on hosts in turn, each at the first port and its own number.
+    """Places shards of a kind on hosts in turn, each on port `first_port` plus its number.
 
     Raises:
-      DeploymentError: there is no host or no shard, or a port is none.
+      DeploymentError: there is no host or no shard, or a host or port is invalid.
     """
     if not hosts:
         raise DeploymentError(f'--{kind}_hosts is empty; name the hosts of the {kind} shards')
@@ -109,10 +110,10 @@ def on_hosts(kind: str, hosts: Sequence[str], count: int, first_port: int) -> li
 
 
 def require_distinct(shards: Iterable[Shard]) -> None:
-    """Checks that no two shards have the same port of the same host.
+    """Checks that no two shards share a port of a host.
 
     Raises:
-      DeploymentError: two have.
+      DeploymentError: two shards share one.
     """
     taken: dict[tuple[str, int], Shard] = {}
     for shard in shards:
@@ -125,17 +126,17 @@ def require_distinct(shards: Iterable[Shard]) -> None:
 
 
 def read_objects(text: str) -> list[Mapping[str, Any]]:
-    """The Kubernetes objects in JSON or YAML, those of a list one by one.
+    """Parses Kubernetes objects from JSON or YAML; a list contributes its items.
 
     Raises:
-      DeploymentError: it is neither, or holds no objects.
+      DeploymentError: the text is neither, or holds other values than objects.
     """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        documents = [json.loads(text)] if text.lstrip().startswith('{') else None
+        documents = [parse_object(text)] if text.lstrip().startswith('{') else None
         documents = documents or list(yaml.safe_load_all(text))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = ' '.join(str(error).split())
         raise DeploymentError(f'neither JSON nor YAML of Kubernetes: {reason}') from error
     objects: list[Mapping[str, Any]] = []
@@ -156,16 +157,16 @@ def in_kubernetes(
     namespace: str | None = None,
     domain: str = 'cluster.local',
 ) -> list[Shard]:
-    """Shards of a kind, by the names that their pods keep within the cluster.
+    """Shards of a kind, with the stable names of their pods inside the cluster.
 
     Args:
-      objects: the StatefulSets, and others that are not looked at.
-      kind: which shards.
-      namespace: the only one to look at; None: the objects say it.
+      objects: StatefulSets; other objects are ignored.
+      kind: of the shards.
+      namespace: to search; None to take it from the objects.
       domain: of the cluster's names.
 
     Raises:
-      DeploymentError: there is no StatefulSet of the kind, several, or one that lacks something.
+      DeploymentError: there is not exactly one StatefulSet of the kind, or it lacks a field.
     """
     shards = _stateful_set(objects, kind, namespace)
     where = shards['metadata'].get('namespace') or namespace
@@ -175,8 +176,8 @@ def in_kubernetes(
     service = shards['spec'].get('serviceName')
     if not service:
         raise DeploymentError(
-            f'StatefulSet {name} has no serviceName, so its pods have no names of their own; give'
-            ' it that of a headless Service'
+            f'StatefulSet {name} has no serviceName, so its pods have no stable names; give it that'
+            ' of a headless Service'
         )
     port = _container_port(shards, kind)
     return [
@@ -188,11 +189,11 @@ def in_kubernetes(
 def outside_kubernetes(
     objects: Sequence[Mapping[str, Any]], kind: str, namespace: str | None = None
 ) -> list[Shard]:
-    """Shards of a kind, by the addresses of the load balancers that lead to their pods.
+    """Shards of a kind, with the addresses of their pods' load balancers.
 
     Raises:
-      DeploymentError: see `in_kubernetes`; or a pod has no Service of type LoadBalancer, or that no
-        address yet.
+      DeploymentError: as `in_kubernetes`, or a pod has no Service of type LoadBalancer, or the
+        Service has no address yet.
     """
     shards = _stateful_set(objects, kind, namespace)
     where = shards['metadata'].get('namespace')
@@ -247,7 +248,7 @@ def _stateful_set(
 
 
 def _replicas(shards: Mapping[str, Any]) -> int:
-    """How many shards a StatefulSet has, numbered from 0."""
+    """Number of shards of a StatefulSet, which counts them from 0."""
     name, spec = shards['metadata']['name'], shards['spec']
     if first := (spec.get('ordinals') or {}).get('start', 0):
         raise DeploymentError(
@@ -262,7 +263,7 @@ def _replicas(shards: Mapping[str, Any]) -> int:
 
 
 def _container_port(shards: Mapping[str, Any], name: str) -> int:
-    """The container's port of that name."""
+    """The container port named `name`."""
     for container in shards['spec']['template']['spec']['containers']:
         for port in container.get('ports', []):
             if port.get('name') == name:
@@ -285,7 +286,7 @@ def _balanced(service: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='python -m infra.deployment',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -294,7 +295,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     places = parser.add_subparsers(dest='place', required=True)
     cluster = places.add_parser('kubernetes', help='StatefulSets of infra/kubernetes')
     cluster.add_argument('file', nargs='?', help='their JSON or YAML [standard input]')
-    cluster.add_argument('--namespace', help='look at this one only')
+    cluster.add_argument('--namespace', help='the only one to search')
     cluster.add_argument('--domain', default='cluster.local', help="cluster's [cluster.local]")
     cluster.add_argument(
         '--external', action='store_true', help='addresses of load balancers, for workers outside'
@@ -302,10 +303,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     hosts = places.add_parser('hosts', help='units of infra/systemd')
     for kind in KINDS:
         hosts.add_argument(f'--{kind}_hosts', required=True, help='a,b,...: shards go round them')
-        hosts.add_argument(f'--{kind}_shards', type=int, default=1, help='how many [1]')
+        hosts.add_argument(f'--{kind}_shards', type=integer, default=1, help='how many [1]')
         hosts.add_argument(
             f'--{kind}_port',
-            type=int,
+            type=integer,
             default=FIRST_PORTS[kind],
             help=f'of shard 0 [{FIRST_PORTS[kind]}]; shard I has the I-th after it',
         )
@@ -339,7 +340,7 @@ def _cluster(options: argparse.Namespace) -> list[Shard]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints flags, or units; returns the exit code."""
+    """Prints flags or units and returns the exit code."""
     options = _parse(arguments)
     try:
         shards = _hosts(options) if options.place == 'hosts' else _cluster(options)

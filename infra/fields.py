@@ -1,4 +1,4 @@
-"""Fields of the configuration dataclasses: their help text, and the checks of their values."""
+"""Fields of configuration dataclasses: help texts of their flags and checks of their values."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def described(default: Any, text: str) -> Any:
-    """A dataclass field with its flag's help text."""
+    """Creates a dataclass field with its flag's help text."""
     return dataclasses.field(default=default, metadata={'help': text})
 
 
@@ -21,7 +21,8 @@ def require_at_least(config: Any, least: float, *names: str) -> None:
     """Raises ValueError unless each of the named fields is at least `least`, and finite."""
     for name in names:
         value = getattr(config, name)
-        require(config, name, math.isfinite(value) and value >= least, f'at least {least}')
+        require(config, name, math.isfinite(value), 'a finite number')
+        require(config, name, value >= least, f'at least {least}')
 
 
 def require_from_to(config: Any, least: int, most: int, *names: str) -> None:
@@ -34,7 +35,8 @@ def require_positive(config: Any, *names: str) -> None:
     """Raises ValueError unless each of the named fields is above 0, and finite."""
     for name in names:
         value = getattr(config, name)
-        require(config, name, math.isfinite(value) and value > 0, 'more than 0')
+        require(config, name, math.isfinite(value), 'a finite number')
+        require(config, name, value > 0, 'more than 0')
 
 
 def require_fraction(config: Any, *names: str) -> None:

@@ -1,13 +1,22 @@
-"""Values of single flags: taken from a list of them, or checked."""
+"""Command-line flags: texts in, values out or an error on one line."""
 
 import argparse
 import contextlib
+import decimal
 import math
 from collections.abc import Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser that reports an invalid flag on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {message}\n')
 
 
 def value_of(flag: str, flags: Sequence[str]) -> str | None:
-    """The last value of a flag, given as `--flag=value` or `--flag value`; None: not given."""
+    """The last value of `--flag=value` or `--flag value` in `flags`, None if it is absent."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(flag, dest='value')
     return parser.parse_known_args(list(flags))[0].value
@@ -20,15 +29,16 @@ def add_state_flags(
 
     Args:
       parser: of the shard's command line.
-      otherwise: the flag that excludes them, of a shard whose state a run keeps; `text`: its help.
-      period_seconds: between two states by default.
+      otherwise: the flag that excludes them, for a shard whose state a run keeps.
+      text: help text of `otherwise`.
+      period_seconds: default time between two states.
     """
     place = parser.add_mutually_exclusive_group()
     place.add_argument(otherwise, help=text)
     place.add_argument(
         '--state_dir',
-        help="directory of this shard's own: it starts from the newest state there, and writes it"
-        ' now and then and at SIGTERM; for a shard that a supervisor starts again',
+        help='directory of this shard alone: it starts from the newest state there and writes one'
+        ' periodically and at SIGTERM; for a shard that a supervisor restarts',
     )
     parser.add_argument(
         '--state_period_seconds',
@@ -38,11 +48,24 @@ def add_state_flags(
     )
 
 
-def positive_number(text: str) -> float:
-    """A finite number above 0, for argparse.
+def integer(text: str) -> int:
+    """Parses a 64-bit integer, also written `1e6` or `1_000_000`, for argparse.
 
     Raises:
-      ArgumentTypeError: it is another text.
+      ArgumentTypeError: the text is not such a number.
+    """
+    with contextlib.suppress(ArithmeticError):
+        number = decimal.Decimal(text)  # exact where a float is not
+        if -(2**63) <= number < 2**63 and number == number.to_integral_value():
+            return int(number)
+    raise argparse.ArgumentTypeError(f'{text!r} is no whole number of 64 bits')
+
+
+def positive_number(text: str) -> float:
+    """Parses a finite number above 0, for argparse.
+
+    Raises:
+      ArgumentTypeError: the text is not such a number.
     """
     with contextlib.suppress(ValueError):
         if 0 < (number := float(text)) < math.inf:

@@ -1,61 +1,57 @@
-"""Does a shard serve? Its address in, the answer of the shard itself out: an exit code and a line.
+"""Probes shards: addresses in, an exit code and one line with their replies out.
 
-`python -m infra.probe parameter HOST:PORT` or `... replay HOST:PORT` (several addresses are
-separated by commas, as in the flags of a run): 0 when every shard answers the question that a run
-asks it, 1 when one does not within the bound, 2 for bad input. A listening port would say less: a
-process that hangs still has one. TensorFlow is not imported, so a probe takes 0.2 s.
+`python -m infra.probe parameter HOST:PORT` or `... replay HOST:PORT` takes several addresses
+separated by commas, as the flags of a run do. It exits with 0 if every shard replies to a run's
+question, with 1 if one does not reply within the bound, and with 2 on bad input. A check of the
+port would not suffice, because a hanging process still listens. A probe takes 0.2 s, since it does
+not import TensorFlow.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-from infra.addresses import require_addresses
-from infra.flags import positive_number
+from infra.addresses import reach_directly, require_addresses
+from infra.flags import Parser, positive_number
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
-# Reverb's own service. Its request is a message without fields: no bytes at all.
+# Reverb's own service. Its request has no fields, so it is empty.
 _SERVER_INFO = '/deepmind.reverb.ReverbService/ServerInfo'
 
 
 class NoAnswer(Exception):
-    """A shard does not answer, or not as one of its kind; the message says what came instead."""
+    """A shard does not reply, or not as one of its kind; the message gives the reason."""
 
 
 def ask_parameter_shard(address: str, timeout_seconds: float, tls: bool = False) -> str:
-    """Asks a parameter shard for its report; returns what it is, in a few words.
+    """Asks a parameter shard for its report and returns a short summary.
 
-    With `tls` its certificate is not verified: who asks whether a shard lives sends it nothing, and
-    a shard asked on its own host has no name of the certificate there.
+    With `tls` it does not verify the certificate. A probe sends no secrets, and the certificate
+    does not name a shard's loopback address.
 
     Raises:
-      NoAnswer: nothing came within the time, or no report.
+      NoAnswer: the shard sends no report within the time.
     """
     import pyarrow as pa
-    import pyarrow.flight as flight
 
-    scheme = 'grpc+tls' if tls else 'grpc'
-    options = flight.FlightCallOptions(timeout=timeout_seconds)
+    from infra.parameter_server import health
+
     try:
-        with flight.FlightClient(
-            f'{scheme}://{address}', disable_server_verification=tls
-        ) as client:
-            (answer,) = client.do_action(flight.Action('health', b''), options)
-            report = json.loads(answer.body.to_pybytes())
+        with health.connect(address, tls_unverified=tls) as client:
+            report = health.ask(client, timeout_seconds)
             return f'parameter shard {report["shard"]}, update {report["version"]}'
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise NoAnswer(_one_line(error)) from error
 
 
 def ask_replay_shard(address: str, timeout_seconds: float, tls: bool = False) -> str:
-    """Asks a replay shard for its tables; returns how large the answer is, in a few words.
+    """Asks a replay shard for its tables and returns a short summary.
 
     Raises:
-      NoAnswer: nothing came within the time, or something else listens there.
-      ValueError: `tls`, which Reverb does not speak.
+      NoAnswer: no reply arrives within the time, or another server listens there.
+      ValueError: `tls` is set, which Reverb does not support.
     """
     import grpc  # type: ignore[import-untyped]
 
@@ -84,14 +80,14 @@ def probe(
     wait_seconds: float = 0.0,
     tls: bool = False,
 ) -> list[str]:
-    """Asks every shard, and again until all have answered or `wait_seconds` are over.
+    """Asks the shards in turn, repeatedly until all reply or `wait_seconds` pass.
 
     Returns:
-      What each of them is, in the order of the addresses.
+      A summary of each shard, in the order of the addresses.
 
     Raises:
-      NoAnswer: one did not answer; the message names it.
-      ValueError: the question does not fit the kind.
+      NoAnswer: a shard does not reply; the message names it.
+      ValueError: `tls` is set for replay shards.
     """
     deadline = time.monotonic() + wait_seconds
     answers: list[str] = []
@@ -111,9 +107,7 @@ def _one_line(error: object) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='python -m infra.probe', description=__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog='python -m infra.probe', description=__doc__, allow_abbrev=False)
     parser.add_argument('kind', choices=sorted(QUESTIONS))
     parser.add_argument('addresses', help='host:port of a shard, or of several: a:1,b:2')
     parser.add_argument(
@@ -133,10 +127,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Asks, prints one line, returns the exit code."""
+    """Probes the shards, prints one line and returns the exit code."""
     options = _parse(arguments)
     try:
         addresses = require_addresses(options.addresses.split(','))
+        reach_directly(addresses)
         answers = probe(
             options.kind, addresses, options.timeout_seconds, options.wait_seconds, options.tls
         )

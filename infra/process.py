@@ -1,13 +1,13 @@
 """Processes of a run: a supervised child, and a child that never outlives its parent.
 
-In: an argument vector, extra environment variables and a log file. Out: a running process, whether
-it is ready, its exit code, and the last lines it wrote. Standard library only, so importing this
-module costs a server nothing.
+In: an argument vector, environment variables and a log file. Out: a running process, its readiness,
+its exit code and its last lines. Uses the standard library only, so that servers import it quickly.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -16,15 +16,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infra.disk import write_atomically
+from infra.sealed import parse_object
+
 LAUNCHER_VARIABLE = 'GORILA_LAUNCHER_PID'
-"""Environment variable: process id of the launcher whose death must end this process."""
+"""Environment variable with the process ID of the launcher whose death ends this process."""
 
 _ORPHAN_POLL_SECONDS = 1.0
 _ORPHAN_GRACE_SECONDS = 5.0
 _WAIT_POLL_SECONDS = 0.02
+_LAST_PORT = 65_535
 _KILL_SECONDS = 10.0  # the kernel may need a moment to free gigabytes
 _LOG_TAIL_BYTES = 64 * 1024
+_ERROR_LINES = 200  # searched for the error, since other threads and workers may write after it
+_ROOT = Path(__file__).resolve().parents[1]
 _START_MARK = '=== '
+_ERROR_LINE = re.compile(
+    r'([\w.]+(Error|Exception|Exit)|Fatal .*|Killed|\S*python[\d.]*: .*'
+    r'|worker process .* return code -\d+)(:|$)'  # a worker killed by a signal writes no error
+)
 
 _watching = threading.Lock()
 
@@ -32,9 +42,10 @@ _watching = threading.Lock()
 def exit_with_parent(grace_seconds: float = _ORPHAN_GRACE_SECONDS) -> None:
     """Makes this process end within seconds of its parent's death, even by `kill -9`.
 
-    A daemon thread polls the parent's process id. PR_SET_PDEATHSIG is not used: the kernel sends
-    it when the *thread* that forked ends, and a supervisor may restart servers from a thread.
-    The process gets SIGTERM first and SIGKILL `grace_seconds` later. Repeated calls do nothing.
+    A daemon thread polls the parent's process ID. PR_SET_PDEATHSIG does not work here: the kernel
+    sends it when the *thread* that forked ends, and a supervisor may restart servers from a thread.
+    The process receives SIGTERM first and SIGKILL `grace_seconds` later. Repeated calls have no
+    effect.
     """
     if not _watching.acquire(blocking=False):
         return
@@ -48,14 +59,23 @@ def exit_with_parent(grace_seconds: float = _ORPHAN_GRACE_SECONDS) -> None:
     ).start()
 
 
-def exit_with_launcher() -> None:
-    """`exit_with_parent`, if a launcher started this process: a user may have, under `nohup`."""
+def exit_with_launcher(grace_seconds: float = _ORPHAN_GRACE_SECONDS) -> None:
+    """Calls `exit_with_parent` if a launcher started this process, not a user (under `nohup`)."""
     if LAUNCHER_VARIABLE in os.environ:
-        exit_with_parent()
+        exit_with_parent(grace_seconds)
+
+
+def end_signals() -> tuple[signal.Signals, ...]:
+    """Signals that request an orderly end: SIGTERM, and SIGHUP of a lost terminal.
+
+    Excludes SIGHUP under `nohup`, which makes processes ignore it.
+    """
+    heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGHUP) if heard else (signal.SIGTERM,)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this id exists (a zombie counts)."""
+    """Whether a process with this ID exists (a zombie counts)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -66,16 +86,13 @@ def is_alive(pid: int) -> bool:
 
 
 def announce_ready(ready_file: str | os.PathLike[str], port: int) -> None:
-    """Writes `{"port": port, "pid": own id}` to `ready_file`: all of it or nothing."""
-    target = Path(ready_file)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}')
-    temporary.write_text(json.dumps({'port': port, 'pid': os.getpid()}))
-    temporary.replace(target)
+    """Writes `{"port": port, "pid": own ID}` to `ready_file` atomically."""
+    write_atomically(Path(ready_file), json.dumps({'port': port, 'pid': os.getpid()}))
 
 
 def _end_when_orphaned(parent: int, launcher: int, grace_seconds: float) -> None:
-    # The launcher is looked at too: it may have died before this process could ask for its
-    # parent's id, and a shell or `nice` may stand between the two.
+    # Polls the launcher too. It may have died before this process read its parent's ID, and a shell
+    # or `nice` may be the parent.
     while os.getppid() == parent and is_alive(launcher):
         time.sleep(_ORPHAN_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -85,17 +102,16 @@ def _end_when_orphaned(parent: int, launcher: int, grace_seconds: float) -> None
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to start.
+    """A process to start.
 
     Attributes:
-      name: what messages call it, such as `parameter_shard_0`.
-      argv: the command, the program first.
-      log_file: its standard output and error are appended here.
-      ready_file: written by the process (`announce_ready`) once it serves; None: it has none.
-      environment: variables added to, or replacing, the parent's own.
-      unset: variables of the parent the process must not see.
-      nice: added to the parent's nice level; 0 leaves it.
-      working_directory: None: the parent's.
+      name: used in messages, such as `parameter_server_0`.
+      argv: the command, program first.
+      log_file: receives standard output and error, appended.
+      ready_file: written by the process when it is ready (`announce_ready`); None for no such file.
+      environment: variables that extend or replace the parent's.
+      unset: the parent's variables to remove.
+      nice: added to the parent's nice level.
     """
 
     name: str
@@ -105,59 +121,57 @@ class ProcessSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     unset: Sequence[str] = ()
     nice: int = 0
-    working_directory: Path | None = None
 
 
 class SupervisedProcess:
-    """One child process in a session of its own: the terminal's Ctrl-C does not reach it.
+    """One child process in its own session, which the terminal's Ctrl-C does not reach.
 
-    Safe to use from several threads. `start` may be called again once the process has ended.
+    Thread-safe. `start` may be called again after the process has ended.
     """
 
     def __init__(self, spec: ProcessSpec):
         self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.RLock()  # guards the process id against being reaped meanwhile
+        self._lock = threading.RLock()  # prevents reaping while the process ID is in use
 
     @property
     def pid(self) -> int | None:
-        """Process id, None before the first start."""
+        """Process ID, None before the first start."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
         """Starts the process.
 
         Raises:
-          OSError: the program does not exist, or the log file cannot be written.
+          OSError: the program does not exist, or the log file is not writable.
         """
         spec = self.spec
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         if spec.ready_file is not None:
             spec.ready_file.parent.mkdir(parents=True, exist_ok=True)
             spec.ready_file.unlink(missing_ok=True)
-        with spec.log_file.open('ab') as log:
+        with spec.log_file.open('ab', buffering=0) as log:
             now = time.strftime('%Y-%m-%d %H:%M:%S')
-            log.write(f'{_START_MARK}{now} {" ".join(spec.argv)}\n'.encode())
-            log.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                log.write(f'{_START_MARK}{now} {" ".join(spec.argv)}\n'.encode())
             self._process = subprocess.Popen(
                 list(spec.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
-                cwd=spec.working_directory,
                 start_new_session=True,
             )
         if spec.nice:
-            # Before the child has threads; they inherit it. Lowering the level needs a privilege.
+            # Set before the child has threads, which inherit it. Lowering it needs a privilege.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 level = os.getpriority(os.PRIO_PROCESS, 0) + spec.nice
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, level)
 
     def poll(self) -> int | None:
-        """Exit code, negative for the signal that ended it; None while it runs or before `start`.
+        """Exit code, negative for a signal; None while the process is running or before `start`.
 
-        Children that an ended process left behind in its session are killed here.
+        Kills the remaining processes in the session of an ended process.
         """
         with self._lock:
             process = self._process
@@ -168,22 +182,23 @@ class SupervisedProcess:
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return None
-            # Not reaped yet, so its id, which names the group too, cannot belong to anyone else.
+            # The process is not reaped yet, so no other group can have its ID.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             return process.wait()
 
     def ready(self) -> dict | None:
-        """Content of the ready file (`{'port': int, 'pid': int}`), None while there is none."""
+        """Content of the ready file (`{'port': int, 'pid': int}`), None before it is written."""
         if self.spec.ready_file is None:
             return None
-        try:
-            return json.loads(self.spec.ready_file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+        with contextlib.suppress(OSError, ValueError):
+            told = parse_object(self.spec.ready_file.read_bytes())
+            if type(told.get('port')) is int and 0 < told['port'] <= _LAST_PORT:
+                return told
+        return None
 
     def wait(self, timeout_seconds: float) -> int | None:
-        """Waits for the end; exit code, None when it still runs after `timeout_seconds`."""
+        """Waits for the end; returns the exit code, or None if still running after the time-out."""
         deadline = time.monotonic() + timeout_seconds
         while (code := self.poll()) is None and self._process is not None:
             if time.monotonic() >= deadline:
@@ -192,15 +207,16 @@ class SupervisedProcess:
         return code
 
     def signal(self, number: int) -> None:
-        """Sends a signal to the process, not its children; nothing happens when it has ended."""
+        """Sends a signal to the process, not its children, unless it has ended."""
         with self._lock:
             if self._process is not None and self.poll() is None:
                 os.kill(self._process.pid, number)
 
     def terminate(self, grace_seconds: float = 5.0) -> int | None:
-        """SIGTERM, then SIGKILL after the grace; returns the exit code. Nothing of it is left.
+        """Sends SIGTERM, then SIGKILL after the grace, and returns the exit code.
 
-        Idempotent; None only when it was never started.
+        The children of the process end too. Repeated calls have no effect. Returns None if the
+        process was never started.
         """
         self.signal(signal.SIGTERM)
         if self.wait(grace_seconds) is None:
@@ -208,7 +224,7 @@ class SupervisedProcess:
         return self.wait(_KILL_SECONDS)
 
     def last_log_lines(self, count: int = 10) -> list[str]:
-        """The last non-empty lines the process wrote since its last start, oldest first."""
+        """The last non-empty lines of the log since the last start, oldest first."""
         try:
             with self.spec.log_file.open('rb') as log:
                 log.seek(0, os.SEEK_END)
@@ -221,16 +237,35 @@ class SupervisedProcess:
         written = lines[starts[-1] + 1 :] if starts else lines
         return [line for line in written if line][-count:]
 
+    def last_error(self) -> str:
+        """The last line since the start that names an error, else ''."""
+        errors = filter(_ERROR_LINE.match, reversed(self.last_log_lines(_ERROR_LINES)))
+        return next(errors, '')
+
     def describe_failure(self) -> str:
-        """One paragraph for an error message: name, exit code, log file and its last lines."""
-        lines = ''.join(f'\n  {line}' for line in self.last_log_lines())
-        return f'{self.spec.name} {describe_exit(self.poll())}; {self.spec.log_file} ends:{lines}'
+        """Describes a failure for a message: name, exit code, error and last lines of the log."""
+        last, error = self.last_log_lines(), self.last_error()
+        before = f' ({error})' if error and error not in last else ''
+        lines = ''.join(f'\n  {line}' for line in last)
+        how = describe_exit(self.poll())
+        return f'{self.spec.name} {how}{before}; {self.spec.log_file} ends:{lines}'
 
     def _environment(self) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if k not in self.spec.unset}
         environment[LAUNCHER_VARIABLE] = str(os.getpid())
+        environment.update(own_code(environment.get('PYTHONPATH', '')))
         environment.update(self.spec.environment)
         return environment
+
+
+def own_code(python_path: str) -> dict[str, str]:
+    """Environment variables that make Python and its child processes import this project's code.
+
+    They exclude the current directory, both for `-m` and as an empty entry of PYTHONPATH, so that
+    modules of the same names there are not imported.
+    """
+    entries = [str(_ROOT), *filter(None, python_path.split(os.pathsep))]
+    return {'PYTHONPATH': os.pathsep.join(entries), 'PYTHONSAFEPATH': '1'}
 
 
 def describe_exit(code: int | None) -> str:

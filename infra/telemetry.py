@@ -1,9 +1,9 @@
 """Telemetry: events of every worker in, one list of dicts out, through one bounded Reverb queue.
 
-A record is a flat dict: `time` (seconds since the epoch), `component`, `worker`, `session`,
-`kind`, and the fields the writer gave. A flush sends all records waiting as one JSON item.
-Telemetry never stops the work: when the queue is full or its server away, the oldest records are
-dropped and counted.
+A record is a flat dict: `time` (seconds since the epoch), `component`, `worker`, `session`, the
+writer's further stamps, `kind`, and the fields of the event. A flush sends all waiting records as
+one JSON item. Telemetry never blocks a worker: if the queue is full or its server unreachable, it
+drops the oldest records and counts them.
 """
 
 import collections
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 TELEMETRY_TABLE = 'telemetry'
-QUEUE_ITEMS = 10_000  # flushes; at one a second each, ten minutes of sixteen workers
-MAX_PENDING_RECORDS = 10_000  # of one writer, and as many of one reader's backlog per second
+QUEUE_ITEMS = 10_000  # flushes; ten minutes of sixteen workers with one flush per second each
+MAX_PENDING_RECORDS = 10_000  # of one writer
 _FLUSH_SECONDS = 1.0  # between two flushes of a writer
 _POLL_SECONDS = 0.25  # between two looks of a reader at the queue
 _SEND_SECONDS = 0.5  # longest wait for the queue's confirmation
-_PROBE_SECONDS = 1  # whole seconds are all that Reverb's client takes
+_DEAF_SECONDS = 3.0  # a reader's look at the queue and the pause before it take at most 1.25
+_PROBE_SECONDS = 1  # Reverb's client takes whole seconds only
 
 
 def build_table() -> 'reverb.Table':
-    """The queue; each item is one JSON text and is read once."""
+    """Builds the queue; each item is one JSON text and is read once."""
     import reverb
     import tensorflow as tf
 
@@ -41,18 +42,26 @@ def build_table() -> 'reverb.Table':
 
 
 class Telemetry:
-    """One worker's end of the queue; use it in a `with`, or call `close`.
+    """Writes one worker's events to the queue; use it in a `with`, or call `close`.
 
-    `record` only appends to memory; a thread sends once a second.
+    `record` only appends to memory; a thread flushes once per second.
     """
 
-    def __init__(self, address: str, component: str, worker: int):
-        """`address` is host:port of the queue's server; `component` such as 'actor'."""
+    def __init__(self, address: str, component: str, worker: int, **stamp: Any):
+        """Starts the thread.
+
+        Args:
+          address: host:port of the queue's server.
+          component: kind of the worker, such as 'actor'.
+          worker: its number.
+          **stamp: further fields of every record.
+        """
         self._address = address
         self._stamp = {
             'component': component,
             'worker': worker,
-            'session': uuid.uuid4().hex,  # tells a restarted worker from the one before
+            'session': uuid.uuid4().hex,  # distinguishes a restarted worker from the previous one
+            **stamp,
         }
         self._pending: collections.deque[dict[str, Any]] = collections.deque()
         self._dropped = 0
@@ -71,20 +80,23 @@ class Telemetry:
 
     @property
     def dropped(self) -> int:
-        """Records given up so far because nobody took them."""
+        """Number of records dropped so far because the queue did not accept them."""
         return self._dropped
 
     def record(self, kind: str, **fields: Any) -> None:
-        """Notes an event now; never blocks. Fields are what JSON can hold, NumPy scalars too."""
+        """Records an event with the current time; never blocks.
+
+        Fields may be JSON types, NumPy scalars and arrays.
+        """
         entry = {'time': time.time(), **self._stamp, 'kind': kind, **fields}
         with self._lock:
             self._pending.append(entry)
             self._limit()
 
     def flush(self) -> bool:
-        """Sends what waits; whether the queue has confirmed it. Blocks for about a second at most.
+        """Sends waiting records; returns whether the queue has confirmed them.
 
-        What could not be sent stays, and goes with a later flush.
+        Blocks for a few seconds at most. Records that could not be sent wait for a later flush.
         """
         if not self._sending.acquire(timeout=_SEND_SECONDS):
             return False
@@ -94,18 +106,18 @@ class Telemetry:
             self._sending.release()
 
     def close(self) -> None:
-        """Flushes once more and ends; idempotent."""
+        """Flushes once more and ends the thread; repeated calls have no effect."""
         if self._closed.is_set():
             return
         self._closed.set()
-        # What the thread is sending just now must be confirmed, or given back, to be counted.
+        # Waits until records that the thread is sending are confirmed or back in the queue.
         self._thread.join(_SEND_SECONDS + 2 * _PROBE_SECONDS)
         self.flush()
         with self._lock:
             self._dropped += len(self._pending)
             self._pending.clear()
         if self._dropped:
-            _LOGGER.warning('%d records given up: nobody took them', self._dropped)
+            _LOGGER.warning('%d records dropped: the queue did not accept them', self._dropped)
         if self._sending.acquire(timeout=_SEND_SECONDS):
             self._abandon()
             self._sending.release()
@@ -115,12 +127,12 @@ class Telemetry:
             self.flush()
 
     def _send(self) -> bool:
-        """One item with every record that waits. Called with `_sending` held."""
+        """Sends one item with all waiting records. Called with `_sending` held."""
         with self._lock:
             batch = list(self._pending)
             self._pending.clear()
         try:
-            # An item sent earlier and not yet confirmed goes first: at most one is under way.
+            # Confirms an earlier item first, so that at most one is in flight.
             self._confirm()
             if batch:
                 text = json.dumps(batch, default=_plain)
@@ -128,9 +140,9 @@ class Telemetry:
                 self._writer.create_item(
                     TELEMETRY_TABLE, 1.0, {'json': self._writer.history['json'][-1:]}
                 )
-                batch = []  # the writer has it now, and sends it when it can
+                batch = []  # the writer owns it now and sends it when it can
                 self._confirm()
-        except Exception as error:  # full queue, dead server, broken stream: keep and try later
+        except Exception as error:  # full queue, dead server or broken stream; retries later
             with self._lock:
                 self._pending.extendleft(reversed(batch))
                 self._limit()
@@ -140,7 +152,7 @@ class Telemetry:
         return True
 
     def _confirm(self) -> None:
-        """Waits until nothing is under way, opening a writer first if there is none."""
+        """Waits until no item is in flight; opens a writer first if there is none."""
         import reverb
 
         if self._writer is None:
@@ -157,16 +169,16 @@ class Telemetry:
             self._dropped += 1
 
     def _abandon(self) -> None:
-        """Gives the writer up without a flush, which could wait for ever."""
+        """Closes the writer without a flush, which could wait for ever."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
 
 
 class TelemetryReader:
-    """The reading end of the queue; there should be one. Use it in a `with`, or call `close`.
+    """Reads the queue; use one per queue, in a `with`, or call `close`.
 
-    A thread empties the queue into memory, so that `drain` is bounded whatever the server does.
+    A thread empties the queue into memory, so that `drain` is bounded even if the server hangs.
     """
 
     def __init__(self, address: str):
@@ -175,6 +187,7 @@ class TelemetryReader:
         self._records: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self._closed = threading.Event()
+        self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name='telemetry_reader', daemon=True)
         self._thread.start()
 
@@ -185,17 +198,25 @@ class TelemetryReader:
         self.close()
 
     def drain(self, timeout_seconds: float = 0.0) -> list[dict[str, Any]]:
-        """All records read since the last call, in order; waits for the first one if there is none.
+        """Returns the records read since the last call, in order; waits if there are none.
 
-        Empty after `timeout_seconds` without any, also while the server is away.
+        Returns an empty list after `timeout_seconds` without records.
         """
         with self._changed:
             self._changed.wait_for(lambda: bool(self._records), timeout_seconds)
             records, self._records = self._records, []
         return records
 
+    @property
+    def hears(self) -> bool:
+        """Whether the reader has reached the queue within the last 3 s.
+
+        If it has not, missing records do not prove that a worker is silent.
+        """
+        return time.monotonic() - self._looked < _DEAF_SECONDS
+
     def close(self) -> None:
-        """Ends the thread, unless the server it reads from is gone; idempotent."""
+        """Ends the thread; waits a bounded time for it. Repeated calls have no effect."""
         self._closed.set()
         self._thread.join(2 * _PROBE_SECONDS)
 
@@ -204,24 +225,28 @@ class TelemetryReader:
 
         client = reverb.Client(self._address)
         while not self._closed.is_set():
-            with contextlib.suppress(Exception):  # server away: look again later
+            with contextlib.suppress(Exception):  # server unreachable; retries later
                 self._read(client)
+                self._looked = time.monotonic()
             self._closed.wait(_POLL_SECONDS)
 
     def _read(self, client: 'reverb.Client') -> None:
-        """Takes the items the queue holds now: asking for more would wait for their writers."""
+        """Takes the items that the queue holds now; a larger request would wait for writers."""
         items = client.server_info(timeout=_PROBE_SECONDS)[TELEMETRY_TABLE].current_size
         if not items:
             return
         for item in client.sample(TELEMETRY_TABLE, items, emit_timesteps=False):
-            records = json.loads(np.asarray(item.data[0]).reshape(-1)[0])
+            try:
+                records = list(json.loads(np.asarray(item.data[0]).reshape(-1)[0]))
+            except (ValueError, TypeError, RecursionError):
+                records = [None]  # counted as a malformed event; later items are still read
             with self._changed:
                 self._records.extend(records)
                 self._changed.notify_all()
 
 
 def _plain(value: Any) -> Any:
-    """NumPy scalars and arrays as JSON's own kinds."""
+    """Converts NumPy scalars and arrays to JSON types."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f'telemetry cannot hold a {type(value).__name__}: {value!r}')

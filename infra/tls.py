@@ -1,4 +1,4 @@
-"""TLS of the parameter shards: PEM files in, what Arrow Flight takes out."""
+"""TLS of the parameter shards: PEM files in, certificates and keys for Arrow Flight out."""
 
 import contextlib
 import re
@@ -8,14 +8,14 @@ _CERTIFICATE = re.compile(b'-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE--
 
 
 class TlsError(ValueError):
-    """A file cannot be read or is not what it should be; the message names it and the remedy."""
+    """A file is unreadable or invalid; the message names it and the reason."""
 
 
 def read_pair(certificate_file: str, key_file: str) -> tuple[bytes, bytes]:
-    """A server's certificate, with those that it is signed by behind it, and its key, both PEM.
+    """Reads a server's certificate chain and its key, both PEM.
 
     Raises:
-      TlsError: a file cannot be read, holds no PEM, or the key is another certificate's.
+      TlsError: a file is unreadable or not PEM, or the key does not belong to the certificate.
     """
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate_file, key_file)
@@ -28,28 +28,28 @@ def read_pair(certificate_file: str, key_file: str) -> tuple[bytes, bytes]:
 
 
 def read_roots(file: str) -> bytes:
-    """Certificates that those of servers are signed by, PEM; of a key in the same file nothing.
+    """Reads root certificates, PEM; drops a key in the same file.
 
     Raises:
-      TlsError: the file cannot be read, or holds none.
+      TlsError: the file is unreadable or has no certificate.
     """
     try:
         ssl.create_default_context(cafile=file)
-        return b'\n'.join(_CERTIFICATE.findall(_read(file)))  # they travel: a key must not
+        return b'\n'.join(_CERTIFICATE.findall(_read(file)))  # sent to workers, unlike a key
     except (OSError, ssl.SSLError) as error:
         raise TlsError(f'--tls_roots {file}: no certificates in PEM ({error})') from error
 
 
 def require_accepted(pair: tuple[str, str], roots: str, host: str) -> None:
-    """Checks, by a handshake in memory, that clients will accept a server's certificate.
+    """Checks, by a handshake in memory, that clients accept a server's certificate.
 
     Args:
       pair: files of the certificate and its key.
-      roots: file of what it must be signed by.
-      host: the name or address that clients call the server by.
+      roots: file of the accepted root certificates.
+      host: name or address of the server as clients use it.
 
     Raises:
-      TlsError: they will not: it is for another name, out of date, or signed by somebody else.
+      TlsError: the certificate is for another name, expired, or not signed by one of `roots`.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*pair)

@@ -1,34 +1,37 @@
-"""Evaluation: a checkpoint's parameters in, the returns of 30 no-op-start games out (paper, 5).
+"""Evaluation: a checkpoint's parameters in, the returns of no-op-start games out (paper, 5).
 
 Runs at the end of training and by itself:
   python pipelines/evaluate.py --run_dir runs/my-run
 """
 
 import argparse
-import contextlib
-import fcntl
+import datetime
 import pathlib
+import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 import numpy as np
 
 from agents.config import EnvironmentConfig
 from agents.environment import AtariEnvironment, FrameStack
+from infra.disk import read_json, write_json
+from infra.flags import Parser, integer
+from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
-from pipelines import config as config_lib
-from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
-from pipelines.files import write_json
-from pipelines.run_directory import RunDirectory, readable
+from pipelines.experiment import config as config_lib
+from pipelines.storage.checkpoints import read_newest
+from pipelines.storage.evaluations import progress_file
+from pipelines.storage.reading import readable
+from pipelines.storage.run_directory import RunDirectory, output_path
 
 PROTOCOL = 'no-op starts'
-EVALUATION_FILE = 'evaluation.json'
-PROGRESS_FILE = 'evaluation.partial.json'
-"""The games so far; a result replaces the one before only when it is complete."""
-_LOCK_FILE = '.evaluation.lock'
 _EVALUATION_STREAM = 3
 _MAX_ENVIRONMENTS = 10
 
@@ -93,70 +96,69 @@ def _result(returns: Sequence[float], epsilon: float, updates: int) -> dict[str,
 
 
 def evaluate(
-    config: config_lib.ExperimentConfig, saved: Checkpoint, run_dir: pathlib.Path
+    config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path
 ) -> dict[str, Any]:
-    """Plays the evaluation of `saved` and writes it to the run's directory; returns the result.
-
-    Waits for the end of another evaluation of this run.
+    """Plays the evaluation of `saved`; returns the result, and replaces `output` by it at the end.
 
     Raises:
       ValueError: the checkpoint holds the parameters of another network.
+      OSError: `output` cannot be written.
     """
-    from pipelines.agent import build_policy
+    from pipelines.experiment.builders import build_policy
 
     policy = build_policy(config)
     policy.set_parameters(saved.parameters)
-    progress = run_dir / PROGRESS_FILE
-    run = config.run
+    run, progress = config.run, progress_file(output)
     rng = np.random.default_rng([run.seed, _EVALUATION_STREAM])
     returns: list[float] = []
-    with _alone(run_dir), _environment(config, run.evaluation_episodes) as environment:
+
+    def result() -> dict[str, Any]:
+        return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
+
+    try:
+        write_json(progress, result())  # what cannot be written is known before the games
+        with _environment(config, run.evaluation_episodes) as environment:
+            for episode_return in play(
+                environment, policy.act, run.evaluation_episodes, run.evaluation_epsilon, rng
+            ):
+                returns.append(episode_return)
+                write_json(progress, result())
+        write_json(output, result())
+    finally:
         progress.unlink(missing_ok=True)
-        for episode_return in play(
-            environment, policy.act, run.evaluation_episodes, run.evaluation_epsilon, rng
-        ):
-            returns.append(episode_return)
-            write_json(progress, _result(returns, run.evaluation_epsilon, saved.clock['updates']))
-        progress.replace(run_dir / EVALUATION_FILE)
-    return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
-
-
-@contextlib.contextmanager
-def _alone(run_dir: pathlib.Path) -> Iterator[None]:
-    """Inside it no other process evaluates this run; the kernel frees the lock of a dead one."""
-    with open(run_dir / _LOCK_FILE, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return result()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='evaluate.py',
-        description="Evaluate a run's newest checkpoint: no-op starts, epsilon 0.05, 30 games.",
+        description="Evaluate a run's newest checkpoint: no-op starts, else the run's own rules.",
     )
     parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
-    parser.add_argument('--episodes', type=int, help="games (the run's evaluation_episodes)")
+    parser.add_argument('--episodes', type=integer, help="games (the run's evaluation_episodes)")
     parser.add_argument('--epsilon', type=float, help="epsilon (the run's evaluation_epsilon)")
-    parser.add_argument('--seed', type=int, help="seed of the games (the run's)")
+    parser.add_argument('--seed', type=integer, help="seed of the games (the run's)")
+    parser.add_argument(
+        '--output', help='JSON file for the result (a new evaluation-<time>.json in the run_dir)'
+    )
     return parser
 
 
-def _config(directory: RunDirectory, arguments: argparse.Namespace) -> config_lib.ExperimentConfig:
-    """The run's experiment, with the evaluation that `arguments` ask for.
+def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) -> dict[str, Any]:
+    """Settings of the run that an evaluation replaces, checked before anything is fetched or read.
 
     Raises:
-      UsageError: a value is out of its range, or the run's configuration cannot be read.
+      UsageError: a value is out of its range.
     """
-    episodes, epsilon, seed = arguments.episodes, arguments.epsilon, arguments.seed
-    if episodes is not None and episodes < 1:
-        raise UsageError(f'--episodes {episodes}: must be at least 1.')
-    if epsilon is not None and not 0.0 <= epsilon <= 1.0:
-        raise UsageError(f'--epsilon {epsilon}: must be from 0 to 1.')
-    overrides = {'evaluation_episodes': episodes, 'evaluation_epsilon': epsilon, 'seed': seed}
-    return config_lib.replace(
-        config_lib.load(directory.config_file),
-        {name: value for name, value in overrides.items() if value is not None},
-    )
+    asked = {'evaluation_episodes': episodes, 'evaluation_epsilon': epsilon, 'seed': seed}
+    values = {name: value for name, value in asked.items() if value is not None}
+    try:
+        config_lib.replace(config_lib.ExperimentConfig(), values)
+    except UsageError as error:  # it begins with the setting's name
+        raise UsageError(
+            f'--{str(error).removeprefix("--").removeprefix("evaluation_")}'
+        ) from error
+    return values
 
 
 def main(argv: Sequence[str]) -> int:
@@ -164,36 +166,72 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     exit_with_launcher()
     try:
-        with readable(arguments.run_dir, (EVALUATION_FILE,)) as path:
-            return _evaluate_newest(RunDirectory.existing(path), arguments)
-    except UsageError as error:
+        overrides = overrides_of(arguments.episodes, arguments.epsilon, arguments.seed)
+        result, written = evaluate_run(arguments.run_dir, overrides, arguments.output)
+    except (UsageError, OSError) as error:
         print(f'evaluate.py: {error}', file=sys.stderr)
         return 2
-
-
-def _evaluate_newest(directory: RunDirectory, arguments: argparse.Namespace) -> int:
-    """Evaluates and prints the result; returns the exit code.
-
-    Raises:
-      UsageError: see `_config`, or there is no checkpoint.
-    """
-    config = _config(directory, arguments)
-    saved = read_newest(directory, lambda text: print(f'evaluate.py: {text}', file=sys.stderr))
-    try:
-        result = evaluate(config, saved, directory.path)
-    except (ValueError, OSError) as error:
-        print(f'evaluate.py: {arguments.run_dir}: {error}', file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print('evaluate.py: interrupted; the evaluation before stays as it was.', file=sys.stderr)
+        print('evaluate.py: interrupted; no result is written.', file=sys.stderr)
         return 130
     print(
-        f'{config.environment.game}: mean return {result["mean"]:.1f}, standard deviation'
+        f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
         f' {result["std"]:.1f}, over {result["episodes"]} games ({PROTOCOL},'
-        f' epsilon {result["epsilon"]})'
+        f' epsilon {result["epsilon"]})\nwritten to {written}'
     )
     return 0
 
 
+def evaluate_run(
+    run_dir: str, overrides: Mapping[str, Any], output: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """Evaluates the newest checkpoint of a run, here or at gs://.
+
+    Args:
+      run_dir: directory of the run.
+      overrides: settings of the run to replace, see `overrides_of`.
+      output: file for the result; None: a new one in `run_dir`.
+
+    Returns:
+      (the result and the game, the file).
+
+    Raises:
+      UsageError: the run or its checkpoint cannot be read, or the result not be written.
+      OSError: the parent directory of `output` cannot be made.
+    """
+    # Two that begin in one second, here or on another machine, have files of their own.
+    own = f'evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.json'
+    with readable(run_dir, () if output else (own,)) as path:
+        file = output_path(output) if output else path / own
+        result = _evaluate_newest(RunDirectory.existing(path), overrides, file)
+    return result, output or f'{run_dir}/{own}'
+
+
+def _evaluate_newest(
+    directory: RunDirectory, overrides: Mapping[str, Any], output: pathlib.Path
+) -> dict[str, Any]:
+    """Evaluates; returns the result and the game.
+
+    Raises:
+      UsageError: the configuration cannot be read, or there is no checkpoint of its network; or
+        `output` cannot be written, or holds something else than an evaluation.
+    """
+    config = config_lib.replace(config_lib.load(directory.config_file), overrides)
+    held = read_json(output)
+    if output.is_dir() or (held is not None and 'returns' not in held):
+        raise UsageError(f'--output {output}: name a new file, or one that holds an evaluation.')
+    saved = read_newest(directory, lambda text: print(f'evaluate.py: {text}', file=sys.stderr))
+    try:
+        result = evaluate(config, saved, output)
+    except ValueError as error:
+        raise UsageError(f'{directory.path}: {error}') from error
+    except OSError as error:
+        raise UsageError(
+            f'{output}: cannot be written ({error.strerror}); name another file as --output.'
+        ) from error
+    return {'game': config.environment.game, **result}
+
+
 if __name__ == '__main__':
+    protect_output()
     sys.exit(main(sys.argv[1:]))

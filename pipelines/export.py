@@ -4,18 +4,26 @@ Runs at the end of training and by itself:
   python pipelines/export.py --run_dir runs/my-run
 """
 
-import argparse
+import contextlib
+import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
+
+from infra.disk import replaced_directory
+from infra.flags import Parser
+from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
-from pipelines import config as config_lib
-from pipelines.checkpoints import read_newest
 from pipelines.errors import UsageError
-from pipelines.files import replaced_directory
-from pipelines.run_directory import RunDirectory, readable
+from pipelines.experiment import config as config_lib
+from pipelines.storage.checkpoints import read_newest
+from pipelines.storage.reading import readable
+from pipelines.storage.run_directory import RunDirectory, loading_hint, output_path
 
 
 def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path) -> None:
@@ -26,55 +34,92 @@ def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathl
     import tensorflow as tf
     from tf_agents.policies import policy_saver
 
-    from pipelines.agent import build_policy
+    from pipelines.experiment.builders import build_policy
 
     policy = build_policy(config)
     policy.set_parameters(saved.parameters)
     train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
-    with replaced_directory(output) as staging:
+    with replaced_directory(output) as staging, _quiet_saving():
         policy_saver.PolicySaver(policy.model.agent.policy, train_step=train_step).save(
             str(staging)
         )
 
 
+@contextlib.contextmanager
+def _quiet_saving() -> Iterator[None]:
+    """Hides what TensorFlow says of every policy of TF-Agents: nothing that a user can act on."""
+    logger = logging.getLogger('absl')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Encoding a StructuredValue')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def main(argv: Sequence[str]) -> int:
-    """Exports the newest checkpoint of a run to its `policy/`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    """Exports the newest checkpoint of a run; returns the exit code."""
+    parser = Parser(
         prog='export.py', description="Write a run's newest parameters as a TF-Agents policy."
     )
     parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
+    parser.add_argument('--output', help="directory for the policy (the run's policy/)")
     arguments = parser.parse_args(argv)
     exit_with_launcher()
+    told = arguments.output or f'{arguments.run_dir}/policy'
     try:
-        with readable(arguments.run_dir, ('policy',)) as path:
-            return _export_newest(RunDirectory.existing(path), arguments.run_dir)
-    except UsageError as error:
+        with readable(arguments.run_dir, () if arguments.output else ('policy',)) as path:
+            directory = RunDirectory.existing(path)
+            output = _output(arguments.output) if arguments.output else directory.policy
+            updates = _export_newest(directory, output)
+    except (UsageError, OSError) as error:
         print(f'export.py: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f'export.py: interrupted; {told} stays as it was.', file=sys.stderr)
+        return 130
+    print(f'{told}: policy after {updates} updates')
+    if hint := loading_hint(output):
+        print(hint)
+    return 0
 
 
-def _export_newest(directory: RunDirectory, told: str) -> int:
-    """Exports and says so of the run's directory, `told`; returns the exit code.
+def _output(path: str) -> pathlib.Path:
+    """The directory of `--output`.
 
     Raises:
-      UsageError: the configuration or the checkpoints cannot be read.
+      UsageError: see `output_path`; or it holds something else than a policy.
+      OSError: see `output_path`.
+    """
+    output = output_path(path)
+    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not (empty or (output / 'saved_model.pb').is_file()):
+        raise UsageError(f'--output {path}: name a new directory, or one that holds a policy.')
+    return output
+
+
+def _export_newest(directory: RunDirectory, output: pathlib.Path) -> int:
+    """Exports to `output`; returns the number of updates behind the policy.
+
+    Raises:
+      UsageError: the configuration or the checkpoints cannot be read, or nothing can be written.
     """
     config = config_lib.load(directory.config_file)
     saved = read_newest(directory, lambda text: print(f'export.py: {text}', file=sys.stderr))
     import tensorflow as tf
 
     try:
-        export(config, saved, directory.policy)
+        export(config, saved, output)
     except (ValueError, OSError, tf.errors.OpError) as error:
         reason = str(error).splitlines()[0]
-        print(f'export.py: {told}: nothing exported: {reason}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('export.py: interrupted; policy/ stays as it was.', file=sys.stderr)
-        return 130
-    print(f'{told}/{directory.policy.name}: policy after {saved.clock["updates"]} updates')
-    return 0
+        raise UsageError(
+            f'{output}: nothing exported: {reason}; a place of yours can be named as --output.'
+        ) from error
+    return saved.clock['updates']
 
 
 if __name__ == '__main__':
+    protect_output()
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ jobs since one pipeline's stages run in turn.
 
 import argparse
 import functools
+import os
 import pathlib
 import signal
 import sys
@@ -16,28 +17,31 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from infra.addresses import reach_directly
+from infra.disk import is_remote, write_atomically
+from infra.output import protect_output
 from infra.process import exit_with_parent
 from infra.tls import read_roots
-from pipelines import config as config_lib
-from pipelines import engines
-from pipelines.act import Actors
-from pipelines.bundle import Bundles
-from pipelines.files import write_atomically
-from pipelines.learn import Learners
-from pipelines.remote import read_text
-from pipelines.run_directory import is_remote
-from pipelines.workers import Addresses, Submission
+from pipelines.engines import catalog
+from pipelines.experiment import config as config_lib
+from pipelines.experiment.launch import Addresses
+from pipelines.storage.object_store import read_bytes
+from pipelines.transforms.act import Act
+from pipelines.transforms.bundle import ActAndLearn
+from pipelines.transforms.learn import Learn
+from pipelines.transforms.workers import Workers
+from pipelines.workers.spec import Submission
 
-TRANSFORMS: Mapping[str, type[beam.PTransform]] = {
-    'actor': Actors,
-    'learner': Learners,
-    'bundle': Bundles,
+WORK: Mapping[str, type[Act | Learn | ActAndLearn]] = {
+    'actor': Act,
+    'learner': Learn,
+    'bundle': ActAndLearn,
 }
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog='python -m pipelines.job', allow_abbrev=False)
-    parser.add_argument('--kind', choices=TRANSFORMS, required=True, help='what the workers are')
+    parser.add_argument('--kind', choices=WORK, required=True, help='what the workers are')
     parser.add_argument('--workers', required=True, help='their numbers, separated by commas')
     parser.add_argument('--submission', type=int, required=True, help='number of this submission')
     parser.add_argument('--config', required=True, help='config.json, here or at gs://...')
@@ -53,7 +57,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> None:
     """Builds the pipeline of one kind of worker and runs it to its end."""
     arguments, extra = _parse(argv)
-    engine = engines.engine(arguments.runner)
+    engine = catalog.engine(arguments.runner)
     exit_with_parent(engine.end_seconds)
     addresses = Addresses(
         parameters=tuple(filter(None, arguments.parameter_addresses.split(','))),
@@ -61,10 +65,11 @@ def main(argv: Sequence[str]) -> None:
         telemetry=arguments.telemetry_address,
         tls_roots=read_roots(arguments.tls_roots) if arguments.tls_roots else None,
     )
+    reach_directly(addresses.all)  # and Beam's own workers, which it reaches by loopback
     workers = tuple(int(worker) for worker in arguments.workers.split(','))
-    transform = TRANSFORMS[arguments.kind](
-        _config(arguments.config), addresses, Submission(workers, arguments.submission)
-    )
+    _end_with_workers(len(workers))
+    work = WORK[arguments.kind](_config(arguments.config), addresses)
+    transform = Workers(work, Submission(workers, arguments.submission))
     engine.register_flags()
     options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), extra))
     with engine.surroundings(options):
@@ -75,8 +80,29 @@ def main(argv: Sequence[str]) -> None:
 
 def _config(path: str) -> config_lib.ExperimentConfig:
     if is_remote(path):
-        return config_lib.from_json(read_text(path))
+        return config_lib.from_json(read_bytes(path))
     return config_lib.load(pathlib.Path(path))
+
+
+def _end_with_workers(count: int) -> None:
+    """Ends this process when so many worker processes that Beam's local runner started have failed.
+
+    It would wait without end for those that end before they have connected. The thread in which it
+    waits for such a process raises an error then.
+    """
+    failed: list[str] = []
+    otherwise = threading.excepthook
+
+    def note(args: Any) -> None:
+        if args.thread is None or args.thread.name != 'run_worker':
+            otherwise(args)
+            return
+        failed.append(f'worker process {len(failed) + 1} of {count} failed: {args.exc_value}')
+        print(failed[-1], file=sys.stderr, flush=True)
+        if len(failed) >= count:
+            os._exit(1)
+
+    threading.excepthook = note
 
 
 class _Ended(BaseException):  # Beam's own threads and waits catch every Exception
@@ -86,7 +112,7 @@ class _Ended(BaseException):  # Beam's own threads and waits catch every Excepti
 def _run(
     pipeline: beam.Pipeline,
     options: PipelineOptions,
-    engine: engines.Engine,
+    engine: catalog.Engine,
     state_file: pathlib.Path | None,
 ) -> None:
     """Runs a job to its end; where it would outlive this process, SIGTERM ends it too."""
@@ -116,4 +142,5 @@ def _raise_ended(*_: Any) -> None:
 
 
 if __name__ == '__main__':
+    protect_output()
     main(sys.argv[1:])

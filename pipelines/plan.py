@@ -4,7 +4,7 @@ In: CPU time of each box per agent step and per update, as tests/benchmarks/benc
 measured them, and the target. Out: actors, learners, shards, cores, network, and the price.
 
 Everything grows in proportion to the rates: a second learner costs what the first one does. What
-that leaves out: learners that wait for a far parameter server (see README, Engines), and gradients
+that leaves out: learners that wait for a far parameter server (docs/performance.md), and gradients
 that grow stale with the number of learners.
 """
 
@@ -17,13 +17,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
+
+from infra.flags import Parser, integer, positive_number
+from infra.parameter_server.config import ParameterServerConfig
+from infra.sealed import parse_object
 from pipelines.errors import UsageError
 
 COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
 """Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
 
 UTILISATION = 0.8
-"""Share of a core that is planned for: the rest takes up peaks, checkpoints and restarts."""
+"""Share of a core or a network that is planned for: the rest takes up peaks, checkpoints and
+restarts."""
+
+MEASURED_UPDATES_PER_SECOND = 106.6
+"""Most that servers of this project were seen to carry (docs/performance.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Plan:
     Attributes:
       agent_steps_per_second, updates_per_second: the target.
       actors, learners, parameter_shards, replay_shards: processes, of one core each at most.
-      cores: that they keep busy, at `UTILISATION`.
+      cores: that they all keep busy, at `UTILISATION`.
       parameter_gbit_per_second: parameters and gradients, if no two processes share a host.
     """
 
@@ -74,48 +84,75 @@ def read_costs(path: pathlib.Path) -> Costs:
       UsageError: it is not that.
     """
     try:
-        measured = json.loads(path.read_text())
+        measured = parse_object(path.read_bytes())
         cpu, steps = measured['cpu_seconds'], measured['agent_steps']
         return Costs(
             actor_ms=1e3 * cpu['actor'] / steps,
             replay_ms=1e3 * cpu['replay'] / steps,
             learner_ms=1e3 * cpu['learner'] / measured['updates'],
             parameter_server_ms=1e3 * cpu['parameter_server'] / measured['updates'],
-            parameters=measured['parameters'],
-            pulls_per_step=measured['actor_pulls_per_step'],
+            parameters=int(measured['parameters']),
+            pulls_per_step=float(measured['actor_pulls_per_step']),
         )
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UsageError(
-            f'--costs {path}: not what tests/benchmarks/benchmark_run.py prints ({error!r}).'
+            f'--costs {path}: not what tests/benchmarks/benchmark_run.py prints'
+            f' ({type(error).__name__}: {error}).'
         ) from error
 
 
 def plan(costs: Costs, agent_steps_per_second: float, steps_per_update: float) -> Plan:
     """The processes and cores that reach a target."""
     updates = agent_steps_per_second / steps_per_update
-
-    def cores(rate: float, milliseconds: float) -> int:
-        return max(1, math.ceil(rate * milliseconds / 1e3 / UTILISATION))
-
-    counts = {
-        'actors': cores(agent_steps_per_second, costs.actor_ms),
-        'learners': cores(updates, costs.learner_ms),
-        'parameter_shards': cores(updates, costs.parameter_server_ms),
-        'replay_shards': cores(agent_steps_per_second, costs.replay_ms),
+    cores = {
+        'actors': agent_steps_per_second * costs.actor_ms / 1e3 / UTILISATION,
+        'learners': updates * costs.learner_ms / 1e3 / UTILISATION,
+        'parameter_shards': updates * costs.parameter_server_ms / 1e3 / UTILISATION,
+        'replay_shards': agent_steps_per_second * costs.replay_ms / 1e3 / UTILISATION,
     }
+    counts = {name: max(1, math.ceil(busy)) for name, busy in cores.items()}
+    # A run has no more replay shards than actors: one would stay empty.
+    counts['actors'] = max(counts['actors'], counts['replay_shards'])
     # An update is a gradient and parameters; an actor's pull is parameters.
     vectors = 2 * updates + agent_steps_per_second * costs.pulls_per_step
     return Plan(
         agent_steps_per_second,
         updates,
         **counts,
-        cores=sum(counts.values()),
+        cores=math.ceil(sum(cores.values())),
         parameter_gbit_per_second=vectors * costs.parameters * 32 / 1e9,
     )
 
 
+def warnings(found: Plan, machine_cores: int, machine_gbit_per_second: float) -> list[str]:
+    """What speaks against a plan: a line for each, with its remedy."""
+    lines = []
+    usable = machine_gbit_per_second * UTILISATION
+    if found.cores > machine_cores and found.parameter_gbit_per_second > usable:
+        machines = math.ceil(found.parameter_gbit_per_second / usable)
+        lines.append(
+            f'network: parameters and gradients take {found.parameter_gbit_per_second:.3g} Gbit/s,'
+            f' a machine has {machine_gbit_per_second:g}. Fix: spread at least {machines} parameter'
+            f' shards over {machines} machines; --wire_dtype bfloat16 halves it, and fewer updates'
+            ' of larger batches take less.'
+        )
+    bound = ParameterServerConfig().max_staleness
+    if found.learners > bound:
+        lines.append(
+            f'staleness: a gradient is about as many updates old as there are learners'
+            f' ({found.learners}), and a run refuses what is older than --max_staleness ({bound}).'
+            ' Fix: raise that, or make fewer updates of larger batches.'
+        )
+    if found.updates_per_second > MEASURED_UPDATES_PER_SECOND:
+        lines.append(
+            f'rate: {found.updates_per_second:.6g} updates/s are reckoned, not measured (at most'
+            f' {MEASURED_UPDATES_PER_SECOND}). Fix: try a part of it with benchmark_load first.'
+        )
+    return lines
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='plan.py', description='Actors, learners, shards and machines for a target.'
     )
     target = parser.add_mutually_exclusive_group(required=True)
@@ -124,11 +161,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--agent_steps_per_update', type=float, default=4.0, help='ratio of the run [4]'
     )
-    parser.add_argument('--action_repeat', type=int, default=4, help='frames an agent step [4]')
+    parser.add_argument('--action_repeat', type=integer, default=4, help='frames an agent step [4]')
     parser.add_argument(
         '--costs', type=pathlib.Path, default=COSTS, help=f'JSON of benchmark_run.py [{COSTS.name}]'
     )
-    parser.add_argument('--machine_cores', type=int, default=4, help='cores of a machine [4]')
+    parser.add_argument('--machine_cores', type=integer, default=4, help='cores of a machine [4]')
+    parser.add_argument(
+        '--machine_gbit_per_second',
+        type=positive_number,
+        default=10.0,
+        help="of a machine's network [10]",
+    )
     parser.add_argument(
         '--price_per_hour', type=float, help='of such a machine, in any currency; without: no price'
     )
@@ -159,7 +202,7 @@ def describe(
         result['price_per_hour'] = machines * price_per_hour
     flags = f'--num_actors={found.actors} --num_learners={found.learners}'
     flags += f' --num_parameter_shards={found.parameter_shards}'
-    result['flags'] = f'{flags} --num_replay_shards={min(found.replay_shards, found.actors)}'
+    result['flags'] = f'{flags} --num_replay_shards={found.replay_shards}'
     return {**result, 'costs': dataclasses.asdict(costs)}
 
 
@@ -172,6 +215,8 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print(f'plan.py: {error}', file=sys.stderr)
         return 2
+    for line in warnings(found, arguments.machine_cores, arguments.machine_gbit_per_second):
+        print(f'plan.py: {line}', file=sys.stderr)
     result = describe(found, costs, arguments.machine_cores, arguments.price_per_hour)
     print(json.dumps(result, indent=2))
     return 0

@@ -1,28 +1,37 @@
 """Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
 
-import contextlib
 import dataclasses
-import io
+import json
 import os
+import pathlib
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines import config as config_lib
-from pipelines.config import ExperimentConfig
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
+
+from infra.addresses import reach_directly
+from infra.disk import is_remote, write_atomically
+from infra.output import last_words, protect_output
+from infra.process import end_signals, exit_with_launcher
 from pipelines.errors import UsageError
-from pipelines.files import write_atomically
-from pipelines.run_directory import RunDirectory, default_path, is_remote
+from pipelines.experiment import config as config_lib
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.storage.run_directory import RunDirectory, default_path
 
 # Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
 if TYPE_CHECKING:
-    from pipelines.options import Launch
-    from pipelines.remote_run import RemoteRun
+    from pipelines.experiment.launch import Launch
+    from pipelines.storage.remote_run import RemoteRun
+
+_END_SECONDS = 400.0  # for the last checkpoint, when the process that started the run is gone
 
 
 class StartUp:
-    """Until the launcher watches signals itself: SIGINT or SIGTERM ends the process at once.
+    """Until the launcher watches signals itself: one that asks for the end ends it at once.
 
     A context manager. Nothing of a new run is left behind. No exception is raised, because one in
     the middle of an import comes out of it as another.
@@ -38,7 +47,7 @@ class StartUp:
 
     def __enter__(self) -> 'StartUp':
         self._before = {
-            number: signal.signal(number, self._end) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._end) for number in (signal.SIGINT, *end_signals())
         }
         return self
 
@@ -57,7 +66,7 @@ class StartUp:
         url = launch.run_dir or ''
         if not is_remote(url):
             return launch
-        from pipelines.remote_run import RemoteRun
+        from pipelines.storage.remote_run import RemoteRun
 
         print(f'asking {url} ...', flush=True)
         self.remote = RemoteRun(url, launch.work_dir, launch.beam_flags)
@@ -70,6 +79,8 @@ class StartUp:
             self.directory.__exit__(UsageError, UsageError(signal.Signals(number).name), None)
         if self.remote is not None:
             self.remote.close()
+        name = signal.Signals(number).name
+        last_words(sys.stdout, f'run.py: {name}: stopped before anything was started\n')
         os._exit(128 + number)
 
 
@@ -81,89 +92,31 @@ def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, '
     Raises:
       UsageError: a flag, a value, or the machine is unfit; the message names it and the remedy.
     """
-    from agents.environment import UnknownGameError, rom_id
-    from pipelines import attached, options, sizing
+    from pipelines.experiment import command_line
+    from pipelines.preflight import checklist
 
-    launch, preset, values = options.parse(argv)
-    sizing.require_restorable(launch)
+    launch, preset, values = command_line.parse(argv)
+    reach_directly((*launch.parameter_addresses, *launch.replay_addresses), launch.host)
+    checklist.require_restorable(launch)
+    # Before the place of a new run is claimed; a run to go on with must be fetched first.
+    new = None if launch.resume else command_line.experiment(preset, values)
     launch = start_up.localized(launch)
-    if launch.resume:
-        directory = RunDirectory.existing(launch.run_dir or '')
-        config = options.resumed(config_lib.load(directory.config_file), preset, values)
-    else:
-        config = options.experiment(preset, values)
-    try:
-        game = rom_id(config.environment.game)
-    except UnknownGameError as error:
-        raise UsageError(f'--game: {error}') from error
-    config = config_lib.replace(config, {'game': game})
-    _require_device(config, launch)
-    _require_agent(config, values)
-    sizing.require_room(config, launch)
-    sizing.require_ports(config, launch)
-    sizing.require_tls(launch)
-    attached.require_servers(config, launch)
-    _require_engine(config, launch)
+    config = new
+    if config is None:
+        before = _before(launch)
+        config = command_line.resumed(before, preset, values)
+        values = {name: values[name] for name in config_lib.changes(before, config)}
+    checklist.require_fit(config, launch, values)
     return config, launch
 
 
-def _require_engine(config: ExperimentConfig, launch: 'Launch') -> None:
-    """Checks that what is to run the jobs is there and fit.
+def _before(launch: 'Launch') -> ExperimentConfig:
+    """The experiment of the run to go on with.
 
     Raises:
-      UsageError: it is not.
+      UsageError: there is none, or it cannot be read.
     """
-    from pipelines import engines
-
-    engines.require_jobs(config, launch)
-    if launch.runner == 'DaskRunner':
-        from pipelines.dask_cluster import require_cluster
-
-        print(require_cluster(config, launch), flush=True)
-
-
-def _require_device(config: ExperimentConfig, launch: 'Launch') -> None:
-    """Checks that the accelerator asked for is on this machine, if the learners are.
-
-    Raises:
-      UsageError: it is not.
-    """
-    if not (launch.engine.here and config.learner.learner_device.startswith('gpu')):
-        return
-    from agents import device
-
-    try:
-        device.require(config.learner.learner_device)
-    except device.DeviceError as error:
-        raise UsageError(str(error)) from error
-
-
-def _require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
-    """Checks an agent of the user's own, which takes seconds: TensorFlow and the agent are built.
-
-    Raises:
-      UsageError: it cannot be imported, or not be trained here, or one of the `values` given on the
-        command line is of this project's own networks.
-    """
-    from agents.config import FACTORY, NetworkConfig
-
-    if not FACTORY.fullmatch(config.agent.agent):
-        return
-    of_networks = {field.name for field in dataclasses.fields(NetworkConfig)}
-    for name, value in values.items():
-        if name in of_networks or (name == 'actor_priorities' and value):
-            raise UsageError(
-                f'--{name}: {config.agent.agent} brings a network of its own, to which this means'
-                ' nothing; leave it away.'
-            )
-    print(f'trying {config.agent.agent} ...', flush=True)
-    with contextlib.redirect_stderr(io.StringIO()):
-        from agents.foreign import ForeignAgentError
-        from pipelines import agent
-    try:
-        agent.try_agent(config)
-    except ForeignAgentError as error:
-        raise UsageError(f'--agent {error}') from error
+    return config_lib.load(RunDirectory.existing(launch.run_dir or '').config_file)
 
 
 def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:
@@ -172,23 +125,41 @@ def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: boo
     Raises:
       UsageError: it cannot be written, no checkpoint can be read, or nothing is left to do.
     """
-    if resume:
-        from pipelines.checkpoints import readable_counters
-
-        done = readable_counters(directory).get('agent_steps', 0)
-        if done >= config.max_agent_steps:
-            raise UsageError(
-                f'{directory.path}: {done * config.environment.action_repeat} frames are done, the'
-                f' budget is {config.run.max_frames}; raise --max_frames to go on.'
-            )
     try:
+        if resume:
+            _note_resumption(config, directory)
         write_atomically(directory.config_file, config_lib.to_json(config))
     except OSError as error:
         raise UsageError(f'{directory.config_file}: cannot be written ({error}).') from error
 
 
+def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
+    """Appends to `resumptions.jsonl` when and where the run goes on, and with which new values.
+
+    Raises:
+      UsageError: no checkpoint can be read, or nothing is left to do.
+      OSError: it cannot be written.
+    """
+    from pipelines.storage.checkpoints import readable_counters
+
+    counters = readable_counters(directory)
+    done = counters.get('agent_steps', 0)
+    frames = done * config.environment.action_repeat
+    if done >= config.max_agent_steps:
+        raise UsageError(
+            f'{directory.path}: {frames} frames are done, the budget is {config.run.max_frames};'
+            ' raise --max_frames to go on.'
+        )
+    changed = config_lib.changes(config_lib.load(directory.config_file), config)
+    row = {'time': time.time(), 'frames': frames, 'updates': counters['updates']}
+    file = directory.resumptions_file
+    before = file.read_text(errors='replace') if file.exists() else ''
+    write_atomically(file, f'{before}{json.dumps({**row, "changed": changed})}\n')
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs a training from flags to summary; returns the exit code."""
+    exit_with_launcher(_END_SECONDS)  # when Python started it: see pipelines/api.py
     try:
         with StartUp() as start_up:
             config, launch = prepare(argv, start_up)
@@ -197,9 +168,7 @@ def main(argv: Sequence[str]) -> int:
                 start_up.directory = directory
                 _write_config(config, directory, launch.resume)
                 print(f'run directory: {directory.path}', flush=True)
-                # Gym, which TF-Agents imports, prints a notice of its own end.
-                with contextlib.redirect_stderr(io.StringIO()):
-                    from pipelines import launcher
+                from pipelines.launch import launcher
 
                 return launcher.launch(config, launch, directory, start_up.remote)
     except UsageError as error:
@@ -208,4 +177,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
+    protect_output()
     sys.exit(main(sys.argv[1:]))

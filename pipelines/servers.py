@@ -1,12 +1,11 @@
 """Servers by themselves: `python pipelines/servers.py --host 10.0.0.1 ...`, for runs to attach to.
 
 In: the flags that the run will be given. Out: replay and parameter shards on this machine until
-SIGINT or SIGTERM, and the flags that lead a run to them. One start serves one run; a shard that
+a signal, and the flags that lead a run to them. One start serves one run; a shard that
 dies is started again from the state that it keeps. With `--config_dir DIR` only the shards' own
 configurations are written, for whoever else starts them (infra/kubernetes, infra/systemd).
 """
 
-import argparse
 import dataclasses
 import pathlib
 import signal
@@ -15,52 +14,38 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
+
 from infra.cluster import (
     PARAMETER_SERVER,
     REPLAY,
     Cluster,
-    ClusterConfig,
     ClusterError,
     write_settings,
 )
-from pipelines import options, sizing
-from pipelines.config import ExperimentConfig
+from infra.disk import is_remote
+from infra.flags import Parser
+from infra.output import protect_output
+from infra.process import end_signals
 from pipelines.errors import UsageError
-from pipelines.options import Launch
-from pipelines.run_directory import RunDirectory, default_path, is_remote
+from pipelines.experiment import command_line
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import Launch
+from pipelines.launch.server_settings import cluster_config
+from pipelines.preflight import network, resources
+from pipelines.storage.run_directory import RunDirectory, default_path
+from pipelines.storage.space import temporary_files
 
 _POLL_SECONDS = 0.5
 
 
-def cluster_config(
-    config: ExperimentConfig, launch: Launch, directory: pathlib.Path
-) -> ClusterConfig:
-    """The servers of a run, or those it attaches to."""
-    from pipelines import agent
-
-    return ClusterConfig(
-        run_directory=directory,
-        parameter_server=config.parameter_server,
-        replay=config.replay,
-        trajectory=agent.trajectory_spec(config),
-        batch_size=config.learner.batch_size,
-        experience=config.run.topology != 'bundled',
-        host=launch.host,
-        replay_checkpoint_directory=directory / 'servers' / 'replay',
-        parameter_addresses=launch.parameter_addresses,
-        replay_addresses=launch.replay_addresses,
-        parameter_ports=launch.parameter_ports,
-        replay_ports=launch.replay_ports,
-        tls=launch.tls,
-    )
-
-
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM came."""
+    """A signal came that asks for the end."""
 
 
 def _raise_stopped(*_: Any) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *end_signals()):
         signal.signal(number, signal.SIG_IGN)  # the servers end within seconds
     raise _Stopped
 
@@ -70,17 +55,20 @@ def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> 
 
     Raises:
       ClusterError: a server cannot be started, or not be kept alive.
+      UsageError: there is no temporary directory.
     """
     print(f'starting servers, logs in {directory / "logs"} ...', file=sys.stderr, flush=True)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *end_signals()):
             signal.signal(number, _raise_stopped)
         servers = cluster_config(config, launch, directory)
         own = dataclasses.replace(servers, state_directory=directory / 'servers' / 'state')
-        with Cluster(own) as cluster:
+        with temporary_files(), Cluster(own) as cluster:
             print(_attaching_flags(cluster), flush=True)
             while True:
                 cluster.check()
+                for text in cluster.news():
+                    print(f'servers.py: {text}', file=sys.stderr, flush=True)
                 time.sleep(_POLL_SECONDS)
     except _Stopped:
         return 0
@@ -116,7 +104,7 @@ def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:
     Raises:
       UsageError: a flag or a value is wrong, or it is one of a run's that this is not.
     """
-    launch, preset, values = options.parse(argv)
+    launch, preset, values = command_line.parse(argv)
     if launch.resume or launch.parameter_addresses or launch.replay_addresses:
         raise UsageError(
             '--resume, --parameter_addresses and --replay_addresses are for run.py: here new'
@@ -127,14 +115,12 @@ def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:
             f'--run_dir {launch.run_dir}: servers need a directory of this machine, for their state'
             ' and logs.'
         )
-    return options.experiment(preset, values), launch
+    return command_line.experiment(preset, values), launch
 
 
 def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The one flag that is not a run's, and the others; a call for help shows both."""
-    parser = argparse.ArgumentParser(
-        prog='servers.py', description=__doc__, add_help=False, allow_abbrev=False
-    )
+    parser = Parser(prog='servers.py', description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument(
         '--config_dir', help='directory for replay.json and parameter_server.json; nothing starts'
     )
@@ -155,9 +141,9 @@ def main(argv: Sequence[str]) -> int:
             launch = dataclasses.replace(launch, parameter_ports=(), replay_ports=())
             write_configurations(config, launch, pathlib.Path(config_dir))
             return 0
-        sizing.require_servers_room(config, launch)
-        sizing.require_ports(config, launch)
-        sizing.require_tls(launch)
+        resources.require_servers_room(config, launch)
+        network.require_ports(config, launch)
+        network.require_tls(launch)
         path = launch.run_dir or default_path('servers', config.preset)
         with RunDirectory.open(path, False) as directory:
             return serve(config, launch, directory.path)
@@ -167,4 +153,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
+    protect_output()
     sys.exit(main(sys.argv[1:]))

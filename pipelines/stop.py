@@ -4,19 +4,26 @@ What Ctrl-C in the run's terminal does: the workers end, Dataflow's jobs and oth
 checkpoint and the summary are written. Waits for that.
 """
 
-import argparse
 import os
+import pathlib
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
+
+from infra.disk import is_remote, read_json
+from infra.flags import Parser, positive_number
+from infra.output import protect_output
 from pipelines.errors import UsageError
-from pipelines.run_directory import RunDirectory, is_remote
+from pipelines.storage.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.5
 _TELL_SECONDS = 10.0
-_STOP_SECONDS = 400.0
+STOP_SECONDS = 400.0
 """More than the launcher gives the workers and the last checkpoint."""
 
 
@@ -34,7 +41,7 @@ def stop(directory: RunDirectory, timeout_seconds: float) -> bool:
     except (ProcessLookupError, PermissionError) as error:
         raise UsageError(
             f'{directory.path}: its run is process {process}, which is not here or not yours'
-            f' ({error.strerror}); stop it on its own machine.'
+            f' ({error.strerror}); stop it on its own machine, as its user.'
         ) from error
     print(f'stopping the run of process {process} ...', flush=True)
     start = time.monotonic()
@@ -50,17 +57,27 @@ def stop(directory: RunDirectory, timeout_seconds: float) -> bool:
     return True
 
 
+def _outcome(directory: RunDirectory) -> str:
+    """What an ended run has left, and how to go on with it."""
+    if not directory.config_file.exists():
+        return f'{directory.path}: ended before its first frame; nothing of it is kept'
+    if not directory.latest_checkpoints():
+        return f'{directory.path}: ended without a checkpoint; its logs are in {directory.logs}'
+    resume = f'`run.py --run_dir {shlex.quote(str(directory.path))} --resume`'
+    if (read_json(directory.summary_file) or {}).get('exit_reason') == 'max_frames':
+        return f'ended at its budget; {resume} with a larger --max_frames goes on'
+    return f'ended; {resume} goes on'
+
+
 def main(argv: Sequence[str]) -> int:
     """Stops a run; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog='stop.py', description='End a run: workers, last checkpoint, summary.'
-    )
+    parser = Parser(prog='stop.py', description='End a run: workers, last checkpoint, summary.')
     parser.add_argument('--run_dir', required=True, help='directory of the run, on its machine')
     parser.add_argument(
         '--timeout_seconds',
-        type=float,
-        default=_STOP_SECONDS,
-        help=f'how long to wait for its end [{_STOP_SECONDS:g}]',
+        type=positive_number,
+        default=STOP_SECONDS,
+        help=f'how long to wait for its end [{STOP_SECONDS:g}]',
     )
     arguments = parser.parse_args(argv)
     try:
@@ -69,8 +86,9 @@ def main(argv: Sequence[str]) -> int:
                 f"{arguments.run_dir}: the run's process is signalled, so its local working copy is"
                 f' needed, on its machine; {arguments.run_dir.rstrip("/")}/owner.json names both.'
             )
-        ended = stop(RunDirectory.existing(arguments.run_dir), arguments.timeout_seconds)
-    except UsageError as error:
+        directory = RunDirectory.existing(arguments.run_dir)
+        ended = stop(directory, arguments.timeout_seconds)
+    except (UsageError, OSError) as error:  # a run that may not be read
         print(f'stop.py: {error}', file=sys.stderr)
         return 2
     if not ended:
@@ -81,9 +99,10 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f'ended; `run.py --run_dir {arguments.run_dir} --resume` goes on')
+    print(_outcome(directory))
     return 0
 
 
 if __name__ == '__main__':
+    protect_output()
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,12 @@
 """Settings of the tests and of the processes they start, made before TensorFlow is loaded."""
 
 import os
+import pathlib
+import signal
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
 
 # Byte-code halves the time each server and worker needs to import TensorFlow.
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
@@ -11,3 +17,58 @@ os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
 os.environ.setdefault('TF_NUM_INTEROP_THREADS', '1')
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
+# Under `nohup` the processes that the tests start would have it ignored, too.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+# Each takes more than ten seconds in all on two cores; `make test-fast` leaves them out.
+SLOW = frozenset(
+    {
+        'agents/test_adapters_parameters',
+        'agents/test_adapters_replay',
+        'agents/test_atari_preprocessing',
+        'agents/test_custom_agent',
+        'agents/test_games',
+        'agents/test_learner',
+        'agents/test_priorities',
+        'agents/test_py_environment',
+        'examples/test_examples',
+        'infra/test_array_function',
+        'infra/test_cluster',
+        'infra/test_parameter_server_process',
+        'infra/test_probe',
+        'infra/test_process',
+        'infra/test_replay_shards',
+        'infra/test_state_directory',
+        'infra/test_systemd',
+        'infra/test_telemetry',
+        'pipelines/test_bad_input',
+        'pipelines/test_bundle',
+        'pipelines/test_dataflow',
+        'pipelines/test_device',
+        'pipelines/test_engines',
+        'pipelines/test_hung_servers',
+        'pipelines/test_output',
+        'pipelines/test_remote',
+        'pipelines/test_servers',
+        'pipelines/test_signals',
+        'pipelines/test_training',
+    }
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if str(item.path.relative_to(TESTS).with_suffix('')) in SLOW:
+            item.add_marker('slow')
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """The open directory of a new run."""
+    from pipelines.storage.run_directory import RunDirectory
+
+    with RunDirectory.open(tmp_path / 'run') as opened:
+        opened.config_file.write_text('{}')
+        yield opened

@@ -1,1 +1,1 @@
-"""This project's boxes behind TF-Agents' own interfaces, for loops that are not this project's."""
+"""Replay and parameter server behind TF-Agents' interfaces, for a user's own training loop."""

@@ -1,7 +1,7 @@
 """A parameter server for unmodified TF-Agents agents, learners and actors.
 
 agent.train -> ParameterServerOptimizer -> gradients to the shards, parameters back
-actor       -> ParameterServerVariableContainer -> parameters of the shards
+actor       -> ParameterServerVariableContainer -> parameters from the shards
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from tf_agents.experimental.distributed.reverb_variable_container import (
     TRAIN_STEP_KEY,
 )
 
-from infra.addresses import require_addresses
+from infra.addresses import reach_directly, require_addresses
 from infra.parameter_server.client import ParameterClient, Snapshot
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import NotInitialisedError
@@ -30,17 +30,20 @@ __all__ = [
 
 
 class ParameterServerOptimizer(tf.Module):
-    """An agent's `optimizer` that pushes gradients to the shards and brings parameters back.
+    """An agent's `optimizer` that pushes gradients to the shards and pulls parameters back.
 
-    The shards decide how a gradient is applied (see `ParameterServerConfig`), and count it once.
-    The first call connects: the first of several learners initialises the shards with its own
-    variables, all others take those. A refused gradient is counted, and the parameters are pulled.
+    The shards apply each gradient once, as `ParameterServerConfig` sets. The first call connects.
+    The first of several learners initialises the shards with its variables; all others take those.
+    If a shard rejects a gradient, the optimizer counts it and pulls the parameters.
 
-    The agent's target network stays the agent's own affair: it counts its own steps.
+    Within `run` of a strategy with several replicas on one machine (`MirroredStrategy`) it sums
+    their gradients and pushes once, as TF-Agents' losses expect of an optimizer.
+
+    The agent updates its target network itself, by its own count of steps.
 
     Attributes:
-      updates: gradients that the first shard has applied, of all learners, when it last answered.
-      rejected: gradients of this learner that a shard refused.
+      updates: gradients of all learners that the first shard had applied when it last replied.
+      rejected: gradients of this learner that a shard rejected.
     """
 
     def __init__(
@@ -54,63 +57,70 @@ class ParameterServerOptimizer(tf.Module):
           **client: further arguments of `ParameterClient`, such as `timeout_seconds`.
 
         Raises:
-          ValueError: `pull_period` is below 1, or an address is none.
+          ValueError: `pull_period` is below 1, or an address is malformed.
         """
         super().__init__(name=name)
         if pull_period < 1:
             raise ValueError(f'pull_period is {pull_period}; it must be at least 1')
         self._addresses = require_addresses(addresses)
+        reach_directly(addresses)
         self._pull_period = pull_period
         self._client_arguments = client
         self._layout: Layout | None = None  # of the variables of the first call
         self._client: ParameterClient | None = None
-        self._versions: tuple[int, ...] = ()
+        self._version = 0
         self._values = np.zeros(0, np.float32)  # of the shards, as last pulled
         self._pushed = 0
         self.updates = 0
         self.rejected = 0
 
     def apply_gradients(self, grads_and_vars: Iterable[Any], **unused: Any) -> None:
-        """Pushes the gradients, then assigns the parameters that come back; in a graph or eagerly.
+        """Pushes the gradients and assigns the parameters of the reply, in a graph or eagerly.
 
         Args:
-          grads_and_vars: pairs of a gradient, None for 0, and its float32 variable; the same
+          grads_and_vars: pairs of a gradient (None for 0) and its float32 variable; the same
             variables in the same order at every call.
-          **unused: what optimizers of Keras take besides, such as `name`.
+          **unused: ignored arguments of Keras optimizers, such as `name`.
 
         Raises:
-          ValueError: no variable, a gradient of another shape than its variable's, or other
-            variables than at the first call.
-          ParameterServerError: a shard does not answer in time, or holds another network. Inside a
-            graph TensorFlow makes a `tf.errors.UnknownError` of it, with its message.
+          ValueError: there is no variable, one is not float32, the shape of a gradient differs from
+            its variable's, or the variables differ from those of the first call.
+          RuntimeError: the call is in the scope of a strategy but outside its `run`, or the
+            strategy is neither `MirroredStrategy` nor on one device.
+          ParameterServerError: a shard does not reply in time, or holds another network. In a graph
+            TensorFlow raises `tf.errors.UnknownError` with the same message.
         """
         gradients, variables = _paired(grads_and_vars)
-        layout = Layout.from_variables(variables)
-        if self._layout is None:
-            with tf.init_scope():
-                self._begin(layout, variables)
-        elif layout != self._layout:
-            raise ValueError('the variables are not those of the first call, in their order')
         parts = [
             tf.zeros([variable.shape.num_elements()])
             if gradient is None
             else tf.reshape(tf.convert_to_tensor(gradient), [-1])
             for gradient, variable in zip(gradients, variables)
         ]
-        flat, pulled = tf.numpy_function(
-            self._push, [tf.concat(parts, axis=0)], [tf.float32, tf.bool]
-        )
+        _replica_context().merge_call(self._apply, args=(tf.concat(parts, axis=0), variables))
+
+    def _apply(self, strategy: Any, gradient: Any, variables: Sequence[tf.Variable]) -> None:
+        """Pushes the sum of the replicas' gradients, float32 [size] each."""
+        if strategy.num_replicas_in_sync > 1:
+            gradient = strategy.reduce(tf.distribute.ReduceOp.SUM, gradient, axis=None)
+        layout = Layout.from_variables(variables)
+        if self._layout is None:
+            with tf.init_scope():
+                self._begin(layout, variables)
+        elif layout != self._layout:
+            raise ValueError('the variables are not those of the first call, in their order')
+        flat, pulled = tf.numpy_function(self._push, [gradient], [tf.float32, tf.bool])
         flat.set_shape([self._values.size])
         tf.cond(pulled, lambda: _assign(variables, flat), lambda: None)
 
     def close(self) -> None:
-        """Ends the connections; the next gradient would open them anew."""
+        """Closes the connections; the next gradient opens new ones."""
         if self._client is not None:
             self._client.close()
             self._client = None
 
     def _begin(self, layout: Layout, variables: Sequence[tf.Variable]) -> None:
-        """Initialises the shards, if nobody has, and takes what they hold."""
+        """Initialises the shards unless they are initialised, and pulls their parameters."""
         client = ParameterClient(self._addresses, layout, **self._client_arguments)
         client.initialise(layout.flatten([variable.numpy() for variable in variables]))
         self._take(client.pull())
@@ -119,52 +129,50 @@ class ParameterServerOptimizer(tf.Module):
         self._layout, self._client = layout, client
 
     def _push(self, gradient: np.ndarray) -> tuple[np.ndarray, np.bool_]:
-        """The shards' parameters float32 [size], and whether they are newer than the variables."""
+        """Pushes; returns parameters float32 [size] and whether they are new."""
         pulled = self._take(self._exchange(gradient))
         return self._values, np.bool_(pulled)
 
     def _exchange(self, gradient: np.ndarray) -> Snapshot:
-        """Pushes; what is newest after it."""
+        """Pushes the gradient and returns the newest snapshot."""
         client = self._connected()
         self._pushed += 1
         due = self._pushed % self._pull_period == 0
         try:
-            reply = client.push(gradient, self._versions, pull=due)
+            reply = client.push(gradient, self._version, pull=due)
         except NotInitialisedError:
-            # A shard came back without a checkpoint: what this learner has is the best there is.
+            # A shard restarted without a checkpoint: this learner's parameters are the newest left.
             client.initialise(self._values)
             return client.pull()
-        if reply.reason is not None:
-            self.rejected += 1
-            return client.pull()
+        self.rejected += reply.rejected is not None
         return reply.snapshot
 
     def _connected(self) -> ParameterClient:
-        """The client, a new one after `close`."""
+        """The open client; connects anew after `close`."""
         if self._client is None:
             assert self._layout is not None  # a gradient is pushed after the first call
             self._client = ParameterClient(self._addresses, self._layout, **self._client_arguments)
         return self._client
 
     def _take(self, snapshot: Snapshot) -> bool:
-        """Notes what the shards sent; whether that is anything new."""
+        """Stores the snapshot's clock and parameters; returns whether it has parameters."""
         self.updates = snapshot.clock.updates
         values = snapshot.values
         if values is None:
             return False
-        self._values, self._versions = values, snapshot.versions
+        self._values, self._version = values, snapshot.version
         return True
 
 
 class ParameterServerVariableContainer:
-    """Has the interface of TF-Agents' `ReverbVariableContainer`, over parameter shards.
+    """Implements the interface of TF-Agents' `ReverbVariableContainer` over parameter shards.
 
-    Structures of variables are as in TF-Agents' distributed examples: the policy's under
-    `POLICY_KEY`, and the train step, which is given the global number of updates, under
-    `TRAIN_STEP_KEY`. A structure with float32 variables alone will do, too.
+    Structures of variables are as in TF-Agents' distributed examples: the policy's variables under
+    `POLICY_KEY` and the train step under `TRAIN_STEP_KEY`. The train step receives the global
+    number of updates. A structure of float32 variables alone works too.
 
-    Only gradients change the parameters of the shards: the first `push` initialises them, a later
-    one does nothing.
+    Only gradients change the parameters of the shards. The first `push` initialises them; later
+    ones have no effect.
     """
 
     def __init__(
@@ -173,28 +181,31 @@ class ParameterServerVariableContainer:
         """
         Args:
           addresses: `host:port` of every parameter shard, in order.
-          table_names: one name, by which the parameters are asked for.
+          table_names: one name, under which `push`, `pull` and `update` find the parameters.
           **client: further arguments of `ParameterClient`, such as `timeout_seconds`.
 
         Raises:
-          ValueError: more than one name (the shards hold one network), or an address is none.
+          ValueError: there is not exactly one name (the shards hold one network), or an address is
+            malformed.
         """
         self._table_names = tuple(table_names)
         if len(self._table_names) != 1:
             raise ValueError(f'table_names are {self._table_names}; the shards hold one network')
         self._addresses = require_addresses(addresses)
+        reach_directly(addresses)
         self._client_arguments = client
         self._client: ParameterClient | None = None
         self._structure: Any = None
         self._values = np.zeros(0, np.float32)
 
     def push(self, values: Any, table: str = DEFAULT_TABLE) -> None:
-        """Initialises the shards with a structure of variables or arrays, unless they are.
+        """Initialises the shards from variables or arrays, unless they are initialised.
 
         Raises:
-          KeyError: there is no such table.
-          ValueError: a variable that the shards cannot hold, or another structure than before.
-          ParameterServerError: a shard does not answer in time, or holds another network.
+          KeyError: the table does not exist.
+          ValueError: the shards cannot hold a variable, or the structure differs from an earlier
+            call's.
+          ParameterServerError: a shard does not reply in time, or holds another network.
         """
         self._connect(values, table)
         assert self._client is not None
@@ -203,12 +214,12 @@ class ParameterServerVariableContainer:
         )
 
     def pull(self, table: str = DEFAULT_TABLE) -> Any:
-        """The parameters, in the structure of the last `push` or `update`.
+        """Pulls the parameters in the structure of the last `push` or `update`.
 
         Raises:
-          KeyError: there is no such table.
-          RuntimeError: there was neither a `push` nor an `update`: the structure is not known.
-          ParameterServerError: a shard does not answer in time, or nobody initialised it.
+          KeyError: the table does not exist.
+          RuntimeError: neither `push` nor `update` was called, so the structure is unknown.
+          ParameterServerError: a shard does not reply in time, or is not initialised.
         """
         self._check(table)
         if self._client is None:
@@ -234,7 +245,7 @@ class ParameterServerVariableContainer:
             variable.assign(tf.cast(value, variable.dtype))
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Closes the connections."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -244,22 +255,23 @@ class ParameterServerVariableContainer:
         layout = Layout.from_variables(self._parameters(variables))
         flags = _step_flags(variables)
         if self._client is not None:
-            tf.nest.assert_same_structure(self._structure, flags)
+            # A loaded policy has lists where the saved one had tuples.
+            tf.nest.assert_same_structure(self._structure, flags, check_types=False)
             if layout.fingerprint != self._client.layout.fingerprint:
                 raise ValueError('the variables are not shaped as those of the first call')
-            return
+        else:
+            self._client = ParameterClient(self._addresses, layout, **self._client_arguments)
         self._structure = flags
-        self._client = ParameterClient(self._addresses, layout, **self._client_arguments)
 
     def _check(self, table: str) -> None:
         if table not in self._table_names:
             raise KeyError(f'no table {table!r}; there is {self._table_names[0]!r}')
 
     def _parameters(self, variables: Any) -> list[Any]:
-        """What of a structure the shards hold.
+        """The variables of a structure that the shards hold: all but the train step.
 
         Raises:
-          ValueError: a variable is not float32, or is not trained by gradients.
+          ValueError: a variable is not float32 or not trainable.
         """
         flags = tf.nest.flatten(_step_flags(variables))
         parameters = [v for v, is_step in zip(tf.nest.flatten(variables), flags) if not is_step]
@@ -273,16 +285,43 @@ class ParameterServerVariableContainer:
         return parameters
 
 
-def _paired(grads_and_vars: Iterable[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Gradients, None for 0, and variables, one each.
+def _replica_context() -> Any:
+    """The replica context, in which the gradients of all replicas are summed.
 
     Raises:
-      ValueError: there is none, or a gradient has another shape than its variable.
+      RuntimeError: the call is in a strategy's scope but outside its `run`, or the optimizer does
+        not support the strategy.
+    """
+    strategy = tf.distribute.get_strategy()
+    name = type(strategy).__name__
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise RuntimeError(
+            f'apply_gradients: called in the scope of a {name}, outside its run(). Fix: train in'
+            ' strategy.run().'
+        )
+    known = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
+    if tf.distribute.has_strategy() and not isinstance(strategy, known):
+        raise RuntimeError(
+            f'ParameterServerOptimizer: cannot add up the gradients of a {name}. Fix: use a'
+            ' MirroredStrategy, or a learner in each process without a strategy.'
+        )
+    return context
+
+
+def _paired(grads_and_vars: Iterable[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Splits the pairs into gradients (None for 0) and variables.
+
+    Raises:
+      ValueError: there is no pair, a variable is not float32, or the shape of a gradient differs
+        from its variable's.
     """
     pairs = list(grads_and_vars)
     if not pairs:
         raise ValueError('apply_gradients() got no variable')
     for gradient, variable in pairs:
+        if variable.dtype != tf.float32:
+            raise ValueError(f'{variable.name} is {variable.dtype.name}; the shards hold float32')
         if gradient is not None and gradient.shape != variable.shape:
             raise ValueError(
                 f'the gradient of {variable.name} has the shape {gradient.shape}, not'

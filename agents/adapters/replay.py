@@ -13,7 +13,7 @@ from tf_agents.trajectories import policy_step, trajectory
 from tf_agents.trajectories import time_step as ts
 
 from agents.model import tf_agents_transition
-from infra.addresses import require_addresses
+from infra.addresses import reach_directly, require_addresses
 from infra.replay.adder import Adder
 from infra.replay.config import shard_of_worker
 from infra.replay.dataset import ReplayDataset, sample_dataset
@@ -23,28 +23,34 @@ from infra.replay.trajectory import Steps, TrajectorySpec, Transition
 
 
 class UnbatchingObserver:
-    """Gives each row of batched trajectories to an observer of its own.
+    """Passes each row of batched trajectories to a separate observer.
 
-    TF-Agents' Reverb observers follow one environment and take no batch dimension; with this they
-    serve a batched one:
+    TF-Agents' Reverb observers take one environment without a batch dimension. This wrapper makes
+    them take a batch:
 
         UnbatchingObserver(lambda: ReverbAddTrajectoryObserver(client, table, 2), batch_size)
     """
 
     def __init__(self, make_observer: Callable[[], Any], num_environments: int) -> None:
-        """`make_observer` is called once an environment."""
+        """Calls `make_observer` once per environment."""
         self._observers = [make_observer() for _ in range(num_environments)]
 
     def __call__(self, batch: trajectory.Trajectory) -> None:
-        """Takes a Trajectory of arrays [E, ...].
+        """Takes a Trajectory as `ReplayObserver` does and passes on each row as arrays [...].
 
         Raises:
-          ValueError: it has another number of rows.
+          ValueError: the number of rows differs from the number of environments.
         """
-        if len(batch.step_type) != len(self._observers):
-            raise ValueError(f'{len(batch.step_type)} rows for {len(self._observers)} observers')
+        _observe(self._give, batch, len(self._observers))
+
+    def _give(self, batch: trajectory.Trajectory) -> None:
         for row, observer in enumerate(self._observers):
             observer(tf.nest.map_structure(lambda column: column[row], batch))  # noqa: B023
+
+    def reset(self, write_cached_steps: bool = True) -> None:
+        """Resets every observer."""
+        for observer in self._observers:
+            observer.reset(write_cached_steps)
 
     def flush(self) -> None:
         """Flushes every observer."""
@@ -60,9 +66,9 @@ class UnbatchingObserver:
 class ReplayObserver:
     """Writes batched trajectories to this project's replay shards; use it in a `with`.
 
-    Each frame is stored once, and n-step transitions are formed by the replay, across the ends of
-    episodes and lives included. A driver that resets in mid-episode cuts it there. Environment i
-    uses shard i modulo their number.
+    It stores each frame once. The replay forms n-step transitions, those that end with an episode
+    or life included. A driver that resets in mid-episode cuts the episode there. Environment i
+    writes to shard i modulo the number of shards.
     """
 
     def __init__(
@@ -77,20 +83,22 @@ class ReplayObserver:
         Args:
           addresses: host:port of every shard, in order.
           spec: of the rows; observations are uint8 [height, width, frame_stack], newest last.
-          num_environments: E, rows of a trajectory.
-          clip_reward: whether rewards are clipped to [-1, 1].
+          num_environments: E, the number of rows of a trajectory.
+          clip_reward: whether to clip rewards to [-1, 1].
           **adder: further arguments of `Adder`, such as `timeout_seconds`.
 
         Raises:
-          ValueError: an address is none, or there is no environment.
+          ValueError: an address is malformed, or `num_environments` is below 1.
         """
         addresses = require_addresses(addresses)
+        reach_directly(addresses)
         if num_environments < 1:
             raise ValueError(f'num_environments is {num_environments}; it must be at least 1')
         self._clip_reward = clip_reward
         self._observation_shape = (*spec.frame_shape, spec.frame_stack)
-        # A stream each: a boundary is a step of the driver's, but no agent step, so environments
-        # do not stay abreast.
+        self._begins = np.ones(num_environments, bool)  # the next row begins a sequence
+        # One adder per environment: a boundary is a step of the driver but no agent step, so
+        # environments advance at different rates.
         self._adders = [
             Adder(addresses[shard_of_worker(i, len(addresses))], spec, 1, **adder)
             for i in range(num_environments)
@@ -103,63 +111,131 @@ class ReplayObserver:
         self.close()
 
     def __call__(self, batch: trajectory.Trajectory) -> None:
-        """Takes a Trajectory of arrays or tensors [E, ...].
+        """Writes a Trajectory of arrays or tensors [E, ...]; if E is 1, [...] works too.
+
+        In a graph, such as that of a `DynamicStepDriver`, it writes when the graph runs. TensorFlow
+        then raises its own errors with the messages of those below.
 
         Raises:
-          ValueError: it has another number of rows, or does not fit the spec.
+          ValueError: the number of rows is not E, or the observations do not fit the spec.
           ReplayTimeout, ReplayUnavailable, ReplaySpecMismatch: see `Adder.add`.
         """
-        if len(batch.step_type) != len(self._adders):
-            raise ValueError(f'{len(batch.step_type)} rows for {len(self._adders)} environments')
-        observation = np.asarray(batch.observation)
-        if observation.shape[1:] != self._observation_shape:
+        _observe(self._add, batch, len(self._adders))
+
+    def _add(self, batch: trajectory.Trajectory) -> None:
+        if batch.observation.shape[1:] != self._observation_shape:
             raise ValueError(
-                f'observations are {observation.shape[1:]}, the spec has {self._observation_shape}'
+                f'observations are {batch.observation.shape[1:]},'
+                f' the spec has {self._observation_shape}'
             )
-        reward = np.asarray(batch.reward)
         steps = Steps(
-            frame=observation[..., -1],
-            action=np.asarray(batch.action),
-            reward=np.clip(reward, -1.0, 1.0) if self._clip_reward else reward,
-            discount=np.asarray(batch.discount),
-            first=np.asarray(batch.step_type) == ts.StepType.FIRST,
+            frame=batch.observation[..., -1],
+            action=batch.action,
+            reward=np.clip(batch.reward, -1.0, 1.0) if self._clip_reward else batch.reward,
+            discount=batch.discount,
+            first=batch.step_type == ts.StepType.FIRST,
         )
-        last = np.asarray(batch.next_step_type) == ts.StepType.LAST
+        last = batch.next_step_type == ts.StepType.LAST
         truncated = last & (steps.discount > 0)
-        boundary = np.asarray(batch.step_type) == ts.StepType.LAST
+        boundary = batch.step_type == ts.StepType.LAST
         for e, adder in enumerate(self._adders):
-            if not boundary[e]:  # between two episodes nothing is decided
-                row = slice(e, e + 1)
-                adder.add(Steps(*(column[row] for column in steps)), truncated[row])
+            if boundary[e]:  # the agent decides nothing between two episodes
+                continue
+            row = slice(e, e + 1)
+            step = Steps(*(column[row] for column in steps))
+            if self._begins[e] and not step.first:
+                step = _add_older_frames(adder, step, batch.observation[row])
+            adder.add(step, truncated[row])
+            self._begins[e] = False
+
+    def reset(self, write_cached_steps: bool = True) -> None:
+        """Starts a new sequence with the next row of each environment, in mid-episode too.
+
+        Drops transitions that still need a later row. All others are written already, so
+        `write_cached_steps`, an argument of TF-Agents' observers, has no effect.
+        """
+        del write_cached_steps
+        self._begins[:] = True
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
-        """Waits until every transition is confirmed; whether it was, within the time."""
+        """Waits until the shards confirm every transition; false if the time ends first."""
         confirmed = [adder.flush(timeout_seconds) for adder in self._adders]
         return all(confirmed)
 
     def close(self) -> None:
-        """Sends what is left, as far as that takes no longer than two seconds an environment."""
+        """Sends the remaining rows, for at most two seconds per environment."""
         for adder in self._adders:
             adder.close()
 
 
-class SampleInfo(NamedTuple):
-    """What the replay tells of each transition of a batch."""
+def _observe(observe: Callable, batch: trajectory.Trajectory, num_environments: int) -> None:
+    """Passes the trajectory to `observe` as arrays [E, ...], at once or when the graph runs.
 
-    key: Any  # uint64 [B], the item
-    probability: Any  # float64 [B], with which it was drawn at its shard
-    table_size: Any  # int64 [B], items at its shard then
+    Raises:
+      ValueError: the number of rows is not `num_environments`.
+    """
+
+    def given(*columns: Any) -> None:
+        arrays = tf.nest.pack_sequence_as(batch, [np.asarray(column) for column in columns])
+        observe(_batched(arrays, num_environments))
+
+    columns = tf.nest.flatten(batch)
+    if tf.executing_eagerly():
+        given(*columns)
+    else:
+        # TF-Agents' drivers wait for the last operation that an observer adds, which is this one.
+        tf.numpy_function(given, columns, [])
+
+
+def _batched(batch: trajectory.Trajectory, num_environments: int) -> trajectory.Trajectory:
+    """Adds the dimension E to the arrays of a single environment.
+
+    Raises:
+      ValueError: the number of rows is not `num_environments`.
+    """
+    shape, expected = batch.step_type.shape, (num_environments,)
+    if shape == () and num_environments == 1:
+        return tf.nest.map_structure(lambda column: column[None], batch)
+    if shape != expected:
+        raise ValueError(
+            f'trajectory: step_type has the shape {shape}, not {expected}. Fix: num_environments is'
+            ' the batch size of the environment, or 1 if it has none.'
+        )
+    return batch
+
+
+def _add_older_frames(adder: Adder, step: Steps, observation: np.ndarray) -> Steps:
+    """Adds the older frames of a step that starts a sequence in mid-episode; returns the step.
+
+    Each older frame of `observation` uint8 [1, height, width, stack] becomes a truncated row, so no
+    transition starts there.
+    """
+    *older, newest = (
+        step._replace(frame=observation[..., k], first=np.array([k == 0]))
+        for k in range(observation.shape[-1])
+    )
+    for row in older:
+        adder.add(row, np.array([True]))
+    return newest
+
+
+class SampleInfo(NamedTuple):
+    """Sampling data of each transition of a batch."""
+
+    key: Any  # uint64 [B], identifies the item
+    probability: Any  # float64 [B], of drawing the item at its shard
+    table_size: Any  # int64 [B], items at its shard when it was drawn
     shard: Any  # int32 [B], index into the addresses
 
 
 class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
-    """All replay shards as one TF-Agents replay buffer of n-step Transitions.
+    """Presents all replay shards as one TF-Agents replay buffer of n-step Transitions.
 
-    `as_dataset(sample_batch_size=B)` yields (Transition, SampleInfo). The transition is in
-    TF-Agents' form: its reward is the n-step one, its discount gamma^(n-1) times those of the
-    episode, for an agent that multiplies by gamma once more.
+    `as_dataset(sample_batch_size=B)` yields (Transition, SampleInfo). The transition has TF-Agents'
+    form: an n-step reward, and gamma^(n-1) times the episode's discounts, since the agent
+    multiplies by gamma once more.
 
-    A context manager: leaving it ends its datasets and their threads.
+    As a context manager it closes its datasets and their threads on exit.
     """
 
     def __init__(
@@ -172,17 +248,17 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
         """
         Args:
           addresses: host:port of every shard, in order.
-          spec: of what is stored there.
-          gamma: discount per agent step, the agent's.
+          spec: of the stored rows.
+          gamma: the agent's discount per agent step.
           timeout_seconds: longest wait of a dataset for transitions.
 
         Raises:
-          ValueError: an address is none, or `gamma` is not above 0: an agent that multiplies by 0
-            needs no replay.
+          ValueError: an address is malformed, or `gamma` is not in (0, 1].
         """
         if not 0.0 < gamma <= 1.0:
             raise ValueError(f'gamma is {gamma}; it must be more than 0 and at most 1')
         self._addresses = require_addresses(addresses)
+        reach_directly(addresses)
         self._spec = spec
         self._gamma = gamma
         self._timeout_seconds = timeout_seconds
@@ -199,7 +275,7 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
         self.close()
 
     def update_priorities(self, info: SampleInfo, error: Any) -> None:
-        """Gives sampled transitions the priority of their error, float [B]; never blocks.
+        """Sets the priorities of sampled transitions from their errors, float [B]; never blocks.
 
         Raises:
           RuntimeError: the buffer is closed.
@@ -211,7 +287,7 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
         self._priorities.update(*map(np.asarray, (info.key, info.shard, error)))
 
     def close(self) -> None:
-        """Ends the datasets, and sends the priorities that wait; idempotent."""
+        """Closes the datasets and sends pending priorities; repeated calls have no effect."""
         self._closed = True
         for samples in list(self._open):
             samples.close()
@@ -220,7 +296,7 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
             self._priorities = None
 
     def _num_frames(self) -> int:
-        """Transitions held by all shards that answer."""
+        """Number of transitions in all reachable shards."""
         return sum(status.get('size', 0) for status in self._status.read())
 
     def _as_dataset(
@@ -230,7 +306,7 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
         sequence_preprocess_fn: Any = None,
         num_parallel_calls: int | None = None,
     ) -> tf.data.Dataset:
-        del num_parallel_calls  # a thread a shard, always
+        del num_parallel_calls  # there is always one thread per shard
         if not sample_batch_size or sequence_preprocess_fn or num_steps not in (None, 2):
             raise NotImplementedError(
                 f'sample_batch_size={sample_batch_size}, num_steps={num_steps},'
@@ -288,7 +364,7 @@ def _transition_spec(spec: TrajectorySpec) -> trajectory.Transition:
 
 
 def _signature(spec: TrajectorySpec, batch_size: int) -> tuple[Transition, SampleInfo]:
-    """Of the batches as they come from the shards."""
+    """Output signature of the batches that the shards deliver."""
 
     def column(dtype: tf.DType, *shape: int) -> tf.TensorSpec:
         return tf.TensorSpec((batch_size, *shape), dtype)

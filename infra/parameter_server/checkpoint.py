@@ -1,8 +1,8 @@
 """Checkpoints: shard states in, a directory of parts with one manifest out, and back.
 
-Each shard writes its part with `tf.train.Checkpoint`; the manifest, written last by whoever asked
-for the checkpoint, names every file with its size and checksum. A directory without a manifest is
-not a checkpoint. A checkpoint can be restored into any number of shards.
+Each shard's part is a `tf.train.Checkpoint`. The client that saves writes the manifest last; it
+lists every file with its size and checksum. A directory without a manifest is not a checkpoint. A
+checkpoint can be restored into any number of shards.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import json
 import os
 import pathlib
 import tarfile
-import tempfile
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from infra.directories import sync
+from infra.disk import by_descriptor, scratch, sync, write_atomically
 from infra.parameter_server.layout import Layout
+from infra.sealed import parse_object, seal, unseal
 
 _MANIFEST = 'manifest.json'
 _FORMAT = 1
@@ -30,22 +30,22 @@ _REASON_LENGTH = 200
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of the checkpoint is missing or is not what was written."""
+    """A file of the checkpoint is missing, changed or unreadable."""
 
 
 class CheckpointMismatchError(ValueError):
-    """The checkpoint is sound but was made with another optimizer, or by another shard."""
+    """The checkpoint is intact but belongs to another optimizer or another shard."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardState:
-    """A copy of everything a shard would need to go on.
+    """A copy of a shard's complete state.
 
     Attributes:
       layout: of the whole network.
       arrays: float32 arrays by name: 'parameters', 'target', slots [n] and scalars [].
-      slots: names of the arrays that are as wide as the parameters, 'target' included.
-      counters: version, target_version, agent_steps, and the sessions.
+      slots: names of the arrays [n], including 'parameters' and 'target'.
+      counters: version, target_version, agent_steps, sessions and the values of `RunControl`.
     """
 
     layout: Layout
@@ -55,7 +55,7 @@ class ShardState:
 
 
 class Checkpoint(NamedTuple):
-    """What exports and evaluations need.
+    """A whole network, for exports and evaluations.
 
     Attributes:
       layout: of the network.
@@ -74,20 +74,24 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
     """Writes one shard's files and returns its entry of the manifest.
 
     Raises:
-      OSError: the directory cannot be written.
+      OSError: the directory is not writable.
+      ValueError: an array is not finite; no file is written.
     """
     import tensorflow as tf
 
-    os.makedirs(directory, exist_ok=True)
     prefix = _prefix(shard, num_shards)
+    _require_finite(prefix, state)
+    os.makedirs(directory, exist_ok=True)
     with tf.device('cpu'):
         variables = {name: tf.Variable(array) for name, array in state.arrays.items()}
     try:
         tf.train.Checkpoint(**variables).write(os.path.join(directory, prefix))
     except tf.errors.OpError as error:
-        # The first part of TensorFlow's message lists its nodes.
-        reason = error.message.split(' [Op:')[0].splitlines()[0][-_REASON_LENGTH:]
-        raise OSError(f'cannot write the checkpoint to {directory}: {reason}') from error
+        # TensorFlow's message lists its nodes first and gives the system's error last.
+        reason = error.message.splitlines()[0].split(' [Op:')[0].rpartition('; ')[2]
+        raise OSError(
+            f'cannot write the checkpoint to {directory}: {reason[-_REASON_LENGTH:]}'
+        ) from error
     files = sorted(pathlib.Path(directory).glob(f'{prefix}.*'))
     _sync(files)
     return {
@@ -100,6 +104,19 @@ def write_part(directory: str, shard: int, num_shards: int, state: ShardState) -
     }
 
 
+def holds_part(directory: str, shard: int, num_shards: int) -> bool:
+    """Whether a directory has a checkpoint, or this shard's part of one."""
+    prefix = _prefix(shard, num_shards)
+    return is_published(directory) or any(pathlib.Path(directory).glob(f'{prefix}.*'))
+
+
+def _require_finite(prefix: str, state: ShardState) -> None:
+    """Raises ValueError unless every array of the state is finite."""
+    for name, array in state.arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f'{name} of {prefix} is not finite: the checkpoint before is kept')
+
+
 def _sync(files: Iterable[pathlib.Path]) -> None:
     """Makes the files survive a power cut."""
     for file in files:
@@ -108,31 +125,38 @@ def _sync(files: Iterable[pathlib.Path]) -> None:
 
 
 def packed_part(shard: int, num_shards: int, state: ShardState) -> tuple[dict[str, Any], bytes]:
-    """One shard's entry of the manifest, and its files as a tar archive, for a directory elsewhere.
+    """Returns one shard's entry of the manifest and its files as a tar archive.
+
+    The client unpacks the archive in a directory that the shard cannot reach.
 
     Raises:
-      OSError: there is no room for them in the temporary directory.
+      OSError: the temporary directory is full or not writable.
     """
     archive = io.BytesIO()
-    with tempfile.TemporaryDirectory() as directory:
-        part = write_part(directory, shard, num_shards, state)
+    with scratch() as directory:
+        part = write_part(str(directory), shard, num_shards, state)
         with tarfile.open(fileobj=archive, mode='w') as tar:
             for name in part['files']:
-                tar.add(os.path.join(directory, name), name)
+                tar.add(directory / name, name)
     return part, archive.getvalue()
 
 
 def unpack_part(directory: str, archive: bytes) -> None:
-    """Writes the files of `packed_part` to a directory.
+    """Writes the files of `packed_part` to a directory; their modes follow this process's umask.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the directory is not writable.
     """
     os.makedirs(directory, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(directory, filter='data')
+        tar.extractall(directory, filter=_without_mode)
         files = [pathlib.Path(directory, name) for name in tar.getnames()]
     _sync(files)
+
+
+def _without_mode(entry: tarfile.TarInfo, directory: str) -> tarfile.TarInfo:
+    # Typeshed does not declare None, which leaves the mode to the umask.
+    return tarfile.data_filter(entry, directory).replace(mode=None)  # type: ignore[arg-type]
 
 
 def publish(directory: str, optimizer: str, parts: list[dict[str, Any]]) -> None:
@@ -143,18 +167,12 @@ def publish(directory: str, optimizer: str, parts: list[dict[str, Any]]) -> None
         'layout': parts[0]['layout'],
         'parts': [{key: part[key] for key in part if key != 'layout'} for part in parts],
     }
-    path = pathlib.Path(directory, _MANIFEST)
-    temporary = path.with_name(f'.{_MANIFEST}.{os.getpid()}')
-    with open(temporary, 'w') as file:
-        json.dump(manifest, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(pathlib.Path(directory, _MANIFEST), json.dumps(seal(manifest)))
     sync(directory)
 
 
 def is_published(directory: str) -> bool:
-    """Whether the directory holds a complete checkpoint (its files may still be damaged)."""
+    """Whether the directory has a manifest; its files may still be damaged."""
     return pathlib.Path(directory, _MANIFEST).exists()
 
 
@@ -162,37 +180,71 @@ def validate(directory: str) -> dict[str, Any]:
     """Checks every file against the manifest and returns the manifest.
 
     Raises:
-      DamagedCheckpointError: naming the file that is missing or changed.
+      DamagedCheckpointError: a file is missing or changed; the message names it.
     """
     path = pathlib.Path(directory, _MANIFEST)
     try:
-        manifest = json.loads(path.read_bytes())
-        files = {
-            name: expected for part in manifest['parts'] for name, expected in part['files'].items()
-        }
+        manifest = unseal(parse_object(path.read_bytes()))
         if manifest['format'] != _FORMAT:
             raise DamagedCheckpointError(
                 f'{path} has format {manifest["format"]}; this version reads {_FORMAT}'
             )
         Layout(**manifest['layout'])
+        files = _files_of(manifest)
     except FileNotFoundError:
         raise DamagedCheckpointError(
             f'{path} is missing: no checkpoint was completed there; use another one'
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DamagedCheckpointError):
-            raise
-        raise DamagedCheckpointError(f'{path} is damaged ({error!r}); use another one') from error
+    except DamagedCheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedCheckpointError(
+            f'{path} is damaged ({type(error).__name__}: {error}); use another one'
+        ) from error
     for name, expected in files.items():
         _check_file(pathlib.Path(directory, name), expected)
     return manifest
 
 
-def read_state(directory: str, shard: int, num_shards: int, optimizer: str) -> ShardState:
-    """Returns the state of one shard out of `num_shards`, whatever number was saved.
+def require_usable(directory: str) -> None:
+    """Validates the files and reads every array, which takes 0.2 s for Nature's network.
 
-    Scalars and counters come from the part that holds the shard's first element: parts of one
-    asynchronous run may differ by a few updates.
+    Raises:
+      DamagedCheckpointError: a file is missing or changed, or an array is unreadable or not finite;
+        the message names it.
+    """
+    for part in validate(directory)['parts']:
+        for name in part['arrays']:
+            _read_array(directory, part, name)
+
+
+def _files_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Maps each file name of a manifest to the expected size and checksum.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: the manifest is malformed.
+    """
+    if not isinstance(manifest['optimizer'], str) or not manifest['parts']:
+        raise ValueError('it names no optimizer, or no parts')
+    files: dict[str, Any] = {}
+    for part in manifest['parts']:
+        for name in ('version', 'target_version', 'agent_steps'):
+            if type(part['counters'][name]) is not int or part['counters'][name] < 0:
+                raise ValueError(f'its {name} is no count')
+        part['counters']['sessions'].items()
+        for name in (part['prefix'], *part['files'], *part['arrays'], *part['slots']):
+            if not isinstance(name, str) or os.path.basename(name) != name:
+                raise ValueError(f'{name!r:.40} is no name')
+        for name, expected in part['files'].items():
+            files[name] = {key: expected[key] for key in ('bytes', 'sha256')}
+    return files
+
+
+def read_state(directory: str, shard: int, num_shards: int, optimizer: str) -> ShardState:
+    """Returns the state of one shard out of `num_shards`, from any number of saved parts.
+
+    Scalars and counters come from the part that holds the shard's first element. Only the version
+    is the newest of all parts, because an asynchronous run saves them a few updates apart.
 
     Raises:
       DamagedCheckpointError: see `validate`.
@@ -211,19 +263,20 @@ def read_state(directory: str, shard: int, num_shards: int, optimizer: str) -> S
         else _read_array(directory, parts[first], name)
         for name in parts[first]['arrays']
     }
-    counters = dict(parts[first]['counters'])
+    version = max(part['counters']['version'] for part in parts)
+    counters = {**parts[first]['counters'], 'version': version}
     if len(parts) != num_shards:
-        # Sequences count messages to one shard; with other shards every client is a new one.
+        # Sequences count messages to one shard, so they are void for another number of shards.
         counters['sessions'] = {}
     return ShardState(layout, arrays, tuple(parts[first]['slots']), counters)
 
 
 def read_only_part(directory: str, shard: int, num_shards: int, optimizer: str) -> ShardState:
-    """Returns the state of the one shard that published its part by itself.
+    """Returns the state of a shard that published its part alone.
 
     Raises:
       DamagedCheckpointError: see `validate`.
-      CheckpointMismatchError: it is another shard's, or was made with another optimizer.
+      CheckpointMismatchError: the state belongs to another shard or another optimizer.
     """
     manifest = validate(directory)
     _require_optimizer(directory, manifest, optimizer)
@@ -269,7 +322,7 @@ def read_checkpoint(directory: str) -> Checkpoint:
 
 
 def _gather(directory: str, manifest: dict, name: str, wanted: slice) -> np.ndarray:
-    """Returns float32 [wanted] of a slot, from all the parts that hold some of it."""
+    """Returns the elements `wanted` of a slot, float32, from all parts that hold some of them."""
     parts = manifest['parts']
     pieces = []
     for part, bounds in zip(parts, Layout(**manifest['layout']).slices(len(parts))):
@@ -283,8 +336,19 @@ def _gather(directory: str, manifest: dict, name: str, wanted: slice) -> np.ndar
 def _read_array(directory: str, part: dict, name: str) -> np.ndarray:
     import tensorflow as tf
 
-    reader = tf.train.load_checkpoint(os.path.join(directory, part['prefix']))
-    return np.asarray(reader.get_tensor(f'{name}/.ATTRIBUTES/VARIABLE_VALUE'))
+    try:
+        with by_descriptor(directory) as path:
+            reader = tf.train.load_checkpoint(os.path.join(path, part['prefix']))
+            array = np.asarray(reader.get_tensor(f'{name}/.ATTRIBUTES/VARIABLE_VALUE'), np.float32)
+    except (tf.errors.OpError, OSError, ValueError) as error:  # ValueError: no file of that prefix
+        raise DamagedCheckpointError(
+            f'{directory}: {name} of {part["prefix"]} cannot be read; use another checkpoint'
+        ) from error
+    if not np.isfinite(array).all():
+        raise DamagedCheckpointError(
+            f'{directory}: {name} of {part["prefix"]} is not finite; use another checkpoint'
+        )
+    return array
 
 
 def _describe(file: pathlib.Path) -> dict[str, Any]:
@@ -301,7 +365,12 @@ def _check_file(file: pathlib.Path, expected: dict[str, Any]) -> None:
     except OSError as error:
         raise DamagedCheckpointError(f'{file} cannot be read ({error}); use another one') from None
     if found != expected:
+        is_cut = found['bytes'] != expected.get('bytes')
+        what = (
+            f'{found["bytes"]} bytes instead of {expected.get("bytes")}'
+            if is_cut
+            else 'its SHA-256'
+        )
         raise DamagedCheckpointError(
-            f'{file} is damaged: {found["bytes"]} bytes where the manifest says '
-            f'{expected["bytes"]}, or another content; use another checkpoint'
+            f'{file} is damaged ({what}, by the manifest). Fix: use another checkpoint.'
         )

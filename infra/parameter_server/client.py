@@ -1,7 +1,8 @@
-"""The client: gradients and agent steps go to all shards at once, parameters come back.
+"""The client of all parameter shards: gradients and agent steps in, parameters and the clock out.
 
-Every wait is bounded by `timeout_seconds`. A broken stream (a shard restarted) is opened again
-with exponential back-off and the message repeated; the shards count each message once.
+Every wait is bounded by `timeout_seconds`. When a stream breaks, for instance because a shard
+restarts, the client reconnects with exponential back-off and repeats the message. The shards count
+each message once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from infra.parameter_server.shared_memory import PARAMETERS, TARGET
 
 _FIRST_BACKOFF_SECONDS = 0.05
 _LAST_BACKOFF_SECONDS = 1.0
-# How long the first writer may take from shard 0 to the last before others finish its work.
+# Time for the first writer to initialise all shards before another client completes its work.
 _WINNER_SECONDS = 5.0
 _RESTART_REMEDY = 'start it again, or check the address'
 
@@ -37,7 +38,7 @@ class Clock:
     Attributes:
       updates: gradients applied.
       agent_steps: decisions of all actors.
-      stopping: whether somebody requested a stop.
+      stopping: whether workers must end.
     """
 
     updates: int
@@ -47,49 +48,47 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Parameters as the shards had them, or the news that they have not changed.
+    """Parameters of all shards, or only their versions if no shard has newer ones.
 
     Attributes:
-      parts: each shard's float32 [n], in order, together [layout.size]; None: not modified since
-        this client last got them. See `copy_parts` of the client for how long they hold.
-      versions: gradients applied, per shard; a gradient is pushed with those it was computed from.
-      target_versions: the version at which each shard took its target network.
+      parts: one float32 [n] per shard, in order, together [layout.size]; None if unchanged since
+        this client's last call. The client's `copy_parts` sets how long they stay valid.
+      version: global updates in them, as shard 0 counts; a push names the version of the parameters
+        that its gradient was computed from.
+      target_versions: global update of each shard's target network.
       clock: the global clock.
     """
 
     parts: tuple[np.ndarray, ...] | None
-    versions: tuple[int, ...]
+    version: int
     target_versions: tuple[int, ...]
     clock: Clock
 
     @property
     def values(self) -> np.ndarray | None:
-        """A copy of `parts` as one float32 [layout.size]; None: not modified."""
+        """A copy of `parts` as one float32 [layout.size]; None if unchanged."""
         return None if self.parts is None else np.concatenate(self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class PushReply:
-    """What became of a gradient.
+    """The shards' reply to a gradient.
 
     Attributes:
-      snapshot: the parameters after it (no values when `pull` was false).
-      rejected: per shard, None when it was applied, else 'stale' or 'invalid'.
-      message: why the first refusing shard refused, '' when none did.
+      snapshot: the parameters after the push (without values if it was applied and `pull` false).
+      rejected: None if the gradient was applied, else 'stale' or 'invalid'.
+      message: reason of the rejection, else ''.
+      staleness: updates made since the parameters that the gradient was computed from.
     """
 
     snapshot: Snapshot
-    rejected: tuple[str | None, ...]
+    rejected: str | None
     message: str
-
-    @property
-    def reason(self) -> str | None:
-        """The first refusal, None when every shard applied the gradient."""
-        return next((reason for reason in self.rejected if reason), None)
+    staleness: int
 
 
 class ParameterClient:
-    """A connection to all shards; a context manager. Calls from several threads take turns."""
+    """A connection to all shards; a context manager. Calls from several threads run in turn."""
 
     def __init__(
         self,
@@ -102,20 +101,21 @@ class ParameterClient:
         timeout_seconds: float = 30.0,
         tls_roots: bytes | None = None,
     ) -> None:
-        """Prepares; the first call connects.
+        """Checks the arguments; the first call connects.
 
         Args:
           addresses: `host:port` of every shard, in order.
           layout: of the network.
           wire_dtype: 'float32' or 'bfloat16'; tensors in shared memory are always float32.
-          shared_memory: whether to use it with shards on this host.
-          copy_parts: whether a snapshot's parts are its own. Without, they are where the shards
-            write the next ones: faster, and good until the next call for parameters or target.
-          timeout_seconds: no call takes longer than about this.
-          tls_roots: PEM, what the shards' certificates are signed by; None: no TLS.
+          shared_memory: whether to exchange tensors with shards on this host in shared memory.
+          copy_parts: whether a snapshot owns its parts. If false, they may be views of memory that
+            the next call for parameters or target overwrites, which is faster.
+          timeout_seconds: approximate bound of a call; a push takes up to twice as long, since it
+            asks shard 0 before the others.
+          tls_roots: PEM roots of the shards' certificates; None for no TLS.
 
         Raises:
-          ValueError: there is no address, or the wire type does not exist.
+          ValueError: `addresses` is empty, or the wire type does not exist.
         """
         _check_arguments(addresses, wire_dtype)
         self.layout = layout
@@ -128,7 +128,9 @@ class ParameterClient:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
         self._outstanding: concurrent.futures.Future | None = None
         self._sequence = self._agent_steps = 0
-        # What the shards sent last; a part stays as it is while its shard has nothing new.
+        # The latest clock that this client has seen; it never runs backwards.
+        self._clock = Clock(0, 0, False)
+        # The last parts of each shard; a shard sends its part only if it has changed.
         nothing = [None] * len(addresses)
         self._latest: dict[str, list[Any]] = {PARAMETERS: [*nothing], TARGET: [*nothing]}
 
@@ -139,17 +141,18 @@ class ParameterClient:
         self.close()
 
     def initialise(self, values: np.ndarray) -> bool:
-        """Offers the first parameters, float32 [layout.size]; the first writer wins on shard 0.
+        """Offers initial parameters, float32 [layout.size]; shard 0 accepts those of one client.
 
-        Returns when every shard has parameters. A client that lost waits for the winner to reach
-        the other shards; if the winner died on its way, its own values fill what is missing.
+        Returns once every shard has parameters. A client whose offer was not accepted waits for the
+        winner to initialise the other shards. If the winner fails meanwhile, this client's values
+        initialise the remaining shards.
 
         Returns:
-          Whether these values became the parameters.
+          Whether shard 0 accepted these values.
 
         Raises:
-          ValueError: the values have another size or are not finite.
-          ParameterServerError: a shard refused, or did not answer in time.
+          ValueError: the size of the values is wrong, or they are not finite.
+          ParameterServerError: a shard refuses the request, or does not reply in time.
         """
         values = self._check(values)
         if not np.isfinite(values).all():
@@ -164,13 +167,13 @@ class ParameterClient:
         return first
 
     def pull(self, agent_steps: int = 0) -> Snapshot:
-        """Returns the parameters, and adds the agent steps made since the last call.
+        """Reports the agent steps made since the last call and returns the parameters.
 
-        Waits for the shards to be initialised. A call that failed is made good by the next one.
+        Waits until the shards are initialised. If a call fails, the next one reports its steps too.
 
         Raises:
-          NotInitialisedError: nobody initialised the shards in time.
-          ParameterServerError: a shard refused, or did not answer in time.
+          NotInitialisedError: a shard is not initialised in time.
+          ParameterServerError: a shard refuses the request, or does not reply in time.
         """
         with self._lock:
             self._agent_steps += agent_steps
@@ -180,44 +183,48 @@ class ParameterClient:
         """Returns the target network: the parameters at the last multiple of the target period.
 
         Raises:
-          NotInitialisedError: nobody initialised the shards in time.
-          ParameterServerError: a shard refused, or did not answer in time.
+          NotInitialisedError: a shard is not initialised in time.
+          ParameterServerError: a shard refuses the request, or does not reply in time.
         """
         with self._lock:
             return self._pull('pull_target', TARGET)
 
-    def push(self, gradient: np.ndarray, versions: Sequence[int], pull: bool = True) -> PushReply:
-        """Sends a gradient, float32 [layout.size], and with `pull` gets the parameters after it.
+    def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> PushReply:
+        """Pushes a gradient, float32 [layout.size]; with `pull` the reply has the new parameters.
+
+        Shard 0 accepts or rejects the gradient; the other shards receive accepted ones only. A
+        gradient that is not finite, or has a norm above `protocol.LARGEST_NORM`, is not sent and
+        counts as invalid.
 
         Args:
           gradient: of the loss, in layout order.
-          versions: `Snapshot.versions` of the parameters it was computed from.
-          pull: whether to bring parameters back in the same round trip.
+          version: `Snapshot.version` of the parameters it was computed from.
+          pull: whether the replies carry parameters; after a rejection they always do.
 
         Raises:
-          ValueError: the gradient or the versions have another length.
-          NotInitialisedError: a shard restarted without a checkpoint; the others applied the
-            gradient. `initialise` with the last values fills the empty one.
-          ParameterServerError: a shard refused, or did not answer in time; the gradient may have
-            been applied.
+          ValueError: the length of the gradient is wrong.
+          NotInitialisedError: a shard restarted without a checkpoint; others may have applied the
+            gradient. `initialise` with the last values fills the empty shard.
+          ParameterServerError: a shard refuses the request, or does not reply in time; the gradient
+            may have been applied.
         """
         with self._lock:
-            return self._push(self._stage(gradient, versions, pull, copy=False))
+            return self._push(self._stage(gradient, version, pull, copy=False))
 
     def push_async(
-        self, gradient: np.ndarray, versions: Sequence[int], pull: bool = True
+        self, gradient: np.ndarray, version: int, pull: bool = True
     ) -> concurrent.futures.Future[PushReply]:
         """Like `push`, but returns once the gradient is copied; at most one may be outstanding.
 
         Raises:
-          RuntimeError: the reply of the last one has not been waited for.
-          ValueError: the gradient or the versions have another length.
+          RuntimeError: the previous push is still outstanding.
+          ValueError: the length of the gradient is wrong.
         """
         if self._outstanding is not None and not self._outstanding.done():
             raise RuntimeError('a push is still outstanding; call result() on its future first')
         self._lock.acquire()
         try:
-            requests = self._stage(gradient, versions, pull, copy=True)
+            requests = self._stage(gradient, version, pull, copy=True)
             self._outstanding = self._executor.submit(self._push_and_release, requests)
         except BaseException:
             self._lock.release()
@@ -228,65 +235,67 @@ class ParameterClient:
         """Returns {'shards': [counters per shard]}: versions, rejected {stale, invalid}, clients.
 
         Args:
-          timeout_seconds: how long to wait; None: as long as for any other call.
-          owner: the run that has claimed the shards, whose lease this prolongs; empty: nobody's.
+          timeout_seconds: bound of the wait; None for the client's own bound.
+          owner: the run whose lease on the shards this renews; empty to renew none.
 
         Raises:
-          ParameterServerError: a shard did not answer in time.
+          ParameterServerError: a shard does not reply in time, or belongs to another run.
         """
         everybody = range(len(self._connections))
         replies = self._ask(everybody, 'report', timeout_seconds, owner=owner)
         return {'shards': [reply['report'] for reply in replies]}
 
     def claim(self, owner: str) -> None:
-        """Takes the shards for one run; a client that asks for them with another name is refused.
+        """Claims the shards for a run; claims of other runs are refused from then on.
 
-        The run must be heard of, by `report` with its name, or the clock says `stopping` after ten
-        minutes.
+        The run must renew its lease by `report` with its name. After ten minutes without, the clock
+        says `stopping`.
 
         Raises:
-          RequestRefusedError: another run has them.
-          ParameterServerError: shard 0 did not answer in time.
+          RequestRefusedError: the shards belong to another run.
+          ParameterServerError: shard 0 does not reply in time.
         """
         self._ask([0], 'claim', owner=owner)
 
     def enlist(self, kind: str, worker: str) -> int:
-        """Tells shard 0 which worker this client is of; returns how often it was begun before.
+        """Registers this client's worker with shard 0; returns how often it was started before.
 
         Args:
-          kind: of the worker, such as 'actor'.
-          worker: its name among those of its kind.
+          kind: kind of the worker, such as 'actor'.
+          worker: its name, unique among workers of that kind.
 
         Raises:
-          ParameterServerError: shard 0 did not answer in time.
+          ParameterServerError: shard 0 refuses the request, or does not reply in time.
         """
         return self._ask([0], 'enlist', kind=kind, worker=worker)[0]['before']
 
     def request_stop(self, timeout_seconds: float | None = None) -> None:
-        """Makes the clock say `stopping` to everyone from now on.
+        """Makes every later clock say `stopping`.
 
         Args:
-          timeout_seconds: how long to wait; None: as long as for any other call.
+          timeout_seconds: bound of the wait; None for the client's own bound.
 
         Raises:
-          ParameterServerError: shard 0 did not answer in time.
+          ParameterServerError: shard 0 does not reply in time.
         """
         self._ask([0], 'stop', timeout_seconds)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes a checkpoint; others' updates go on meanwhile.
+        """Writes a checkpoint while other clients' updates continue.
 
-        Shards on this machine write their parts, those on others send theirs.
+        A shard on this machine writes its part itself if the directory is below its checkpoint
+        root. Other shards send their parts to this client.
 
         Raises:
           FileExistsError: the directory already holds a checkpoint.
-          OSError: it cannot be written.
-          ParameterServerError: a shard could not write, or did not answer in time; the directory
+          OSError: the directory is not writable.
+          ParameterServerError: a shard fails to write, or does not reply in time; the directory
             then is no checkpoint.
         """
         path = os.path.abspath(directory)
         if checkpoint.is_published(path):
             raise FileExistsError(f'{path} already holds a checkpoint; save to another directory')
+        os.makedirs(path, exist_ok=True)  # shards write only to an existing directory
         with self._lock:
             requests = [
                 Request(each, {**self._header('save'), 'directory': path if each.is_here else None})
@@ -299,7 +308,7 @@ class ParameterClient:
         checkpoint.publish(path, replies[0]['optimizer'], [reply['part'] for reply in replies])
 
     def close(self) -> None:
-        """Ends the streams; waits a bounded time for an outstanding push."""
+        """Closes the streams; waits a bounded time for an outstanding push."""
         self._executor.shutdown(wait=True)
         with self._lock:
             self._watchdog.close()
@@ -324,7 +333,7 @@ class ParameterClient:
             return self._exchange(requests)
 
     def _wait_for_winner(self, shards: list[int], deadline: float) -> list[int]:
-        """Returns the shards that still have no parameters at the deadline."""
+        """Returns the shards that have no parameters at the deadline."""
         while shards:
             replies = self._ask(shards, 'report')
             shards = [s for s, r in zip(shards, replies) if not r['report']['initialised']]
@@ -342,29 +351,34 @@ class ParameterClient:
         requests[0].header['agent_steps'] = self._agent_steps
         return self._snapshot(requests, self._exchange(requests, wait_initialised=True), tensor)
 
-    def _stage(
-        self, gradient: np.ndarray, versions: Sequence[int], pull: bool, copy: bool
-    ) -> list[Request]:
+    def _stage(self, gradient: np.ndarray, version: int, pull: bool, copy: bool) -> list[Request]:
         gradient = self._check(gradient)
-        if len(versions) != len(self._connections):
-            raise ValueError(
-                f'{len(versions)} versions for {len(self._connections)} shards; '
-                'pass the versions of a snapshot'
-            )
+        flaw = (
+            '' if protocol.is_applicable(gradient) else 'the gradient is not finite, or too large'
+        )
         requests = []
-        for connection, part, version in zip(self._connections, self._parts, versions):
-            header = {**self._header('push'), 'version': int(version), 'pull': pull}
-            body = connection.stage(gradient[part], copy=copy)
+        for shard, (connection, part) in enumerate(zip(self._connections, self._parts)):
+            header = self._header('apply' if shard else 'push')
+            header |= {'pull': pull, 'flaw': flaw}
+            body = None if flaw else connection.stage(gradient[part], copy=copy)
             requests.append(Request(connection, header, body, PARAMETERS))
+        requests[0].header['version'] = int(version)
         return requests
 
     def _push(self, requests: list[Request]) -> PushReply:
-        replies = self._exchange(requests)
-        return PushReply(
-            snapshot=self._snapshot(requests, replies, PARAMETERS),
-            rejected=tuple(reply['rejected'] for reply in replies),
-            message=next((reply['message'] for reply in replies if reply['rejected']), ''),
-        )
+        """Sends the gradient to shard 0, then to the other shards if shard 0 accepts it."""
+        judge, *others = requests
+        verdict = self._exchange([judge])[0]
+        replies = [verdict]
+        if verdict['rejected'] is None:
+            for request in others:
+                request.header['update'] = verdict['update']
+            replies += self._exchange(others)
+            snapshot = self._snapshot(requests, replies, PARAMETERS)
+        else:
+            snapshot = self._pull('pull', PARAMETERS)  # so that the next gradient is not stale
+        refused = next((reply for reply in replies if reply['rejected']), verdict)
+        return PushReply(snapshot, refused['rejected'], refused['message'], verdict['staleness'])
 
     def _push_and_release(self, requests: list[Request]) -> PushReply:
         try:
@@ -380,16 +394,29 @@ class ParameterClient:
                 modified = True
                 parts[shard] = request.reply_body.copy() if self._copy_parts else request.reply_body
             request.remember(reply)
+        first, seen = replies[0], self._clock
+        self._clock = Clock(
+            updates=max(first['version'], seen.updates),
+            agent_steps=max(first['agent_steps'], seen.agent_steps),
+            stopping=first['stopping'],
+        )
         return Snapshot(
             parts=tuple(parts) if modified else None,
-            versions=tuple(reply['version'] for reply in replies),
+            version=first['version'],
             target_versions=tuple(reply['target_version'] for reply in replies),
-            clock=Clock(replies[0]['version'], replies[0]['agent_steps'], replies[0]['stopping']),
+            clock=self._clock,
         )
 
     def _header(self, operation: str) -> dict[str, Any]:
         self._sequence += 1
-        return {'operation': operation, 'sequence': self._sequence, 'agent_steps': 0}
+        return {
+            'operation': operation,
+            'sequence': self._sequence,
+            'agent_steps': 0,
+            # Moves the clock of a shard that restarted from an older state.
+            'seen_updates': self._clock.updates,
+            'seen_agent_steps': self._clock.agent_steps,
+        }
 
     def _ask(
         self,
@@ -410,7 +437,7 @@ class ParameterClient:
         wait_initialised: bool = False,
         timeout_seconds: float | None = None,
     ) -> list[dict]:
-        """Sends all requests, then collects all replies; repeats those whose stream broke."""
+        """Sends all requests, then collects all replies; repeats requests whose stream broke."""
         deadline = time.monotonic() + (timeout_seconds or self._timeout_seconds)
         replies: list[dict | None] = [None] * len(requests)
         backoff = _FIRST_BACKOFF_SECONDS
@@ -433,7 +460,10 @@ class ParameterClient:
         deadline: float,
         wait_initialised: bool,
     ) -> ParameterServerUnavailable | None:
-        """Fills in `replies`; returns the first problem that may pass with time."""
+        """Fills in `replies`; returns the first problem that a repetition may solve.
+
+        Raises the first failure that a repetition cannot solve.
+        """
         problem: ParameterServerUnavailable | None = None
         sent = []
         for index in pending:
@@ -454,7 +484,7 @@ class ParameterClient:
                 replies[index] = reply
             elif failure is None:
                 problem = problem or _uninitialised(requests[index])
-        # Only now: every reply on its way had to be read, or the streams would be out of step.
+        # Raised only after every pending reply is read, to keep requests and replies in step.
         if failure is not None:
             raise failure
         return problem
@@ -476,7 +506,7 @@ def _connections(
     shared_memory: bool,
     tls_roots: bytes | None,
 ) -> list[ShardConnection]:
-    """One for each shard, none of them open yet."""
+    """Creates one connection per shard, not yet open."""
     hello = {
         'protocol': protocol.PROTOCOL_VERSION,
         'session': uuid.uuid4().hex,
@@ -492,7 +522,7 @@ def _connections(
 
 
 def _failure(request: Request, reply: dict, wait_initialised: bool) -> Exception | None:
-    """Returns the error that asking again cannot mend."""
+    """Returns the reply's error if a repetition cannot solve it."""
     error = reply.get('error')
     if error is None or (error == protocol.UNINITIALISED and wait_initialised):
         return None

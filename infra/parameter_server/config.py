@@ -41,7 +41,9 @@ class ParameterServerConfig:
         0.999, "Decay of the second moment of 'adam' (Kingma and Ba 2015)."
     )
     adagrad_initial_accumulator: float = described(
-        0.1, "First value of the accumulators of 'adagrad' (TensorFlow's default)."
+        1e-6,
+        "First value of the accumulators of 'adagrad'; TensorFlow's 0.1 outweighs the squares of"
+        ' 1e8 gradients of a Q-network (see pipelines/experiment/presets.py).',
     )
     max_staleness: int = described(
         100,

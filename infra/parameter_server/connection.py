@@ -1,9 +1,8 @@
-"""One client's stream to one shard: requests in, replies out, broken streams reported."""
+"""One client's stream to one shard: requests in, replies out; reports broken streams."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from infra.parameter_server import protocol
+from infra.parameter_server import health, protocol
 from infra.parameter_server.shared_memory import (
     GRADIENT,
     PARAMETERS,
@@ -23,49 +22,22 @@ from infra.parameter_server.shared_memory import (
     is_loopback,
 )
 
-# Connections of a process would otherwise share one channel, and its long back-off.
-_CHANNEL_OPTIONS = [('grpc.use_local_subchannel_pool', 1)]
 _WATCH_SECONDS = 0.2
 _NOTHING = {PARAMETERS: -1, TARGET: -1}
 _BROKEN = (flight.FlightError, pa.ArrowException, StopIteration, OSError)
 
 
-def health(address: str, timeout_seconds: float, tls_roots: bytes | None = None) -> dict[str, Any]:
-    """Asks a shard for its report without a stream; see `Shard.report`.
-
-    Args:
-      address: `host:port`.
-      timeout_seconds: no longer than that.
-      tls_roots: PEM, what the shard's certificate is signed by; None: it speaks no TLS.
-
-    Raises:
-      FlightError, ArrowException, OSError, ValueError: nothing came, or no report.
-    """
-    options = flight.FlightCallOptions(timeout=timeout_seconds)
-    with _client(address, tls_roots) as client:
-        (answer,) = client.do_action(flight.Action('health', b''), options)
-        return json.loads(answer.body.to_pybytes())
-
-
-def _client(address: str, tls_roots: bytes | None) -> flight.FlightClient:
-    if tls_roots is None:
-        return flight.FlightClient(f'grpc://{address}', generic_options=_CHANNEL_OPTIONS)
-    return flight.FlightClient(
-        f'grpc+tls://{address}', tls_root_certs=tls_roots, generic_options=_CHANNEL_OPTIONS
-    )
-
-
 class StreamBroken(Exception):
-    """The stream ended or was cancelled; another one may be opened."""
+    """The stream ended or was cancelled; the client may open another."""
 
 
 class ShardConnection:
-    """A stream that is opened when needed, and the memory shared with the shard if there is any.
+    """A stream that opens on demand, with shared memory where shard and client allow it.
 
     Attributes:
       address: `host:port`.
-      known: version of each tensor that this client holds; -1 for none.
-        Forgotten with the stream: versions of another server do not compare.
+      known: revision of each tensor that this client holds; -1 for none. Reset with the stream,
+        since revisions of different servers are not comparable.
     """
 
     def __init__(
@@ -76,7 +48,14 @@ class ShardConnection:
         shared_memory: bool,
         tls_roots: bytes | None = None,
     ) -> None:
-        """`tls_roots`: PEM, what the shard's certificate is signed by; None: no TLS."""
+        """
+        Args:
+          address: `host:port` of the shard.
+          hello: header of the first message, without the segment.
+          size: number of parameters of the shard.
+          shared_memory: whether to use shared memory with a shard on this host.
+          tls_roots: PEM roots of the shard's certificate; None for no TLS.
+        """
         self.address = address
         self._tls_roots = tls_roots
         self.known = dict(_NOTHING)
@@ -94,14 +73,14 @@ class ShardConnection:
         """Opens the stream unless it is open.
 
         Raises:
-          StreamBroken: the shard does not answer.
-          LayoutMismatchError, RequestRefusedError: it does, and does not want this client.
+          StreamBroken: the shard does not reply.
+          LayoutMismatchError, RequestRefusedError: the shard refuses this client.
         """
         if self._reader is not None:
             return
         try:
             reply = self._open(deadline)
-        except _BROKEN as error:
+        except (*_BROKEN, ValueError) as error:
             self.drop()
             raise StreamBroken(_first_line(error)) from error
         if 'error' in reply:
@@ -110,15 +89,15 @@ class ShardConnection:
             raise error_class(f'parameter shard {self.address}: {reply["message"]}')
 
     def stage(self, values: np.ndarray, copy: bool = False, exact: bool = False) -> np.ndarray:
-        """Brings values where `send` will take them from.
+        """Prepares values for `send`.
 
         Args:
           values: float32 [size].
-          copy: whether the caller may change `values` before they are sent.
-          exact: whether they must travel as float32.
+          copy: whether the caller may change `values` before `send`.
+          exact: whether to send float32 whatever the wire type.
 
         Returns:
-          The array to give to `send`: in shared memory, or of the wire's type.
+          The array to pass to `send`: in shared memory, or of the wire type.
         """
         if self._segment is not None:
             np.copyto(self._segment.tensors[GRADIENT], values)
@@ -151,17 +130,20 @@ class ShardConnection:
             raise StreamBroken(_first_line(error)) from error
 
     def receive(self, tensor: str | None) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Returns the next reply, and the tensor that it brought (`PARAMETERS`, `TARGET`), if any.
+        """Returns the next reply's header and its values, None if it has none.
 
-        That is float32 [size]; in shared memory the next reply overwrites it. A reply that says
-        `octets` brings bytes instead, uint8 [n].
+        Values are float32 [size]; in shared memory the next reply overwrites them. A reply with
+        `octets` has bytes instead, uint8 [n].
+
+        Args:
+          tensor: `PARAMETERS` or `TARGET`, the tensor requested; None for none.
 
         Raises:
-          StreamBroken: it did not come, or is not one.
+          StreamBroken: no reply arrives, or it is malformed.
         """
         try:
             chunk = self._reader.read_chunk()
-            header = protocol.decode_header(chunk.app_metadata)
+            header = protocol.decode_header(chunk.app_metadata, protocol.LARGEST_REPLY_BYTES)
             if chunk.data is not None:
                 octets = header.get('octets')
                 values = protocol.decode_octets(chunk.data) if octets else self._decode(chunk.data)
@@ -174,36 +156,35 @@ class ShardConnection:
         return header, self._segment.tensors[tensor]
 
     def cancel(self) -> None:
-        """Ends whatever waits on the stream, from another thread."""
+        """Interrupts a thread that waits on the stream; called from another thread."""
         reader = self._reader
         if reader is not None:
             reader.cancel()
 
     def close(self) -> None:
-        """Tells the shard that no more will come, and drops the stream."""
+        """Signals the end of requests to the shard and drops the stream."""
         if self._writer is not None:
             with contextlib.suppress(*_BROKEN):
                 self._writer.done_writing()
         self.drop()
 
     def drop(self) -> None:
-        """Forgets the stream; the next message opens another."""
+        """Cancels the stream; the next message opens another."""
         reader, self._reader = self._reader, None
         writer, self._writer = self._writer, None
         client, self._client = self._client, None
         self._segment = None
         self.known = dict(_NOTHING)
-        # Cancelled first, so that closing does not wait for a shard that hangs.
+        # Cancels first, so that closing does not wait for a shard that hangs.
         for end in (reader and reader.cancel, writer and writer.close, client and client.close):
             with contextlib.suppress(*_BROKEN):
                 if end is not None:
                     end()
 
     def _open(self, deadline: float) -> dict[str, Any]:
-        self._client = _client(self.address, self._tls_roots)
-        # A call with a time limit first: opening the stream itself could wait for ever.
-        options = flight.FlightCallOptions(timeout=max(0.05, deadline - time.monotonic()))
-        list(self._client.do_action(flight.Action('health', b''), options))
+        self._client = health.connect(self.address, self._tls_roots)
+        # Calls with a time-out first, because opening the stream may block for ever.
+        health.ask(self._client, max(0.05, deadline - time.monotonic()))
         descriptor = flight.FlightDescriptor.for_command(b'parameters')
         self._writer, self._reader = self._client.do_exchange(descriptor)
         self._writer.begin(protocol.SCHEMA)
@@ -212,7 +193,8 @@ class ShardConnection:
             offer = segment and {'name': segment.name, 'host': host_identity()}
             hello = {**self._hello, 'segment': offer}
             self._writer.write_metadata(protocol.encode_header(hello))
-            reply = protocol.decode_header(self._reader.read_chunk().app_metadata)
+            metadata = self._reader.read_chunk().app_metadata
+            reply = protocol.decode_header(metadata, protocol.LARGEST_REPLY_BYTES)
         finally:
             if segment is not None:
                 segment.unlink()
@@ -239,11 +221,11 @@ class ShardConnection:
 
 
 class Request:
-    """One message to one shard, which can be sent again when its stream breaks.
+    """One message to one shard, which can be repeated after its stream breaks.
 
     Attributes:
       connection: to the shard.
-      header: what is asked; fixed, so that a repeat is the same message.
+      header: operation and arguments; a repetition has the same sequence number.
       reply_body: the values of the last reply, float32 [size], or its bytes, uint8 [n].
     """
 
@@ -261,7 +243,7 @@ class Request:
         self._tensor = tensor
 
     def send(self, deadline: float) -> None:
-        """Opens the stream if need be and sends; raises StreamBroken or what `connect` raises."""
+        """Opens the stream if necessary and sends; raises StreamBroken or as `connect` does."""
         self.connection.connect(deadline)
         if self._tensor is not None:
             self.header['known'] = self.connection.known[self._tensor]
@@ -276,10 +258,10 @@ class Request:
         return reply
 
     def remember(self, reply: dict[str, Any]) -> None:
-        """Notes which version the client now holds."""
+        """Records the revision that the client now holds."""
         if self._tensor is not None and reply.get('modified'):
-            version = 'target_version' if self._tensor == TARGET else 'version'
-            self.connection.known[self._tensor] = reply[version]
+            revision = 'target_revision' if self._tensor == TARGET else 'revision'
+            self.connection.known[self._tensor] = reply[revision]
 
 
 class Watchdog:
@@ -293,7 +275,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """Watches over the calls made inside."""
+        """Applies the deadline to the calls made in the context."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()

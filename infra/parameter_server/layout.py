@@ -28,7 +28,7 @@ class Layout:
         """Normalises lists (from JSON) to tuples.
 
         Raises:
-          ValueError: the names and shapes do not pair up, or there is nothing in them.
+          ValueError: the numbers of names and shapes differ, or the variables have no element.
         """
         object.__setattr__(self, 'names', tuple(str(name) for name in self.names))
         shapes = tuple(tuple(int(length) for length in shape) for shape in self.shapes)
@@ -42,7 +42,7 @@ class Layout:
 
     @classmethod
     def from_variables(cls, variables: Sequence) -> Layout:
-        """Returns the layout of TensorFlow variables, or arrays, in the order given."""
+        """Returns the layout of TensorFlow variables, or arrays, in the given order."""
         return cls(
             names=tuple(getattr(v, 'name', str(index)) for index, v in enumerate(variables)),
             shapes=tuple(tuple(v.shape) for v in variables),
@@ -50,12 +50,12 @@ class Layout:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Elements of each variable."""
+        """Number of elements of each variable."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @functools.cached_property
     def size(self) -> int:
-        """Elements of the flat vector."""
+        """Number of elements of the flat vector."""
         return sum(self.sizes)
 
     @functools.cached_property
@@ -66,10 +66,10 @@ class Layout:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash that two layouts share only when the shapes agree, in order.
+        """A short hash of the shapes, in order.
 
-        Names are for messages: Keras numbers its layers through a process, so the same network has
-        other names in another.
+        It ignores names, which serve messages only. Keras numbers layers per process, so equal
+        networks may have different names.
         """
         text = json.dumps(self.shapes)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -78,7 +78,7 @@ class Layout:
         """Returns each shard's contiguous part, equal in size to within one element.
 
         Raises:
-          ValueError: there are fewer elements than shards.
+          ValueError: `num_shards` is below 1 or above the number of elements.
         """
         if not 1 <= num_shards <= self.size:
             raise ValueError(
@@ -92,7 +92,7 @@ class Layout:
         """Returns float32 [size] from one array per variable.
 
         Raises:
-          ValueError: an array has another shape than its variable.
+          ValueError: the shapes differ from the layout's.
         """
         shapes = tuple(tuple(np.shape(array)) for array in arrays)
         if shapes != self.shapes:
@@ -103,7 +103,7 @@ class Layout:
         """Returns one view per variable into `flat` [size].
 
         Raises:
-          ValueError: `flat` has another shape.
+          ValueError: the shape of `flat` is not [size].
         """
         if flat.shape != (self.size,):
             raise ValueError(f'a vector of shape {flat.shape} does not fit {self.describe()}')
@@ -113,10 +113,10 @@ class Layout:
         ]
 
     def describe(self) -> str:
-        """Returns one line that tells this layout from another."""
+        """Returns the fingerprint, size and variables on one line, for messages."""
         variables = ', '.join(f'{n}{list(s)}' for n, s in zip(self.names, self.shapes))
         return f'layout {self.fingerprint} ({self.size} parameters: {variables})'
 
     def to_json(self) -> dict:
-        """Returns what `Layout(**...)` takes back."""
+        """Returns the arguments of `Layout` in JSON types."""
         return {'names': list(self.names), 'shapes': [list(shape) for shape in self.shapes]}

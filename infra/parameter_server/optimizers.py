@@ -1,8 +1,8 @@
-"""Optimizers: a gradient slice in, TensorFlow's fused kernels update the parameters in place.
+"""Optimizers: a gradient slice in, parameters updated in place by TensorFlow's fused kernels.
 
-Each equals the `tf.compat.v1.train` optimizer of the same name, which is what TF-Agents' DQN
-examples use: `AdagradOptimizer`, `RMSPropOptimizer(centered=True)`, `AdamOptimizer`. They work
-element by element, so slices of a vector make the same step as the whole vector.
+Each equals the `tf.compat.v1.train` optimizer of the same name, as used by TF-Agents' DQN examples:
+`AdagradOptimizer`, `RMSPropOptimizer(centered=True)`, `AdamOptimizer`. They work element by
+element, so the slices of a vector make the same step as the whole vector.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from infra.parameter_server.config import ParameterServerConfig
 
 
 class _Optimizer:
-    """Slot variables as wide as the parameters, scalars, and one fused step.
+    """Slot variables of the parameters' length, scalar variables, and one fused step.
 
     Attributes:
       slots: float32 [n] variables by name.
@@ -26,7 +26,7 @@ class _Optimizer:
 
     def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
         self._parameters = parameters
-        # Tensors made once: a Python number is made a tensor anew in every step.
+        # Tensors are created once; a Python number would become a new tensor in every step.
         self._rate = tf.constant(config.learning_rate, tf.float32)
         self._epsilon = tf.constant(config.optimizer_epsilon, tf.float32)
         self.slots: dict[str, tf.Variable] = {}
@@ -35,8 +35,8 @@ class _Optimizer:
     def apply(self, gradient: tf.Tensor) -> None:
         """Makes one step in place from a float32 [n] gradient.
 
-        A single kernel runs eagerly: `tf.function` takes as long again to hand it to another
-        thread. It must make no tensor that Python sees (see infra/array_function.py).
+        A single kernel runs eagerly, because `tf.function` doubles the time by passing it to
+        another thread. It must return no tensor to Python (see infra/array_function.py).
         """
         raise NotImplementedError
 
@@ -46,7 +46,7 @@ class _Optimizer:
 
 
 class _Adagrad(_Optimizer):
-    """AdaGrad, the paper's rule: p -= rate * g / sqrt(sum of g^2); it has no epsilon."""
+    """AdaGrad, as in the paper: p -= rate * g / sqrt(sum of g^2), without epsilon."""
 
     def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
         super().__init__(config, parameters)
@@ -62,14 +62,14 @@ class _Adagrad(_Optimizer):
 
 
 class _CenteredRMSProp(_Optimizer):
-    """Centered RMSProp, DQN 2015: the step is g / sqrt(mean of g^2 - (mean of g)^2 + epsilon)."""
+    """Centered RMSProp (DQN 2015): the step is g / sqrt(mean of g^2 - (mean of g)^2 + epsilon)."""
 
     def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
         super().__init__(config, parameters)
         self._decay = tf.constant(config.optimizer_decay, tf.float32)
         self._momentum = tf.constant(config.optimizer_momentum, tf.float32)
         self._add_slot('mean', 0.0)
-        # TensorFlow's RMSPropOptimizer starts the mean square at one, so first steps are small.
+        # As in TensorFlow's RMSPropOptimizer, the mean square starts at 1: first steps are small.
         self._add_slot('mean_square', 1.0)
         self._add_slot('momentum', 0.0)
 
@@ -98,7 +98,7 @@ class _Adam(_Optimizer):
         self._add_slot('second_moment', 0.0)
         self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
         self.scalars['beta_2_power'] = tf.Variable(config.adam_beta_2, dtype=tf.float32)
-        # Eagerly its powers would be tensors that Python sees.
+        # In a function, because eager code would return the powers to Python as tensors.
         signature = [tf.TensorSpec(parameters.shape, tf.float32)]
         step = tf.function(self._apply_and_multiply, input_signature=signature, autograph=False)
         self._step = step.get_concrete_function()
@@ -132,7 +132,7 @@ class OptimizedSlice:
 
     Attributes:
       parameters: float32 [n].
-      state: every variable of the slice by name: 'parameters', the slots and the scalars.
+      state: all variables of the slice by name: 'parameters', the slots and the scalars.
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
@@ -145,12 +145,19 @@ class OptimizedSlice:
             **self._optimizer.slots,
             **self._optimizer.scalars,
         }
+        self._read_state = ArrayFunction(
+            lambda: {name: variable.read_value() for name, variable in self.state.items()}
+        )
 
     def step(self, gradient: tf.Tensor) -> None:
         """Makes one update in place from a float32 [n] gradient tensor."""
         self._optimizer.apply(gradient)
 
+    def copy_state(self) -> dict[str, np.ndarray]:
+        """Returns a copy of `state`, by name."""
+        return {name: np.array(array) for name, array in self._read_state().items()}
+
     def copy_parameters(self, out: np.ndarray) -> None:
         """Copies the parameters to `out`, float32 [n]."""
-        # The array is let go at once: an update would copy all parameters that Python holds.
+        # Releases the array at once, because an update copies parameters that Python still holds.
         np.copyto(out, self._read())

@@ -1,8 +1,9 @@
 """The process around one shard: Flight messages in, replies out.
 
 `python -m infra.parameter_server.server --config FILE --shard I [--port N] [--ready_file F]
-[--host H] [--restore DIR | --state_dir DIR] [--tls_certificate F --tls_key F]`; SIGTERM ends it
-with exit code 0, bad input with 2.
+[--host H] [--restore DIR | --state_dir DIR] [--checkpoint_root DIR] [--tls_certificate F
+--tls_key F]`. It exits with code 0 on SIGTERM and 2 on bad input. This module checks the contents
+of every message.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -24,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from infra.flags import add_state_flags
+from infra.flags import Parser, add_state_flags, integer
+from infra.output import protect_output
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
-from infra.parameter_server.own_state import OwnState
 from infra.parameter_server.shared_memory import (
     GRADIENT,
     PARAMETERS,
@@ -36,6 +38,9 @@ from infra.parameter_server.shared_memory import (
     Segment,
     host_identity,
 )
+from infra.parameter_server.state_directory import OwnState
+from infra.process import announce_ready, end_signals, exit_with_launcher
+from infra.sealed import parse_object
 from infra.tls import read_pair
 
 if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
@@ -44,32 +49,35 @@ if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
 _LOG = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
 _WAKE_SECONDS = 0.5
-_STATE_SECONDS = 60.0  # what a shard's death may cost
+_STATE_SECONDS = 60.0  # between two states; a crash of the shard loses at most this much
+_LONGEST_SESSION = 64  # characters; a client's own has 32
+_LONGEST_NAME = 256  # characters of a worker's kind or name
+_LONGEST_OWNER = 4096  # characters of a run's name, which is its directory
 
 
 class ServerStartError(Exception):
-    """The server could not be started; the message says which value to change."""
+    """The server cannot start; the message names the value to change."""
 
 
 class _Connection:
-    """One client's stream: where its tensors are, and what it was told last.
+    """One client's stream, with the memory of its tensors.
 
     Attributes:
       session: the client's name.
-      layout: what the client believes the network to be.
-      tensors: float32 [n] by name, see `Segment`.
-      shared: whether the client sees `tensors` too.
+      layout: the client's layout of the network.
+      tensors: float32 [n] by name (see `Segment`).
+      shared: whether the client maps `tensors` too.
     """
 
-    def __init__(self, shard: Shard, header: dict[str, Any]) -> None:
-        """Opens the client's segment when that is possible.
+    def __init__(self, shard: Shard, session: str, header: dict[str, Any]) -> None:
+        """Maps the client's segment if possible, else allocates private memory.
 
         Raises:
-          LayoutMismatchError: client and shard disagree on layout, index or number of shards.
+          LayoutMismatchError: client and shard differ in layout, index or number of shards.
         """
         import tensorflow as tf
 
-        self.session = str(header['session'])
+        self.session = session
         self.layout = Layout(**header['layout'])
         self.wire_dtype = header['wire_dtype']
         wire_type = protocol.WIRE_TYPES[self.wire_dtype]
@@ -79,13 +87,15 @@ class _Connection:
         segment = _open_segment(shard, header, part.stop - part.start)
         self.shared = segment is not None
         self.tensors = (segment or Segment.private(part.stop - part.start)).tensors
-        # TensorFlow reads the gradient where the client wrote it: no copy, no conversion.
+        # TensorFlow reads the gradient where the client wrote it, without copy or conversion.
         capsule = self.tensors[GRADIENT].__dlpack__()
         self.gradient_tensor = tf.experimental.dlpack.from_dlpack(capsule)
         self.wire_buffer = np.empty(part.stop - part.start, wire_type)
 
-    def gradient(self, body: pa.RecordBatch | None) -> Any:
-        """Brings a message's gradient to the segment; returns what `Shard.push` takes."""
+    def gradient(self, header: dict[str, Any], body: pa.RecordBatch | None) -> Any:
+        """Copies a message's gradient to the segment; returns the argument of `Shard.push`."""
+        if header.get('flaw'):
+            return protocol.text_of(header, 'flaw', _LONGEST_NAME)
         try:
             self._receive(body, self.wire_dtype)
         except ValueError as error:
@@ -93,12 +103,12 @@ class _Connection:
         return self.tensors[GRADIENT], self.gradient_tensor
 
     def first_values(self, body: pa.RecordBatch | None) -> np.ndarray:
-        """Returns the values of `initialise`, which always travel as float32."""
+        """Returns the values of `initialise`, which are float32 on any wire."""
         self._receive(body, 'float32')
         return self.tensors[GRADIENT]
 
     def reply_body(self, tensor: str) -> pa.RecordBatch | None:
-        """Returns the tensor of that name for the network, None when the client sees it."""
+        """Returns the tensor `tensor` as a body, None if the client reads it in shared memory."""
         if self.shared:
             return None
         if self.wire_dtype == 'float32':
@@ -118,21 +128,35 @@ class _Connection:
         protocol.convert(values, self.tensors[GRADIENT])
 
 
+def _clock_seen(header: dict[str, Any]) -> tuple[int, int]:
+    """Returns (updates, agent steps) of the clock that a client has seen."""
+    updates = protocol.count_of(header, 'seen_updates')
+    return updates, protocol.count_of(header, 'seen_agent_steps')
+
+
 class _FlightServer(flight.FlightServerBase):
     """Turns the messages of each stream into calls of the shard."""
 
-    def __init__(self, shard: Shard, address: str, tls: tuple[bytes, bytes] | None) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        address: str,
+        tls: tuple[bytes, bytes] | None,
+        checkpoint_root: str | None,
+    ) -> None:
         if tls is None:
             super().__init__(f'grpc://{address}')
         else:
             super().__init__(f'grpc+tls://{address}', tls_certificates=[tls])
         self._shard = shard
+        self._checkpoint_root = checkpoint_root
         self._clients = 0
         self._clients_lock = threading.Lock()
         self._operations = {
             'initialise': self._initialise,
             'pull': self._pull,
             'push': self._push,
+            'apply': self._apply,
             'pull_target': self._pull_target,
             'report': self._report,
             'claim': self._claim,
@@ -142,17 +166,17 @@ class _FlightServer(flight.FlightServerBase):
         }
 
     def do_action(self, context: Any, action: flight.Action) -> list[bytes]:
-        """Answers 'health' with the shard's report; connects nothing."""
+        """Replies to 'health' with the shard's report."""
         return [json.dumps(self._shard.report()).encode()]
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        """Serves one client until its stream ends; runs on a thread of its own."""
+        """Serves one client until its stream ends, on its own thread."""
         writer.begin(protocol.SCHEMA)
         self._count_client(+1)
         try:
             self._serve(reader, writer)
         except (StopIteration, flight.FlightError, pa.ArrowException, OSError) as end:
-            # The client left, or was killed: its stream breaks, and nothing else does.
+            # The client closed its stream or died; other streams are unaffected.
             _LOG.debug('stream ended: %r', end)
         finally:
             self._count_client(-1)
@@ -160,7 +184,22 @@ class _FlightServer(flight.FlightServerBase):
     def _serve(self, reader: Any, writer: Any) -> None:
         chunk = reader.read_chunk()
         try:
-            connection = _Connection(self._shard, protocol.decode_header(chunk.app_metadata))
+            header = protocol.decode_header(chunk.app_metadata)
+            session = protocol.text_of(header, 'session', _LONGEST_SESSION)
+            self._shard.open_session(session)
+        except Exception as error:
+            writer.write_metadata(protocol.encode_header(_error_reply(error)))
+            return
+        try:
+            self._serve_session(header, session, reader, writer)
+        finally:
+            self._shard.close_session(session)
+
+    def _serve_session(
+        self, header: dict[str, Any], session: str, reader: Any, writer: Any
+    ) -> None:
+        try:
+            connection = _Connection(self._shard, session, header)
         except Exception as error:
             writer.write_metadata(protocol.encode_header(_error_reply(error)))
             return
@@ -178,11 +217,11 @@ class _FlightServer(flight.FlightServerBase):
         sequence = operation_name = None
         try:
             header = protocol.decode_header(chunk.app_metadata)
-            sequence, operation_name = header['sequence'], header['operation']
+            sequence, operation_name = protocol.count_of(header, 'sequence'), header['operation']
             self._shard.check_layout(connection.layout)
             reply = self._operations[operation_name](connection, header, chunk.data)
         except Exception as error:
-            # Whatever a message holds, it must not take the shard's other clients down.
+            # A bad message must not affect the shard's other clients.
             reply = _error_reply(error)
         reply['sequence'] = sequence
         body = reply.pop('body', None)
@@ -192,63 +231,98 @@ class _FlightServer(flight.FlightServerBase):
         return reply, body
 
     def _initialise(self, connection: _Connection, header: dict, body: Any) -> dict:
+        self._adopt_clock(header)
         values = connection.first_values(body)
-        return {'first': self._shard.initialise(connection.layout, values)}
+        return {'first': self._shard.initialise(connection.layout, values, *_clock_seen(header))}
 
     def _pull(self, connection: _Connection, header: dict, body: Any) -> dict:
-        self._shard.add_agent_steps(connection.session, header['agent_steps'])
+        self._adopt_clock(header)
+        agent_steps = protocol.count_of(header, 'agent_steps')
+        self._shard.add_agent_steps(connection.session, agent_steps)
         if self._shard.layout is None:
             return {'error': protocol.UNINITIALISED, **self._shard.clock()}
-        return self._shard.copy_parameters(header['known'], connection.tensors[PARAMETERS])
+        known = header.get('known')
+        return self._shard.copy_parameters(known, connection.tensors[PARAMETERS])
 
     def _push(self, connection: _Connection, header: dict, body: Any) -> dict:
+        self._adopt_clock(header)
+        version = protocol.count_of(header, 'version')
+        return self._take_gradient(self._shard.push, connection, header, body, version)
+
+    def _apply(self, connection: _Connection, header: dict, body: Any) -> dict:
+        # The update's number sets the clock, so a target network due then includes the gradient.
+        update = protocol.count_of(header, 'update')
+        return self._take_gradient(self._shard.apply, connection, header, body, update)
+
+    def _take_gradient(
+        self, take: Any, connection: _Connection, header: dict, body: Any, number: int
+    ) -> dict:
         if self._shard.layout is None:
             return {'error': protocol.UNINITIALISED, **self._shard.clock()}
-        rejected, message = self._shard.push(
-            connection.session,
-            header['sequence'],
-            connection.gradient(body),
-            header['version'],
-        )
-        if header['pull']:
-            reply = self._shard.copy_parameters(header['known'], connection.tensors[PARAMETERS])
+        gradient = connection.gradient(header, body)
+        verdict = take(connection.session, header['sequence'], gradient, number)
+        if header.get('pull') is True:
+            known = header.get('known')
+            reply = self._shard.copy_parameters(known, connection.tensors[PARAMETERS])
         else:
             reply = self._shard.clock()
-        return {**reply, 'rejected': rejected, 'message': message}
+        return {**reply, **dataclasses.asdict(verdict)}
+
+    def _adopt_clock(self, header: dict) -> None:
+        self._shard.adopt_clock(*_clock_seen(header))
 
     def _pull_target(self, connection: _Connection, header: dict, body: Any) -> dict:
         if self._shard.layout is None:
             return {'error': protocol.UNINITIALISED, **self._shard.clock()}
-        return self._shard.copy_target(header['known'], connection.tensors[TARGET])
+        return self._shard.copy_target(header.get('known'), connection.tensors[TARGET])
 
     def _report(self, connection: _Connection, header: dict, body: Any) -> dict:
+        self._adopt_clock(header)
         if header.get('owner'):
-            self._shard.renew(header['owner'])
+            self._shard.control.renew(protocol.text_of(header, 'owner', _LONGEST_OWNER))
         return {'report': {**self._shard.report(), 'clients': self._clients}}
 
     def _claim(self, connection: _Connection, header: dict, body: Any) -> dict:
-        self._shard.claim(header['owner'])
+        self._shard.control.claim(protocol.text_of(header, 'owner', _LONGEST_OWNER))
         return self._shard.clock()
 
     def _enlist(self, connection: _Connection, header: dict, body: Any) -> dict:
-        before = self._shard.enlist(connection.session, header['kind'], header['worker'])
+        kind = header.get('kind')
+        if kind not in protocol.WORKER_KINDS:
+            raise ValueError(f'kind of a worker must be one of {", ".join(protocol.WORKER_KINDS)}')
+        worker = protocol.text_of(header, 'worker', _LONGEST_NAME)
+        before = self._shard.control.enlist(connection.session, kind, worker)
         return {**self._shard.clock(), 'before': before}
 
     def _stop(self, connection: _Connection, header: dict, body: Any) -> dict:
-        self._shard.request_stop()
+        self._shard.control.request_stop()
         return self._shard.clock()
 
     def _save(self, connection: _Connection, header: dict, body: Any) -> dict:
-        # Written on this stream's thread, from a copy: other clients' updates go on meanwhile.
+        # Writes a copy on this stream's thread, so that other clients' updates continue.
         config = self._shard.config
         place = self._shard.index, config.num_parameter_shards
         state = self._shard.snapshot()
-        if header['directory'] is None:  # one that only the client can reach
+        directory = self._permitted(header.get('directory'))
+        if directory is None:
             part, archive = checkpoint.packed_part(*place, state)
             body = protocol.encode_body(np.frombuffer(archive, np.uint8))
             return {'part': part, 'optimizer': config.optimizer, 'octets': True, 'body': body}
-        part = checkpoint.write_part(header['directory'], *place, state)
+        part = checkpoint.write_part(directory, *place, state)
         return {'part': part, 'optimizer': config.optimizer}
+
+    def _permitted(self, directory: Any) -> str | None:
+        """Returns a client's directory if it is below the checkpoint root, else None.
+
+        The directory must exist and hold neither a checkpoint nor a part of this shard. So a client
+        can neither overwrite checkpoints nor create directories.
+        """
+        if not isinstance(directory, str) or self._checkpoint_root is None:
+            return None
+        root, real = map(os.path.realpath, (self._checkpoint_root, directory))
+        place = self._shard.index, self._shard.config.num_parameter_shards
+        taken = not os.path.isdir(real) or checkpoint.holds_part(real, *place)
+        return real if real.startswith(f'{root}{os.sep}') and not taken else None
 
     def _count_client(self, change: int) -> None:
         with self._clients_lock:
@@ -256,11 +330,11 @@ class _FlightServer(flight.FlightServerBase):
 
 
 class ParameterServer:
-    """A serving shard in this process, for the CLI and for tests; a context manager.
+    """A shard with its server in this process, for the CLI and for tests; a context manager.
 
     Attributes:
       shard: its state.
-      port: where it listens.
+      port: that it listens on.
       address: `host:port` for `ParameterClient`.
     """
 
@@ -273,14 +347,24 @@ class ParameterServer:
         state: checkpoint.ShardState | None = None,
         own_state: OwnState | None = None,
         tls: tuple[bytes, bytes] | None = None,
+        checkpoint_root: str | None = None,
     ) -> None:
-        """Starts to serve, from `state` when there is one, or from the newest of its own.
+        """Starts the server from the newest of its own states, else from `state`, else empty.
 
-        `tls`: PEM, a certificate for the name that clients call the host by, and its key.
+        Args:
+          config: of all shards.
+          index: of this shard.
+          host: address to listen on.
+          port: 0 for any free one.
+          state: of a checkpoint.
+          own_state: directory of states that this shard writes itself.
+          tls: PEM certificate, for the host name that clients use, and its key.
+          checkpoint_root: directory below which a client's `save` writes on this host; None to send
+            the shard's part to the client always.
 
         Raises:
-          ServerStartError: the port is taken or the host is not one of this machine.
-          ValueError: there is no such shard, or its own state is damaged or of another one.
+          ServerStartError: the port is in use, or the host is not an address of this machine.
+          ValueError: the shard does not exist, or its own state is damaged or of another shard.
         """
         from infra.parameter_server.shard import Shard
 
@@ -291,7 +375,7 @@ class ParameterServer:
         elif state is not None:
             self.shard.restore(state)
         try:
-            self._server = _FlightServer(self.shard, f'{host}:{port}', tls)
+            self._server = _FlightServer(self.shard, f'{host}:{port}', tls, checkpoint_root)
         except (pa.ArrowException, OSError) as error:
             raise _cannot_listen(host, port) from error
         self.port = self._server.port
@@ -304,21 +388,21 @@ class ParameterServer:
         self.stop()
 
     def keep_state(self, last: bool = False) -> None:
-        """Writes the shard's own state, if it has parameters yet and a place for it.
+        """Writes the shard's own state, if it has parameters and a directory for states.
 
-        What cannot be written is told, and costs nothing but the state since the one before.
-        With `last` the shard answers nobody from then on.
+        A failure is only logged; the state before it remains the newest. With `last` the shard
+        answers no request afterwards.
         """
         if self._own_state is None or self.shard.layout is None:
             return
         try:
             self._own_state.save(self.shard.last_snapshot() if last else self.shard.snapshot())
-        except Exception:  # whatever it is, the shard goes on serving
+        except Exception:  # the shard continues after any failure to write
             _LOG.exception('no state written')
 
     def stop(self) -> None:
-        """Stops serving; waits a bounded time for clients that are still connected."""
-        # Flight's shutdown waits for every stream to end, for ever if a client hangs.
+        """Stops the server; waits a bounded time for connected clients."""
+        # Flight's shutdown waits for all streams to end, without a bound.
         thread = threading.Thread(target=self._server.shutdown, daemon=True)
         thread.start()
         thread.join(_STOP_SECONDS)
@@ -330,34 +414,32 @@ def load_config(path: str) -> ParameterServerConfig:
     """Reads a configuration written as `dataclasses.asdict`.
 
     Raises:
-      ServerStartError: the file cannot be read or holds an unknown or wrong value.
+      ServerStartError: the file is unreadable, or a value is unknown or invalid.
     """
     try:
-        with open(path) as file:
-            return ParameterServerConfig(**json.load(file))
+        return ParameterServerConfig(**parse_object(pathlib.Path(path).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         names = ', '.join(field.name for field in dataclasses.fields(ParameterServerConfig))
         raise ServerStartError(f'bad --config {path}: {error}; its fields are {names}') from error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serves one shard until SIGTERM ends the process; returns only a failure's exit code."""
+    """Runs one shard until SIGTERM or SIGHUP; returns only the exit code of a failed start."""
     options = _parse(arguments)
     stopped: list[int] = []
-    if options.state_dir:
-        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-    else:
-        # At once: a regular exit would wait for the streams of live clients.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which decides.
+    for number in end_signals():
+        if options.state_dir:
+            signal.signal(number, lambda number, _: stopped.append(number))
+        else:
+            # Exits at once, because a regular exit would wait for the streams of live clients.
+            signal.signal(number, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     try:
         server = _start(options)
     except (ServerStartError, ValueError, OSError) as error:
         print(f'parameter server: {error}', file=sys.stderr, flush=True)
         return 2
     if options.ready_file:
-        from infra.process import announce_ready
-
         announce_ready(options.ready_file, server.port)
     print(f'parameter shard {options.shard} serves on {server.address}', flush=True)
     _keep(server, options.state_period_seconds, stopped)
@@ -365,10 +447,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]) -> None:
-    """Has the state written once a period, and when a signal came, upon which it returns."""
-    due = 0.0  # the first one as soon as there are parameters
+    """Writes the state once per period, and a last time after a signal, then returns."""
+    due = 0.0  # the first as soon as the shard has parameters
     while not stopped:
-        # Not `pause`: another thread may take the signal, and then nothing wakes this one.
+        # Polls, because another thread may take the signal and `pause` would not return.
         time.sleep(_WAKE_SECONDS)
         if time.monotonic() >= due and server.shard.layout is not None:
             server.keep_state()
@@ -377,14 +459,17 @@ def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument('--config', required=True, help='JSON file: ParameterServerConfig')
-    parser.add_argument('--shard', required=True, type=int, help='index of this shard, from 0')
-    parser.add_argument('--port', type=int, default=0, help='0: any free port')
-    parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
+    parser.add_argument('--shard', required=True, type=integer, help='index of this shard, from 0')
+    parser.add_argument('--port', type=integer, default=0, help='0: any free port')
+    parser.add_argument('--ready_file', help='written with {"port", "pid"} when it is ready')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on')
+    parser.add_argument(
+        '--checkpoint_root', help='directory below which clients may have checkpoints written'
+    )
     add_state_flags(parser, '--restore', 'checkpoint directory to start from', _STATE_SECONDS)
-    parser.add_argument('--tls_certificate', help='PEM, for the name that clients call it by')
+    parser.add_argument('--tls_certificate', help='PEM, for the host name that clients use')
     parser.add_argument('--tls_key', help="PEM, the certificate's")
     options = parser.parse_args(arguments)
     if bool(options.tls_certificate) != bool(options.tls_key):
@@ -393,7 +478,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _start(options: argparse.Namespace) -> ParameterServer:
-    # What can be wrong is looked at first: importing TensorFlow takes seconds.
+    # Checks the input first, because importing TensorFlow takes seconds.
     config = load_config(options.config)
     _check_port(options.host, options.port)
     tls = None
@@ -407,8 +492,17 @@ def _start(options: argparse.Namespace) -> ParameterServer:
     if options.restore:
         state = checkpoint.read_state(options.restore, *place)
     if options.state_dir:
-        own_state = OwnState(options.state_dir, *place)  # held until this process ends
-    return ParameterServer(config, options.shard, options.host, options.port, state, own_state, tls)
+        own_state = OwnState(options.state_dir, *place)  # locked until this process ends
+    return ParameterServer(
+        config,
+        options.shard,
+        options.host,
+        options.port,
+        state,
+        own_state,
+        tls,
+        options.checkpoint_root,
+    )
 
 
 def _check_port(host: str, port: int) -> None:
@@ -429,7 +523,7 @@ def _cannot_listen(host: str, port: int) -> ServerStartError:
 def _configure_tensorflow() -> None:
     import tensorflow as tf
 
-    # A shard computes one fused kernel at a time; its parallelism is the number of shards.
+    # A shard runs one fused kernel at a time; more shards give more parallelism.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.set_visible_devices([], 'GPU')
@@ -450,7 +544,7 @@ def _check_place(shard: Shard, header: dict[str, Any]) -> None:
 
 
 def _open_segment(shard: Shard, header: dict[str, Any], size: int) -> Segment | None:
-    """Returns the client's segment, None when it has none that this process can map."""
+    """Maps the client's segment; returns None if it has none that this process can map."""
     offer = header.get('segment')
     if not offer or not shard.config.shared_memory or offer['host'] != host_identity():
         return None
@@ -469,9 +563,8 @@ def _error_reply(error: Exception) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    from infra.process import exit_with_launcher
-
-    # First: the launcher may die while TensorFlow is being imported.
+    protect_output()
+    # Before the slow import of TensorFlow, during which the launcher may die.
     exit_with_launcher()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(message)s')

@@ -1,7 +1,7 @@
 """Shared memory between a client and a shard on one host: gradient in, parameters and target out.
 
-The client makes a file in /dev/shm, the shard maps it, and the client unlinks it at once: the
-memory lives as long as the two mappings, and nothing is left behind when either is killed.
+The client creates a file in /dev/shm, the shard maps it, and the client unlinks it at once. The
+memory lives as long as the two mappings, so a killed process leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ELEMENT_BYTES = np.dtype(np.float32).itemsize
 
 
 def host_identity() -> str | None:
-    """Returns what tells this running machine from others, None where the kernel does not say."""
+    """Returns the boot ID of this machine, or None if the kernel provides none."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()
@@ -31,22 +31,22 @@ def host_identity() -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name can only mean this machine."""
+    """Whether a host name always denotes this machine."""
     return _LOOPBACK.fullmatch(host) is not None
 
 
 class Segment:
-    """Three float32 vectors in memory that two processes share, or that one keeps to itself.
+    """Three float32 vectors in memory that two processes share, or that one keeps private.
 
     Attributes:
-      name: of the file, None for private memory.
+      name: of the file; None for private memory.
       tensors: float32 [size] by name: `GRADIENT`, written by the client, `PARAMETERS` and `TARGET`,
         written by the shard.
     """
 
     def __init__(self, memory: mmap.mmap, size: int, name: str | None = None) -> None:
         self.name = name
-        # Each starts on a page of its own: TensorFlow wants aligned memory.
+        # Each vector starts on a page boundary, because TensorFlow needs aligned memory.
         self.tensors = {
             tensor: np.frombuffer(memory, np.float32, size, region * _region_bytes(size))
             for region, tensor in enumerate(_TENSORS)
@@ -54,21 +54,21 @@ class Segment:
 
     @classmethod
     def private(cls, size: int) -> Segment:
-        """Returns memory that only this process sees, for a client on another host."""
+        """Allocates memory private to this process, for a client on another host."""
         return cls(mmap.mmap(-1, _segment_bytes(size)), size)
 
     @classmethod
     def create(cls, size: int) -> Segment:
-        """Makes the file; the caller must `unlink` it.
+        """Creates the file; the caller must `unlink` it.
 
         Raises:
-          OSError: there is no /dev/shm, or it is full.
+          OSError: /dev/shm does not exist or is full.
         """
         name = f'gorila-{uuid.uuid4().hex}'
         path = os.path.join(_DIRECTORY, name)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # Without its blocks reserved, a full /dev/shm would be a SIGBUS at the first write.
+            # Reserves the blocks, because writing to a full /dev/shm raises SIGBUS.
             os.posix_fallocate(descriptor, 0, _segment_bytes(size))
             return cls(mmap.mmap(descriptor, _segment_bytes(size)), size, name)
         except BaseException:
@@ -79,11 +79,11 @@ class Segment:
 
     @classmethod
     def open(cls, name: str, size: int) -> Segment:
-        """Maps the file another process made.
+        """Maps a file that another process created.
 
         Raises:
-          ValueError: the name, owner or length is not that of such a file.
-          OSError: there is no such file here.
+          ValueError: the name, owner or length of the file is wrong.
+          OSError: the file does not exist here.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f'{name!r} is not the name of a shared segment')
@@ -98,7 +98,7 @@ class Segment:
             os.close(descriptor)
 
     def unlink(self) -> None:
-        """Removes the file's name; the memory stays while it is mapped."""
+        """Removes the file's name; the memory lives while it is mapped."""
         if self.name is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(_DIRECTORY, self.name))

@@ -1,1 +1,1 @@
-"""Replay: transitions in from the actors' environments, batches of transitions out to learners."""
+"""Replay: agent steps of the actors in, batches of transitions for the learners out."""

@@ -2,8 +2,8 @@
 
     rows t-stack+1 .. t+n  ->  item for step t
 
-One Reverb writer serves up to eight environments, a column each: a stream and its thread cost more
-than the frames they carry. Every row is sent once; neighbouring items share it.
+One Reverb writer takes up to eight environments, one column each, because a stream and its thread
+cost more than the frames they carry. The writer sends every row once; neighbouring items share it.
 """
 
 import collections
@@ -19,20 +19,20 @@ from infra.replay.priorities import priority_of
 from infra.replay.status import require_spec
 from infra.replay.trajectory import Steps, TrajectorySpec, pack_rows
 
-# Rows compressed together. Longer chunks share more of Reverb's cost per chunk, but a sampled
-# window carries whole chunks over the wire (see benchmark_replay.py for the figures).
+# Rows compressed together. Longer chunks reduce Reverb's cost per row, but a sampled window
+# transfers whole chunks (figures in benchmark_replay.py).
 CHUNK_LENGTH = 4
-# Reverb complains in the log from 50 unconfirmed items of a writer on; eight environments leave
-# room for a chunk of each, which is only sent when it is full, and for some on the way.
+# Reverb logs a warning from 50 unconfirmed items of a writer on. The limit leaves eight
+# environments room for one unsent chunk each, and for some items in flight.
 WRITER_ENVIRONMENTS = 8
 MAX_WRITER_ITEMS = 49
-_SLICE_SECONDS = 0.2  # how late a stop request may be noticed
-_PROBE_SECONDS = 2  # whole seconds are all that Reverb's client takes
+_SLICE_SECONDS = 0.2  # longest delay until a stop request is noticed
+_PROBE_SECONDS = 2  # Reverb's client takes whole seconds only
 _CLOSE_SECONDS = 2.0
 
 
 _Ends = tuple[np.ndarray, np.ndarray]
-"""Of a step: truncated bool[E], the episode was cut behind it; ended bool[E]."""
+"""Of a step: truncated bool[E], the episode was cut after it; ended bool[E]."""
 
 
 def never() -> bool:
@@ -41,30 +41,30 @@ def never() -> bool:
 
 
 class _Stream:
-    """The rows of a few environments on their way to a shard, through one Reverb writer."""
+    """Sends the rows of a few environments to a shard through one Reverb writer."""
 
     def __init__(
         self, address: str, spec: TrajectorySpec, num_environments: int, max_in_flight: int
     ):
-        """Opens nothing yet."""
+        """Opens no connection yet."""
         import reverb
 
         self._address = address
         self._client = reverb.Client(address)
         self._spec = spec
         self._columns = [str(e) for e in range(num_environments)]
-        unsendable = (CHUNK_LENGTH - 1) * num_environments  # before a chunk is full
+        unsendable = (CHUNK_LENGTH - 1) * num_environments  # rows of chunks that are not full
         self._room = max(min(max_in_flight, MAX_WRITER_ITEMS) - num_environments, unsendable)
-        # What a fresh writer needs to go on in mid-stream; zeros stand before the stream.
+        # Rows that a new writer needs to continue in mid-stream; zeros precede the stream.
         before = np.zeros((num_environments, spec.row_bytes), np.uint8)
         self._recent = collections.deque([before] * (spec.frame_stack - 1), maxlen=spec.window)
-        # Of the last rows, which were cut behind, and which ended their episode.
+        # The last rows' flags: cut after the row, and end of the episode.
         self._ends: collections.deque[_Ends] = collections.deque(maxlen=spec.n_step + 1)
         self._writer: Any = None
         self.items = 0
 
     def wait_for_room(self, timeout_seconds: float) -> None:
-        """Returns once a step may be added; raises whatever Reverb raises."""
+        """Waits until the writer accepts a step; raises what Reverb raises."""
         if self._writer is None:
             self._writer = self._open()
         self._writer.flush(self._room, timeout_ms=max(1, int(1000 * timeout_seconds)))
@@ -72,7 +72,7 @@ class _Stream:
     def add(self, rows: np.ndarray, first: np.ndarray, ends: _Ends, priority: np.ndarray) -> None:
         """Appends rows uint8[E, row_bytes] and creates the items they complete."""
         self._recent.append(rows)
-        if self._ends:  # an episode that begins without an end before it was given up there
+        if self._ends:  # an episode that starts without an end before it cuts the previous one
             truncated, ended = self._ends.pop()
             self._ends.append((truncated | (first & ~ended), ended))
         self._ends.append(ends)
@@ -80,27 +80,27 @@ class _Stream:
             self._writer.append(self._by_column(rows))
             if len(self._ends) == self._spec.n_step + 1:
                 self._create_items(priority)
-        except Exception:  # Reverb raises whatever ended its stream: the next wait reconnects
+        except Exception:  # Reverb's stream broke; the next wait reconnects
             self.abandon()
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Whether every item was confirmed within the time."""
+        """Waits for confirmation of every item; false if the time ends first."""
         if self._writer is None:
             return not self.items
         try:
             self._writer.flush(timeout_ms=max(1, int(1000 * timeout_seconds)))
-        except Exception:  # closed limiter or dead shard: either way not confirmed
+        except Exception:  # closed limiter or dead shard, so not confirmed
             return False
         return True
 
     def abandon(self) -> None:
-        """Gives the writer up without a flush, which could wait for ever."""
+        """Closes the writer without a flush, which could wait for ever."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
 
     def _open(self) -> Any:
-        """A writer that knows the recent rows, so that a stream goes on where it was."""
+        """Opens a writer and sends it the recent rows, so that the stream continues."""
         info = self._client.server_info(timeout=_PROBE_SECONDS)  # else the writer waits for ever
         require_spec(info, self._spec, self._address)
         keep = self._spec.window + CHUNK_LENGTH
@@ -115,7 +115,7 @@ class _Stream:
         return dict(zip(self._columns, rows, strict=True))
 
     def _create_items(self, priority: np.ndarray) -> None:
-        """One window per environment, ending with the newest row."""
+        """Creates one item per environment, whose window ends with the newest row."""
         history = self._writer.history
         cut = _has_no_bootstrap(list(self._ends)[:-1])  # steps t .. t+n-1
         for e, column in enumerate(self._columns):
@@ -129,8 +129,8 @@ class _Stream:
 class Adder:
     """Writes the streams of E environments to one shard; use it in a `with`.
 
-    Memory is bounded: `add` waits while too many windows are unconfirmed. A shard that dies and
-    comes back on the same address is found again, and what was in flight is sent again.
+    Memory is bounded, because `add` waits while too many windows are unconfirmed. If a shard dies
+    and restarts on the same address, the adder reconnects and sends unconfirmed rows again.
     """
 
     def __init__(
@@ -142,16 +142,16 @@ class Adder:
         timeout_seconds: float = 60.0,
         should_stop: Callable[[], bool] = never,
     ):
-        """Connects lazily: the first `add` finds out whether the shard is there.
+        """Opens no connection; the first `add` connects to the shard.
 
         Args:
           address: host:port of the shard.
           spec: shape of rows and windows.
           num_environments: E, environments per `add`.
-          max_in_flight_items: windows of up to eight environments not yet confirmed; at least one
-            chunk of each environment is always allowed.
+          max_in_flight_items: bound of unconfirmed windows of up to eight environments; one chunk
+            of each environment is always allowed.
           timeout_seconds: longest wait of one `add`.
-          should_stop: asked every 0.2 s during a wait.
+          should_stop: checked every 0.2 s during a wait.
         """
         import reverb
 
@@ -178,26 +178,26 @@ class Adder:
 
     @property
     def items(self) -> int:
-        """Windows handed to Reverb so far."""
+        """Number of windows passed to Reverb so far."""
         return sum(stream.items for stream in self._streams)
 
     def add(self, steps: Steps, truncated: np.ndarray, error: np.ndarray | None = None) -> bool:
         """Adds one agent step of every environment, oldest first and without gaps.
 
         Args:
-          steps: what the agents saw, did and got, of E environments.
-          truncated: bool[E], the episode was cut behind the step, without an end. A step whose
-            `first` follows neither an end nor a cut cuts the episode before it, too.
-          error: float[E], absolute or signed, of the transitions that these rows complete: those
-            of n steps before; None: they get the priority 1, the largest error that a clipped
-            reward of one step makes where nothing is learned yet.
+          steps: observations, actions, rewards and flags of E environments.
+          truncated: bool[E], the episode was cut after the step, without an end. A step with
+            `first` after neither an end nor a cut also cuts the episode before it.
+          error: float[E], absolute or signed, of the transitions that these rows complete, which
+            started n steps before. None sets priority 1, the largest error that one step's clipped
+            reward causes before any learning.
 
         Returns:
-          True; or False when `should_stop` ended the wait: then nothing was added.
+          True, or False if `should_stop` ended the wait and no row was added.
 
         Raises:
-          ReplayTimeout: the limiter stayed closed for `timeout_seconds`; nothing was added.
-          ReplayUnavailable: the shard did not answer for `timeout_seconds`; nothing was added.
+          ReplayTimeout: the limiter stays closed for `timeout_seconds`; no row is added.
+          ReplayUnavailable: the shard is unreachable for `timeout_seconds`; no row is added.
           ReplaySpecMismatch: the shard stores windows of another shape.
           ValueError: the arrays do not fit the spec.
         """
@@ -214,7 +214,10 @@ class Adder:
         return True
 
     def _priority(self, error: np.ndarray | None) -> np.ndarray:
-        """Of the items that a step completes, float64[E]; one that is not finite would be lost."""
+        """Priorities float64[E] of the items that a step completes.
+
+        Replaces values that are not finite, because such items would be lost.
+        """
         initial = np.ones(self._num_environments)
         if error is None:
             return initial
@@ -222,19 +225,19 @@ class Adder:
         return np.where(np.isfinite(priority), priority, initial)
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
-        """Waits until every window is confirmed; whether it was, within the time."""
+        """Waits until every window is confirmed; false if the time ends first."""
         timeout = self._timeout if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + timeout
         return all(stream.flush(deadline - time.monotonic()) for stream in self._streams)
 
     def close(self) -> None:
-        """Sends what is left, as far as that takes no longer than two seconds; idempotent."""
+        """Sends remaining rows for at most two seconds; repeated calls have no effect."""
         self.flush(_CLOSE_SECONDS)
         for stream in self._streams:
             stream.abandon()
 
     def _wait_for_room(self) -> bool:
-        """Waits until every stream takes a step; False: asked to stop."""
+        """Waits until every stream accepts a step; False if `should_stop` ends the wait."""
         deadline = time.monotonic() + self._timeout
         waiting = list(self._streams)
         while True:
@@ -245,7 +248,7 @@ class Adder:
                 return True
             except ReplaySpecMismatch:
                 raise
-            except Exception as caught:  # DeadlineExceededError, or what ended the stream
+            except Exception as caught:  # DeadlineExceededError, or a broken stream
                 error = caught
             if self._should_stop():
                 return False
@@ -256,11 +259,11 @@ class Adder:
                 time.sleep(_SLICE_SECONDS)
 
     def _raise_for(self, error: Exception) -> None:
-        """Tells a closed limiter from a dead shard."""
+        """Raises ReplayTimeout for a closed limiter and ReplayUnavailable for a dead shard."""
         waited = f'for {self._timeout:g} s'
         try:
             info = self._client.server_info(timeout=_PROBE_SECONDS)[EXPERIENCE_TABLE]
-        except Exception:  # no answer, or an answer without our table
+        except Exception:  # no reply, or a reply without our table
             raise ReplayUnavailable(
                 f'replay shard {self._address} has not answered {waited}: is it running?'
             ) from error
@@ -271,9 +274,9 @@ class Adder:
 
 
 def _has_no_bootstrap(ends: Sequence[_Ends]) -> np.ndarray:
-    """Which environments' n steps were cut before an end.
+    """Which environments' n steps were cut before an end, bool[E].
 
-    What the agent would have seen next is not known, so such a window is no transition.
+    Their next observation is unknown, so such a window is not a transition.
     """
     cut = np.zeros_like(ends[0][0])
     going_on = ~cut

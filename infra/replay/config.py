@@ -1,4 +1,4 @@
-"""Configuration of the replay: plain data in, per-shard figures out, no behaviour."""
+"""Configuration of the replay: totals over all shards in, figures per shard out."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ REPLAY_MODES = ('local', 'global')
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """Size, sharing and pace of the replay memory. Sizes are totals over all shards."""
+    """Size, sharing and rate limits of the replay. Sizes are totals over all shards."""
 
     num_replay_shards: int = described(1, 'replay servers (paper: one per bundle)')
     replay_mode: str = described(
@@ -28,7 +28,9 @@ class ReplayConfig:
         ' (Mnih et al. 2015: 50,000)',
     )
     agent_steps_per_update: float = described(
-        4.0, 'agent steps of all actors per update of all learners (Mnih et al. 2015); 0: no ratio'
+        4.0,
+        'agent steps of all actors per batch that the learners draw, whether its gradient is'
+        ' applied or not (Mnih et al. 2015); 0: no ratio',
     )
     sample_insert_tolerance: float = described(
         2_000.0,
@@ -51,7 +53,7 @@ class ReplayConfig:
         """Checks every value.
 
         Raises:
-          ValueError: naming the field, its value and the remedy.
+          ValueError: a value is out of its range; the message names the field and the remedy.
         """
         require_choice(self, 'replay_mode', REPLAY_MODES)
         require_at_least(
@@ -62,7 +64,7 @@ class ReplayConfig:
             'min_replay_size',
             'max_in_flight_items',
         )
-        require_at_least(self, 0, 'agent_steps_per_update')  # 0: no ratio is kept
+        require_at_least(self, 0, 'agent_steps_per_update')  # 0 disables the ratio
         require_at_least(self, 0, 'priority_exponent')
         require_positive(self, 'sample_insert_tolerance')
         if self.min_replay_size > self.replay_capacity:
@@ -79,35 +81,35 @@ class ReplayConfig:
 
     @property
     def prioritized(self) -> bool:
-        """Whether transitions are drawn by their priorities."""
+        """Whether transitions are sampled by priority."""
         return self.priority_exponent > 0
 
     @property
     def shard_capacity(self) -> int:
-        """Transitions one shard keeps."""
+        """Capacity of one shard, in transitions."""
         return math.ceil(self.replay_capacity / self.num_replay_shards)
 
     @property
     def shard_min_size(self) -> int:
-        """Transitions one shard holds before it is sampled."""
+        """Transitions that one shard holds before sampling starts."""
         return math.ceil(self.min_replay_size / self.num_replay_shards)
 
     def samples_per_insert(self, batch_size: int) -> float:
-        """Times each stored transition is sampled, on average; 0: no ratio is kept."""
+        """Average number of times that each transition is sampled; 0 if there is no ratio."""
         if not self.agent_steps_per_update:
             return 0.0
         return batch_size / self.agent_steps_per_update
 
     def shard_tolerance(self, batch_size: int) -> float:
-        """One shard's share of `sample_insert_tolerance`, at least what lets both sides move.
+        """One shard's share of `sample_insert_tolerance`, raised where it would block both sides.
 
-        A sampler asks for a whole batch and a writer waits until all its items are in, so a buffer
-        below one batch, or below one insert, would block both for ever.
+        A sampler requests a whole batch and a writer waits until all its items are stored. A
+        tolerance below one batch, or below one insert, would block both for ever.
         """
         share = self.sample_insert_tolerance / self.num_replay_shards
         return max(share, 2.0 * batch_size, 2.0 * self.samples_per_insert(batch_size))
 
 
 def shard_of_worker(worker: int, num_shards: int) -> int:
-    """The shard that actor (or, in local mode, learner) number `worker` uses."""
+    """Number of the shard used by actor (in local mode also learner) number `worker`."""
     return worker % num_shards

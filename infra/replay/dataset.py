@@ -4,12 +4,12 @@
     shard 1 -> sampler -> to_transition -> one piece waiting  -> batch, pieces taken in turn
     ...
 
-A thread per shard fetches pieces of a batch; the reader takes from the shards that have one, in
-turn, so a dead, slow or starved shard costs its share of the mixture and nothing else.
+One thread per shard fetches pieces of a batch. The dataset takes pieces in turn from the shards
+that have one, so a dead, slow or starved shard affects only its share of the mixture.
 
-Few samples are under way at any time: one piece at the sampler, one with the thread, one waiting,
-so at most three batches over all shards. More would let a learner train on what the limiter
-counted long ago; less could starve it (a piece takes 5 ms to come, an update tens of them).
+Each shard has one piece at the sampler, one in the thread and one waiting, so at most three batches
+are in flight over all shards. More would let a learner train on samples that the limiter counted
+long before; fewer could starve it (a piece takes 5 ms, an update tens of ms).
 """
 
 import logging
@@ -35,33 +35,33 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 _LOGGER = logging.getLogger(__name__)
-_SLICE_SECONDS = 0.2  # how late a stop request may be noticed
-_RETRY_SECONDS = 1.0  # between two attempts at a shard that refuses
+_SLICE_SECONDS = 0.2  # longest delay until a stop request is noticed
+_RETRY_SECONDS = 1.0  # between two attempts to read a shard
 _JOIN_SECONDS = 5.0
-_PROBE_SECONDS = 1  # whole seconds are all that Reverb's client takes
+_PROBE_SECONDS = 1  # Reverb's client takes whole seconds only
 
 
 class Sample(NamedTuple):
     """A sampled batch; all arrays."""
 
     transition: Transition
-    key: Any  # uint64[B], the item, for a change of its priority at its shard
-    probability: Any  # float64[B], with which it was drawn at its shard
-    table_size: Any  # int64[B], items at its shard then
+    key: Any  # uint64[B], identifies the item at its shard for changes of its priority
+    probability: Any  # float64[B], of drawing the item at its shard
+    table_size: Any  # int64[B], items at its shard when it was drawn
     shard: Any  # int32[B], index into the addresses
 
 
 def piece_size(batch_size: int, num_shards: int) -> int:
-    """Samples fetched from a shard at a time: the largest divisor of a batch within its share."""
+    """Samples per fetch from a shard: the batch's largest divisor within the shard's share."""
     share = max(1, batch_size // num_shards)
     return max(size for size in range(1, share + 1) if batch_size % size == 0)
 
 
 class _ShardReader:
-    """Keeps one piece of a batch from one shard waiting; runs a thread of its own."""
+    """Keeps one piece of a batch from one shard ready, in its own thread."""
 
     def __init__(self, address: str, shard: int, size: int, to_sample: Any, changed: Any):
-        """`changed` is the condition notified when a piece arrives."""
+        """`changed` is the condition to notify when a piece arrives."""
         from tensorflow.python.eager import cancellation
 
         self.shard = shard
@@ -72,28 +72,28 @@ class _ShardReader:
         self._to_sample = to_sample
         self._changed = changed
         self._closed = threading.Event()
-        # The one way out of Reverb's wait for a shard that is gone; TensorFlow has no public name
-        # for it, and pins its version exactly.
+        # The only way to interrupt Reverb's wait for a dead shard. TensorFlow has no public name
+        # for it, but requirements.txt pins the version.
         self._cancellation = cancellation.CancellationManager()
         self._thread = threading.Thread(target=self._run, name=f'replay_{shard}', daemon=True)
         self._thread.start()
 
     def take(self) -> Sample:
-        """The waiting piece; the next is fetched. Called with `changed` held."""
+        """Returns the waiting piece and fetches the next. Called with `changed` held."""
         assert self.piece is not None
         piece, self.piece = self.piece, None
         self._changed.notify_all()
         return piece
 
     def close(self) -> None:
-        """Ends the thread's wait, without waiting for the thread."""
+        """Asks the thread to end, without waiting for it."""
         self._closed.set()
         self._cancellation.start_cancel()
         with self._changed:
             self._changed.notify_all()
 
     def join(self) -> None:
-        """Waits for the thread, not without bound."""
+        """Waits a bounded time for the thread."""
         self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
@@ -105,7 +105,7 @@ class _ShardReader:
                     self.mismatch = error
                     self._changed.notify_all()
                 return
-            except Exception as error:  # Reverb raises many kinds; none may end the reader
+            except Exception as error:  # Reverb raises many types; none may end the reader
                 if not self._closed.is_set():
                     _LOGGER.warning('replay shard %s: %s; trying again', self._address, error)
             self._closed.wait(_RETRY_SECONDS)
@@ -120,7 +120,7 @@ class _ShardReader:
                 self._changed.notify_all()
 
     def _open(self) -> Callable[[], Sample]:
-        """A function that waits for the next piece; `close` interrupts it."""
+        """Returns a function that waits for the next piece; `close` interrupts it."""
         import reverb
         import tensorflow as tf
 
@@ -131,7 +131,7 @@ class _ShardReader:
             table=EXPERIENCE_TABLE,
             dtypes={'rows': tf.uint8},
             shapes={'rows': tf.TensorShape(self._to_sample.rows_shape)},
-            # With one worker the next request leaves when these are taken: no more are under way.
+            # With one worker Reverb requests the next samples only after these are taken.
             max_in_flight_samples_per_worker=self._size,
             num_workers_per_iterator=1,
         ).batch(self._size, drop_remainder=True)
@@ -142,7 +142,7 @@ class _ShardReader:
 
 
 class _ToSample:
-    """Turns what Reverb yields into a Sample; in graph."""
+    """Converts Reverb's samples to a Sample, in a graph."""
 
     def __init__(self, spec: TrajectorySpec, gamma: float):
         self.spec = spec
@@ -163,7 +163,7 @@ class _ToSample:
 
 
 def _single_threaded() -> 'tf.data.Options':
-    """Options of a pipeline that leaves the process's threads alone."""
+    """Options of a pipeline that does not use the process's shared threads."""
     import tensorflow as tf
 
     options = tf.data.Options()
@@ -176,7 +176,7 @@ def _single_threaded() -> 'tf.data.Options':
 class ReplayDataset:
     """An endless iterator over batches from all shards; use it in a `with`, from one thread.
 
-    Iteration ends only when `should_stop` says so, or after `close`.
+    Iteration ends when `should_stop` returns true, or after `close`.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ReplayDataset:
             _ShardReader(address, shard, size, to_sample, self._changed)
             for shard, address in enumerate(addresses)
         ]
-        self._partial: list[Sample] = []  # pieces of a batch whose wait was given up
+        self._partial: list[Sample] = []  # pieces of a batch whose wait timed out
 
     def __enter__(self) -> 'ReplayDataset':
         return self
@@ -212,13 +212,13 @@ class ReplayDataset:
         return self
 
     def __next__(self) -> Sample:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-          StopIteration: `should_stop` said so, or the dataset is closed.
-          ReplayTimeout: shards answer but none gave a sample for `timeout_seconds`: too few
-            transitions, or the actors are behind. Calling again goes on where this stopped.
-          ReplayUnavailable: likewise, and no shard answers.
+          StopIteration: `should_stop` returns true, or the dataset is closed.
+          ReplayTimeout: shards are reachable but deliver no sample for `timeout_seconds`, because
+            they hold too few transitions or the actors are behind. The next call continues.
+          ReplayUnavailable: no shard is reachable for `timeout_seconds`.
           ReplaySpecMismatch: a shard stores windows of another shape.
         """
         while len(self._partial) < self._pieces:
@@ -227,7 +227,7 @@ class ReplayDataset:
         return _concatenated(pieces)
 
     def close(self) -> None:
-        """Ends the threads; idempotent."""
+        """Ends the threads; repeated calls have no effect."""
         self._closed = True
         for reader in self._readers:
             reader.close()
@@ -255,7 +255,7 @@ class ReplayDataset:
         raise self._starved()
 
     def _ready(self) -> _ShardReader | None:
-        """The first shard in turn that has a piece waiting."""
+        """The next shard in turn with a waiting piece, None if there is none."""
         for i in range(len(self._readers)):
             reader = self._readers[(self._next_shard + i) % len(self._readers)]
             if reader.piece is not None:
@@ -263,7 +263,7 @@ class ReplayDataset:
         return None
 
     def _starved(self) -> ReplayError:
-        """The error that says why there is no sample."""
+        """The error that names the reason for the missing sample."""
         import reverb
 
         sizes = {}
@@ -271,7 +271,7 @@ class ReplayDataset:
             try:
                 info = reverb.Client(address).server_info(timeout=_PROBE_SECONDS)
                 sizes[address] = info[EXPERIENCE_TABLE].current_size
-            except Exception:  # no answer, or no such table
+            except Exception:  # no reply, or no such table
                 continue
         waited = f'for {self._timeout:g} s'
         if not sizes:
@@ -305,18 +305,20 @@ def sample_dataset(
     timeout_seconds: float = 60.0,
     should_stop: Callable[[], bool] = _never,
 ) -> ReplayDataset:
-    """Batches of `batch_size` transitions, drawn at each of the shards as its table says.
+    """Opens a dataset of batches of `batch_size` transitions from the given shards.
+
+    Each shard's table samples uniformly or by priority, as it is configured.
 
     Args:
       addresses: host:port of the shards; one in local mode.
-      spec: of the trajectories stored there.
+      spec: of the stored trajectories.
       batch_size: B.
       gamma: discount per agent step.
       timeout_seconds: longest wait for a piece of a batch.
-      should_stop: asked every 0.2 s during a wait.
+      should_stop: checked every 0.2 s during a wait.
 
     Raises:
-      ValueError: no address, or an empty batch.
+      ValueError: `addresses` is empty, or `batch_size` is below 1.
     """
     if not addresses or batch_size < 1:
         raise ValueError(f'{len(addresses)} addresses, batch size {batch_size}: both must be >= 1')

@@ -1,4 +1,4 @@
-"""What goes wrong between a worker and a replay shard."""
+"""Errors between a worker and a replay shard."""
 
 
 class ReplayError(RuntimeError):
@@ -6,12 +6,12 @@ class ReplayError(RuntimeError):
 
 
 class ReplaySpecMismatch(ValueError):
-    """The shard stores windows of another shape; no wait will change that."""
+    """The shard stores windows of another shape; waiting does not help."""
 
 
 class ReplayTimeout(ReplayError):
-    """The shard answers, but its rate limiter stayed closed for the whole wait."""
+    """The shard is reachable, but its rate limiter stayed closed for the whole wait."""
 
 
 class ReplayUnavailable(ReplayError):
-    """The shard did not answer for the whole wait."""
+    """The shard was unreachable for the whole wait."""

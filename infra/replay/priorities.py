@@ -1,9 +1,9 @@
-"""Priorities: errors of sampled transitions in, changes at the shards they were drawn from out.
+"""Priorities: errors of sampled transitions in, updates to the shards that hold them out.
 
-    learner -> update(key, shard, priority) -> one pending table a shard -> one message a flush
+    learner -> update(key, shard, error) -> pending changes per shard -> one message per flush
 
-A thread per shard sends what has come together; the learner only writes to memory. A shard that is
-away or hangs loses changes, which are counted, and holds nobody up.
+The learner only writes to memory; one thread per shard sends pending changes. Changes for an
+unreachable shard are dropped and counted, and delay no other shard.
 """
 
 import logging
@@ -17,26 +17,26 @@ import numpy as np
 from infra.replay.config import EXPERIENCE_TABLE
 
 PRIORITY_FLOOR = 1e-6
-"""Added to every error, so that no transition is lost to sampling (Schaul et al. 2016, 3.3)."""
+"""Added to every error, so that every transition can be sampled (Schaul et al. 2016, 3.3)."""
 
 _LOGGER = logging.getLogger(__name__)
-_FLUSH_SECONDS = 0.1  # some updates; a message costs 0.1 ms and as much again for 400 changes
+_FLUSH_SECONDS = 0.1  # a few updates; a message costs 0.1 ms, plus 0.1 ms per 400 changes
 _RETRY_SECONDS = 1.0
-_MAX_PENDING = 100_000  # of a shard; some 10 MB
+_MAX_PENDING = 100_000  # per shard, some 10 MB
 _CLOSE_SECONDS = 2.0
 
 
 def priority_of(error: np.ndarray) -> np.ndarray:
-    """The priority float64 of an error, whose absolute value counts."""
+    """The priority, float64, of an absolute or signed error."""
     return np.abs(error).astype(np.float64) + PRIORITY_FLOOR
 
 
 def importance_weights(probability: np.ndarray, shard: np.ndarray, exponent: float) -> np.ndarray:
-    """Weights float32 [B] that undo, as far as `exponent` says, the bias of drawing by priorities.
+    """Weights float32 [B] that correct the bias of prioritized sampling; `exponent` is beta.
 
-    (N P)^-beta, divided by the largest of the batch (Schaul et al. 2016, section 3.4). P is the
-    share of the batch that came from an item's shard times its `probability` [B] there; N, the
-    number of all items, cancels out.
+    They are (N P)^-beta, divided by the batch's largest (Schaul et al. 2016, section 3.4). P is the
+    fraction of the batch that came from the item's shard times the item's `probability` [B] there.
+    N, the number of all items, cancels out.
     """
     share = np.bincount(shard)[shard] / len(shard)
     weights = (share * probability) ** -exponent
@@ -44,7 +44,7 @@ def importance_weights(probability: np.ndarray, shard: np.ndarray, exponent: flo
 
 
 class _ShardChanges:
-    """Changes on their way to one shard; runs a thread of its own."""
+    """Sends changes of priorities to one shard, in its own thread."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -56,7 +56,7 @@ class _ShardChanges:
         self._thread.start()
 
     def add(self, changes: dict[int, float]) -> None:
-        """Takes changes; a later one of the same item replaces an earlier one."""
+        """Queues changes; a later change of an item replaces an earlier one."""
         with self._lock:
             self._pending.update(changes)
             excess = len(self._pending) - _MAX_PENDING
@@ -66,11 +66,11 @@ class _ShardChanges:
                 self.dropped += excess
 
     def close(self) -> None:
-        """Asks for the last message, without waiting for it."""
+        """Asks the thread to send the last message and end, without waiting for it."""
         self._closed.set()
 
     def join(self, timeout_seconds: float) -> None:
-        """Waits for the last message, as long as the time at most."""
+        """Waits for the last message, for at most `timeout_seconds`."""
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
@@ -90,7 +90,7 @@ class _ShardChanges:
             return
         try:
             client.mutate_priorities(EXPERIENCE_TABLE, updates=changes)
-        except Exception as error:  # Reverb raises many kinds; a shard that restarts is not an end
+        except Exception as error:  # Reverb raises many types, such as when a shard restarts
             with self._lock:
                 self.dropped += len(changes)
             _LOGGER.warning('replay shard %s took no priorities: %s', self._address, error)
@@ -98,10 +98,10 @@ class _ShardChanges:
 
 
 class PriorityWriter:
-    """Changes priorities of sampled transitions; use it in a `with`, from one thread."""
+    """Updates priorities of sampled transitions; use it in a `with`, from one thread."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
-        """`addresses` are those of the dataset whose samples will be told, in its order."""
+        """`addresses` are those of the dataset that yields the samples, in the same order."""
         self._shards = [_ShardChanges(address) for address in addresses]
 
     def __enter__(self) -> 'PriorityWriter':
@@ -112,18 +112,18 @@ class PriorityWriter:
 
     @property
     def dropped(self) -> int:
-        """Changes given up so far, because their shard did not take them."""
+        """Number of changes dropped so far, because their shard did not accept them in time."""
         return sum(shard.dropped for shard in self._shards)
 
     def update(self, key: np.ndarray, shard: np.ndarray, error: np.ndarray) -> None:
-        """Gives sampled transitions the priority of their error; never blocks.
+        """Sets the priorities of sampled transitions from their errors; never blocks.
 
-        Items that a shard no longer holds are ignored by it. Errors that are not finite are left
-        out: Reverb refuses a message with one.
+        A shard ignores items that it no longer holds. Errors that are not finite are skipped,
+        because Reverb refuses a message that has one.
 
         Args:
           key: uint64 [B], of the items.
-          shard: int32 [B], index of the shard that each came from.
+          shard: int32 [B], index of each item's shard.
           error: float [B], absolute or signed.
         """
         priority = priority_of(error)
@@ -133,7 +133,7 @@ class PriorityWriter:
             self._shards[index].add(dict(zip(key[rows].tolist(), priority[rows].tolist())))
 
     def close(self) -> None:
-        """Sends what is left, as far as that takes no longer than two seconds; idempotent."""
+        """Sends pending changes for at most two seconds; repeated calls have no effect."""
         for shard in self._shards:
             shard.close()
         deadline = time.monotonic() + _CLOSE_SECONDS

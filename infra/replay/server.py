@@ -1,8 +1,8 @@
-"""A replay shard: configuration in, one Reverb server out, with the tables of its shard number.
+"""A replay shard: configuration in, one Reverb server with the tables of its shard number out.
 
-Run as `python -m infra.replay.server --config FILE --shard I --port N --ready_file F`. Tables:
-`experience` (uniform or prioritized sampling, oldest out first) and, on shard 0, the queue
-`telemetry`.
+Run as `python -m infra.replay.server --config FILE --shard I --port N --ready_file F`. The table
+`experience` samples uniformly or by priority and evicts the oldest transition. Shard 0 also has the
+queue `telemetry`.
 """
 
 import argparse
@@ -12,28 +12,34 @@ import functools
 import glob
 import json
 import os
+import pathlib
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from infra import process
 from infra import telemetry as telemetry_lib
-from infra.directories import hold, sync
-from infra.flags import add_state_flags
+from infra.addresses import reach_directly
+from infra.disk import digests, hold, remove_leftovers, sync, write_atomically
+from infra.flags import Parser, add_state_flags, integer
+from infra.output import protect_output
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.errors import ReplayUnavailable
 from infra.replay.trajectory import TrajectorySpec
+from infra.sealed import parse_object, seal, unseal
 
 if TYPE_CHECKING:
     import reverb
 
 _DONE_FILE = 'DONE'  # Reverb writes it last
 _SIZES_FILE = 'SIZES.json'
+_FILES = 'files'  # in it: [bytes, CRC-32] by name
 _CONFIG_FILE = 'shard.json'  # of a directory with a shard's own state
 _NUMBER_DIGITS = 8
 _DAMAGED = 'damaged-'  # prefix of a checkpoint that could not be read
@@ -41,28 +47,29 @@ _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
 _PORT_ATTEMPTS = 10
 _WAKE_SECONDS = 0.5
 _STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop
-_STATE_SECONDS = 600.0  # a shard answers nobody while it writes; a lost replay fills again
+_STATE_SECONDS = 600.0  # seldom, since a shard blocks while it writes and a lost replay refills
 _SAVE_SECONDS = 600.0
 _LAST_SAVE_SECONDS = 240.0  # supervisors kill after 300 (infra/kubernetes, infra/systemd)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardConfig:
-    """What a shard's configuration file holds (JSON, this class as a dict)."""
+    """Contents of a shard's configuration file (JSON, this class as a dict)."""
 
     replay: ReplayConfig
     trajectory: TrajectorySpec
-    batch_size: int = 32  # transitions in an update: with the ratio gives samples per insert
-    telemetry: bool = True  # shard 0 holds the telemetry queue
-    experience: bool = True  # False: only telemetry (bundled topology on many machines)
+    batch_size: int = 32  # transitions per update; sets samples per insert together with the ratio
+    telemetry: bool = True  # whether shard 0 holds the telemetry queue
+    experience: bool = True  # if false, telemetry only (bundled topology)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> 'ShardConfig':
         """The inverse of `dataclasses.asdict`.
 
         Raises:
-          TypeError: an unknown or missing field.
-          ValueError: a value out of its range.
+          TypeError: a field is unknown.
+          KeyError: `replay` or `trajectory` is missing.
+          ValueError: a value is out of its range.
         """
         nested = {
             'replay': ReplayConfig(**values['replay']),
@@ -72,7 +79,7 @@ class ShardConfig:
 
 
 def rate_limiter(config: ReplayConfig, batch_size: int) -> 'reverb.rate_limiters.RateLimiter':
-    """Sampling starts at the minimum size, then keeps the ratio if there is one."""
+    """Builds a limiter that starts sampling at the minimum size, then keeps the ratio if any."""
     import reverb
 
     samples_per_insert = config.samples_per_insert(batch_size)
@@ -86,7 +93,7 @@ def rate_limiter(config: ReplayConfig, batch_size: int) -> 'reverb.rate_limiters
 
 
 def sampler(config: ReplayConfig) -> Any:
-    """Draws transitions uniformly, or in proportion to priority^exponent (Schaul et al. 2016)."""
+    """Builds a uniform sampler, or one by priority^exponent (Schaul et al. 2016)."""
     import reverb
 
     if config.prioritized:
@@ -95,10 +102,10 @@ def sampler(config: ReplayConfig) -> Any:
 
 
 def build_tables(config: ShardConfig, shard: int) -> list['reverb.Table']:
-    """The tables of shard number `shard`.
+    """Builds the tables of shard number `shard`.
 
     Raises:
-      ValueError: no such shard, or a shard that would hold no table.
+      ValueError: the shard does not exist or would hold no table.
     """
     import reverb
     import tensorflow as tf
@@ -127,14 +134,14 @@ def build_tables(config: ShardConfig, shard: int) -> list['reverb.Table']:
 
 
 def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2) -> list[str]:
-    """Asks every shard to write a checkpoint, side by side; returns their paths, in order.
+    """Makes all shards write checkpoints in parallel and returns their paths, in order.
 
-    Reverb deletes a shard's older checkpoint as soon as the next is written. Where the files can be
-    reached from here they are therefore moved out of its sight, and the last `keep` are kept, so
-    that a run can fall back to the one before. A shard answers no other call while it writes.
+    Reverb deletes a shard's previous checkpoint once it has written the next. This function
+    therefore moves a checkpoint on this host out of Reverb's directory and keeps the last `keep`,
+    so that a run can fall back to an older one. A shard replies to no other call while it writes.
 
     Raises:
-      ReplayUnavailable: a shard did not answer within the time, or could not write.
+      ReplayUnavailable: a shard does not reply within the time, or fails to write.
     """
     paths: list[Any] = [None] * len(addresses)
     written = [False] * len(addresses)
@@ -145,7 +152,7 @@ def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2
         try:
             paths[i] = reverb.Client(addresses[i]).checkpoint()
             written[i] = True
-        except Exception as error:  # whatever Reverb raises, the caller learns which shard it was
+        except Exception as error:  # Reverb raises many types; reported with the shard's address
             paths[i] = error
 
     threads = [
@@ -167,10 +174,10 @@ def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2
 
 
 def _publish(path: str, keep: int) -> str:
-    """Moves a new checkpoint one directory up, beside the ones before; returns its new path.
+    """Moves a new checkpoint up one directory, beside older ones, and returns its new path.
 
-    There it is numbered, since the clock, which Reverb names it by, may be set back; and the sizes
-    of its files are noted, since Reverb takes an empty file for an empty table.
+    Numbers it, since Reverb names it by the clock, which may be set back. Lists its files with
+    checksums, since Reverb takes an empty file for an empty table, and some flipped bits for data.
     """
     incoming, name = os.path.split(path)
     if not os.path.isdir(path) or not os.path.basename(incoming).startswith(_INCOMING):
@@ -179,8 +186,9 @@ def _publish(path: str, keep: int) -> str:
     before = published_checkpoints(parent)
     number = 1 + max((_number(each) for each in before), default=0)
     published = os.path.join(parent, f'{number:08d}-{name}')
-    with open(os.path.join(path, _SIZES_FILE), 'w') as file:
-        json.dump(_sizes(path), file)
+    shutil.copymode(incoming, path)  # Reverb's is 0755, whatever the umask
+    note = pathlib.Path(path, _SIZES_FILE)
+    write_atomically(note, json.dumps(seal({_FILES: digests(path)})))
     sync(path)
     os.rename(path, published)
     sync(published)
@@ -189,25 +197,23 @@ def _publish(path: str, keep: int) -> str:
     return published
 
 
-def _sizes(path: str) -> dict[str, int]:
-    """Bytes of a checkpoint's files, by name."""
-    names = (name for name in os.listdir(path) if name != _SIZES_FILE)
-    return {name: os.path.getsize(os.path.join(path, name)) for name in names}
-
-
 def _number(path: str) -> int:
-    """Of a published checkpoint; 0: it has none."""
+    """The number of a published checkpoint, 0 if its name has no number."""
     number, _, _ = os.path.basename(path).partition('-')
-    return int(number) if len(number) == _NUMBER_DIGITS and number.isdigit() else 0
+    return int(number) if len(number) == _NUMBER_DIGITS and number.isdecimal() else 0
 
 
-def _require_whole(path: str) -> None:
-    """Raises RuntimeError when a file of a published checkpoint has lost some of its bytes."""
+def require_whole(path: str) -> None:
+    """Raises RuntimeError if a file of a published checkpoint is missing or changed."""
     with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(path, _SIZES_FILE)) as file:
-            if json.load(file) == _sizes(path):
-                return
-    raise RuntimeError(f'a file is missing or not as long as {_SIZES_FILE} says')
+        noted = unseal(parse_object(pathlib.Path(path, _SIZES_FILE).read_bytes()))
+        found = digests(path)
+        del found[_SIZES_FILE]
+        # An earlier version listed lengths only.
+        lengths = {name: length for name, (length, _) in found.items()}
+        if noted in ({_FILES: found}, lengths):
+            return
+    raise RuntimeError(f'a file is missing or not what {_SIZES_FILE} says')
 
 
 def published_checkpoints(checkpoint_dir: str) -> list[str]:
@@ -221,27 +227,29 @@ def published_checkpoints(checkpoint_dir: str) -> list[str]:
 
 
 def _checkpoint_root(checkpoint_dir: str | None, restore_path: str | None) -> str:
-    """A new, empty directory for Reverb's checkpointer.
+    """Creates an empty directory for Reverb's checkpointer.
 
-    Left to itself it would start from the newest checkpoint it finds in its own directory, asked
-    or not: hence an empty directory of its own at every start.
+    The checkpointer always restores the newest checkpoint in its directory, so it gets an empty one
+    at every start.
     """
     if checkpoint_dir is None:
         return tempfile.mkdtemp(prefix='replay-')
     checkpoint_dir = os.path.abspath(checkpoint_dir)
     os.makedirs(checkpoint_dir, exist_ok=True)
-    for entry in os.listdir(checkpoint_dir):  # what a killed predecessor left half-written
+    for entry in os.listdir(checkpoint_dir):  # incomplete directories of a killed predecessor
         stale = os.path.join(checkpoint_dir, entry)
         if entry.startswith(_INCOMING) and not (restore_path or '').startswith(stale):
             shutil.rmtree(stale, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=_INCOMING, dir=checkpoint_dir)
+    root = os.path.join(checkpoint_dir, f'{_INCOMING}{uuid.uuid4().hex}')
+    os.mkdir(root)
+    return root
 
 
 def _require_free_port(port: int) -> int:
-    """`port`, or a free one for 0. gRPC itself would share a port in use without a word.
+    """Returns `port`, or a free one for 0. gRPC itself would silently share a port in use.
 
     Raises:
-      OSError: the port is busy.
+      OSError: the port is in use.
     """
     import portpicker
 
@@ -262,15 +270,15 @@ def start_server(
     checkpoint_dir: str | None = None,
     restore_path: str | None = None,
 ) -> 'reverb.Server':
-    """Starts a server over `tables`; port 0: any free one. It starts from `restore_path` alone.
+    """Starts a server for `tables` from the checkpoint at `restore_path`, or empty.
 
-    A restored table has the size, the limiter and the counts of the checkpoint. Without
-    `checkpoint_dir` no directory is left, unless the server is asked for a checkpoint.
+    Port 0 takes any free one. A restored table has the size, limiter and counts of the checkpoint.
+    Without `checkpoint_dir` the server leaves no directory, unless it writes a checkpoint.
 
     Raises:
-      OSError: the port is busy.
-      FileNotFoundError: there is no complete checkpoint at `restore_path`.
-      RuntimeError: Reverb could not read the checkpoint.
+      OSError: the port is in use.
+      FileNotFoundError: `restore_path` has no complete checkpoint.
+      RuntimeError: Reverb fails to read the checkpoint.
     """
     import reverb
 
@@ -283,27 +291,27 @@ def start_server(
         checkpointer = reverb.checkpointers.DefaultCheckpointer(
             root, fallback_checkpoint_path=restore_path
         )
-        # The port last: another process may take it between the look and the start.
+        # Chooses the port last, because another process may take it before the start.
         return reverb.Server(tables, _require_free_port(port), checkpointer)
     finally:
-        if checkpoint_dir is None:  # Reverb makes it again when it has something to write
+        if checkpoint_dir is None:  # Reverb creates it again to write a checkpoint
             shutil.rmtree(root, ignore_errors=True)
 
 
 def start_from_newest(
     build: Callable[[], Sequence['reverb.Table']], port: int, state_dir: str
 ) -> 'reverb.Server':
-    """`start_server` from the newest checkpoint in `state_dir` that can be read; else empty.
+    """Starts a server from the newest readable checkpoint in `state_dir`, or empty.
 
-    `build` makes the tables anew for each attempt, since a server takes them over. A damaged
-    checkpoint is told of and set aside.
+    `build` creates new tables for each attempt, because a server takes ownership of them. A damaged
+    checkpoint is reported and renamed.
 
     Raises:
-      OSError: the port is busy, or `state_dir` cannot be written.
+      OSError: the port is in use, or `state_dir` is not writable.
     """
     for path in published_checkpoints(state_dir):
         try:
-            _require_whole(path)
+            require_whole(path)
             return start_server(build(), port, state_dir, path)
         except RuntimeError as error:
             print(f'{path} cannot be read: {error}', file=sys.stderr, flush=True)
@@ -314,22 +322,22 @@ def start_from_newest(
 
 
 def stop_server(server: 'reverb.Server') -> None:
-    """Stops a server; waits a bounded time for the streams that are still open."""
+    """Stops a server; waits a bounded time for open streams."""
     stopping = threading.Thread(target=server.stop, daemon=True)
     stopping.start()
     stopping.join(_STOP_SECONDS)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog='python -m infra.replay.server', description=__doc__)
+    parser = Parser(prog='python -m infra.replay.server', description=__doc__)
     parser.add_argument('--config', required=True, help='JSON file: ShardConfig as a dict')
-    parser.add_argument('--shard', type=int, required=True, help='number of this shard, from 0')
-    parser.add_argument('--port', type=int, default=0, help='0: any free port')
+    parser.add_argument('--shard', type=integer, required=True, help='number of this shard, from 0')
+    parser.add_argument('--port', type=integer, default=0, help='0: any free port')
     parser.add_argument(
         '--host', help='accepted for uniformity: Reverb listens on every interface of the host'
     )
-    parser.add_argument('--ready_file', help='written with {"port", "pid"} once it serves')
-    where = 'where checkpoints that a run asks for go'
+    parser.add_argument('--ready_file', help='written with {"port", "pid"} when it is ready')
+    where = 'directory for checkpoints that a run requests'
     add_state_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
     parser.add_argument('--restore', help='with --checkpoint_dir: a checkpoint to start from')
     options = parser.parse_args(arguments)
@@ -338,19 +346,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _require_same(options: argparse.Namespace, config: ShardConfig) -> None:
-    """Checks that the state is of this very shard: a table comes back as it was.
+def require_same(options: argparse.Namespace, config: ShardConfig) -> None:
+    """Checks that the state belongs to this shard, because a restored table keeps its settings.
 
     Raises:
-      ValueError: it is another's.
+      ValueError: the state belongs to another shard or other settings, or its file is damaged.
     """
-    path = os.path.join(options.state_dir, _CONFIG_FILE)
+    path = pathlib.Path(options.state_dir, _CONFIG_FILE)
     now = {'shard': options.shard, **dataclasses.asdict(config)}
-    if not os.path.exists(path):
-        with open(path, 'w') as file:
-            json.dump(now, file)
-    with open(path) as file:
-        before = json.load(file)
+    if not path.exists():
+        write_atomically(path, json.dumps(seal(now)))
+    try:
+        before = unseal(parse_object(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(
+            f'{path} is damaged: {error}. Fix: remove it, if the state is of this very shard'
+        ) from error
     if before != json.loads(json.dumps(now)):
         raise ValueError(
             f'--state_dir {options.state_dir} holds the state of another shard, or of an experiment'
@@ -358,26 +369,26 @@ def _require_same(options: argparse.Namespace, config: ShardConfig) -> None:
         )
 
 
-_held: list[BinaryIO] = []  # directories, until this process ends
+_held: list[BinaryIO] = []  # locks of directories, until this process ends
 
 
 def _start(options: argparse.Namespace) -> 'reverb.Server':
-    """Reads the configuration and starts the server; see `main` for what may be raised."""
-    with open(options.config) as file:
-        config = ShardConfig.from_dict(json.load(file))
+    """Reads the configuration and starts the server; `main` handles its errors."""
+    config = ShardConfig.from_dict(parse_object(pathlib.Path(options.config).read_bytes()))
     build = functools.partial(build_tables, config, options.shard)
     if options.state_dir:
         _held.append(hold(options.state_dir))
-        _require_same(options, config)
+        remove_leftovers(pathlib.Path(options.state_dir))
+        require_same(options, config)
         return start_from_newest(build, options.port, os.path.abspath(options.state_dir))
     return start_server(build(), options.port, options.checkpoint_dir, options.restore)
 
 
 def _serve(server: 'reverb.Server', options: argparse.Namespace, stopped: threading.Event) -> None:
-    """Serves until `stopped`; writes its state, if it has a place for it, now and then and last."""
+    """Waits until `stopped`; writes the state once per period and at the end, if it has a place."""
     period = options.state_period_seconds
     due = time.monotonic() + period
-    # Not without bound: another thread may take the signal, and then nothing wakes this one.
+    # Polls, because another thread may take the signal and an unbounded wait would not return.
     while not stopped.wait(_WAKE_SECONDS):
         if options.state_dir and time.monotonic() >= due:
             _keep_state(server.port, options.state_dir, _SAVE_SECONDS)
@@ -387,22 +398,24 @@ def _serve(server: 'reverb.Server', options: argparse.Namespace, stopped: thread
 
 
 def _keep_state(port: int, state_dir: str, timeout_seconds: float) -> None:
-    """Writes a checkpoint; what cannot be written is told, and the one before stays the newest."""
+    """Writes a checkpoint; prints a failure, after which the previous one remains the newest."""
     try:
         save([f'127.0.0.1:{port}'], timeout_seconds)
     except (ReplayUnavailable, OSError) as error:
         print(f'no state written: {error}', file=sys.stderr, flush=True)
         for incoming in glob.glob(os.path.join(glob.escape(state_dir), f'{_INCOMING}*', '*')):
-            shutil.rmtree(incoming, ignore_errors=True)  # a part of one, which fills the disk
+            shutil.rmtree(incoming, ignore_errors=True)  # an incomplete one would fill the disk
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM; returns the exit code: 0, or 2 when it could not start."""
+    """Runs a shard until SIGTERM or SIGHUP; returns 0, or 2 if it fails to start."""
     process.exit_with_launcher()
+    reach_directly(())  # the shard calls itself over loopback to write its state
     options = _parse(arguments)
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when a run ends
+    for number in process.end_signals():
+        signal.signal(number, lambda *_: stopped.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     try:
         server = _start(options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
@@ -419,9 +432,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
+    protect_output()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     code = main(sys.argv[1:])
-    # Without the interpreter's own shutdown: a destructor of Reverb may wait for open streams.
+    # Skips the interpreter's shutdown, because a destructor of Reverb may wait for open streams.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

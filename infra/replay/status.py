@@ -1,4 +1,4 @@
-"""Status of the replay: addresses in, each shard's size, counts and fitness out."""
+"""Status of the replay: addresses in, each shard's size and counts out; checks a shard's spec."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from infra.replay.config import EXPERIENCE_TABLE
 from infra.replay.errors import ReplaySpecMismatch
 from infra.replay.trajectory import TrajectorySpec
 
-_TIMEOUT_SECONDS = 1  # whole seconds are all that Reverb's client takes
+_TIMEOUT_SECONDS = 1  # Reverb's client takes whole seconds only
 
 
 class StatusReader:
-    """Asks the shards how many transitions they hold, took and gave."""
+    """Reads the numbers of transitions that the shards hold, inserted and sampled."""
 
     def __init__(self, addresses: Sequence[str]):
         """`addresses` are host:port, in the order of the shards."""
@@ -20,15 +20,15 @@ class StatusReader:
         self._clients = [reverb.Client(address) for address in addresses]
 
     def read(self) -> list[dict[str, int]]:
-        """Per shard `size`, `inserts` and `samples` in transitions; empty for one that is away."""
+        """`size`, `inserts` and `samples` of each shard, in transitions; {} if unreachable."""
         return [_status(client) for client in self._clients]
 
 
 def require_spec(info: Any, spec: TrajectorySpec, address: str) -> None:
-    """Checks that a shard, whose `server_info()` is `info`, stores what `spec` says.
+    """Checks that a shard, whose `server_info()` is `info`, stores windows of `spec`.
 
     Raises:
-      ReplaySpecMismatch: its windows have another shape.
+      ReplaySpecMismatch: the shard's windows have another shape.
     """
     stored = tuple(info[EXPERIENCE_TABLE].signature['rows'].shape)
     ours = (spec.window, spec.row_bytes)
@@ -42,7 +42,7 @@ def require_spec(info: Any, spec: TrajectorySpec, address: str) -> None:
 def _status(client) -> dict[str, int]:
     try:
         table = client.server_info(timeout=_TIMEOUT_SECONDS)[EXPERIENCE_TABLE]
-    except Exception:  # Reverb raises many kinds; a shard that restarts tells nothing
+    except Exception:  # Reverb raises many types, such as when a shard restarts
         return {}
     limiter = table.rate_limiter_info
     return {

@@ -1,21 +1,21 @@
-"""What is stored and what comes out: one packed row per agent step in, n-step transitions out.
+"""Trajectories: one packed row per agent step in, n-step transitions out.
 
-The stream of an environment is one row per agent step t, never cut:
+The stream of an environment has one row per agent step t, without gaps:
 
     frame_t, action_t, reward_{t+1}, discount_{t+1}, first_t
 
-A stored item for step t is the window of rows t-stack+1 .. t+n; neighbouring items share rows, and
-every frame is stored once. `discount` is 0 where the game (or life) ended with that step, else 1;
-`first` says that frame_t begins an episode, so the agent does not see the frames before it. With
-the product D_k = discount_{t+1} ... discount_{t+k} and D_0 = 1, a transition is
+A stored item for step t is the window of rows t-stack+1 .. t+n. Neighbouring items share rows, so
+every frame is stored once. `discount` is 0 where the game (or life) ends with that step, else 1.
+`first` marks a frame_t that starts an episode, whose observation excludes earlier frames. With the
+product D_k = discount_{t+1} ... discount_{t+k} and D_0 = 1, a transition is
 
     reward   = sum_{k=0}^{n-1} gamma^k D_k reward_{t+k+1}
     discount = gamma^n D_n
 
 so rewards after an end do not count, and an ended window does not bootstrap.
 
-A row is one vector of bytes, not a structure of five: Reverb pays per column, and one column
-makes a sampled batch half as expensive as five (see tests/benchmarks/benchmark_replay.py).
+A row is one vector of bytes, not a structure of five columns. Reverb has a cost per column, so one
+column halves the time of a sampled batch (see tests/benchmarks/benchmark_replay.py).
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ import numpy as np
 if TYPE_CHECKING:
     import tensorflow as tf
 
-# Bytes behind the frame: action int32, reward float32, discount float32, first int32.
+# Bytes after the frame: action int32, reward float32, discount float32, first int32.
 SCALAR_BYTES = 4
 ROW_SCALARS = 4
-# Integers with one byte per frame of a stack.
+# Integer types with one byte per frame of a stack.
 _HISTORY_TYPES = {2: 'uint16', 4: 'uint32', 8: 'uint64'}
 
 
@@ -46,9 +46,9 @@ class TrajectorySpec:
         """Checks the sizes.
 
         Raises:
-          ValueError: naming the field and its value.
+          ValueError: a size is not positive; the message names the field.
         """
-        # JSON has no tuples: a configuration file brings a list.
+        # Configuration files hold a list, since JSON has no tuples.
         object.__setattr__(self, 'frame_shape', tuple(self.frame_shape))
         if len(self.frame_shape) != 2 or min(self.frame_shape) < 1:
             raise ValueError(f'frame_shape is {self.frame_shape}: two positive sizes are needed')
@@ -58,7 +58,7 @@ class TrajectorySpec:
 
     @property
     def window(self) -> int:
-        """Rows in a stored item: those of the observation and n more."""
+        """Rows of a stored item: `frame_stack` of the observation and `n_step` more."""
         return self.frame_stack + self.n_step
 
     @property
@@ -68,7 +68,7 @@ class TrajectorySpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row: the frame and the scalars behind it."""
+        """Bytes of one row: the frame, then the scalars."""
         return self.frame_bytes + ROW_SCALARS * SCALAR_BYTES
 
 
@@ -78,22 +78,22 @@ class Transition(NamedTuple):
     observation: Any  # uint8[B, height, width, stack], newest frame last
     action: Any  # int32[B]
     reward: Any  # float32[B], n-step, discounted
-    discount: Any  # float32[B], gamma^n, or 0 behind an end
+    discount: Any  # float32[B], gamma^n, or 0 after an end
     next_observation: Any  # uint8[B, height, width, stack]
 
 
 class Steps(NamedTuple):
-    """One agent step of E environments, as it is stored."""
+    """One agent step of E environments, as the replay stores it."""
 
-    frame: np.ndarray  # uint8[E, height, width], what the agent saw last
-    action: np.ndarray  # int32[E], what it did
-    reward: np.ndarray  # float32[E], what it got for it
-    discount: np.ndarray  # float32[E], 0.0: the game or life ended with it, else 1.0
-    first: np.ndarray  # bool[E], `frame` begins an episode
+    frame: np.ndarray  # uint8[E, height, width], newest frame of the observation
+    action: np.ndarray  # int32[E], taken on that observation
+    reward: np.ndarray  # float32[E], of the action
+    discount: np.ndarray  # float32[E], 0.0 if the game or life ended with the step, else 1.0
+    first: np.ndarray  # bool[E], `frame` starts an episode
 
 
 def pack_rows(steps: Steps, spec: TrajectorySpec) -> np.ndarray:
-    """Rows of one agent step: uint8[E, row_bytes].
+    """Packs one agent step into rows, uint8[E, row_bytes].
 
     Raises:
       ValueError: the arrays do not fit the spec or one another.
@@ -120,7 +120,7 @@ def pack_rows(steps: Steps, spec: TrajectorySpec) -> np.ndarray:
 
 
 def unpack_scalars(rows: 'tf.Tensor', spec: TrajectorySpec) -> 'tf.Tensor':
-    """The scalars behind the frames: int32[B, window, 4], floats still as their bits."""
+    """The scalars of rows as int32[B, window, 4]; floats keep their bits."""
     import tensorflow as tf
 
     tail = rows[:, :, spec.frame_bytes :]
@@ -130,7 +130,7 @@ def unpack_scalars(rows: 'tf.Tensor', spec: TrajectorySpec) -> 'tf.Tensor':
 def n_step_return(
     reward: 'tf.Tensor', discount: 'tf.Tensor', gamma: float
 ) -> tuple['tf.Tensor', 'tf.Tensor']:
-    """Rewards and discounts float32[B, n] to the n-step reward and discount, float32[B] each."""
+    """n-step reward and discount, float32[B] each, of rewards and discounts float32[B, n]."""
     import tensorflow as tf
 
     total = tf.zeros_like(reward[:, 0])
@@ -142,9 +142,9 @@ def n_step_return(
 
 
 def visibility(first: 'tf.Tensor') -> list['tf.Tensor']:
-    """For first bool[B, stack], which of the frames the agent sees at the last: stack x bool[B].
+    """Which frames belong to the last frame's observation, one bool[B] for each of the stack.
 
-    A frame older than the youngest `first` belongs to the episode before.
+    A frame before the latest `first`, bool[B, stack], belongs to the previous episode.
     """
     import tensorflow as tf
 
@@ -155,10 +155,10 @@ def visibility(first: 'tf.Tensor') -> list['tf.Tensor']:
 
 
 def stacked_frames(frames: 'tf.Tensor', first: 'tf.Tensor') -> 'tf.Tensor':
-    """Frames uint8[B, stack, pixels] and first bool[B, stack] to uint8[B, pixels, stack].
+    """Stacks frames uint8[B, stack, pixels] with first bool[B, stack] to uint8[B, pixels, stack].
 
-    Frames the agent does not see become zeros. A pixel's history is built as one integer of
-    `stack` bytes, by shifts that vectorise; moving single bytes takes six times as long.
+    Frames of the previous episode become zeros. A pixel's history is one integer of `stack` bytes,
+    built by shifts that vectorise; moving single bytes takes six times as long.
     """
     import tensorflow as tf
 
@@ -176,10 +176,10 @@ def stacked_frames(frames: 'tf.Tensor', first: 'tf.Tensor') -> 'tf.Tensor':
 
 
 def to_transition(rows: 'tf.Tensor', spec: TrajectorySpec, gamma: float) -> Transition:
-    """Stored windows uint8[B, window, row_bytes] to transitions.
+    """Converts stored windows uint8[B, window, row_bytes] to transitions.
 
-    Written for XLA, which fuses each observation into one pass over its frames (0.8 ms for 32
-    windows, a plain tf.transpose 6 ms): use `compiled_to_transition` where speed counts.
+    XLA fuses each observation into one pass over its frames (0.8 ms for 32 windows; a plain
+    tf.transpose takes 6 ms). Use `compiled_to_transition` where speed matters.
     """
     import tensorflow as tf
 
@@ -207,7 +207,7 @@ def to_transition(rows: 'tf.Tensor', spec: TrajectorySpec, gamma: float) -> Tran
 
 @functools.cache
 def compiled_to_transition(spec: TrajectorySpec, gamma: float) -> Any:
-    """`to_transition` for one spec and discount, compiled by XLA: rows -> Transition."""
+    """Compiles `to_transition` for one spec and discount with XLA: rows -> Transition."""
     import tensorflow as tf
 
     return tf.function(lambda rows: to_transition(rows, spec, gamma), jit_compile=True)

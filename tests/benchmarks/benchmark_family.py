@@ -23,10 +23,10 @@ import numpy as np
 import tensorflow as tf
 
 from agents import dqn, py_environment
+from agents.actor_priorities import InitialPriorities
 from agents.config import AgentConfig, EnvironmentConfig, NetworkConfig
 from agents.gradient import AgentGradient
 from agents.heads import QuantileHead
-from agents.initial_priorities import InitialPriorities
 from agents.model import Model, family_model
 from agents.networks import TORSOS
 from agents.policy import GreedyPolicy

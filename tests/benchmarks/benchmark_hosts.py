@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 
-from tests import hosts
+from tests.support import hosts
 
 _LINE = re.compile(r'\[(\d+):(\d+):(\d+)\] training \| frames ([\d,]+)/.*\| updates ([\d,]+) ')
 _START_SECONDS = 300.0

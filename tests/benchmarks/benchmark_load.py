@@ -28,7 +28,7 @@ from infra.replay.config import ReplayConfig
 from infra.replay.server import ShardConfig
 from infra.replay.trajectory import Steps, TrajectorySpec
 from tests.benchmarks.benchmark_parameter_server import cpu_seconds, server_processes
-from tests.replay_shard import ShardProcess
+from tests.support.replay_shard import ShardProcess
 
 # The network of 2013 with six actions, the preset `laptop`'s: 0.68 million parameters.
 _SHAPES = (
@@ -78,16 +78,16 @@ def learn(addresses: list[str], options: argparse.Namespace, recorder: Recorder)
     with ParameterClient(
         addresses, _LAYOUT, timeout_seconds=_CONNECT_SECONDS, **settings
     ) as client:
-        versions = client.pull().versions
+        version = client.pull().version
         while recorder.going():
             time.sleep(1e-3 * options.gradient_ms * rng.uniform(0.5, 1.5))
             with recorder.timed('push_ms'):
-                reply = client.push(gradient, versions)
-            if reply.reason is None:
-                recorder.add('staleness', reply.snapshot.versions[0] - 1 - versions[0])
+                reply = client.push(gradient, version)
+            if reply.rejected is None:
+                recorder.add('staleness', reply.staleness)
             else:
                 recorder.add('stale', 1.0)
-            versions = reply.snapshot.versions
+            version = reply.snapshot.version
 
 
 def act(addresses: list[str], replay: str, options: argparse.Namespace, recorder: Recorder) -> None:

@@ -81,12 +81,12 @@ def measure(addresses: list[str], pids: list[int], transport: dict, repeats: int
     rounds = []
     with ParameterClient(addresses, _LAYOUT, **transport) as client:
         client.initialise(np.zeros(_LAYOUT.size, np.float32))
-        versions = client.pull().versions
+        version = client.pull().version
         for _ in range(_ROUNDS + 1):
             wall, own = time.perf_counter(), time.process_time()
             servers = sum(map(cpu_seconds, pids))
             for _ in range(repeats):
-                versions = client.push(gradient, versions).snapshot.versions
+                version = client.push(gradient, version).snapshot.version
             servers = sum(map(cpu_seconds, pids)) - servers
             own, wall = time.process_time() - own, time.perf_counter() - wall
             rounds.append([1e3 * seconds / repeats for seconds in (wall, own, servers)])

@@ -22,7 +22,7 @@ from infra.replay.config import ReplayConfig
 from infra.replay.priorities import PriorityWriter
 from infra.replay.server import ShardConfig
 from infra.replay.trajectory import Steps, TrajectorySpec
-from tests.replay_shard import ShardProcess
+from tests.support.replay_shard import ShardProcess
 
 BATCH_SIZE = 32
 GAMMA = 0.99

@@ -31,11 +31,14 @@ import psutil
 from agents.environment import AtariEnvironment
 from infra.parameter_server.client import ParameterClient
 from infra.replay.trajectory import Transition
-from pipelines import agent, config, options
-from pipelines.config import ExperimentConfig
+from pipelines.experiment import builders, command_line
+from pipelines.experiment import config as config_lib
+from pipelines.experiment.config import ExperimentConfig
 
 # Mnih et al. 2015 with the project's default topology: what CleanRL's dqn_atari computes.
-PLAIN_DQN = '--preset=nature --num_learners=2 --envs_per_actor=8 --min_replay_size=2000'
+PLAIN_DQN = (
+    '--preset=nature --num_learners=2 --overlap_push --envs_per_actor=8 --min_replay_size=2000'
+)
 _START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -71,7 +74,7 @@ def connect(run_dir: pathlib.Path, experiment: ExperimentConfig) -> ParameterCli
             raise TimeoutError(f'the parameter shards did not serve in {_START_SECONDS:g} s')
         time.sleep(0.5)
     addresses = [f'127.0.0.1:{json.loads(file.read_text())["port"]}' for file in files]
-    return ParameterClient(addresses, agent.layout_of(agent.build_policy(experiment)))
+    return ParameterClient(addresses, builders.layout_of(builders.build_policy(experiment)))
 
 
 def component(process: psutil.Process) -> str:
@@ -138,8 +141,8 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
     from infra.parameter_server.optimizers import OptimizedSlice
 
     rng = np.random.default_rng(0)
-    learner = agent.build_learner(experiment)
-    policy = agent.build_policy(experiment)
+    learner = builders.build_learner(experiment)
+    policy = builders.build_policy(experiment)
     batch, envs = experiment.learner.batch_size, experiment.actor.envs_per_actor
     frames = tf.constant(rng.integers(256, size=(batch, 84, 84, 4), dtype=np.uint8))
     zeros = tf.zeros(batch)
@@ -168,8 +171,8 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=50, help='measurements of each box alone')
     arguments = parser.parse_args()
     flags = shlex.split(arguments.flags)
-    _, preset, values = options.parse(flags)
-    experiment = options.experiment(preset, values)
+    _, preset, values = command_line.parse(flags)
+    experiment = command_line.experiment(preset, values)
     costs = unavoidable(experiment, arguments.repeats)
     seen = observe(flags, experiment, arguments.seconds)
     needed = 1e-3 * (
@@ -180,7 +183,7 @@ def main() -> None:
     spent = sum(seen['cpu_seconds'].values())
     result = {
         'flags': arguments.flags,
-        'experiment': config.to_json(experiment) if preset is None else preset,
+        'experiment': config_lib.to_json(experiment) if preset is None else preset,
         **seen,
         'updates_per_second': seen['updates'] / seen['wall_seconds'],
         'agent_steps_per_second': seen['agent_steps'] / seen['wall_seconds'],
@@ -189,7 +192,7 @@ def main() -> None:
         'efficiency_of_cpu': needed / spent,
         'efficiency_of_wall_x_cores': needed / (seen['wall_seconds'] * cores),
         'cores': cores,
-        'parameters': len(agent.build_policy(experiment).parameters()),
+        'parameters': len(builders.build_policy(experiment).parameters()),
         'actor_pulls_per_step': 1.0
         / (experiment.actor.actor_pull_period * experiment.actor.envs_per_actor),
     }

@@ -6,14 +6,16 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
 
-from tests import engines
-from tests.waiting import eventually
+from tests.support import engines, sharing
+from tests.support.waiting import eventually
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -21,26 +23,59 @@ START_SECONDS = 150  # a loaded two-core machine
 RUN_SECONDS = 400
 
 # A whole run in miniature: every box for real, a small network and few frames.
-SMALL = (
-    '--torso=dqn2013',
-    '--min_replay_size=400',
-    '--replay_capacity=20000',
-    '--envs_per_actor=4',
-    '--evaluation_episodes=2',
-    '--evaluation_max_frames=800',
-)
+SMALL_SETTINGS: dict[str, Any] = {
+    'torso': 'dqn2013',
+    'min_replay_size': 400,
+    'replay_capacity': 20_000,
+    'envs_per_actor': 4,
+    'evaluation_episodes': 2,
+    'evaluation_max_frames': 800,
+}
+STARTED: list[subprocess.Popen] = []
+"""Runs of the present test: one that fails must not leave them to the others."""
+SMALL = tuple(f'--{name}={value}' for name, value in SMALL_SETTINGS.items())
 
 
 def start(run_dir: pathlib.Path, *flags: str) -> subprocess.Popen:
     """Starts the main job; its output goes to `<run_dir>.out`."""
     with open(f'{run_dir}.out', 'ab') as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, 'pipelines/run.py', f'--run_dir={run_dir}', *flags],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            umask=sharing.SHARED_UMASK,
         )
+    STARTED.append(process)
+    return process
+
+
+@contextlib.contextmanager
+def terminal(run_dir: pathlib.Path, *flags: str) -> Iterator[tuple[subprocess.Popen, Callable]]:
+    """The main job in a terminal that goes away at the end; yields it, and what is shown so far."""
+    master, slave = os.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while part := os.read(master, 4096):
+                shown.append(part)
+
+    process = subprocess.Popen(
+        ['setsid', '--ctty', sys.executable, 'pipelines/run.py', f'--run_dir={run_dir}', *flags],
+        cwd=ROOT,
+        env={**os.environ, 'TERM': 'xterm'},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield process, lambda: b''.join(shown).decode(errors='replace')
+    finally:
+        os.close(master)
 
 
 def output(run_dir: pathlib.Path) -> str:
@@ -111,15 +146,19 @@ def assert_nothing_runs(run_dir: pathlib.Path, within_seconds: float) -> None:
         time.sleep(0.2)
 
 
-def check_run_directory(run_dir: pathlib.Path, max_frames: int) -> dict:
-    """Checks what every finished run leaves; returns its summary."""
+def check_run_directory(run_dir: pathlib.Path, max_frames: int, epsilon: float = 0.05) -> dict:
+    """Checks what every finished run leaves; returns its summary.
+
+    `epsilon`: of the evaluation, by the preset's protocol.
+    """
     told = summary(run_dir)
     assert told['exit_reason'] == 'max_frames', told
     assert told['frames'] == 4 * told['agent_steps'] >= max_frames
     assert told['updates'] > 0
+    assert all(0 < episode['frames'] <= told['frames'] for episode in episodes(run_dir))
     assert told['rejected'].keys() == {'stale', 'outlier', 'invalid'}
     evaluation = told['evaluation']
-    assert (evaluation['episodes'], evaluation['epsilon']) == (2, 0.05)
+    assert (evaluation['episodes'], evaluation['epsilon']) == (2, epsilon)
     for name in ('config.json', 'episodes.jsonl', 'learning_curve.png', 'policy/saved_model.pb'):
         assert (run_dir / name).exists(), name
     assert (run_dir / 'logs' / 'launcher.log').stat().st_size > 0

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -11,10 +13,10 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineResult
 
-from tests import engines
 from tests.end_to_end import launching
-from tests.fake_dataflow import FakeDataflow
-from tests.waiting import eventually
+from tests.support import engines
+from tests.support.fake_dataflow import FakeDataflow
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -23,10 +25,11 @@ SMALL = (*launching.SMALL, '--num_parameter_shards=1')
 BUNDLED = ('--topology=bundled', '--num_actors=2', '--num_learners=2', '--game=breakout')
 
 
-def check_bundles(summary: dict) -> None:
-    # 1,500 agent steps, 400 of them before the first update, 4 an update; segments of 64 steps may
+def check_bundles(summary: dict, agent_steps: int = 1_500) -> None:
+    # 400 of the agent steps come before the first update, 4 an update; segments of 64 steps may
     # still be unlearned, or have come on top, in each of the two bundles.
-    assert summary['updates'] == pytest.approx(1_100 / 4, abs=2 * 2 * 64 / 4)
+    assert summary['updates'] == pytest.approx((agent_steps - 400) / 4, abs=2 * 2 * 64 / 4)
+    assert summary['episodes'] > 0
 
 
 def train(run_dir: pathlib.Path, *flags: str, max_frames: int = 6_000) -> dict:
@@ -98,8 +101,30 @@ def _worker_pids() -> list[int]:
     return pids
 
 
-def test_bundles_train_on_a_dask_cluster(tmp_path, dask_flags):
-    check_bundles(train(tmp_path / 'run', *dask_flags, *BUNDLED))
+def test_somebody_elses_agent_trains_in_bundles_on_a_dask_cluster(tmp_path, dask_flags):
+    """And plays by the policy that the run exported."""
+    run_dir = tmp_path / 'run'
+    flags = (
+        flag for flag in launching.SMALL if not flag.startswith('--torso')
+    )  # it brings its own
+    process = launching.start(
+        run_dir,
+        '--agent=tests.examples.own_agent:munchausen',
+        '--num_parameter_shards=3',
+        '--max_frames=10000',
+        *dask_flags,
+        *BUNDLED,
+        *flags,
+    )
+    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+    summary = launching.check_run_directory(run_dir, 10_000)
+    check_bundles(summary, agent_steps=2_500)
+    script = [sys.executable, 'tests/examples/play_a_trained_policy.py', str(run_dir)]
+    played = subprocess.run(script, cwd=launching.ROOT, capture_output=True, text=True, timeout=90)
+    assert played.returncode == 0, played.stderr
+    assert re.fullmatch(
+        rf'{summary["updates"]} updates, -?\d+ points in 400 steps\n', played.stdout
+    )
 
 
 def test_separate_topology_trains_on_prism(tmp_path):

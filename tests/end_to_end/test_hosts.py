@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests import certificates, hosts
 from tests.end_to_end import launching
+from tests.support import certificates, hosts
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(600)]
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.end_to_end import launching
-from tests.gcs import BUCKET, Gcs
+from tests.support.gcs import BUCKET, Gcs
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 

@@ -2,29 +2,52 @@
 
 import json
 import pathlib
+import shutil
 import signal
 
 import numpy as np
 import psutil
 import pytest
 
+from pipelines import api
 from tests.end_to_end import launching
-from tests.waiting import eventually, has_ended
+from tests.support import sharing
+from tests.support.names import ODD_NAME
+from tests.support.waiting import eventually, has_ended
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
 
-def test_separate_topology_trains_pong_and_leaves_a_complete_run_directory(tmp_path):
-    run_dir = tmp_path / 'run'
-    process = launching.start(run_dir, '--max_frames=10000', *launching.SMALL)
-    assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
-    summary = launching.check_run_directory(run_dir, 10_000)
+def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_directory(
+    tmp_path, monkeypatch
+):
+    for name in ('http_proxy', 'https_proxy', 'grpc_proxy', 'all_proxy'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')  # the port of `discard`, where nobody is
+    run_dir = tmp_path / ODD_NAME
+    parts = {'actor_priorities': True, 'epsilon_ladder': True, 'max_frames': 10_000}
+    workers = {'num_actors': 2, 'num_replay_shards': 2}
+    settings = {**launching.SMALL_SETTINGS, **parts, **workers}
+    experiment = api.experiment('rainbow_lite', game='breakout', **settings)
+    with sharing.shared_umask(), open(f'{run_dir}.out', 'w') as out:
+        told = api.train(experiment, run_dir, progress=lambda line: print(line, file=out))
+    summary = launching.check_run_directory(run_dir, 10_000, epsilon=0.001)
+    assert told == summary
+    assert api.evaluate(run_dir, episodes=1, output=tmp_path / 'one.json')['episodes'] == 1
     # Batch 32, 4 agent steps an update (the preset's): 32 / 4 = 8 samples an insert behind the
-    # first 400; the limiter lets sampling lag or lead by 2,000, and 3 batches may be under way.
+    # first 400. Each of two shards' limiters lets sampling lag or lead by half of 2,000; 3 batches
+    # may be under way. In updates: 2,500 agent steps, less the 400, a fourth; the lag and what was
+    # under way when the actors ended, 125.
     steps = summary['agent_steps']
     expected = 8 * (steps - 400)
     assert summary['samples_per_insert'] * steps == pytest.approx(expected, abs=2_000 + 3 * 96)
-    assert_policy_loads_and_acts(run_dir / 'policy')
+    assert summary['updates'] == pytest.approx(525, abs=125)
+    # The ladder's rungs, of 16 environments in all, are 0.4 at most.
+    assert all(episode['epsilon'] <= 0.4 for episode in launching.episodes(run_dir))
+    for log in (run_dir / 'logs').glob('learner-*.log'):
+        assert 'took no priorities' not in log.read_text()
+    assert 'copy it to another place to load it' in pathlib.Path(f'{run_dir}.out').read_text()
+    assert_policy_loads_and_acts(shutil.copytree(run_dir / 'policy', tmp_path / 'policy'))
+    assert sharing.unshared(run_dir) == []
     launching.assert_nothing_runs(run_dir, within_seconds=10)
 
 
@@ -35,7 +58,7 @@ def assert_policy_loads_and_acts(path: pathlib.Path) -> None:
     policy = py_tf_eager_policy.SavedModelPyTFEagerPolicy(str(path), load_specs_from_pbtxt=True)
     observation = np.zeros((84, 84, 4), np.uint8)  # the policy adds the batch dimension itself
     action = policy.action(ts.restart(observation)).action
-    assert 0 <= int(action) < 6  # Pong's minimal action set
+    assert 0 <= int(action) < 4  # Breakout's minimal action set
 
 
 def test_interrupt_while_servers_start_ends_without_workers(tmp_path):
@@ -46,6 +69,24 @@ def test_interrupt_while_servers_start_ends_without_workers(tmp_path):
     process.send_signal(signal.SIGINT)
     assert launching.finish(process, run_dir) == 130, launching.output(run_dir)
     assert '] starting workers' not in out.read_text()
+    launching.assert_nothing_runs(run_dir, within_seconds=10)
+
+
+def test_a_run_whose_terminal_goes_away_ends_in_order_and_keeps_logs_of_failures(
+    tmp_path, monkeypatch
+):
+    (tmp_path / 'sitecustomize.py').write_text(
+        "import os, sys\nif 'pipelines.job' in sys.orig_argv:\n"
+        "    print('OSError: no licence', flush=True)\n    os._exit(1)\n"
+    )
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    run_dir = tmp_path / 'run'
+    with launching.terminal(run_dir, *launching.SMALL) as (process, shown):
+        reason = 'actor 0 ended with exit code 1 (OSError: no licence), failure 1 in a row'
+        assert eventually(lambda: reason in shown(), launching.START_SECONDS), shown()
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert launching.summary(run_dir)['exit_reason'] == 'SIGHUP'
+    assert 'no licence' in (run_dir / 'logs' / 'actor-0.log').read_text()
     launching.assert_nothing_runs(run_dir, within_seconds=10)
 
 
@@ -61,18 +102,19 @@ def test_killed_launcher_leaves_no_orphan(tmp_path):
     assert eventually(lambda: all(has_ended(worker.pid) for worker in workers), 15.0)
 
 
-def test_killed_learner_and_shard_with_the_clock_are_replaced_and_the_run_reaches_its_budget(
+def test_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_run_reaches_its_budget(
     tmp_path,
 ):
     run_dir = tmp_path / 'run'
-    process = launching.start(run_dir, '--max_frames=12000', '--num_learners=1', *launching.SMALL)
+    flags = ('--topology=bundled', '--num_actors=2', '--num_learners=2', '--max_frames=12000')
+    process = launching.start(run_dir, *flags, *launching.SMALL)
     launching.wait_for_updates(process, run_dir)
-    job = next(p for p in launching.processes_of(run_dir) if '--kind=learner' in p.cmdline())
+    job = next(p for p in launching.processes_of(run_dir) if '--kind=bundle' in p.cmdline())
     for worker in job.children(recursive=True):
         worker.kill()
     ready = json.loads((run_dir / 'servers' / 'parameter_server_0.ready').read_text())
     psutil.Process(ready['pid']).kill()
     assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
     restarts = launching.check_run_directory(run_dir, 12_000)['restarts']
-    assert restarts.get('learner', 0) >= 1
+    assert restarts.get('bundle', 0) >= 1
     assert restarts.get('parameter_server', 0) >= 1

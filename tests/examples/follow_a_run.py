@@ -20,7 +20,8 @@ from agents.adapters.parameters import (
     ParameterServerVariableContainer,
 )
 from agents.py_environment import AtariPyEnvironment
-from pipelines import agent, config
+from pipelines.experiment import builders
+from pipelines.experiment import config as config_lib
 
 STEPS, GAMES = 400, 2
 
@@ -33,8 +34,8 @@ def addresses(run_dir: pathlib.Path, shards: int) -> list[str]:
 
 def main(run_dir: pathlib.Path) -> None:
     """Plays STEPS agent steps with the run's parameters of now and prints what that brought."""
-    experiment = config.load(run_dir / 'config.json')
-    ours = agent.build_model(experiment).agent
+    experiment = config_lib.load(run_dir / 'config.json')
+    ours = builders.build_model(experiment).agent
     train_step = tf.Variable(0, dtype=tf.int64)
     variables = {POLICY_KEY: ours.policy.variables(), TRAIN_STEP_KEY: train_step}
     shards = experiment.parameter_server.num_parameter_shards

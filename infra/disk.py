@@ -1,0 +1,240 @@
+"""Files and directories: locked by one process, written safely against kills and power cuts.
+
+In: a path and its new content. Out: readers see the old or the new content, complete; checksums.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+from infra.sealed import parse_object
+
+_LOCK_FILE = '.lock'
+_SCRATCH = 'gorila-scratch-'
+_SCRATCH_SECONDS = 60.0  # a younger one may be about to be held
+_CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
+_UNIQUE_DIGITS = 12
+_BESIDE = re.compile(rf'\..+\.[0-9a-f]{{{_UNIQUE_DIGITS}}}')
+_READ_BYTES = 1 << 22
+
+
+def unfit_name(path: str | os.PathLike[str]) -> str:
+    """Why runs and servers cannot use a directory of this name, empty if they can."""
+    name = os.fspath(path)
+    if _CONTROL_CHARACTER.search(name):
+        return 'its name has a control character'
+    # TensorFlow and Reverb encode names so.
+    return '' if os.fsencode(name) == name.encode(errors='replace') else 'its name is not UTF-8'
+
+
+@contextlib.contextmanager
+def by_descriptor(directory: str | os.PathLike[str]) -> Iterator[str]:
+    """Gives a directory a path of plain characters, since TensorFlow reads no `[a]` or `\\`.
+
+    Raises:
+      OSError: the directory does not exist or is not accessible.
+    """
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f'/proc/self/fd/{descriptor}'
+    finally:
+        os.close(descriptor)
+
+
+def hold(directory: str | os.PathLike[str]) -> BinaryIO:
+    """Makes a directory and takes it for this process, until its end or the answer's `close`.
+
+    Raises:
+      OSError: it cannot be made or written, or another process has it.
+    """
+    path = pathlib.Path(directory)
+    if reason := unfit_name(path):
+        raise OSError(f'{str(path)!r}: {reason}')
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK_FILE).open('ab')
+    except OSError as error:
+        raise OSError(f'{path}: no directory that can be written ({error.strerror})') from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise OSError(
+            f'{path} is in use by another process; give each shard a directory of its own'
+        ) from None
+    return lock
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[pathlib.Path]:
+    """Yields a locked temporary directory; removes those of this user's killed processes.
+
+    Raises:
+      OSError: the directory cannot be created.
+    """
+    for left in pathlib.Path(tempfile.gettempdir()).glob(f'{_SCRATCH}*'):
+        with contextlib.suppress(OSError):  # in use, or gone
+            status = left.lstat()
+            age = time.time() - status.st_mtime
+            if status.st_uid == os.getuid() and age > _SCRATCH_SECONDS:
+                with hold(left):
+                    shutil.rmtree(left)
+    # Children may write there until they end.
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as name:
+        with hold(name):
+            yield pathlib.Path(name)
+
+
+@contextlib.contextmanager
+def own_temporary_files() -> Iterator[pathlib.Path]:
+    """Yields a `scratch` that holds all temporary files of this process and its children.
+
+    Libraries in a killed child leave temporary files behind, which are removed with it.
+
+    Raises:
+      OSError: the directory cannot be created.
+    """
+    before, directory_before = os.environ.get('TMPDIR'), tempfile.tempdir
+    with scratch() as directory:
+        os.environ['TMPDIR'] = tempfile.tempdir = str(directory)
+        try:
+            yield directory
+        finally:
+            tempfile.tempdir = directory_before
+            del os.environ['TMPDIR']
+            if before is not None:
+                os.environ['TMPDIR'] = before
+
+
+def sync(directory: str | os.PathLike[str]) -> None:
+    """Makes a directory's files, and its entries, survive a power cut; not what is below it.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    path = pathlib.Path(directory)
+    for entry in (*(file for file in path.iterdir() if file.is_file()), path, path.parent):
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def beside(path: pathlib.Path) -> pathlib.Path:
+    """A new name in the same directory; `tempfile` would create files for the owner only."""
+    return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:_UNIQUE_DIGITS]}')
+
+
+def remove_leftovers(directory: pathlib.Path) -> None:
+    """Removes entries of `beside` that killed processes left in `directory`.
+
+    Raises:
+      OSError: an entry cannot be removed.
+    """
+    for path in directory.iterdir():
+        if _BESIDE.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Replaces the file `path` atomically: readers see the old or the new content, complete.
+
+    The mode follows the umask; the group follows a setgid directory.
+
+    Raises:
+      OSError: the directory is not writable, or the disk is full; the old file is unchanged.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = beside(path)
+    try:
+        with temporary.open('xb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def digests(directory: str | os.PathLike[str]) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file below `directory`, by its relative path.
+
+    Returns an empty dict if the directory does not exist.
+    """
+    root = pathlib.Path(directory)
+    return {
+        str(file.relative_to(root)): [file.stat().st_size, _checksum(file)]
+        for file in sorted(root.rglob('*'))
+        if file.is_file()
+    }
+
+
+def _checksum(path: pathlib.Path) -> int:
+    """CRC-32 of a file; a gigabyte takes about a second."""
+    checksum = 0
+    with path.open('rb') as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes `value` as JSON with `write_atomically`, keys in their order.
+
+    Raises:
+      ValueError: a number in `value` is not finite, which JSON does not allow.
+      OSError: see `write_atomically`.
+    """
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The JSON object in the file `path`, None if it is missing, unreadable or invalid."""
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def replaced_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory to fill, which replaces `path` at the end of the block.
+
+    Modes are as with `write_atomically`. An exception in the block leaves `path` unchanged.
+
+    Raises:
+      OSError: the parent directory is not writable.
+    """
+    scratch = beside(path)
+    scratch.mkdir()
+    try:
+        filled, before = scratch / 'new', scratch / 'before'
+        filled.mkdir()
+        yield filled
+        for directory in filter(pathlib.Path.is_dir, filled.rglob('*')):
+            shutil.copymode(filled, directory)  # TensorFlow creates them with 0755, not the umask
+        if path.exists():
+            path.rename(before)
+        filled.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+_SCHEME = re.compile(r'[a-zA-Z][-a-zA-Z0-9+.]*://')
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` has a scheme such as `gs://`, so that it is not a local directory."""
+    return _SCHEME.match(path) is not None

@@ -1,0 +1,179 @@
+"""Train and evaluate from Python: an experiment in, the contents of the run's JSON files out.
+
+    from pipelines.api import evaluate, experiment, train
+
+    for seed in range(3):
+        run_dir = f'runs/breakout-{seed}'
+        summary = train(experiment('laptop', game='breakout', seed=seed), run_dir)
+        print(summary['mean_return_100'], evaluate(run_dir, episodes=100)['mean'])
+
+A run is a process of its own, as of the command line: the checks, the errors and the files are
+those of `run.py`, and signals, logging and TensorFlow of this process stay as they are.
+"""
+
+import collections
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from infra.disk import is_remote
+from infra.process import LAUNCHER_VARIABLE, own_code
+from infra.sealed import parse_object
+from pipelines.errors import UsageError
+from pipelines.evaluate import evaluate_run, overrides_of
+from pipelines.experiment import config as config_lib
+from pipelines.experiment import presets
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.storage.run_directory import default_path
+
+__all__ = ['RunFailedError', 'UsageError', 'evaluate', 'experiment', 'train']
+
+_REFUSED = 2  # exit code
+_LAST_LINES = 20
+
+
+class RunFailedError(RuntimeError):
+    """A run failed; the message holds the last lines that it printed."""
+
+
+def experiment(preset: str = presets.DEFAULT, **settings: Any) -> ExperimentConfig:
+    """Returns the preset with these settings replaced; their names are those of run.py's flags.
+
+    Raises:
+      UsageError: the preset or a setting is unknown, or a value is invalid or has no effect.
+    """
+    from pipelines.experiment import command_line
+
+    return command_line.experiment(preset, settings)
+
+
+def train(
+    experiment: ExperimentConfig | None,
+    run_dir: str | os.PathLike[str] | None = None,
+    runner: str = 'DirectRunner',
+    resume: bool = False,
+    flags: Sequence[str] = (),
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains until the budget is reached or the run is stopped; returns its `summary.json`.
+
+    Args:
+      experiment: see `experiment`; None: that of the run to resume.
+      run_dir: as `--run_dir`, here or at gs://; None: a new directory below `runs/`.
+      runner: the engine, as `--runner`.
+      resume: continue from the last checkpoint in `run_dir`.
+      flags: further flags of run.py or of Beam, such as `--host=10.0.0.1`.
+      progress: takes each line that the run prints.
+
+    Raises:
+      UsageError: run.py refuses the experiment, a flag or this machine.
+      RunFailedError: the run failed, or was stopped before it had learned anything.
+      KeyboardInterrupt: after Ctrl-C, once the run has ended.
+    """
+    if experiment is None and not (resume and run_dir):
+        raise UsageError('experiment: None. Fix: pass an experiment, or resume=True and run_dir.')
+    if experiment is not None and run_dir is None:
+        run_dir = default_path(experiment.environment.game, experiment.preset)
+    argv = [f'--runner={runner}', f'--run_dir={run_dir}', *flags, *['--resume'] * resume]
+    started = time.time()
+    code, lines = _run([*argv, *_settings(experiment, resume)], progress)
+    if code == _REFUSED:
+        raise UsageError(lines[-1].removeprefix('run.py: '))
+    if code and code < 128:
+        raise RunFailedError('\n'.join(lines))
+    return _summary(str(run_dir), started, lines)
+
+
+def evaluate(
+    run_dir: str | os.PathLike[str],
+    episodes: int | None = None,
+    epsilon: float | None = None,
+    seed: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Plays games by a run's newest checkpoint, in this process; returns the result.
+
+    Args:
+      run_dir: directory of the run, or gs://...
+      episodes, epsilon, seed: as of evaluate.py; None: the run's own.
+      output: JSON file for the result; None: a new one in `run_dir`.
+
+    Raises:
+      UsageError: what evaluate.py refuses.
+      OSError: the parent directory of `output` cannot be made.
+    """
+    overrides = overrides_of(episodes, epsilon, seed)
+    file = os.fspath(output) if output else None
+    return evaluate_run(os.fspath(run_dir), overrides, file)[0]
+
+
+def _summary(run_dir: str, since: float, lines: Sequence[str]) -> dict[str, Any]:
+    """The summary that a run which ended in good order has written since then."""
+    if is_remote(run_dir):
+        from pipelines.storage.object_store import read_bytes  # imports Beam
+
+        return parse_object(read_bytes(f'{run_dir}/summary.json'))
+    file = pathlib.Path(run_dir, 'summary.json')
+    if not file.exists() or file.stat().st_mtime < since - 1.0:  # a clock may be coarse
+        raise RunFailedError('\n'.join(lines))  # stopped before it learned anything
+    return parse_object(file.read_bytes())
+
+
+def _settings(experiment: ExperimentConfig | None, resume: bool) -> Iterator[str]:
+    """The flags that make run.py's experiment this one."""
+    if experiment is None:
+        return
+    yield f'--preset={experiment.preset}'
+    # A resumed run may have had other values than its preset's.
+    base = None if resume else presets.experiment(experiment.preset, {})
+    for name, (group, _) in config_lib.fields().items():
+        value = getattr(getattr(experiment, group), name)
+        if base is not None and value == getattr(getattr(base, group), name):
+            continue
+        if isinstance(value, bool):
+            yield f'--{name}' if value else f'--no-{name}'
+        else:
+            yield f'--{name}={value}'
+
+
+def _run(argv: Sequence[str], progress: Callable[[str], None]) -> tuple[int, list[str]]:
+    """Runs run.py of this checkout; returns its exit code and the last lines it printed.
+
+    It ends in good order when this process is interrupted, or dies.
+    """
+    last: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'pipelines.run', *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors='replace',
+        env={
+            **os.environ,
+            **own_code(os.environ.get('PYTHONPATH', '')),
+            LAUNCHER_VARIABLE: str(os.getpid()),
+        },
+        start_new_session=True,  # a terminal's Ctrl-C must reach it once, and from here
+    )
+    raised: BaseException | None = None
+    with process:
+        while True:
+            try:
+                for line in process.stdout or ():
+                    last.append(line.rstrip('\n'))
+                    if raised is None or isinstance(raised, KeyboardInterrupt):
+                        progress(last[-1])
+                code = process.wait()
+                break
+            except BaseException as error:  # Ctrl-C: a second one ends the run at once, as there
+                raised = raised or error
+                process.send_signal(signal.SIGINT)
+    if raised is not None:
+        raise raised
+    return code, list(last)

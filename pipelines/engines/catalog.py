@@ -1,0 +1,159 @@
+"""The engines that run jobs: which there are, and Beam's flags for each.
+
+In: the value of --runner and the user's own flags. Out: the flags of one job. All that differs from
+engine to engine is in the table `ENGINES`.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from infra.flags import value_of
+from pipelines.engines import dataflow
+from pipelines.errors import UsageError
+
+_END_SECONDS = 30.0  # a request to a service far away, repeated once or twice
+
+
+def _placed_by_dask(options: Any) -> contextlib.AbstractContextManager:
+    from pipelines.engines.dask import placed
+
+    return placed(options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How the jobs of a run work on one of Beam's runners.
+
+    Attributes:
+      beam_runner: what Beam calls it.
+      flags: Beam's flags that every job gets.
+      defaults: the flags of a job (its kind, number of workers, the user's flags) that the user's
+        own override.
+      count_flag: Beam's flag for the number of a job's workers; empty: the engine needs none.
+      decided: flags that a user must not give, since the two above set them.
+      required: groups of flags; the user must give one of each.
+      example: how a user would give them.
+      options_module: registers Beam's flags of this engine when it is imported; empty: they are
+        registered always.
+      forwards: flags unknown to Beam go on to a job server, which may know them.
+      here: workers are processes of this machine.
+      remote: workers are always on other machines.
+      outlives: a job goes on when the process that submitted it ends, unless `end` ends it.
+      end: ends a job, given its result and options.
+      follow: tells what becomes of a job, given its result, options and whom to tell; None: only
+        its log does.
+      end_seconds: how long that may take; with no `outlives`, a process's own end.
+      watched: a worker that dies is replaced by the launcher, since the engine does not.
+      surroundings: what a job's pipeline is run in, given its options.
+    """
+
+    beam_runner: str
+    flags: tuple[str, ...] = ()
+    defaults: Callable[[str, int, Sequence[str]], list[str]] = lambda *_: []
+    count_flag: str = ''
+    decided: tuple[str, ...] = ()
+    required: tuple[tuple[str, ...], ...] = ()
+    example: str = ''
+    options_module: str = ''
+    forwards: bool = False
+    here: bool = False
+    remote: bool = False
+    outlives: bool = False
+    end: Callable[[Any, Any], None] = lambda result, _: result.cancel()
+    follow: Callable[[Any, Any, Callable[[str], None]], None] | None = None
+    end_seconds: float = 5.0
+    watched: bool = False
+    surroundings: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def job_flags(self, kind: str, num_workers: int, extra: Sequence[str]) -> list[str]:
+        """Beam's flags for a job of `num_workers` workers; of one given twice the last counts."""
+        defaults = self.defaults(kind, num_workers, extra)
+        count = [f'{self.count_flag}={num_workers}'] if self.count_flag else []
+        return [*defaults, *extra, f'--runner={self.beam_runner}', *self.flags, *count]
+
+    def register_flags(self) -> None:
+        """Makes Beam know the engine's own flags."""
+        if self.options_module:
+            importlib.import_module(self.options_module)
+
+
+ENGINES: Mapping[str, Engine] = {
+    # Beam's in-process FnApiRunner with a process a worker, chosen by name: as `DirectRunner` Beam
+    # looks for Prism first and then ignores the `direct_*` flags.
+    'DirectRunner': Engine(
+        'FnApiRunner',
+        flags=('--direct_running_mode=multi_processing',),
+        count_flag='--direct_num_workers',
+        decided=('--direct_running_mode', '--direct_num_workers'),
+        here=True,
+        watched=True,
+    ),
+    'DaskRunner': Engine(
+        'apache_beam.runners.dask.dask_runner.DaskRunner',
+        count_flag='--dask_npartitions',  # otherwise 128 elements a partition, which run in turn
+        decided=('--dask_npartitions', '--dask_partition_size'),
+        required=(('--dask_client_address', '--dask_scheduler_file'),),
+        example='--dask_client_address=tcp://HOST:8786',
+        options_module='pipelines.engines.dask',
+        surroundings=_placed_by_dask,
+    ),
+    'PrismRunner': Engine('PrismRunner', here=True, watched=True),
+    'PortableRunner': Engine(
+        'PortableRunner',
+        # Without the second Beam starts containers, which lack this project.
+        required=(('--job_endpoint',), ('--environment_type',)),
+        example='--job_endpoint=HOST:8099 --environment_type=EXTERNAL'
+        ' --environment_config=HOST:50000 (see docs/engines.md)',
+        forwards=True,
+        watched=True,
+        outlives=True,
+        end_seconds=_END_SECONDS,
+    ),
+    'FlinkRunner': Engine('FlinkRunner', forwards=True, outlives=True, end_seconds=_END_SECONDS),
+    'SparkRunner': Engine('SparkRunner', forwards=True, outlives=True, end_seconds=_END_SECONDS),
+    'DataflowRunner': Engine(
+        'DataflowRunner',
+        defaults=dataflow.job_flags,
+        required=(
+            ('--project',),
+            ('--region',),
+            ('--temp_location',),
+            ('--sdk_container_image',),
+        ),
+        example='--project=P --region=R --temp_location=gs://BUCKET/tmp'
+        ' --sdk_container_image=IMAGE (with this project and Beam in it)',
+        remote=True,
+        outlives=True,
+        end=dataflow.end,
+        follow=dataflow.follow,
+        end_seconds=dataflow.DRAIN_SECONDS + _END_SECONDS,
+    ),
+}
+
+
+def engine(runner: str) -> Engine:
+    """The engine that --runner names.
+
+    Raises:
+      UsageError: there is none of that name.
+    """
+    if runner not in ENGINES:
+        raise UsageError(f'--runner {runner}: no such engine; use one of {", ".join(ENGINES)}.')
+    return ENGINES[runner]
+
+
+def require_free(runner: str, flags: Sequence[str]) -> None:
+    """Checks that the user sets nothing that is this project's to set.
+
+    Raises:
+      UsageError: there is no such engine, or a flag is ours.
+    """
+    for flag in engine(runner).decided:
+        if value_of(flag, flags) is not None:
+            raise UsageError(
+                f'{flag}: leave it out; --num_actors and --num_learners decide how many workers'
+                ' there are, and each gets a place of its own.'
+            )

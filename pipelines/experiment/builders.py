@@ -1,0 +1,106 @@
+"""The agent of an experiment: configuration in, model, gradient, policy and behaviour out."""
+
+import numpy as np
+import tensorflow as tf
+
+from agents import custom_agent, device, dqn, model, py_environment
+from agents import exploration as behaviour_lib
+from agents.actor_priorities import InitialPriorities
+from agents.config import FACTORY
+from agents.custom_loss import no_graph
+from agents.environment import AtariEnvironment
+from agents.exploration import Behaviour
+from agents.gradient import AgentGradient
+from agents.model import Model
+from agents.policy import GreedyPolicy
+from infra.parameter_server.layout import Layout
+from infra.replay.trajectory import TrajectorySpec, Transition
+from pipelines.experiment.config import ExperimentConfig
+
+
+def build_model(config: ExperimentConfig) -> Model:
+    """The agent of `config`, its first parameters given by the experiment's seed.
+
+    Every process that builds it gets the same parameters, so whoever initialises the parameter
+    server first writes what any other would have written.
+
+    Raises:
+      ForeignAgentError: it is somebody else's, and does not qualify.
+    """
+    with AtariEnvironment(config.environment, num_environments=1, seed=0) as environment:
+        num_actions = environment.num_actions
+    specs = (
+        py_environment.time_step_spec(config.environment),
+        py_environment.action_spec(num_actions),
+    )
+    seed = config.run.seed
+    if FACTORY.fullmatch(config.agent.agent):
+        weighted = config.replay.prioritized
+        return custom_agent.foreign_model(config.agent.agent, *specs, config.agent, seed, weighted)
+    return model.family_model(dqn.make_agent(config.agent, config.network, *specs, seed=seed))
+
+
+def try_agent(config: ExperimentConfig) -> None:
+    """Calls once what learners and actors will call, on a batch of nothing.
+
+    Raises:
+      ForeignAgentError: the agent cannot be built, its loss or policy cannot be traced, or its
+        gradient is not finite.
+    """
+    model = build_model(config)
+    weighted = config.replay.prioritized
+    rows = 2
+    frames = np.zeros((rows, *model.agent.time_step_spec.observation.shape), np.uint8)
+    numbers = np.ones(rows, np.float32)
+    transition = Transition(frames, np.zeros(rows, np.int32), numbers, numbers, frames)
+    try:
+        learner = AgentGradient(model, config.agent.gradient_clip_norm, weighted)
+        gradient, _, _ = learner.gradient(transition, numbers if weighted else None)
+        learner.set_target(learner.parameters())
+        GreedyPolicy(model).act(frames)
+    except Exception as error:  # whatever the agent's own code raises
+        raise custom_agent.ForeignAgentError(f'{config.agent.agent}: {no_graph(error)}') from error
+    if not np.isfinite(gradient).all():
+        raise custom_agent.ForeignAgentError(
+            f'{config.agent.agent}: its first gradient is not finite, which the parameter server'
+            ' would refuse'
+        )
+
+
+def build_learner(config: ExperimentConfig, device_name: str = device.HOST) -> AgentGradient:
+    """What computes a learner's gradients, on that device."""
+    weighted = config.replay.prioritized
+    with tf.device(device_name):
+        return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)
+
+
+def build_policy(config: ExperimentConfig) -> GreedyPolicy:
+    """What chooses greedy actions, on the host: eight rows at a time are no work for a GPU."""
+    with tf.device(device.HOST):
+        return GreedyPolicy(build_model(config))
+
+
+def build_behaviour(
+    config: ExperimentConfig, policy: GreedyPolicy, actor: int, num_actions: int
+) -> Behaviour:
+    """What chooses the actions of actor number `actor`."""
+    acting = config.actor
+    if acting.epsilon_ladder:
+        epsilon = behaviour_lib.ladder(acting, actor, config.run.num_actors)
+    else:
+        epsilon = behaviour_lib.annealed(acting)
+    head = policy.model.head
+    priorities = None
+    if config.replay.prioritized and acting.actor_priorities and head is not None:
+        priorities = InitialPriorities(head, config.agent.n_step, config.agent.discount)
+    return Behaviour(policy, epsilon, num_actions, priorities)
+
+
+def layout_of(network: AgentGradient | GreedyPolicy) -> Layout:
+    """The order in which the parameter server holds the network's variables."""
+    return Layout.from_variables(network.variables)
+
+
+def trajectory_spec(config: ExperimentConfig) -> TrajectorySpec:
+    """The shape of what the replay stores."""
+    return TrajectorySpec(frame_stack=config.environment.frame_stack, n_step=config.agent.n_step)

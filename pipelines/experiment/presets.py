@@ -1,0 +1,230 @@
+"""Named sets of values: a preset is data over the defaults, and any flag overrides it.
+
+Sources: [G] Nair et al. 2015 (the paper), [N] Mnih et al. 2015 (Nature DQN, extended data table 1),
+[DQN 3.0] the program published with it, [Zoo] DeepMind's DQN Zoo, [A] Horgan et al. 2018 (Ape-X,
+section 4.1 and appendix C), [R] Hessel et al. 2018 (Rainbow, table 1 and "Evaluation
+Methodology"), [here] not stated in a paper, or chosen by experiment.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.errors import UsageError
+from pipelines.experiment import config as config_lib
+
+PREPROCESSING: Mapping[str, Any] = {
+    'action_repeat': 4,  # [N] Methods; [G] 5 preprocesses as [N] does
+    'frame_stack': 4,  # [N]
+    'max_noops': 30,  # [N]
+    'life_loss_ends_episode': True,  # [G] 5
+    'clip_reward': True,  # [N]: to [-1, 1], in training only
+    'sticky_action_probability': 0.0,  # both papers came before sticky actions
+}
+
+EVALUATION: Mapping[str, Any] = {
+    'evaluation_episodes': 30,  # [G] 5: no-op starts
+    'evaluation_epsilon': 0.05,  # [G] 5
+    'evaluation_max_frames': 18_000,  # [G] 5: five minutes of play
+}
+
+LATER_EVALUATION: Mapping[str, Any] = {
+    'evaluation_episodes': 30,  # [here] as the other presets
+    'evaluation_max_frames': 108_000,  # [A], [R]: thirty minutes of play
+}
+
+PAPER: Mapping[str, Any] = {
+    'topology': 'bundled',  # [G] 5: the mode of all published results
+    'num_actors': 100,  # [G] 5
+    'num_learners': 100,  # [G] 5
+    'num_parameter_shards': 31,  # [G] 5
+    'torso': 'nature',  # [G] 5: network of [N]
+    'n_step': 1,  # [G] 4.1
+    'double_dqn': False,
+    'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
+    'discount': 0.99,  # [N]
+    'optimizer': 'adagrad',  # [G] 5
+    # [here] Neither is stated. On Pong, at first, a parameter with a gradient has a mean square of
+    # some 1e-9: an accumulator of 0.1 outweighs 1e8 updates, one of 1e-6 a thousand. Ten pairs of
+    # rates from 0.003 to 0.03 and accumulators from 1e-8 to 0.1 were tried for 4,000 updates on
+    # 20,000 transitions of random play (network of 2013, centered input): this pair lowered the
+    # loss most, from 0.012 to 0.0018; 0.01 with 0.1, and 0.03 with any, lowered it hardly.
+    'learning_rate': 0.01,
+    'adagrad_initial_accumulator': 1e-6,
+    'gradient_clip_norm': 0.0,  # [N] clips the error (Huber), not the gradient
+    'batch_size': 32,  # [N]
+    'replay_capacity': 100_000_000,  # [G] 5: 1 M frames a bundle, 100 bundles
+    'min_replay_size': 5_000_000,  # [N] 50,000 a replay memory
+    'agent_steps_per_update': 4.0,  # [N] update frequency
+    'target_update_period': 60_000,  # [G] 5: N global updates
+    'epsilon_start': 1.0,  # [G] 5
+    'epsilon_end': 0.1,  # [G] 5
+    'epsilon_updates': 1_000_000,  # [G] 5: global updates
+    'envs_per_actor': 1,  # [G] 4
+    'overlap_push': True,  # [here] one more update of age, where 100 learners bring about 100
+    'actor_pull_period': 1,  # [G] 4.1: up to before every step
+    'learner_pull_period': 1,  # [G] 4.1
+    'max_staleness': 1_000,  # [here] "older than a maximum delay": ten a learner
+    'outlier_deviations': 6.0,  # [here] "several"
+    'outlier_rule': 'every',  # [G] 4.3: all are discarded; the other presets keep what comes back
+    'max_frames': 20_000_000_000,  # [here] 200 M frames ([N]: 50 M agent steps) a bundle
+    **PREPROCESSING,
+    **EVALUATION,
+}
+
+NATURE: Mapping[str, Any] = {
+    'topology': 'separate',
+    'num_actors': 1,  # [N]: one process; here one actor and one learner
+    'num_learners': 1,
+    'torso': 'nature',
+    'n_step': 1,
+    'double_dqn': False,
+    'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
+    'discount': 0.99,  # [N]
+    'optimizer': 'rmsprop',  # [N]: centered
+    'learning_rate': 0.00025,  # [N]
+    'optimizer_decay': 0.95,  # [N]: gradient and squared gradient momentum
+    'optimizer_momentum': 0.0,  # [N]: its "gradient momentum" is the decay of the mean
+    # [N]: min squared gradient 0.01, of a gradient summed over the batch; ours is its mean
+    'optimizer_epsilon': 0.01 / 32**2,
+    'gradient_clip_norm': 0.0,  # [N] clips the error, not the gradient
+    'batch_size': 32,  # [N]
+    'replay_capacity': 1_000_000,  # [N]
+    'min_replay_size': 50_000,  # [N]
+    'agent_steps_per_update': 4.0,  # [N]
+    # [N] contradicts itself: its table counts 10,000 updates, its algorithm 1 steps. The program
+    # that made its scores [DQN 3.0] and [Zoo] count 10,000 agent steps: 2,500 updates.
+    'target_update_period': 2_500,
+    'epsilon_start': 1.0,  # [N]
+    'epsilon_end': 0.1,  # [N]
+    'epsilon_updates': 250_000,  # [N]: 1 M agent steps at 4 a update
+    'envs_per_actor': 1,  # [N]
+    'actor_pull_period': 4,  # [N]: acts with the newest parameters; 4 steps are one update
+    'learner_pull_period': 1,
+    'overlap_push': False,  # [N]: each gradient is of the newest parameters
+    'outlier_deviations': 0.0,  # [N]: no such test
+    'max_frames': 200_000_000,  # [N]: 50 M agent steps
+    **PREPROCESSING,
+    **EVALUATION,
+}
+
+LAPTOP: Mapping[str, Any] = {
+    'topology': 'separate',
+    'num_actors': 1,
+    'num_learners': 2,
+    'torso': 'dqn2013',
+    'center_input': True,
+    'n_step': 3,
+    'double_dqn': True,
+    'optimizer': 'adam',
+    'learning_rate': 0.0003,
+    'optimizer_epsilon': 1e-8,
+    'agent_steps_per_update': 4.0,
+    'target_update_period': 500,
+    'epsilon_end': 0.02,
+    'epsilon_updates': 20_000,
+    'replay_capacity': 250_000,
+    'min_replay_size': 5_000,
+    'max_frames': 3_000_000,
+    'importance_updates': 187_500,  # the run, once a priority exponent is given
+}
+
+APEX: Mapping[str, Any] = {
+    'topology': 'separate',
+    'num_actors': 1,  # [here] for two cores; [A]: 360 actors of one environment each
+    'envs_per_actor': 32,  # [here] the ladder of epsilons runs over all environments of all actors
+    'num_learners': 1,  # [A]
+    'torso': 'nature',  # [A]
+    'dueling': True,  # [A]
+    'double_dqn': True,  # [A]
+    'n_step': 3,  # [A]
+    'discount': 0.99,  # [A]
+    'loss': 'squared',  # [A]: half of it; hence the factors below
+    'optimizer': 'rmsprop',  # [A]: centered
+    'learning_rate': 0.00025 / 4,  # [A]
+    'optimizer_decay': 0.95,  # [A]
+    'optimizer_momentum': 0.0,  # [A]
+    'optimizer_epsilon': 4 * 1.5e-7,  # [A]: it is added to a square
+    'gradient_clip_norm': 2 * 40.0,  # [A]
+    'batch_size': 512,  # [A]
+    'replay_capacity': 500_000,  # [here] 1.5 GB; [A]: 2 M, a soft limit
+    'min_replay_size': 50_000,  # [A]
+    'agent_steps_per_update': 0.0,  # [A]: neither side waits for the other
+    'target_update_period': 2_500,  # [A]
+    'epsilon_ladder': True,  # [A]
+    'ladder_epsilon': 0.4,  # [A]
+    'ladder_exponent': 7.0,  # [A]: its alpha
+    'priority_exponent': 0.6,  # [A]
+    'importance_exponent_start': 0.4,  # [A]: beta stays as it is
+    'importance_exponent_end': 0.4,
+    'actor_priorities': True,  # [A]
+    'actor_pull_period': 100,  # [A]: every 400 frames
+    'learner_pull_period': 1,
+    'overlap_push': False,  # [A]: the one learner's gradients are of its newest parameters
+    'outlier_deviations': 0.0,  # [A]: no such test
+    'max_frames': 22_800_000_000,  # [A]: table 1
+    **PREPROCESSING,
+    **LATER_EVALUATION,
+    'evaluation_epsilon': 0.0,  # [A]: the greedy policy
+}
+
+RAINBOW_LITE: Mapping[str, Any] = {
+    # [R] without noisy networks: exploration is epsilon-greedy, as in its own ablation. Nor is the
+    # gradient scaled where the dueling streams join. With two learners and overlapping pushes a
+    # gradient is some updates old, where [R] has one process.
+    'topology': 'separate',
+    'num_actors': 1,
+    'num_learners': 2,  # [here] for two cores
+    'agent': 'c51',
+    'num_atoms': 51,  # [R]
+    'v_min': -10.0,  # [R]
+    'v_max': 10.0,  # [R]
+    'torso': 'nature',
+    'dueling': True,
+    'double_dqn': True,
+    'n_step': 3,  # [R]
+    'discount': 0.99,
+    'optimizer': 'adam',  # [R]
+    'learning_rate': 0.0000625,  # [R]
+    'optimizer_epsilon': 1.5e-4,  # [R]
+    'gradient_clip_norm': 10.0,  # [R] as its dueling network (Wang et al. 2016)
+    'batch_size': 32,  # [R]
+    'replay_capacity': 1_000_000,  # [R]
+    'min_replay_size': 20_000,  # [R]: 80,000 frames
+    'agent_steps_per_update': 4.0,  # [R]
+    'target_update_period': 2_000,  # [R]: 32,000 frames
+    'epsilon_start': 1.0,
+    'epsilon_end': 0.01,  # [R] without noisy networks
+    'epsilon_updates': 15_625,  # [R] without noisy networks: 250,000 frames
+    'priority_exponent': 0.5,  # [R]: omega
+    'importance_exponent_start': 0.4,  # [R]
+    'importance_exponent_end': 1.0,  # [R]
+    'importance_updates': 12_500_000,  # [R]: the whole run
+    'actor_priorities': False,  # [here] new transitions get 1; [R]: the largest so far
+    'outlier_deviations': 0.0,  # [R]: no such test
+    'max_frames': 200_000_000,  # [R]
+    **PREPROCESSING,
+    **LATER_EVALUATION,
+    'evaluation_epsilon': 0.001,  # [Zoo] of its agents without noisy networks; [R] with them: 0
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    'laptop': LAPTOP,
+    'nature': NATURE,
+    'paper': PAPER,
+    'apex': APEX,
+    'rainbow_lite': RAINBOW_LITE,
+}
+
+DEFAULT = 'laptop'
+
+
+def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.ExperimentConfig:
+    """The experiment of `preset` with `overrides` (setting's name to value) on top.
+
+    Raises:
+      UsageError: an unknown preset or setting, or values that are wrong or contradict each other.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f'--preset {preset!r}: choose one of {", ".join(sorted(PRESETS))}.')
+    values = {**PRESETS[preset], **overrides}
+    return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

@@ -1,0 +1,76 @@
+"""Flags that would change nothing beside the others: refused, since a user expects them to.
+
+In: the values given on the command line and the experiment that they make. Out: nothing, or an
+error that names the flag and what it goes with.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipelines.errors import UsageError
+from pipelines.experiment.config import ExperimentConfig
+
+
+def _agents(*names: str) -> Callable[[ExperimentConfig], bool]:
+    """Whether the agent is one of these, or a user's own, which may read every value."""
+    return lambda config: config.agent.agent in names or ':' in config.agent.agent
+
+
+def _optimizer(name: str) -> Callable[[ExperimentConfig], bool]:
+    return lambda config: config.parameter_server.optimizer == name
+
+
+_C51 = ('--agent c51', _agents('c51'))
+_ANNEALED = ('--no-epsilon_ladder', lambda config: not config.actor.epsilon_ladder)
+_LADDER = ('--epsilon_ladder', lambda config: config.actor.epsilon_ladder)
+_PRIORITIZED = ('--priority_exponent above 0', lambda config: config.replay.prioritized)
+_SEPARATE = ('--topology separate', lambda config: config.run.topology == 'separate')
+_RMSPROP = ('--optimizer rmsprop', _optimizer('rmsprop'))
+_ADAM = ('--optimizer adam', _optimizer('adam'))
+
+_NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
+    'loss': ('--agent dqn', _agents('dqn')),
+    'num_atoms': _C51,
+    'v_min': _C51,
+    'v_max': _C51,
+    'num_quantiles': ('--agent qr_dqn', _agents('qr_dqn')),
+    'epsilon_start': _ANNEALED,
+    'epsilon_end': _ANNEALED,
+    'epsilon_updates': _ANNEALED,
+    'ladder_epsilon': _LADDER,
+    'ladder_exponent': _LADDER,
+    'importance_exponent_start': _PRIORITIZED,
+    'importance_exponent_end': _PRIORITIZED,
+    'importance_updates': _PRIORITIZED,
+    'actor_priorities': _PRIORITIZED,
+    'replay_mode': _SEPARATE,
+    'sample_insert_tolerance': _SEPARATE,
+    'checkpoint_replay': _SEPARATE,
+    'outlier_decay': (
+        '--outlier_deviations above 0',
+        lambda config: config.learner.outlier_deviations > 0,
+    ),
+    'optimizer_epsilon': (
+        '--optimizer rmsprop or adam',
+        lambda config: config.parameter_server.optimizer != 'adagrad',
+    ),
+    'optimizer_decay': _RMSPROP,
+    'optimizer_momentum': _RMSPROP,
+    'adam_beta_1': _ADAM,
+    'adam_beta_2': _ADAM,
+    'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
+}
+
+
+def require_effect(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
+    """Checks that each value given has something to act on.
+
+    Raises:
+      UsageError: one has not.
+    """
+    for name, value in values.items():
+        needed, holds = _NEEDS.get(name, ('', lambda _: True))
+        if not holds(config):
+            raise UsageError(
+                f'--{name} {value} changes nothing without {needed}; add that, or leave it out.'
+            )

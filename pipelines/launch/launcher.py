@@ -1,0 +1,392 @@
+"""One run from servers to summary: starts the boxes, watches them, checkpoints, evaluates.
+
+    cluster (replay, parameter server) <- actors' job, learners' job -> telemetry -> monitor
+
+In: an experiment and a run directory. Out: the directory's files and an exit code. No data of the
+training passes through here, only statistics.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from infra.cluster import Cluster
+from infra.disk import read_json
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.protocol import (
+    LayoutMismatchError,
+    RequestRefusedError,
+)
+from infra.process import ProcessSpec, SupervisedProcess, end_signals
+from infra.replay.status import StatusReader
+from infra.telemetry import TelemetryReader
+from infra.tls import read_roots
+from pipelines.errors import UsageError
+from pipelines.events import count
+from pipelines.experiment import builders
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import Addresses, Launch
+from pipelines.launch.jobs import Jobs
+from pipelines.launch.saver import Saver
+from pipelines.launch.server_settings import cluster_config
+from pipelines.launch.shard_watch import Replay
+from pipelines.launch.training import FAILURES, Training
+from pipelines.monitoring.display import Display, open_display
+from pipelines.monitoring.drawing import Drawing
+from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.storage.checkpoints import Checkpoints
+from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
+from pipelines.storage.mirror import Mirror
+from pipelines.storage.remote_run import RemoteRun
+from pipelines.storage.run_directory import RunDirectory, loading_hint
+from pipelines.storage.space import temporary_files
+from pipelines.workers.boxes import SERVER_SECONDS
+
+_POLL_SECONDS = 0.5
+_FINISH_SECONDS = 1_800.0
+_FAILED_EXIT_CODE = 1
+_FAILED = 'failed'  # begins the reason of a run that failed
+
+
+class Signals:
+    """Notes a signal that asks for the end; a second one ends the process at once."""
+
+    def __init__(self, display: Display, directory: RunDirectory) -> None:
+        self._display = display
+        self._directory = directory
+        self.received: int | None = None
+
+    def __enter__(self) -> 'Signals':
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, *end_signals())
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP and self.received is not None:
+            return  # a terminal that goes away sends it more than once
+        if self.received not in (None, signal.SIGHUP):
+            try:
+                self._display.abandon(f'{signal.Signals(number).name} again: {self._loss()}')
+            finally:
+                os._exit(128 + number)  # the children see their parent gone and end too
+        self.received = number
+
+    def _loss(self) -> str:
+        if _has_checkpoint(self._directory):
+            return 'stopped at once; --resume goes on from the last checkpoint'
+        return f'stopped at once, without a checkpoint; logs: {self._directory.logs}'
+
+    @property
+    def name(self) -> str:
+        """Name of the signal received."""
+        return signal.Signals(self.received).name if self.received else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came after the training.
+
+    Attributes:
+      evaluation: as in the summary; None: none.
+      exported: whether `policy/` is what was learned.
+    """
+
+    evaluation: Mapping[str, Any] | None = None
+    exported: bool = False
+
+
+@dataclasses.dataclass
+class Launcher:
+    """What a run's phases share.
+
+    Attributes:
+      config: the experiment.
+      launch: how it was asked for.
+      directory: the run's, locked by this process.
+      display: where progress is shown.
+      signals: whether the user wants it to stop.
+      failures: of servers and workers so far; the logs say why.
+    """
+
+    config: ExperimentConfig
+    launch: Launch
+    directory: RunDirectory
+    display: Display
+    signals: Signals
+    failures: int = 0
+
+    def run(self) -> int:
+        """Trains, evaluates and writes the summary; returns the exit code."""
+        ours = not self.launch.replay_addresses
+        checkpoints = Checkpoints(self.directory, self.config, replay_is_ours=ours)
+        resumed = checkpoints.open(self.launch.resume, self.display.message)
+        with Monitor(self.directory, self._monitor_config(), resumed) as monitor:
+            if resumed is not None:
+                self.display.update(monitor.state())
+            try:
+                with Drawing(monitor.draw_learning_curve, self.display.message):
+                    reason = self._train(checkpoints, monitor, resumed)
+            except UsageError:
+                raise
+            except Exception as error:  # of any kind: what was learned is evaluated and summed up
+                self.failures += 1
+                logging.exception('the run failed')
+                kind = '' if isinstance(error, FAILURES) else f'unexpected {type(error).__name__}: '
+                text = '; '.join([f'{kind}{error}', *getattr(error, '__notes__', ())])
+                reason = f'{_FAILED}: {text}'
+                resume = '; --resume goes on from the last checkpoint'
+                self.display.message(f'run.py: {text}{resume * _has_checkpoint(self.directory)}')
+            monitor.end_training()
+            unused = resumed is None and not monitor.state().agent_steps
+            if self.signals.received and unused and not self.failures:
+                self.display.message('stopped before the first frame: nothing is kept')
+                self.display.end(monitor.state())
+                self.directory.discard()
+                return 128 + self.signals.received
+            outcome = self._evaluate() if reason == 'max_frames' else Outcome()
+            reason = exit_reason(reason, self.signals.name)
+            summarised = self._write_summary(monitor, reason, outcome)
+            self._tell_result(outcome, summarised)
+        if self.signals.received:
+            return 128 + self.signals.received
+        whole = summarised and outcome.exported and outcome.evaluation is not None
+        return 0 if whole else _FAILED_EXIT_CODE
+
+    def _write_summary(self, monitor: Monitor, reason: str, outcome: Outcome) -> bool:
+        """Writes the summary and the picture; whether all of it could be. The display ends."""
+        self.display.end(monitor.state())
+        try:
+            monitor.write_summary(reason, outcome.evaluation)
+        except Exception as error:  # of any kind: the checkpoint and the evaluation are there
+            logging.exception('results')
+            self.display.message(f'run.py: not every result is written: {error}')
+            return False
+        return True
+
+    def _tell_result(self, outcome: Outcome, summarised: bool) -> None:
+        """The last line: what came of the run, and where it lies; before it, how to load that."""
+        if outcome.exported and (hint := loading_hint(self.directory.policy)):
+            self.display.message(hint)
+        result, evaluation = 'no evaluation', outcome.evaluation
+        if evaluation is not None:
+            result = (
+                f'mean return {evaluation["mean"]:.1f} (standard deviation'
+                f' {evaluation["std"]:.1f}) over {evaluation["episodes"]} games'
+            )
+        names = ['summary.json'] * summarised + ['policy/'] * outcome.exported or ['logs/']
+        self.display.message(
+            f'{self.config.environment.game}: {result}; {", ".join(names)} and the rest are in'
+            f' {self.directory.path}'
+        )
+
+    def _monitor_config(self) -> MonitorConfig:
+        return MonitorConfig(
+            game=self.config.environment.game,
+            preset=self.config.preset,
+            seed=self.config.run.seed,
+            max_frames=self.config.run.max_frames,
+            action_repeat=self.config.environment.action_repeat,
+            batch_size=self.config.learner.batch_size,
+        )
+
+    def _train(
+        self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
+    ) -> str:
+        """Runs servers and jobs until the budget, a signal or a failure; returns the reason."""
+        self.display.phase('starting servers')
+        with self._training(checkpoints, monitor, resumed) as training:
+            return training.run()
+
+    @contextlib.contextmanager
+    def _training(
+        self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
+    ) -> Iterator[Training]:
+        """Servers that serve, and everything that watches them; closed in the reverse order."""
+        with contextlib.ExitStack() as stack:
+            servers = cluster_config(self.config, self.launch, self.directory.path)
+            cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
+            addresses = self._addresses(cluster)
+            layout = builders.layout_of(builders.build_policy(self.config))
+            connect = functools.partial(
+                ParameterClient,
+                addresses.parameters,
+                layout,
+                shared_memory=False,
+                timeout_seconds=SERVER_SECONDS,
+                tls_roots=addresses.tls_roots,
+            )
+            client = stack.enter_context(connect())
+            saver = Saver(checkpoints, stack.enter_context(connect()), self.display.message)
+            owner = str(self.directory.path)
+            _take(client, owner)
+            reader = stack.enter_context(TelemetryReader(addresses.telemetry))
+            first_submission = (resumed or {}).get('submissions', 0)
+            jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
+            stack.callback(self._count_failures, cluster, jobs)
+            stack.callback(jobs.stop)
+            replay = Replay(addresses.replay, StatusReader(addresses.replay))
+            yield Training(
+                self.config,
+                self.display,
+                owner,
+                lambda: self.signals.name,
+                cluster,
+                client,
+                reader,
+                jobs,
+                monitor,
+                saver,
+                replay,
+            )
+
+    def _count_failures(self, cluster: Cluster, jobs: Jobs) -> None:
+        self.failures += cluster.failures + jobs.failures
+
+    def _addresses(self, cluster: Cluster) -> Addresses:
+        roots = self.launch.tls_roots
+        return Addresses(
+            cluster.parameter_addresses,
+            cluster.replay_addresses,
+            cluster.telemetry_address,
+            read_roots(roots) if roots else None,
+        )
+
+    def _evaluate(self) -> Outcome:
+        """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
+        file = self.directory.path / EVALUATION_FILE
+        children = [self._child('evaluate', f'--output={file}'), self._child('export')]
+        try:
+            for child in children:
+                child.start()
+            self._await(children, progress_file(file))
+        finally:
+            for child in children:
+                child.terminate()
+        evaluated, exported = (child.poll() == 0 for child in children)
+        if not self.signals.received:
+            for child in children:
+                if child.poll() != 0:
+                    self.display.message(child.describe_failure())
+        return Outcome(read_result(file) if evaluated else None, exported)
+
+    def _await(self, children: Sequence[SupervisedProcess], progress: pathlib.Path) -> None:
+        """Shows how many games there are until all children have ended, or the user stops it."""
+        deadline = time.monotonic() + _FINISH_SECONDS
+        done, episodes = 0, self.config.run.evaluation_episodes
+        progress.unlink(missing_ok=True)  # of an evaluation that was killed
+        while any(child.poll() is None for child in children) and not self.signals.received:
+            if time.monotonic() > deadline:
+                self.display.message(f'no evaluation within {_FINISH_SECONDS:g} s: given up')
+                return
+            done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
+            self.display.phase(f'evaluating {done}/{episodes}')
+            time.sleep(_POLL_SECONDS)
+
+    def _child(self, verb: str, *flags: str) -> SupervisedProcess:
+        return SupervisedProcess(
+            ProcessSpec(
+                name=verb,
+                argv=[
+                    sys.executable,
+                    '-m',
+                    f'pipelines.{verb}',
+                    f'--run_dir={self.directory.path}',
+                    *flags,
+                ],
+                log_file=self.directory.logs / f'{verb}.log',
+                environment={
+                    'TF_CPP_MIN_LOG_LEVEL': '2',
+                    'TF_NUM_INTRAOP_THREADS': '1',
+                    'CUDA_VISIBLE_DEVICES': '-1',  # an accelerator is the learners'
+                },
+                unset=('PYTHONDONTWRITEBYTECODE',),
+            )
+        )
+
+
+def _has_checkpoint(directory: RunDirectory) -> bool:
+    """Whether there is a checkpoint to resume from, in a directory that can be read."""
+    try:
+        return bool(directory.latest_checkpoints())
+    except (UsageError, OSError):
+        return False
+
+
+def exit_reason(reason: str, signal_name: str) -> str:
+    """Why a run ended, when a user's signal (empty: none) came too: what was lost is not hidden."""
+    if not signal_name:
+        return reason
+    return f'{signal_name}; {reason}' if reason.startswith(_FAILED) else signal_name
+
+
+def _take(client: ParameterClient, run: str) -> None:
+    """Takes the shards for this run.
+
+    Raises:
+      UsageError: they hold the parameters of another network, or belong to another run.
+    """
+    try:
+        client.claim(run)
+    except (LayoutMismatchError, RequestRefusedError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _mirrored(launcher: Launcher, remote: RemoteRun) -> int:
+    """`Launcher.run`, its directory copied to a remote place meanwhile and at its end."""
+    with Mirror(remote, launcher.directory, launcher.display.message) as mirror:
+        code = launcher.run()
+        launcher.display.phase(f'copying to {remote.url}')
+    launcher.display.end()
+    local = launcher.directory.path
+    if mirror.problem:
+        launcher.display.message(
+            f'run.py: {remote.url} lacks a part of the run: {mirror.problem}; all of it is in'
+            f' {local}, and `python pipelines/mirror.py --run_dir {shlex.quote(str(local))}` sends'
+            ' it'
+        )
+        return _FAILED_EXIT_CODE
+    if not launcher.directory.unwanted(None):
+        launcher.display.message(f'{remote.url} has all of it')
+    return code
+
+
+def launch(
+    config: ExperimentConfig,
+    launch_: Launch,
+    directory: RunDirectory,
+    remote: RemoteRun | None = None,
+) -> int:
+    """Runs the experiment in `directory`, a working copy of `remote`; returns the exit code.
+
+    Raises:
+      UsageError: a resumed run has no checkpoint that can be read.
+    """
+    # force: modules of Beam log while they are imported, and logging then has a handler already.
+    log_file = pathlib.Path(directory.logs) / 'launcher.log'
+    logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
+    with contextlib.suppress(RuntimeError):  # looked at already
+        tf.config.set_visible_devices([], 'GPU')  # the learners'
+    logging.raiseExceptions = False  # a full disk is told by who writes results, not by the log
+    with (
+        temporary_files(),
+        open_display() as display,
+        Signals(display, directory) as signals,
+    ):
+        launcher = Launcher(config, launch_, directory, display, signals)
+        return launcher.run() if remote is None else _mirrored(launcher, remote)

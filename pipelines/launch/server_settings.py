@@ -1,0 +1,31 @@
+"""An experiment and where its servers are in, the configuration of the cluster out."""
+
+import pathlib
+
+from infra.cluster import ClusterConfig
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import Launch
+from pipelines.storage.run_directory import SHARD_CHECKPOINTS
+
+
+def cluster_config(
+    config: ExperimentConfig, launch: Launch, directory: pathlib.Path
+) -> ClusterConfig:
+    """The servers of a run, or those it attaches to."""
+    from pipelines.experiment import builders
+
+    return ClusterConfig(
+        run_directory=directory,
+        parameter_server=config.parameter_server,
+        replay=config.replay,
+        trajectory=builders.trajectory_spec(config),
+        batch_size=config.learner.batch_size,
+        experience=config.run.topology != 'bundled',
+        host=launch.host,
+        replay_checkpoint_directory=directory / SHARD_CHECKPOINTS,
+        parameter_addresses=launch.parameter_addresses,
+        replay_addresses=launch.replay_addresses,
+        parameter_ports=launch.parameter_ports,
+        replay_ports=launch.replay_ports,
+        tls=launch.tls,
+    )

@@ -1,0 +1,367 @@
+"""Watches a run: statistics in, restarts and checkpoints out.
+
+Runs in the launcher, in one thread, about twice a second; checkpoints are written beside it. No
+data of the training passes through here; what goes wrong with one box is left to the box's own
+supervisor (`infra/cluster.py` for servers, `pipelines/launch/shard_watch.py` for those that hang,
+`pipelines/launch/jobs.py` for workers).
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from infra.cluster import PARAMETER_SERVER, Cluster, ClusterError
+from infra.guard import Guard, UnforeseenError
+from infra.own_time import OwnTime
+from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.protocol import ParameterServerError
+from infra.replay.errors import ReplayError
+from infra.telemetry import TelemetryReader
+from pipelines.events import heartbeats_in
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.launch.jobs import Jobs, WorkersFailedError
+from pipelines.launch.saver import Saver
+from pipelines.launch.shard_watch import ASK_SECONDS, Replay, ServerWatch
+from pipelines.monitoring.display import Display
+from pipelines.monitoring.monitor import Monitor, RunState
+
+_POLL_SECONDS = 0.5
+_STOPPING = (
+    'stopping, then writing a checkpoint; once more to stop at once, which loses what came after'
+    ' the last one'
+)
+_STATUS_SECONDS = 2.0
+_DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a busy machine
+_RETURN_SECONDS = 90.0  # a server that hangs is killed after 30, and serves again within a minute
+_PARAMETERS_SECONDS = 60.0  # what a shard's death may cost; a save takes under a second
+_OUTLIERS_TOLD = 0.001  # share of the gradients above which dropping them is worth a word
+_FEW_GRADIENTS = 1_000  # fewer tell nothing of a share
+
+
+class LastCheckpointError(Exception):
+    """What was learned since the checkpoint before could not be saved."""
+
+    def __init__(self) -> None:
+        super().__init__('what was learned since the last checkpoint, if any, could not be saved')
+
+
+FAILURES = (
+    WorkersFailedError,
+    ClusterError,
+    ParameterServerError,
+    ReplayError,
+    LastCheckpointError,
+    UnforeseenError,
+    OSError,
+)
+"""What a run may end by."""
+
+
+class Due:
+    """Says, once every `period_seconds`, that something is due; the first time after one period."""
+
+    def __init__(self, period_seconds: float, at_once: bool = False):
+        """`at_once`: the first time now."""
+        self._period = period_seconds
+        self.postpone()
+        if at_once:
+            self._next = time.monotonic()
+
+    def postpone(self) -> None:
+        """Begins a new period now."""
+        self._next = time.monotonic() + self._period
+
+    def take(self) -> bool:
+        """Whether it is due; if so, a new period begins."""
+        if time.monotonic() < self._next:
+            return False
+        self.postpone()
+        return True
+
+
+@dataclasses.dataclass
+class Training:
+    """A run's boxes at work.
+
+    Attributes:
+      config: the experiment.
+      display: where progress is shown.
+      owner: the run's name at the parameter server.
+      interrupted: name of the signal by which the user asked for a stop, or empty.
+      cluster, client, reader, jobs, monitor, saver, replay: the boxes, open.
+    """
+
+    config: ExperimentConfig
+    display: Display
+    owner: str
+    interrupted: Callable[[], str]
+    cluster: Cluster
+    client: ParameterClient
+    reader: TelemetryReader
+    jobs: Jobs
+    monitor: Monitor
+    saver: Saver
+    replay: Replay
+
+    def __post_init__(self) -> None:
+        self._restarts: dict[str, int] = {}
+        self._reruns: Counter[str] = Counter()
+        self._reruns_before: Counter[str] | None = None
+        self._bundles: dict[int, Mapping[str, Any]] = {}
+        self._told_malformed = False
+        self._status_due = Due(_STATUS_SECONDS)
+        self._parameters_due = Due(_PARAMETERS_SECONDS)
+        self._checkpoint_due = Due(self.config.run.checkpoint_period_seconds)
+        self._own_time = OwnTime()
+        self._hearing = OwnTime()  # stands still while workers are not heard, or wait in silence
+        self._servers = ServerWatch(
+            self.cluster, self.client, self.reader, self.replay, self.display.message
+        )
+        self._guard = Guard(self.display.message, FAILURES)
+        self._clock_before: tuple[int, int] | None = None
+        self._learned = self._ending = self._outliers_told = False
+        self._rollbacks = 0
+
+    def run(self) -> str:
+        """Watches until the budget is reached or the user stops it; returns why it ended.
+
+        Raises:
+          WorkersFailedError: workers cannot be kept alive; a checkpoint was tried.
+          ClusterError: nor a server; likewise.
+          ParameterServerError, ReplayError, OSError: statistics cannot be had or written; likewise.
+          UnforeseenError: one and the same look fails again and again; likewise.
+          LastCheckpointError: the run is over, but what it learned could not be saved.
+        """
+        if self.interrupted():
+            return self.interrupted()
+        self.display.phase('starting workers')
+        self.jobs.start(self._hearing.look())
+        try:
+            reason = self._watch()
+        except FAILURES as error:
+            self._rescue(error)
+            raise
+        if self.interrupted():
+            self.display.message(f'{reason}: {_STOPPING}')
+        self._end()
+        return reason
+
+    def _rescue(self, error: BaseException) -> None:
+        """Asks what still works for all it has: nothing learned shall be lost unsaid."""
+        try:
+            if self._servers.parameters or PARAMETER_SERVER in self.cluster.abandoned:
+                raise LastCheckpointError
+            self._end()
+        except FAILURES as second:
+            error.add_note(str(second))
+
+    def _watch(self) -> str:
+        while not (reason := self._reason()):
+            for act in (self._look, self.cluster.check, self._supervise, self._save_if_due):
+                self._guard.attempt(act)
+            time.sleep(_POLL_SECONDS)
+        return reason
+
+    def _supervise(self) -> None:
+        self.jobs.supervise(self._hearing.seconds, self._own_time.look())
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        """At the end no error but the checkpoint's own may stand between the run and that."""
+        self._guard.attempt(act, at_any_rate=self._ending)
+
+    def _end(self) -> None:
+        self._ending = True
+        self.display.phase('stopping workers')
+        if not self.monitor.state().agent_steps:
+            self.jobs.stop()  # nothing to keep: the workers may still be importing TensorFlow
+            return
+        self._drain()
+        self._await_saver()
+        self._last_checkpoint()
+
+    def _reason(self) -> str:
+        if signal := self.interrupted():
+            return signal
+        return 'max_frames' if self.monitor.frames >= self.config.run.max_frames else ''
+
+    def _look(self) -> None:
+        """Takes in what the workers and servers tell, and shows it."""
+        if self._status_due.take():
+            self._ask()
+        events = self.reader.drain(timeout_seconds=0.2)
+        now = self._hearing.look(counts=self._servers.hears_workers())
+        taken = self.monitor.fold(events)
+        self.jobs.hear(heartbeats_in(taken), now)
+        self._bundles.update(_bundle_replays(taken))
+        for text in (*self.cluster.news(), *self.jobs.news()):
+            self.display.message(text)
+        self._count_restarts()
+        self.monitor.tick()
+        state = self.monitor.state()
+        if state.malformed_events and not self._told_malformed:
+            self._told_malformed = True
+            self.display.message('telemetry: malformed events are counted and left out')
+        if not self._ending:
+            self._show_phase(state)
+        self._show_outliers(state)
+        self.display.update(state)
+
+    def _show_outliers(self, state: RunState) -> None:
+        """Warns once when many gradients are dropped for their loss."""
+        if self._outliers_told or state.updates < _FEW_GRADIENTS:
+            return
+        if (state.outlier_share or 0.0) > _OUTLIERS_TOLD:
+            self._outliers_told = True
+            self.display.message(
+                f'outliers: {state.outlier_share:.2%} of the gradients are dropped for their loss;'
+                ' they may hold rare rewards. Fix: --outlier_rule lone, or --outlier_deviations 0.'
+            )
+
+    def _show_rollbacks(self, shards: list[dict[str, Any]]) -> None:
+        """Tells of parameter shards that were not finite and went back to a good state."""
+        rollbacks = sum(shard['rollbacks'] for shard in shards)
+        if rollbacks > self._rollbacks:
+            self.display.message(
+                'parameter server: parameters or slots were not finite; their shard is back at its'
+                ' last good state. Fix: lower --learning_rate or --gradient_clip_norm.'
+            )
+        self._rollbacks = rollbacks
+
+    def _ask(self) -> None:
+        """Asks the servers for clock and counts.
+
+        Raises:
+          ParameterServerUnavailable, ReplayUnavailable: one that is not this run's to start again
+            stays away.
+        """
+        shards = self._servers.ask_parameters(self.owner)
+        if shards is not None:
+            self._see_reruns(shards[0]['reruns'])
+            clock = shards[0]['version'], shards[0]['agent_steps']
+            self._clock_before = self._clock_before or clock
+            self.monitor.clock(*clock)
+            self._show_rollbacks(shards)
+            self.monitor.parameter_server(shards)
+        statuses = self._servers.ask_replay(self.saver.replay)
+        if self._bundles and not statuses:
+            bundles = range(self.config.run.num_actors)
+            statuses = [self._bundles.get(bundle, {}) for bundle in bundles]
+        self.monitor.replay(statuses)
+
+    def _see_reruns(self, reruns: Mapping[str, int]) -> None:
+        """Takes note of how often the engine has run workers again, in this part of the run."""
+        if self._reruns_before is None:
+            self._reruns_before = Counter(reruns)
+        self._reruns = Counter(reruns) - self._reruns_before
+
+    def _show_phase(self, state: RunState) -> None:
+        """Tells what goes on: a resumed run has a clock before its workers have started."""
+        updates, agent_steps = self._clock_before or (state.updates, state.agent_steps)
+        if self.saver.whole:
+            self.display.phase('checkpointing')
+        elif state.updates > updates:
+            self.display.phase('training')
+        elif state.agent_steps > agent_steps:
+            needed = self.config.replay.min_replay_size
+            held = state.agent_steps if state.replay_size is None else state.replay_size
+            if held < needed:
+                self.display.phase(f'filling replay {held}/{needed}')
+
+    def _count_restarts(self) -> None:
+        # An engine that replaces workers itself says nothing: the parameter server tells.
+        workers = Counter(self.jobs.restarts) + self._reruns
+        for component, count in {**self.cluster.restarts, **workers}.items():
+            new = count - self._restarts.get(component, 0)
+            for _ in range(new):
+                self.monitor.restarted(component)
+                self.display.message(f'{component} restarted')
+            self._restarts[component] = count
+
+    def _save_if_due(self) -> None:
+        self.saver.ended()
+        if self.saver.busy or self._servers.parameters or self._servers.replays:
+            return  # a save would wait for them
+        if not self.monitor.state().updates:
+            return  # the shards may have no parameters yet
+        if self._checkpoint_due.take():
+            self._begin_checkpoint(self.replay.addresses)
+        elif self.cluster.config.parameter_addresses:
+            # Such shards are not this run's to restart; but without a checkpoint it could not go on
+            # with them either.
+            if not self._learned:
+                self._learned = True
+                self._begin_checkpoint(self.replay.addresses)
+        elif not self._learned or self._parameters_due.take():
+            self._learned = True
+            self.saver.save_parameters()
+
+    def _drain(self) -> None:
+        """Asks the workers to end, and waits for them as long as it takes them at most."""
+        own_time = OwnTime()
+        ask = Due(ASK_SECONDS, at_once=True)  # again and again: the shard may restart meanwhile
+        while self.jobs.running and own_time.look() < _DRAIN_SECONDS:
+            if ask.take():
+                self._attempt(self._ask_to_stop)
+            self._attempt(self._look)
+            self._attempt(self._end_stranded)
+            time.sleep(_POLL_SECONDS)
+        for act in (self.jobs.stop, self._ask, self._look):
+            self._attempt(act)
+
+    def _ask_to_stop(self) -> None:
+        with contextlib.suppress(ParameterServerError):  # asked again, or ended at the last
+            self.client.request_stop(ASK_SECONDS)
+
+    def _end_stranded(self) -> None:
+        self.jobs.end_stranded(self._hearing.seconds, self._own_time.look())
+
+    def _begin_checkpoint(self, replay: tuple[str, ...]) -> bool:
+        counters = {**self.monitor.counters(), 'submissions': self.jobs.submissions}
+        return self.saver.save(replay, counters)
+
+    def _await_saver(self) -> bool:
+        """Waits for what is being saved, watching on; whether it is written."""
+        while self.saver.busy:
+            self._attempt(self._look)
+            time.sleep(_POLL_SECONDS)
+        return self.saver.ended()
+
+    def _await_servers(self) -> None:
+        """Waits, watching on, for servers that hang or start again: a save would fail for them."""
+        own_time = OwnTime()
+        while self._servers.parameters or self._servers.replays:
+            if self.cluster.abandoned or own_time.look() > _RETURN_SECONDS:
+                return
+            self._attempt(self._look)
+            time.sleep(_POLL_SECONDS)
+
+    def _last_checkpoint(self) -> None:
+        """Saves what was learned, without the replay if that cannot be had.
+
+        Raises:
+          LastCheckpointError: nor without.
+        """
+        self.display.phase('checkpointing')
+        self._await_servers()
+        if self._servers.parameters:
+            raise LastCheckpointError
+        with_replay = self._begin_checkpoint(self.replay.addresses)
+        saved = self._await_saver()
+        if not saved and with_replay:
+            self.display.message('trying a checkpoint without the replay')
+            self._begin_checkpoint(())
+            saved = self._await_saver()
+        if not saved:
+            raise LastCheckpointError
+
+
+def _bundle_replays(events: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """Status of each bundle's own replay, by the bundle's number."""
+    return {
+        event['worker']: event['replay']
+        for event in events
+        if event['component'] == 'bundle' and 'replay' in event
+    }

@@ -1,0 +1,197 @@
+"""Counters of servers and workers that restart, and rates: numbers in, totals of the run out."""
+
+import collections
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from agents.config import STALENESS_BOUNDS
+from infra.sealed import LARGEST_COUNT
+from pipelines.events import count, counts, histogram
+
+REJECTIONS = ('stale', 'outlier', 'invalid')
+"""Why a gradient was not applied: too old, loss out of line (learner's test), or not finite."""
+_REMEMBERED_SESSIONS = 4_096
+_RATE_SAMPLE_SECONDS = 0.5
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def remember(memory: collections.OrderedDict, key: Hashable, value: Any, limit: int) -> None:
+    """Stores `key`, forgetting the oldest beyond `limit`."""
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > limit:
+        memory.popitem(last=False)
+
+
+class Total:
+    """Sums the growth of a counter that starts anew, at any value, when its server restarts."""
+
+    def __init__(self, resumed: bool):
+        """`resumed`: the first value seen may have been counted before, so it is no growth."""
+        self.value = 0
+        self._last: int | None = None if resumed else 0
+
+    def see(self, number: int) -> None:
+        if self._last is not None:
+            self.value += max(0, number - self._last)
+        self._last = number
+
+
+class SessionTotals:
+    """Sums counters that every session of a worker counts anew from 0.
+
+    A late or repeated event of a session adds nothing.
+
+    Attributes:
+      values: the sums.
+    """
+
+    def __init__(self, before: Sequence[int]):
+        """`before`: the sums until a resumed run's checkpoint."""
+        self.values = list(before)
+        self._seen: collections.OrderedDict[Hashable, list[int]] = collections.OrderedDict()
+
+    def see(self, session: Hashable, numbers: Sequence[int]) -> None:
+        """Takes a session's counters; there are as many as sums."""
+        known = self._seen.get(session, [0] * len(self.values))
+        grown = [v + max(0, n - k) for v, n, k in zip(self.values, numbers, known)]
+        self.values = [min(value, LARGEST_COUNT) for value in grown]
+        newest = [max(n, k) for n, k in zip(numbers, known)]
+        remember(self._seen, session, newest, _REMEMBERED_SESSIONS)
+
+
+class StalenessTally:
+    """How old gradients were that learners pushed, over the whole run."""
+
+    def __init__(self, before: Mapping[str, Any]):
+        """`before`: `staleness` of the run until its checkpoint."""
+        bins = len(STALENESS_BOUNDS) + 1
+        self._totals = SessionTotals(histogram(before.get('staleness')) or [0] * bins)
+
+    def see(self, session: Hashable, bins: Sequence[int]) -> None:
+        """Takes a learner's histogram so far, see `STALENESS_BOUNDS`."""
+        self._totals.see(session, bins)
+
+    @property
+    def bins(self) -> list[int]:
+        """Gradients in each bin."""
+        return list(self._totals.values)
+
+    def quantile(self, share: float) -> float | None:
+        """The bound of staleness that this share of all gradients keeps; None: there are none."""
+        total, below = sum(self.bins), 0
+        for bound, number in zip((*STALENESS_BOUNDS, math.inf), self.bins):
+            below += number
+            if total and below >= share * total:
+                return bound
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """{'median', 'percentile_99'} in updates, and the histogram by each bin's bound."""
+        names = (*map(str, STALENESS_BOUNDS), f'above {STALENESS_BOUNDS[-1]}')
+        bounds = {'median': self.quantile(0.5), 'percentile_99': self.quantile(0.99)}
+        known = {name: bound if bound != math.inf else None for name, bound in bounds.items()}
+        return {**known, 'histogram': dict(zip(names, self.bins))}
+
+
+class ReplayTally:
+    """Size of the replay, and transitions sampled and inserted over the whole run."""
+
+    def __init__(self, before: Mapping[str, Any], resumed: bool):
+        """`before`: `samples` and `inserts` of the run until its checkpoint."""
+        self._sizes: dict[int, int] = {}
+        self._resumed = resumed
+        self._before = {name: count(before.get(name)) or 0 for name in ('samples', 'inserts')}
+        self._totals: dict[tuple[str, int], Total] = {}
+
+    def see(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Takes each shard's `size`, and `samples` and `inserts` since it started."""
+        for index, shard in enumerate(shards):
+            size = count(shard.get('size'))
+            if size is not None:  # a shard that restarts tells nothing for a moment
+                self._sizes[index] = size
+            for name in self._before:
+                number = count(shard.get(name))
+                if number is not None:
+                    self._totals.setdefault((name, index), Total(self._resumed)).see(number)
+
+    @property
+    def size(self) -> int | None:
+        """Transitions held by all shards; None: none has told yet."""
+        return sum(self._sizes.values()) if self._sizes else None
+
+    def total(self, name: str) -> int:
+        """`samples` or `inserts` over all shards and sessions."""
+        growth = sum(total.value for (kind, _), total in self._totals.items() if kind == name)
+        return self._before[name] + growth
+
+    def per_insert(self, transitions: int) -> float | None:
+        """So many transitions per transition inserted; None: none was inserted yet."""
+        inserts = self.total('inserts')
+        return transitions / inserts if inserts else None
+
+
+class RejectionTally:
+    """Gradients refused over the whole run, by reason."""
+
+    def __init__(self, before: Mapping[str, Any], resumed: bool):
+        """`before`: `rejected` of the run until its checkpoint."""
+        self._resumed = resumed
+        self._before = counts(before.get('rejected'))
+        self._totals: dict[tuple[str, int], Total] = {}
+        self._outliers = SessionTotals([self._before.get('outlier', 0)])
+
+    def see_servers(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Takes each parameter shard's `rejected: {stale, invalid}` since it started."""
+        for index, report in enumerate(shards):
+            for reason, number in counts(report.get('rejected')).items():
+                self._totals.setdefault((reason, index), Total(self._resumed)).see(number)
+
+    def see_outliers(self, session: Hashable, number: int) -> None:
+        """Takes how many gradients a learner's session has dropped so far."""
+        self._outliers.see(session, [number])
+
+    def counts(self) -> dict[str, int]:
+        """Gradients refused, by reason."""
+        totals = {reason: self._before.get(reason, 0) for reason in REJECTIONS}
+        totals['outlier'] = self._outliers.values[0]
+        for reason in ('stale', 'invalid'):
+            # Each shard judges its slice of the same gradients, so the shards' counts overlap.
+            by_shard = [total.value for (name, _), total in self._totals.items() if name == reason]
+            totals[reason] += max(by_shard, default=0)
+        return totals
+
+
+class Rates:
+    """Frames/s and updates/s over a sliding window."""
+
+    def __init__(self, window_seconds: float):
+        self._window = window_seconds
+        self._samples: collections.deque[tuple[float, int, int]] = collections.deque()
+
+    def see(self, now: float, frames: int, updates: int) -> None:
+        samples = self._samples
+        if samples and (frames, updates) == samples[0][1:]:
+            samples.clear()  # nothing has moved yet: the window begins when something does
+        if len(samples) >= 2 and now - samples[-2][0] < _RATE_SAMPLE_SECONDS:
+            samples.pop()  # bounds the memory however often the clock is looked at
+        samples.append((now, frames, updates))
+        # The oldest sample kept is the last one that is at least a window old.
+        while len(samples) > 2 and now - samples[1][0] >= self._window:
+            samples.popleft()
+
+    def rates(self) -> tuple[float | None, float | None]:
+        """Frames and updates per second; None while less than two moments are known."""
+        if len(self._samples) < 2:
+            return None, None
+        start, end = self._samples[0], self._samples[-1]
+        seconds = end[0] - start[0]
+        if seconds <= 0:
+            return None, None
+        return max(0, end[1] - start[1]) / seconds, max(0, end[2] - start[2]) / seconds

@@ -1,0 +1,468 @@
+"""Folds the workers' telemetry and the servers' counters into the state of the run.
+
+In: telemetry events (from the queue, sometimes late, repeated or malformed), the clock and counters
+of the parameter server, the replay's. Out: a `RunState` to show, `episodes.jsonl`, TensorBoard
+scalars, the contents of `summary.json`, the learning curve, and the counters a checkpoint keeps.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from infra.disk import write_json
+from pipelines.events import count, counts, finite, histogram, is_event
+from pipelines.monitoring import episodes, learning_curve, tensorboard
+from pipelines.monitoring.counters import (
+    REJECTIONS,
+    Rates,
+    RejectionTally,
+    ReplayTally,
+    StalenessTally,
+    mean,
+    remember,
+)
+from pipelines.storage.run_directory import RunDirectory
+
+# Fields of a learner's event whose mean over a period says nothing.
+_NOT_AVERAGED = frozenset(
+    {'time', 'worker', 'session', 'submission', 'updates', 'agent_steps', 'rejected_outlier'}
+)
+_EVALUATION_FIELDS = ('protocol', 'episodes', 'epsilon', 'mean', 'std')
+
+Worker = tuple[str, int]
+"""A worker's component ('actor', 'learner', ...) and its index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """What the monitor must know of the run.
+
+    Attributes:
+      game, preset, seed: as in the summary.
+      max_frames: emulator frames that end the run.
+      action_repeat: emulator frames per agent step.
+      batch_size: transitions in an update.
+      scalars_period_seconds: seconds between two writes to TensorBoard.
+      rate_window_seconds: frames/s, updates/s and the ETA are means over this long.
+    """
+
+    game: str
+    preset: str
+    seed: int
+    max_frames: int
+    action_repeat: int = 4
+    batch_size: int = 32
+    scalars_period_seconds: float = 10.0
+    rate_window_seconds: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """The run at one moment; a number that is not known yet is None.
+
+    Attributes:
+      max_frames, frames: emulator frames, the budget and those made.
+      frames_per_second, updates_per_second: over the recent window.
+      updates: global updates.
+      episodes: games ended.
+      mean_return_100: mean raw return of the last 100 (fewer at the start).
+      epsilon: mean over the actors of the latest each has told.
+      replay_size: transitions held, over all shards.
+      samples_per_insert: transitions drawn per transition inserted, over the whole run.
+      learned_per_insert: transitions of the updates made per transition inserted: fewer than were
+        drawn, since learners keep batches ready and not every gradient is applied.
+      rejected: gradients refused, by reason (`REJECTIONS`).
+      outlier_share: of the gradients that learners computed, those dropped as outliers.
+      staleness: of the gradients pushed (see `StalenessTally.summary`).
+      restarts: by component.
+      eta_seconds: until `max_frames` at the present rate.
+      wall_seconds: since the launch, sessions before a resume included.
+      learner: means of the learners' other figures (loss, ...) over the last period.
+      malformed_events, repeated_events: telemetry that was left out.
+    """
+
+    game: str
+    preset: str
+    max_frames: int
+    frames: int = 0
+    agent_steps: int = 0
+    frames_per_second: float | None = None
+    updates: int = 0
+    updates_per_second: float | None = None
+    episodes: int = 0
+    mean_return_100: float | None = None
+    last_return: float | None = None
+    epsilon: float | None = None
+    replay_size: int | None = None
+    samples_per_insert: float | None = None
+    learned_per_insert: float | None = None
+    rejected: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(REJECTIONS, 0)
+    )
+    outlier_share: float | None = None
+    staleness: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    restarts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    eta_seconds: float | None = None
+    wall_seconds: float = 0.0
+    learner: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    malformed_events: int = 0
+    repeated_events: int = 0
+
+
+class Monitor:
+    """The one reader of the run's statistics; used by one thread.
+
+    A context manager. Feed it with `fold`, `clock`, `parameter_server`, `replay` and `restarted`;
+    look at `state()`; call `tick()` about every second, which writes what is due.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: MonitorConfig,
+        resumed_from: Mapping[str, Any] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        """Opens the run's records.
+
+        Args:
+          directory: where they are written.
+          config: of the run.
+          resumed_from: what `counters()` gave when the checkpoint resumed from was written; None
+            for a new run.
+          monotonic, wall_clock: clocks, seconds.
+        """
+        self._config, self._directory = config, directory
+        self._monotonic, self._wall_clock = monotonic, wall_clock
+        before, resumed = resumed_from or {}, resumed_from is not None
+        self._agent_steps = count(before.get('agent_steps')) or 0
+        self._updates = count(before.get('updates')) or 0
+        self._wall_seconds_before = finite(before.get('wall_seconds')) or 0.0
+        self._restarts = counts(before.get('restarts'))
+        self._started = monotonic()
+        self._ended: float | None = None
+        self._rejections = RejectionTally(before, resumed)
+        self._staleness = StalenessTally(before)
+        # Checkpoints of earlier versions count outliers, but no staleness of the other gradients.
+        self._other_gradients = 0 if 'staleness' in before else self._updates
+        self._replay = ReplayTally(before, resumed)
+        self._rates = Rates(config.rate_window_seconds)
+        self._epsilon: dict[Worker, float] = {}
+        self._learner_sums: dict[str, tuple[float, int]] = {}
+        self._learner: dict[str, float] = {}
+        self._malformed = self._repeated = 0
+        self._unforeseen: set[type[Exception]] = set()
+        self._open_records(resumed)
+
+    def _open_records(self, resumed: bool) -> None:
+        self._episodes = episodes.EpisodeLog(
+            self._directory.episodes_file, self.frames if resumed else None
+        )
+        # A restored replay may hand out telemetry again that was recorded before the checkpoint.
+        self._seen_episodes: collections.OrderedDict[tuple, None] = collections.OrderedDict(
+            (row.identity, None) for row in self._episodes.kept
+        )
+        self._returns: collections.deque[float] = collections.deque(
+            (row.raw_return for row in self._episodes.kept), maxlen=episodes.RETURN_WINDOW
+        )
+        self._scalars = tensorboard.ScalarWriter(self._directory.events, self.frames)
+        self._episode_step = self.frames
+        self._scalars_due = self._started + self._config.scalars_period_seconds
+
+    @property
+    def frames(self) -> int:
+        """Emulator frames made by all actors."""
+        return self._frames_of(self._agent_steps)
+
+    def _frames_of(self, agent_steps: int) -> int:
+        return agent_steps * self._config.action_repeat
+
+    # What comes in.
+
+    def clock(self, updates: int, agent_steps: int) -> None:
+        """Takes the parameter server's clock: global updates and agent steps."""
+        self._updates, self._agent_steps = int(updates), int(agent_steps)
+        self._rates.see(self._monotonic(), self.frames, self._updates)
+
+    def parameter_server(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Takes each shard's report; of it, `rejected: {stale, invalid}` is used."""
+        self._rejections.see_servers(shards)
+
+    def replay(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Takes each shard's status: `size`, and `samples` and `inserts` so far (transitions).
+
+        A shard that did not answer has an empty status: its last one stays.
+        """
+        self._replay.see(shards)
+
+    def restarted(self, component: str) -> None:
+        """Counts one restart of `component`."""
+        self._restarts[component] = self._restarts.get(component, 0) + 1
+
+    def fold(self, events: Iterable[Any]) -> list[Mapping[str, Any]]:
+        """Takes telemetry events, in any order; those it cannot read are counted and left out.
+
+        Returns the others.
+        """
+        handlers = {'episode': self._fold_episode, 'actor': self._fold_actor}
+        handlers['learner'] = self._fold_learner
+        taken = []
+        for event in events:
+            if not is_event(event):
+                self._malformed += 1
+                continue
+            taken.append(event)
+            worker = event['component'], event['worker']
+            handler = handlers.get(event['kind'])
+            if handler is not None and not self._is_folded(handler, event, worker):
+                self._malformed += 1
+        return taken
+
+    def _is_folded(
+        self,
+        handler: Callable[[Mapping[str, Any], Worker], bool],
+        event: Mapping[str, Any],
+        worker: Worker,
+    ) -> bool:
+        """Whether `handler` took the event: an unforeseen value costs this event and no other."""
+        try:
+            return handler(event, worker)
+        except OSError:  # a full disk is no fault of the event
+            raise
+        except Exception as error:
+            if type(error) not in self._unforeseen:  # the first of each kind: the log is bounded
+                self._unforeseen.add(type(error))
+                logging.exception('a telemetry event of kind %s', event['kind'])
+            return False
+
+    def _fold_episode(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        raw_return = finite(event.get('raw_return'))
+        if raw_return is None:
+            return False
+        when = finite(event.get('time'))
+        agent_steps, updates = count(event.get('run_agent_steps')), count(event.get('run_updates'))
+        episode = episodes.Episode(
+            episode=self._episodes.count + 1,
+            time=self._wall_clock() if when is None else when,
+            frames=self._frames_of(self._agent_steps if agent_steps is None else agent_steps),
+            updates=self._updates if updates is None else updates,
+            raw_return=raw_return,
+            clipped_return=finite(event.get('clipped_return')),
+            agent_steps=count(event.get('agent_steps')),
+            worker=worker[1],
+            epsilon=finite(event.get('epsilon')),
+        )
+        if episode.identity in self._seen_episodes:
+            self._repeated += 1
+            return True
+        remember(self._seen_episodes, episode.identity, None, episodes.REMEMBERED_EPISODES)
+        self._episodes.append(episode)
+        self._returns.append(raw_return)
+        # TensorBoard drops what does not lie behind the value before.
+        step = max(episode.frames, self._episode_step + 1)
+        self._scalars.write(step, {'return/episode': raw_return}, episode.time)
+        self._episode_step = step
+        return True
+
+    def _fold_actor(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        epsilon = finite(event.get('epsilon'))
+        if epsilon is not None:
+            self._epsilon[worker] = epsilon
+        return epsilon is not None or 'epsilon' not in event
+
+    def _fold_learner(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        outliers = count(event.get('rejected_outlier'))
+        key = (*worker, str(event.get('session')))
+        if outliers is not None:
+            self._rejections.see_outliers(key, outliers)
+        staleness = histogram(event.get('staleness'))
+        if staleness is not None:
+            self._staleness.see(key, staleness)
+        for name, value in event.items():
+            number = finite(value)
+            if number is not None and name not in _NOT_AVERAGED:
+                total, numbers = self._learner_sums.get(name, (0.0, 0))
+                self._learner_sums[name] = (total + number, numbers + 1)
+        return 'rejected_outlier' not in event or outliers is not None
+
+    # What comes out.
+
+    def tick(self) -> None:
+        """Writes the scalars when they are due."""
+        if self._monotonic() >= self._scalars_due:
+            self._write_scalars()
+
+    def state(self) -> RunState:
+        """The run now."""
+        frame_rate, update_rate = self._rates.rates()
+        left = max(0, self._config.max_frames - self.frames)
+        return RunState(
+            game=self._config.game,
+            preset=self._config.preset,
+            max_frames=self._config.max_frames,
+            frames=self.frames,
+            agent_steps=self._agent_steps,
+            frames_per_second=frame_rate,
+            updates=self._updates,
+            updates_per_second=update_rate,
+            episodes=self._episodes.count,
+            mean_return_100=mean(self._returns),
+            last_return=self._returns[-1] if self._returns else None,
+            epsilon=mean(self._epsilon.values()),
+            replay_size=self._replay.size,
+            samples_per_insert=self._replay.per_insert(self._replay.total('samples')),
+            learned_per_insert=self._replay.per_insert(self._updates * self._config.batch_size),
+            rejected=self._rejections.counts(),
+            outlier_share=self._outlier_share(),
+            staleness=self._staleness.summary(),
+            restarts=dict(self._restarts),
+            eta_seconds=left / frame_rate if frame_rate else (None if left else 0.0),
+            wall_seconds=self.wall_seconds,
+            learner=dict(self._learner),
+            malformed_events=self._malformed,
+            repeated_events=self._repeated,
+        )
+
+    def _outlier_share(self) -> float | None:
+        dropped = self._rejections.counts()['outlier']
+        computed = dropped + self._other_gradients + sum(self._staleness.bins)
+        return dropped / computed if computed else None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds from launch to now or to `end_training`, sessions before a resume included."""
+        now = self._monotonic() if self._ended is None else self._ended
+        return self._wall_seconds_before + now - self._started
+
+    def end_training(self) -> None:
+        """Stops the run's clock: the final evaluation is not part of `wall_seconds`."""
+        self._ended = self._monotonic()
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint must keep of the run: give it back as `resumed_from`."""
+        return {
+            'agent_steps': self._agent_steps,
+            'updates': self._updates,
+            'wall_seconds': round(self.wall_seconds, 3),
+            'rejected': self._rejections.counts(),
+            'staleness': self._staleness.bins,
+            'restarts': dict(self._restarts),
+            'samples': self._replay.total('samples'),
+            'inserts': self._replay.total('inserts'),
+        }
+
+    def summary(
+        self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The contents of `summary.json` for the run now."""
+        return build_summary(self.state(), self._config, exit_reason, evaluation)
+
+    def write_summary(
+        self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Writes `summary.json` and the learning curve; returns the summary."""
+        summary = self.summary(exit_reason, evaluation)
+        write_json(self._directory.summary_file, summary)
+        self._write_scalars(evaluation)
+        self.draw_learning_curve(evaluation)
+        return summary
+
+    def draw_learning_curve(self, evaluation: Mapping[str, Any] | None = None) -> None:
+        """Draws the games so far; may be called from another thread than the other methods."""
+        learning_curve.draw_learning_curve(
+            self._directory.episodes_file,
+            self._directory.learning_curve_file,
+            f'{self._config.game}, preset {self._config.preset}, seed {self._config.seed}',
+            evaluation,
+            self.frames,
+        )
+
+    def _write_scalars(self, evaluation: Mapping[str, Any] | None = None) -> None:
+        self._learner = {
+            name: total / numbers for name, (total, numbers) in self._learner_sums.items()
+        }
+        self._learner_sums.clear()
+        state = self.state()
+        scalars: dict[str, float | None] = {
+            'return/mean_100': state.mean_return_100,
+            'progress/updates': state.updates,
+            'progress/episodes': state.episodes,
+            'rate/frames_per_second': state.frames_per_second,
+            'rate/updates_per_second': state.updates_per_second,
+            'actor/epsilon': state.epsilon,
+            'learner/outlier_share': state.outlier_share,
+            'staleness/median': self._staleness.quantile(0.5),
+            'staleness/percentile_99': self._staleness.quantile(0.99),
+            'replay/size': state.replay_size,
+            'replay/samples_per_insert': state.samples_per_insert,
+            'replay/learned_per_insert': state.learned_per_insert,
+            'telemetry/malformed_events': state.malformed_events,
+            'telemetry/repeated_events': state.repeated_events,
+        }
+        scalars |= {f'rejected/{reason}': number for reason, number in state.rejected.items()}
+        scalars |= {f'learner/{name}': value for name, value in state.learner.items()}
+        if evaluation is not None:
+            scalars['return/evaluation'] = evaluation['mean']
+        self._scalars.write(state.frames, scalars, self._wall_clock())
+        self._scalars.flush()
+        self._scalars_due = self._monotonic() + self._config.scalars_period_seconds
+
+    def close(self) -> None:
+        """Closes the records. Repeated calls do nothing."""
+        # A full disk is told by who writes; closing tries to write once more.
+        for close in (self._episodes.close, self._scalars.close):
+            with contextlib.suppress(OSError):
+                close()
+
+    def __enter__(self) -> 'Monitor':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def build_summary(
+    state: RunState,
+    config: MonitorConfig,
+    exit_reason: str,
+    evaluation: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The contents of `summary.json`.
+
+    Args:
+      state: the run at its end.
+      config: of the run.
+      exit_reason: why it ended, such as 'max_frames' or 'SIGINT'.
+      evaluation: `{protocol, episodes, epsilon, mean, std}` (more is left out); None: there was
+        none, or not a single game of it.
+
+    `frames_per_second` and `updates_per_second` are over all of `wall_seconds`.
+    """
+    seconds = state.wall_seconds
+    kept = {name: evaluation[name] for name in _EVALUATION_FIELDS} if evaluation else None
+    return {
+        'game': state.game,
+        'preset': state.preset,
+        'seed': config.seed,
+        'frames': state.frames,
+        'agent_steps': state.agent_steps,
+        'updates': state.updates,
+        'episodes': state.episodes,
+        'mean_return_100': state.mean_return_100,
+        'evaluation': kept,
+        'wall_seconds': round(seconds, 3),
+        'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
+        'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,
+        'samples_per_insert': state.samples_per_insert,
+        'learned_per_insert': state.learned_per_insert,
+        'rejected': dict(state.rejected),
+        'outlier_share': state.outlier_share,
+        'staleness': dict(state.staleness),
+        'restarts': dict(state.restarts),
+        'exit_reason': exit_reason,
+    }

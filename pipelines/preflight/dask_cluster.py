@@ -1,0 +1,211 @@
+"""A Dask cluster that a run is to use, checked before anything is written.
+
+In: the scheduler's address, a run's flags. Out: one line about the cluster, or an error: too few
+slots for the workers, workers without this project or with another version of it, workers that
+cannot reach the servers.
+"""
+
+import asyncio
+import collections
+import contextlib
+import hashlib
+import importlib
+import pathlib
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.dask.dask_runner import DaskOptions
+
+from infra.addresses import split_address
+from infra.flags import value_of
+from pipelines.engines.dask import host_names
+from pipelines.errors import UsageError
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import LOOPBACK, Launch
+
+if TYPE_CHECKING:
+    import distributed
+
+
+_CONNECT_SECONDS = 10.0
+_ATTEMPTS = 5
+_PACKAGES = ('agents', 'infra', 'pipelines')
+# What Beam takes from the same group of flags for something else than its client.
+_NOT_OF_CLIENT = ('npartitions', 'partition_size')
+
+
+def _fingerprint() -> str:
+    """Hash of this project's code, as this process imports it."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        root = pathlib.Path(importlib.import_module(package).__path__[0])
+        for file in sorted(root.rglob('*.py')):
+            name = f'{package}/{file.relative_to(root).as_posix()}'
+            digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# When this module is imported, since a Dask worker keeps the modules that it has imported.
+_CODE = _fingerprint()
+
+
+async def look_around(addresses: Sequence[str], dask_worker: Any = None) -> dict[str, Any]:
+    """Runs on a worker, in its event loop.
+
+    Returns:
+      'code': version of its code; 'executing': elements that it runs, those included that their
+      client has left; 'unreachable': those of the addresses that it cannot reach.
+    """
+    reached = await asyncio.gather(*(_reaches(address) for address in addresses))
+    return {
+        'code': _CODE,
+        'executing': dask_worker.state.executing_count,
+        'unreachable': [address for address, yes in zip(addresses, reached) if not yes],
+    }
+
+
+async def _reaches(address: str) -> bool:
+    try:
+        opening = asyncio.open_connection(*split_address(address))
+        _, writer = await asyncio.wait_for(opening, _CONNECT_SECONDS / 2)
+    except (TimeoutError, OSError):
+        return False
+    writer.close()
+    return True
+
+
+def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
+    """Checks that the cluster can run the workers; returns a line that says which it is.
+
+    Raises:
+      UsageError: it does not answer, is too small, or its workers are unfit.
+    """
+    with _connected(launch) as client, _probes(launch) as addresses:
+        answers = _answers(client, addresses)
+        _require_fit(answers)
+        slots = client.nthreads()
+        busy = {worker: answer['executing'] for worker, answer in answers.items()}
+        _require_slots(config, launch, client.scheduler_info()['address'], slots, busy)
+        total = sum(slots.values())
+        return (
+            f'Dask: {len(slots)} worker processes, {total - sum(busy.values())} of {total} slots'
+            f' free; dashboard {client.dashboard_link}'
+        )
+
+
+def _answers(client: 'distributed.Client', addresses: Sequence[str]) -> dict[str, Any]:
+    """What each worker found, or its error.
+
+    The scheduler still lists a worker that has just left. Asking again leaves that one out.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        answers = client.run(look_around, addresses, on_error='return')
+        if not any(isinstance(answer, OSError) for answer in answers.values()):
+            return answers
+        time.sleep(_CONNECT_SECONDS / _ATTEMPTS)
+    return client.run(look_around, addresses, on_error='return')
+
+
+@contextlib.contextmanager
+def _connected(launch: Launch) -> Iterator['distributed.Client']:
+    import distributed
+
+    flags = [*launch.beam_flags, *launch.actor_flags, *launch.learner_flags]
+    options = PipelineOptions(flags).view_as(DaskOptions)
+    arguments = options.get_all_options(drop_default=True, current_only=True)
+    arguments = {name: arguments[name] for name in arguments if name not in _NOT_OF_CLIENT}
+    try:
+        client = distributed.Client(
+            **{'timeout': _CONNECT_SECONDS, **arguments}, set_as_default=False
+        )
+    except (OSError, ValueError) as error:
+        where = arguments.get('address') or arguments.get('scheduler_file')
+        raise UsageError(
+            f'no Dask scheduler answers at {where} ({error}); start one with `dask scheduler`, or'
+            ' correct the address.'
+        ) from error
+    with client:
+        yield client
+
+
+@contextlib.contextmanager
+def _probes(launch: Launch) -> Iterator[list[str]]:
+    """Addresses that every worker must reach: servers that run, and a listener in place of others.
+
+    Raises:
+      UsageError: --host is not an address of this machine.
+    """
+    given = [*launch.parameter_addresses, *launch.replay_addresses]
+    if launch.parameter_addresses and launch.replay_addresses:
+        yield given
+        return
+    try:
+        listener = socket.create_server((launch.host, 0))
+    except OSError as error:
+        raise UsageError(
+            f'--host {launch.host}: not an address of this machine ({error}).'
+        ) from error
+    with listener:
+        yield [*given, f'{launch.host}:{listener.getsockname()[1]}']
+
+
+def _require_slots(
+    config: ExperimentConfig,
+    launch: Launch,
+    scheduler: str,
+    slots: Mapping[str, int],
+    busy: Mapping[str, int],
+) -> None:
+    """Checks that each job has slots enough on its hosts, and all together on all of theirs.
+
+    A busy slot counts as taken: an element of another run keeps its for hours.
+    """
+    allowed = {
+        kind: host_names(value_of('--dask_hosts', [*launch.beam_flags, *launch.flags_of(kind)]))
+        for kind in config.run.workers
+    }
+    wanted = config.run.workers
+    workers = ' and '.join(f'{count} {kind}(s)' for kind, count in wanted.items())
+    groups = [(f'{wanted[kind]} {kind}(s)', wanted[kind], allowed[kind]) for kind in wanted]
+    everywhere = not all(allowed.values())
+    union = [] if everywhere else sorted({host for hosts in allowed.values() for host in hosts})
+    for name, needed, hosts in [*groups, (workers, sum(wanted.values()), union)]:
+        there = [each for each in slots if not hosts or urlsplit(each).hostname in hosts]
+        total, taken = sum(slots[each] for each in there), sum(busy.get(each, 0) for each in there)
+        if total - taken < needed:
+            where = f' on {", ".join(hosts)}' if hosts else ''
+            raise UsageError(
+                f'{scheduler}: the Dask cluster has {total} worker slots{where}, {taken} of them'
+                f' busy; {name} need {needed}. Start more (`dask worker {scheduler} --nworkers'
+                f' {needed - total + taken} --nthreads 1`), or ask for fewer.'
+            )
+
+
+def _require_fit(answers: Mapping[str, Any]) -> None:
+    """Checks what the workers found when they looked around."""
+    for worker, answer in answers.items():
+        if isinstance(answer, BaseException):
+            raise UsageError(
+                f'Dask worker {worker} cannot run this project ({type(answer).__name__}: {answer});'
+                " start it with the `dask` of this project's environment on its host, in a"
+                f' directory without another {" or ".join(_PACKAGES)}.'
+            )
+        if answer['code'] != _CODE:
+            raise UsageError(
+                f'Dask worker {worker} has another version of this project ({answer["code"]}, here'
+                f' {_CODE}); bring its host up to date and start it anew.'
+            )
+    unreachable = collections.Counter(
+        address for answer in answers.values() for address in answer['unreachable']
+    )
+    for address, count in unreachable.items():
+        remedy = 'open the way there'
+        if split_address(address)[0] == LOOPBACK:
+            remedy = 'give an address of this machine that they reach, with --host'
+        raise UsageError(
+            f'{count} of {len(answers)} Dask workers cannot reach {address}; {remedy}.'
+        )

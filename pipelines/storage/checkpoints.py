@@ -1,0 +1,257 @@
+"""Checkpoints of a whole run: parameters, optimizer, target, replay and counters, together.
+
+In: running servers. Out: `checkpoints/checkpoint-<n>/` with `parameters/`, `replay/shard-<i>/` and
+`run.json`, published only when all of it is written; between them, `servers/parameters-<n>/` with
+parameters alone; and where each server starts from, at a resumption or after its death.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from infra.cluster import PARAMETER_SERVER
+from infra.disk import digests, write_json
+from infra.parameter_server import checkpoint as parameter_checkpoint
+from infra.parameter_server.checkpoint import DamagedCheckpointError
+from infra.parameter_server.client import ParameterClient
+from infra.replay import server as replay_server
+from infra.sealed import parse_object, seal, unseal
+from pipelines.errors import UsageError
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
+
+_KEEP = 2
+_PARAMETERS = 'parameters'
+_REPLAY = 'replay'
+_REPLAY_FILES = 'replay_files'  # in run.json: [bytes, CRC-32] by path below `replay/`
+_COUNTS = {'agent_steps', 'submissions'}  # in run.json, but for those of the first versions
+_SAVE_SECONDS = 120.0
+_SAVE_SECONDS_PER_TRANSITION = 1.5e-4  # 3 kB each, at 20 MB/s
+_PARAMETERS_NAME = re.compile(r'parameters-(\d+)')
+
+
+class Checkpoints:
+    """Writes a run's checkpoints and knows which one its servers start from.
+
+    `restore` may be called from another thread than the other methods.
+
+    Attributes:
+      with_replay: whether the replay's shards are saved too.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, config: ExperimentConfig, replay_is_ours: bool = True
+    ):
+        """`replay_is_ours`: False: the replay is attached to, it is neither saved nor restored."""
+        self._directory = directory
+        self.with_replay = replay_is_ours and config.run.checkpoint_replay
+        transitions = config.replay.replay_capacity
+        self._save_seconds = _SAVE_SECONDS + transitions * _SAVE_SECONDS_PER_TRANSITION
+        self._newest: pathlib.Path | None = None  # with the replay
+        # Of this run since it was started or resumed, newest first; the oldest may be removed.
+        self._parameters: tuple[pathlib.Path, ...] = ()
+
+    def open(self, resume: bool, tell: Callable[[str], None]) -> Mapping[str, Any] | None:
+        """Finds the newest checkpoint that can be read; returns its counters, None for a new run.
+
+        A damaged one is set aside, and `tell` is told. If no whole one is left, the newest whose
+        parameters can be read will do, with an empty replay.
+
+        Raises:
+          UsageError: `resume`, and no checkpoint can be read.
+        """
+        if not resume:
+            return None
+        found = _find(self._directory)
+        for path, error in found.damaged:
+            aside = self._directory.set_aside(path)
+            tell(f'{error}; kept as {aside.name}, trying the checkpoint before')
+        if not found.with_replay:
+            tell(f'{found.path.name}: its replay is damaged; going on with an empty one')
+        self._newest = found.path if found.with_replay else None
+        self._parameters = (found.path / _PARAMETERS,)
+        tell(f'going on from {found.path.name}: {found.counters["updates"]} updates')
+        return found.counters
+
+    def restore(self, component: str, shard: int) -> pathlib.Path | None:
+        """Where a server (re)starts from; None: empty."""
+        if component == PARAMETER_SERVER:
+            return self._newest_parameters()
+        if self._newest is None:
+            return None
+        replay = self._newest / _REPLAY / f'shard-{shard}'
+        return replay if replay.exists() else None
+
+    def _newest_parameters(self) -> pathlib.Path | None:
+        """The newest parameters that can be read.
+
+        If none can, the newest: a server that starts empty would forget the run without a word, one
+        that cannot start says why.
+        """
+        candidates = self._parameters
+        for path in candidates:
+            try:
+                parameter_checkpoint.require_usable(str(path))
+                return path
+            except DamagedCheckpointError as error:
+                logging.warning('not restored: %s', error)
+        return candidates[0] if candidates else None
+
+    def save_parameters(self, client: ParameterClient) -> None:
+        """Writes the parameter server's state alone, for a shard that dies before the next `save`.
+
+        Cheap beside a replay; a resumed run does not start from it.
+
+        Raises:
+          OSError: it cannot be written; the one before stays in force.
+          ParameterServerError: a shard did not write its part; likewise.
+        """
+        servers = self._directory.path / 'servers'
+        servers.mkdir(exist_ok=True)
+        before = _numbered_parameters(servers)
+        path = servers / f'parameters-{max(before, default=0) + 1}'
+        try:
+            client.save(path)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        self._in_force(path)
+        for number in sorted(before)[: -(_KEEP - 1)]:
+            shutil.rmtree(before[number], ignore_errors=True)
+
+    def save(
+        self, client: ParameterClient, replay: Sequence[str], counters: Mapping[str, Any]
+    ) -> None:
+        """Writes a checkpoint, publishes it, and removes all but the newest two.
+
+        Raises:
+          OSError: it cannot be written; nothing is published.
+          ParameterServerError: a shard did not write its part; nothing is published.
+          ReplayUnavailable: likewise.
+        """
+        with self._directory.new_checkpoint() as staging:
+            client.save(staging / _PARAMETERS)
+            if replay and self.with_replay:
+                (staging / _REPLAY).mkdir()
+                for shard, path in enumerate(replay_server.save(replay, self._save_seconds)):
+                    shutil.move(path, staging / _REPLAY / f'shard-{shard}')
+            files = {_REPLAY_FILES: digests(staging / _REPLAY)}
+            write_json(staging / CHECKPOINT_RUN_FILE, seal({**counters, **files}))
+        self._newest = self._directory.latest_checkpoints()[0]
+        self._in_force(self._newest / _PARAMETERS)
+        self._directory.prune(_KEEP)
+        logging.info('wrote %s', self._newest)
+
+    def _in_force(self, parameters: pathlib.Path) -> None:
+        # Two full checkpoints and two of parameters alone exist at most.
+        self._parameters = (parameters, *self._parameters)[: 2 * _KEEP]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The checkpoint to go on from.
+
+    Attributes:
+      path: its directory.
+      counters: of the run.
+      with_replay: whether its replay can be read, if it has one.
+      damaged: newer ones that cannot be read, and why.
+    """
+
+    path: pathlib.Path
+    counters: Mapping[str, Any]
+    with_replay: bool
+    damaged: tuple[tuple[pathlib.Path, DamagedCheckpointError], ...]
+
+
+def _find(directory: RunDirectory) -> _Found:
+    """The newest checkpoint that is whole; if none is, the newest whose parameters are.
+
+    Raises:
+      UsageError: no parameters can be read.
+    """
+    paths = directory.latest_checkpoints()
+    reason = 'it has none'
+    for with_replay in (True, False):
+        damaged: list[tuple[pathlib.Path, DamagedCheckpointError]] = []
+        for path in paths:
+            try:
+                counters = _validate(path, with_replay)
+                return _Found(path, counters, with_replay, tuple(damaged))
+            except DamagedCheckpointError as error:
+                damaged.append((path, error))
+                reason = str(error)
+    raise UsageError(
+        f'{directory.path}: no checkpoint can be read ({reason}); start a new run in another'
+        ' --run_dir.'
+    )
+
+
+def readable_counters(directory: RunDirectory) -> Mapping[str, Any]:
+    """The run's counters where it would go on; changes nothing.
+
+    Raises:
+      UsageError: no checkpoint can be read.
+    """
+    return _find(directory).counters
+
+
+def read_newest(
+    directory: RunDirectory, tell: Callable[[str], None]
+) -> parameter_checkpoint.Checkpoint:
+    """The newest parameters of a run that can be read, also while it goes on.
+
+    `tell` is told of a damaged checkpoint.
+
+    Raises:
+      UsageError: there are none.
+    """
+    paths = directory.latest_checkpoints()
+    for path in paths:
+        try:
+            return parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+        except DamagedCheckpointError as error:
+            tell(str(error))
+    if paths:
+        raise UsageError(f'{directory.path}: none of its {len(paths)} checkpoints can be read.')
+    raise UsageError(f'{directory.path}: it has no checkpoint yet; train for longer first.')
+
+
+def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
+    """The counters of a checkpoint that servers can start from; its replay is read only if asked.
+
+    Raises:
+      DamagedCheckpointError: naming the file that is missing or changed, or what is not finite.
+    """
+    parameter_checkpoint.require_usable(str(path / _PARAMETERS))
+    run_file = path / CHECKPOINT_RUN_FILE
+    try:
+        counters = unseal(parse_object(run_file.read_bytes()))
+        for name in ('updates', *(_COUNTS & counters.keys())):
+            if type(counters.get(name)) is not int or counters[name] < 0:
+                raise ValueError(f'it names no number of {name}')
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f'{run_file} is damaged: {error}') from error
+    expected = counters.pop(_REPLAY_FILES, None)
+    if not with_replay:
+        return counters
+    found = digests(path / _REPLAY)
+    if not isinstance(expected, dict):
+        raise DamagedCheckpointError(f'{run_file} is damaged: it names no {_REPLAY_FILES}')
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise DamagedCheckpointError(
+                f'{path / _REPLAY / name} is damaged: [bytes, CRC-32] {found.get(name, "no file")}'
+                f' where {run_file.name} says {expected.get(name, "no file")}'
+            )
+    return counters
+
+
+def _numbered_parameters(servers: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Directories of `save_parameters`, complete or not, by number."""
+    matches = ((_PARAMETERS_NAME.fullmatch(path.name), path) for path in servers.iterdir())
+    return {int(match.group(1)): path for match, path in matches if match}

@@ -1,0 +1,79 @@
+"""A copy of a remote run to read from: what evaluation and export need, and their results back.
+
+In: the remote place. Out: a temporary directory; results written there are copied to the place.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from infra.disk import scratch
+from pipelines.errors import UsageError
+from pipelines.storage.object_store import MissingError, Place, RemoteError, require_answer
+from pipelines.storage.remote_run import (
+    CONFIG_FILE,
+    checkpoint_of,
+    complete_checkpoints,
+    files_below,
+)
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE
+
+_TRIES = 3  # to read a checkpoint that may be pruned meanwhile
+_NEEDED = ('parameters', CHECKPOINT_RUN_FILE)  # of a checkpoint
+
+
+@contextlib.contextmanager
+def borrowed(run_dir: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
+    """A directory with a copy of a remote run, which may be going on.
+
+    It has the configuration and the parameters of the newest checkpoints. `outputs` (files or
+    directories) that are in it when the block is left are copied back.
+
+    Raises:
+      UsageError: there is no such remote run, or it has no checkpoint yet, or cannot be written.
+    """
+    place = Place.at(run_dir)
+    with scratch() as directory:
+        local = directory / place.name
+        try:
+            _fetch_parameters(place, local)
+            yield local
+            _send_outputs(place, local, outputs)
+        except RemoteError as error:
+            raise UsageError(str(error)) from error
+
+
+def _fetch_parameters(place: Place, local: pathlib.Path) -> None:
+    for tries_left in reversed(range(_TRIES)):
+        files = require_answer(place)
+        if CONFIG_FILE not in files:
+            raise UsageError(f'{place.url}: holds no run ({CONFIG_FILE} is missing).')
+        complete = complete_checkpoints(files)
+        if not complete:
+            raise UsageError(f'{place.url}: it has no checkpoint yet; train for longer first.')
+        try:
+            place.fetch(CONFIG_FILE, local / CONFIG_FILE, _nothing)
+            # run.json last, so that a checkpoint pruned meanwhile is incomplete here.
+            for name in sorted(files, key=lambda name: name.endswith(f'/{CHECKPOINT_RUN_FILE}')):
+                if checkpoint_of(name) in complete and name.split('/')[2] in _NEEDED:
+                    place.fetch(name, local / name, _nothing)
+            return
+        except MissingError:
+            if not tries_left:
+                raise
+
+
+def _send_outputs(place: Place, local: pathlib.Path, outputs: Sequence[str]) -> None:
+    for output in outputs:
+        path = local / output
+        files = [path] if path.is_file() else sorted(files_below(path))
+        names = [file.relative_to(local).as_posix() for file in files]
+        for file, name in zip(files, names):
+            place.send(file, name, _nothing)
+        if names:
+            before = [name for name in place.files() if name.startswith(f'{output}/')]
+            place.delete([name for name in before if name not in names])
+
+
+def _nothing() -> None:
+    pass

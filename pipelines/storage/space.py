@@ -1,0 +1,76 @@
+"""Free disk and memory: how much a run needs in, an error if it is not there."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from infra.disk import own_temporary_files
+from infra.memory import available_memory
+from pipelines.errors import UsageError
+
+_GIB = 2.0**30
+
+
+def _existing_ancestor(path: pathlib.Path) -> pathlib.Path:
+    """The nearest of `path` and its parents that exists."""
+    path = path.absolute()
+    # Not `path.exists()`, which raises where a directory may not be entered.
+    while not os.path.exists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def require_disk(
+    path: str | os.PathLike[str],
+    needed_bytes: int,
+    remedy: str = 'free some, or choose another --run_dir',
+) -> None:
+    """Checks that the file system of `path` (which need not exist yet) has `needed_bytes` free.
+
+    Raises:
+      UsageError: it has not.
+    """
+    free = shutil.disk_usage(_existing_ancestor(pathlib.Path(path))).free
+    if free < needed_bytes:
+        raise UsageError(
+            f'{path}: {free / _GIB:.1f} GiB of disk free, the run needs'
+            f' {needed_bytes / _GIB:.1f} GiB: {remedy}.'
+        )
+
+
+def require_memory(
+    needed_bytes: int,
+    remedy: str = 'end other programs, or choose a smaller --replay_capacity, or fewer'
+    ' --num_actors, --num_learners or --num_parameter_shards',
+) -> None:
+    """Checks that `needed_bytes` of memory are available.
+
+    Raises:
+      UsageError: they are not.
+    """
+    available = available_memory()
+    if available < needed_bytes:
+        raise UsageError(
+            f'{available / _GIB:.1f} GiB of memory available, the run needs'
+            f' {needed_bytes / _GIB:.1f} GiB: {remedy}.'
+        )
+
+
+@contextlib.contextmanager
+def temporary_files() -> Iterator[None]:
+    """`own_temporary_files` of a run.
+
+    Raises:
+      UsageError: there is no directory for them.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(own_temporary_files())
+        except OSError as error:
+            raise UsageError(
+                f'no temporary directory can be made ({error}). Fix: set TMPDIR to a directory with'
+                ' free space.'
+            ) from error
+        yield

@@ -1,0 +1,352 @@
+"""What runs inside a worker process: a box opened from the configuration, driven by segments.
+
+In: the experiment, the servers' addresses, a worker's number. Out: work done in the servers, and
+telemetry. Everything a worker opens is closed by the `with` that opened it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.addresses import reach_directly
+from infra.replay.config import shard_of_worker
+from infra.replay.errors import ReplayError
+from pipelines.events import beat
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import Addresses
+from pipelines.workers.process import STATUS_SECONDS, Status, budget_reached
+from pipelines.workers.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from agents.actor import Actor
+    from agents.environment import AtariEnvironment
+    from agents.gradient import AgentGradient
+    from agents.learner import Learner
+    from agents.policy import GreedyPolicy
+    from infra.parameter_server.client import ParameterClient
+    from infra.replay.dataset import ReplayDataset, Sample
+    from infra.replay.status import StatusReader
+    from infra.telemetry import Telemetry
+
+
+SERVER_SECONDS = 90.0
+"""A worker waits so long for a parameter shard: a restart imports TensorFlow, on a busy machine."""
+
+REPLAY_SECONDS = 600.0
+"""An actor waits so long for the replay: learners may all be away, a shard may checkpoint."""
+
+# Names of random streams: the same number must never seed two different things.
+_ENVIRONMENT_STREAM, _EXPLORATION_STREAM = 1, 2
+
+
+class ActorWorker:
+    """An actor that acts in segments and reports its episodes."""
+
+    def __init__(
+        self,
+        actor: 'Actor',
+        seeds: tuple[int, ...],
+        config: ExperimentConfig,
+        telemetry: 'Telemetry',
+        replay: 'StatusReader | None' = None,
+    ):
+        """`seeds`: of its exploration; `replay`: a bundle's own, which nobody else can ask."""
+        self._actor = actor
+        self._config = config
+        self._telemetry = telemetry
+        self._status = Status(telemetry, 'actor')
+        self._sync_due = 0.0
+        self._budget_reached = budget_reached(config)
+        self._replay = replay
+        self._seeds = seeds
+
+    def finished(self) -> bool:
+        """Whether the run's budget is reached, or it is being stopped."""
+        return self._budget_reached(self._actor.clock)
+
+    def run(self, segment: int, agent_steps: int) -> int:
+        """Acts for `agent_steps` decisions, or until the run is finished; returns how many."""
+        rng = np.random.default_rng([*self._seeds, segment])
+        made = 0
+        while made < agent_steps and not self.finished():
+            for episode in self._actor.step(rng):
+                self._telemetry.record(
+                    'episode',
+                    **dataclasses.asdict(episode),
+                    run_agent_steps=self._actor.run_agent_steps,
+                    run_updates=self._actor.clock.updates,
+                )
+            made += self._config.actor.envs_per_actor
+            self._status.tell(self._describe)
+        return made
+
+    def sync(self) -> None:
+        """Reports the agent steps made, and gets the newest parameters."""
+        self._actor.sync()
+
+    def wait(self) -> bool:
+        """Called while the replay takes nothing: keeps reporting; whether to give up waiting."""
+        self._status.tell(self._describe)
+        now = time.monotonic()
+        if now >= self._sync_due:
+            self._sync_due = now + STATUS_SECONDS
+            self.sync()
+        return self.finished()
+
+    def _describe(self) -> dict[str, Any]:
+        replay = {'replay': self._replay.read()[0]} if self._replay else {}
+        return {'epsilon': self._actor.epsilon, **replay}
+
+
+class LearnerWorker:
+    """A learner that learns in segments and reports its losses."""
+
+    def __init__(self, learner: 'Learner', config: ExperimentConfig, telemetry: 'Telemetry'):
+        self._learner = learner
+        # A bundle's learner shares its thread with the actor that it would wait for.
+        self._patient = config.run.topology == 'separate'
+        self._status = Status(telemetry, 'learner')
+        self._budget_reached = budget_reached(config)
+
+    def finished(self) -> bool:
+        """Whether the run's budget is reached, or it is being stopped."""
+        return self._budget_reached(self._learner.clock)
+
+    def sync(self, agent_steps: int = 0) -> Any:
+        """Reports agent steps, and gets the newest parameters; returns the clock."""
+        return self._learner.sync(agent_steps)
+
+    def run(self, updates: int) -> int:
+        """Computes `updates` gradients, or fewer when the run is finished before; how many."""
+        made = 0
+        while made < updates and not self.finished():
+            try:
+                self._learner.update()
+                made += 1
+            except ReplayError:  # the actors are not that far, or a shard restarts: ask how it goes
+                self._learner.sync()
+                if not self._patient:
+                    break
+            self._status.tell(self._describe)
+        self._learner.finish_push()
+        return made
+
+    def report(self) -> None:
+        """Tells the last figures."""
+        self._status.tell_now(self._describe)
+
+    def _describe(self) -> dict[str, Any]:
+        counters = self._learner.counters
+        return {
+            'loss': counters.loss,
+            'mean_absolute_error': float(np.mean(counters.absolute_error)),
+            'rejected_outlier': counters.outliers,
+            'staleness': counters.staleness,
+            'priorities_dropped': counters.priorities_dropped,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Enlisted:
+    """A worker that the run knows of.
+
+    Attributes:
+      spec: its element.
+      begun_before: how often the parameter server has seen it begin before.
+      telemetry: takes its statistics.
+      network: its copy of the parameters: a `GreedyPolicy` or, where gradients are computed, an
+        `AgentGradient`.
+      parameters: a client of the initialised parameter server.
+    """
+
+    spec: WorkerSpec
+    begun_before: int
+    telemetry: 'Telemetry'
+    network: Any
+    parameters: 'ParameterClient'
+
+
+@contextlib.contextmanager
+def enlisted(
+    config: ExperimentConfig,
+    addresses: Addresses,
+    spec: WorkerSpec,
+    kind: str,
+    build: Callable[[], 'AgentGradient | GreedyPolicy'],
+) -> Iterator[Enlisted]:
+    """A worker with its network and the connections that every kind of worker has.
+
+    Args:
+      config: the experiment.
+      addresses: the run's servers.
+      spec: the worker.
+      kind: what the run calls it: 'actor', 'learner' or 'bundle'.
+      build: makes its network.
+    """
+    from infra.parameter_server.client import ParameterClient
+    from infra.telemetry import Telemetry
+    from pipelines.experiment import builders
+
+    reach_directly(addresses.all)
+    server = config.parameter_server
+    with contextlib.ExitStack() as stack:
+        telemetry = stack.enter_context(
+            Telemetry(addresses.telemetry, kind, spec.worker, submission=spec.submission)
+        )
+        beat(telemetry)  # tells the process id before the slow parts of the start
+        network = build()
+        parameters = stack.enter_context(
+            ParameterClient(
+                addresses.parameters,
+                builders.layout_of(network),
+                wire_dtype=server.wire_dtype,
+                shared_memory=server.shared_memory,
+                copy_parts=False,  # the network takes them at once
+                timeout_seconds=SERVER_SECONDS,
+                tls_roots=addresses.tls_roots,
+            )
+        )
+        parameters.initialise(network.parameters())
+        begun_before = parameters.enlist(kind, spec.name)
+        yield Enlisted(spec, begun_before, telemetry, network, parameters)
+        beat(telemetry, ended=True)
+
+
+def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvironment':
+    """The games of one actor."""
+    from agents.environment import AtariEnvironment
+
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    return AtariEnvironment(config.environment, config.actor.envs_per_actor, seed=seed)
+
+
+@contextlib.contextmanager
+def open_actor(
+    config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
+) -> Iterator[ActorWorker]:
+    """An actor with its environments, policy, adder and connections."""
+    from pipelines.experiment import builders
+
+    with contextlib.ExitStack() as stack:
+        build = functools.partial(builders.build_policy, config)
+        worker = stack.enter_context(enlisted(config, addresses, spec, 'actor', build))
+        yield stack.enter_context(
+            acting(config, addresses.replay, worker, worker.network, worker.parameters)
+        )
+
+
+@contextlib.contextmanager
+def acting(
+    config: ExperimentConfig,
+    replay: tuple[str, ...],
+    worker: Enlisted,
+    policy: 'GreedyPolicy',
+    parameters: Any,
+) -> Iterator[ActorWorker]:
+    """The actor of a worker, with its environments and adder.
+
+    Args:
+      config: the experiment.
+      replay: addresses of the replay shards.
+      worker: the worker.
+      policy: what it acts by.
+      parameters: what the actor pulls from.
+    """
+    from agents.actor import Actor
+    from infra.replay.adder import Adder
+    from infra.replay.status import StatusReader
+    from pipelines.experiment import builders
+
+    workers: list[ActorWorker] = []
+    spec = worker.spec
+    seeds = (config.run.seed, spec.worker, spec.submission, worker.begun_before)
+    with contextlib.ExitStack() as stack:
+        environment = stack.enter_context(_environment(config, (*seeds, _ENVIRONMENT_STREAM)))
+        adder = stack.enter_context(
+            Adder(
+                replay[shard_of_worker(spec.worker, len(replay))],
+                builders.trajectory_spec(config),
+                config.actor.envs_per_actor,
+                config.replay.max_in_flight_items,
+                timeout_seconds=REPLAY_SECONDS,
+                should_stop=lambda: workers[0].wait(),  # noqa: PLW0108  (filled below)
+            )
+        )
+        behaviour = builders.build_behaviour(config, policy, spec.worker, environment.num_actions)
+        actor = Actor(config.actor, environment, behaviour, adder, parameters)
+        own_replay = StatusReader(replay) if config.run.topology == 'bundled' else None
+        exploration = (*seeds, _EXPLORATION_STREAM)
+        workers.append(ActorWorker(actor, exploration, config, worker.telemetry, own_replay))
+        yield workers[0]
+        actor.sync()  # reports the last agent steps
+
+
+def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayDataset':
+    """Batches of the replay shards at these addresses."""
+    from infra.replay.dataset import sample_dataset
+    from pipelines.experiment import builders
+
+    return sample_dataset(
+        shards,
+        builders.trajectory_spec(config),
+        config.learner.batch_size,
+        config.agent.discount,
+        timeout_seconds=STATUS_SECONDS,  # then the learner asks whether the run is over
+    )
+
+
+@contextlib.contextmanager
+def open_learner(
+    config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
+) -> Iterator[LearnerWorker]:
+    """A learner with its network, sample stream and connections."""
+    shards = addresses.replay
+    if config.replay.replay_mode == 'local':
+        shards = (shards[shard_of_worker(spec.worker, len(shards))],)
+    with contextlib.ExitStack() as stack:
+        build = functools.partial(learners_network, config, spec)
+        worker = stack.enter_context(enlisted(config, addresses, spec, 'learner', build))
+        samples = stack.enter_context(samples_of(config, shards))
+        yield stack.enter_context(learning(config, shards, worker, samples))
+
+
+def learners_network(config: ExperimentConfig, spec: WorkerSpec) -> 'AgentGradient':
+    """The network of a worker that learns, on its device."""
+    from agents import device
+    from pipelines.experiment import builders
+
+    return builders.build_learner(config, device.choose(config.learner.learner_device, spec.worker))
+
+
+@contextlib.contextmanager
+def learning(
+    config: ExperimentConfig, replay: tuple[str, ...], worker: Enlisted, samples: Iterator['Sample']
+) -> Iterator[LearnerWorker]:
+    """The learner of a worker.
+
+    Args:
+      config: the experiment.
+      replay: addresses of the replay shards that the samples are from.
+      worker: the worker; its network computes gradients.
+      samples: of the replay.
+    """
+    from agents.gradient_pipeline import InTurn, stream_on
+    from agents.learner import Learner
+    from infra.replay.priorities import PriorityWriter
+
+    with contextlib.ExitStack() as stack:
+        prioritized = config.replay.prioritized
+        priorities = stack.enter_context(PriorityWriter(replay)) if prioritized else None
+        # A gradient begun ahead of time would be as old as the turn of a bundle's actor.
+        stream = InTurn if config.run.topology == 'bundled' else stream_on(worker.network.device)
+        network, parameters = worker.network, worker.parameters
+        learner = Learner(config.learner, network, samples, parameters, priorities, stream)
+        stack.callback(learner.close)
+        learner_worker = LearnerWorker(learner, config, worker.telemetry)
+        stack.callback(learner_worker.report)
+        yield learner_worker

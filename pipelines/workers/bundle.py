@@ -1,0 +1,166 @@
+"""A bundle opened in its worker: an actor, its own replay and a learner that take turns."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import Addresses
+from pipelines.workers import boxes
+from pipelines.workers.boxes import ActorWorker, LearnerWorker
+from pipelines.workers.spec import WorkerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An actor and a learner that take turns, with one network and one connection.
+
+    Attributes:
+      actor: feeds the bundle's replay.
+      learner: learns from it.
+      owed: how many updates are due.
+    """
+
+    actor: ActorWorker
+    learner: LearnerWorker
+    owed: 'UpdatesOwed'
+
+    def learn(self, agent_steps: int) -> int:
+        """Makes the updates that `agent_steps` more decisions call for; returns how many."""
+        updates = self.owed.after(agent_steps)
+        if not updates:
+            return 0
+        self.actor.sync()  # the first gradient is not to be as old as the actor's turn
+        made = self.learner.run(updates)
+        self.owed.carry(updates - made)  # on a busy machine a batch may come too late
+        return made
+
+
+@contextlib.contextmanager
+def open_bundle(
+    config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
+) -> Iterator[Bundle]:
+    """A bundle with its replay, environments, network and connections."""
+    from agents.policy import GreedyPolicy
+
+    own = bundle_config(config)
+    with contextlib.ExitStack() as stack:
+        replay = (stack.enter_context(open_local_replay(own)),)
+        build = functools.partial(boxes.learners_network, own, spec)
+        worker = stack.enter_context(boxes.enlisted(own, addresses, spec, 'bundle', build))
+        samples = Later(lambda: stack.enter_context(boxes.samples_of(own, replay)))
+        learner = stack.enter_context(boxes.learning(own, replay, worker, samples))
+        policy = GreedyPolicy(worker.network.model)
+        actor = stack.enter_context(
+            boxes.acting(own, replay, worker, policy, LearnersParameters(learner))
+        )
+        owed = UpdatesOwed(own.replay.min_replay_size, config.replay.agent_steps_per_update)
+        yield Bundle(actor, learner, owed)
+
+
+class Pulled(NamedTuple):
+    """What a pull brings an actor whose network is its learner's."""
+
+    clock: Any
+    parts: None = None  # the learner has set them
+
+
+class LearnersParameters:
+    """What an actor that acts with its learner's network asks for parameters: the learner."""
+
+    def __init__(self, learner: LearnerWorker):
+        self._learner = learner
+
+    def pull(self, agent_steps: int = 0) -> Pulled:
+        """Reports agent steps, and gets newer parameters if there are any."""
+        return Pulled(self._learner.sync(agent_steps))
+
+
+class Later:
+    """An iterator that is opened at the first `next`.
+
+    What a bundle's samples drew and kept ready before the replay is filled would be its first few
+    transitions again and again.
+    """
+
+    def __init__(self, opener: Callable[[], Iterator[Any]]):
+        self._opener = opener
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> 'Later':
+        return self
+
+    def __next__(self) -> Any:
+        self._iterator = self._iterator or self._opener()
+        return next(self._iterator)
+
+
+class UpdatesOwed:
+    """Turns agent steps into updates at the configured ratio, from the minimum replay size on."""
+
+    def __init__(self, min_replay_size: int, agent_steps_per_update: float):
+        self._unlearned = min_replay_size
+        self._steps_per_update = agent_steps_per_update
+        self._steps = 0.0
+        self._carried = 0
+
+    def carry(self, updates: int) -> None:
+        """Takes back updates that were due and could not be made: they are due next time."""
+        self._carried += updates
+
+    def after(self, agent_steps: int) -> int:
+        """Updates due after `agent_steps` more decisions; with no ratio one each segment."""
+        waiting = min(self._unlearned, agent_steps)
+        self._unlearned -= waiting
+        self._steps += agent_steps - waiting
+        if self._unlearned:
+            return 0
+        if not self._steps_per_update:
+            return 1
+        updates = int(self._steps // self._steps_per_update)
+        self._steps -= updates * self._steps_per_update
+        carried, self._carried = self._carried, 0
+        return updates + carried
+
+
+def bundle_config(config: ExperimentConfig) -> ExperimentConfig:
+    """The experiment as one bundle sees it: its share of the replay, and no limiter's ratio.
+
+    The bundle itself keeps the ratio by taking turns; a limiter that blocked its only thread would
+    block it for ever.
+    """
+    bundles = config.run.num_actors
+    replay = dataclasses.replace(
+        config.replay,
+        num_replay_shards=1,
+        replay_mode='global',
+        replay_capacity=-(-config.replay.replay_capacity // bundles),
+        min_replay_size=-(-config.replay.min_replay_size // bundles),
+        agent_steps_per_update=0.0,
+    )
+    return dataclasses.replace(config, replay=replay)
+
+
+@contextlib.contextmanager
+def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
+    """A replay server in this process, for this process; yields its address.
+
+    Its table opens with the first transition: `UpdatesOwed` waits for the minimum size. The table's
+    own minimum counts confirmed transitions, which lag behind the steps.
+    """
+    from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
+    from pipelines.experiment import builders
+
+    shard = ShardConfig(
+        dataclasses.replace(config.replay, min_replay_size=1),
+        builders.trajectory_spec(config),
+        config.learner.batch_size,
+        telemetry=False,
+    )
+    server = start_server(build_tables(shard, 0))
+    try:
+        yield f'127.0.0.1:{server.port}'
+    finally:
+        stop_server(server)  # the bundle's learner may still be connected

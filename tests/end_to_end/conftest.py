@@ -1,0 +1,31 @@
+"""The longest of these tests begin first: no process of the suite waits for one at the end."""
+
+import pytest
+
+from tests.end_to_end import launching
+
+_LONGEST_FIRST = (
+    'test_an_interrupted_run_at_a_bucket',
+    'test_dask_replaces_killed_workers',
+    'test_servers_actor_and_learner_on_three_hosts',
+    'test_bundles_train_on_a_job_server',
+    'test_all_parts_of_the_family',
+    'test_killed_bundle_and_shard',
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        begins = (place for place, name in enumerate(_LONGEST_FIRST) if item.name.startswith(name))
+        return next(begins, len(_LONGEST_FIRST))
+
+    items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_left():
+    yield
+    while launching.STARTED:
+        process = launching.STARTED.pop()
+        process.kill()  # its workers and servers see that, and end
+        process.wait(10)

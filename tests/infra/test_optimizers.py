@@ -1,0 +1,138 @@
+"""Optimizers: k updates of slices equal k updates of TensorFlow's own optimizers."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from infra.parameter_server.config import ParameterServerConfig
+from infra.parameter_server.layout import Layout
+from infra.parameter_server.optimizers import OptimizedSlice
+from pipelines.experiment import presets
+
+_UPDATES = 25
+_REFERENCES = {
+    'adagrad': lambda: tf.compat.v1.train.AdagradOptimizer(
+        learning_rate=0.01, initial_accumulator_value=0.1
+    ),
+    'rmsprop': lambda: tf.compat.v1.train.RMSPropOptimizer(
+        learning_rate=0.01, decay=0.95, momentum=0.5, epsilon=0.01, centered=True
+    ),
+    'adam': lambda: tf.compat.v1.train.AdamOptimizer(
+        learning_rate=0.01, beta1=0.9, beta2=0.99, epsilon=1e-6
+    ),
+}
+_CONFIGS: dict[str, dict] = {
+    'adagrad': {'adagrad_initial_accumulator': 0.1},
+    'rmsprop': {
+        'optimizer_decay': 0.95, 'optimizer_momentum': 0.5, 'optimizer_epsilon': 0.01,
+    },
+    'adam': {'adam_beta_1': 0.9, 'adam_beta_2': 0.99, 'optimizer_epsilon': 1e-6},
+}  # fmt: skip
+
+
+class _Problem:
+    """A small Keras regression, its variables and a fixed sequence of batches."""
+
+    def __init__(self):
+        tf.keras.utils.set_random_seed(3)
+        self.model = tf.keras.Sequential(
+            [tf.keras.layers.Dense(7, 'relu', input_shape=(5,)), tf.keras.layers.Dense(2)]
+        )
+        random = np.random.default_rng(4)
+        self.inputs = random.normal(size=(_UPDATES, 16, 5)).astype(np.float32)
+        self.labels = random.normal(size=(_UPDATES, 16, 2)).astype(np.float32)
+
+    def gradients(self, batch):
+        variables = self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self.model(self.inputs[batch]) - self.labels[batch]) ** 2)
+        return tape.gradient(loss, variables)
+
+
+@pytest.mark.parametrize('num_shards', [1, 3])
+@pytest.mark.parametrize('optimizer', ['adagrad', 'rmsprop', 'adam'])
+def test_slices_equal_the_optimizer_of_tensorflow(optimizer, num_shards):
+    reference, ours = _Problem(), _Problem()
+    layout = Layout.from_variables(ours.model.trainable_variables)
+    config = ParameterServerConfig(optimizer=optimizer, learning_rate=0.01, **_CONFIGS[optimizer])
+    parts = layout.slices(num_shards)
+    slices = [OptimizedSlice(config, part.stop - part.start) for part in parts]
+    flat = layout.flatten(ours.model.get_weights())
+    for shard, part in zip(slices, parts):
+        shard.parameters.assign(flat[part])
+    their_optimizer = _REFERENCES[optimizer]()
+    for batch in range(_UPDATES):
+        variables = reference.model.trainable_variables
+        their_optimizer.apply_gradients(zip(reference.gradients(batch), variables))
+        gradient = layout.flatten(ours.gradients(batch))
+        for shard, part in zip(slices, parts):
+            shard.step(tf.constant(gradient[part]))
+        flat = np.concatenate([shard.parameters.numpy() for shard in slices])
+        ours.model.set_weights(layout.unflatten(flat))
+    expected = layout.flatten(reference.model.get_weights())
+    # Relative to the largest parameter: an element near zero has no meaningful relative error.
+    np.testing.assert_allclose(flat, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+def test_adagrad_divides_by_the_root_of_the_sum_of_squares():
+    config = ParameterServerConfig(
+        optimizer='adagrad', learning_rate=0.5, adagrad_initial_accumulator=1.0
+    )
+    part = OptimizedSlice(config, 1)
+    part.step(tf.constant([2.0]))
+    part.step(tf.constant([2.0]))
+    # -0.5 * 2 / sqrt(1 + 4) - 0.5 * 2 / sqrt(1 + 4 + 4) = -0.4472136 - 0.3333333
+    np.testing.assert_allclose(part.parameters.numpy(), [-0.7805469], rtol=1e-6)
+
+
+def test_adagrad_of_the_paper_preset_adapts_to_gradients_as_small_as_pongs():
+    config = presets.experiment('paper', {}).parameter_server
+    part = OptimizedSlice(config, 2)
+    small, large = 3e-5, 3e-4  # a usual one of Pong's at the start, and ten times that
+    # As 10,000 updates: the sum of squares after them is that of one gradient 100 times as large.
+    part.step(tf.constant([100 * small, 100 * large]))
+    before = part.parameters.numpy()
+    part.step(tf.constant([small, large]))
+    steps = part.parameters.numpy() - before
+    # 0.01 * 3e-5 / sqrt(1e-6 + 9e-6) = 9.49e-5 and 0.01 * 3e-4 / sqrt(1e-6 + 9e-4) = 9.99e-5; an
+    # accumulator of 0.1 would leave ten times the step to the gradient of ten times the size.
+    np.testing.assert_allclose(steps, [-9.49e-5, -9.99e-5], rtol=1e-3)
+
+
+def test_an_integer_from_a_configuration_file_is_a_number_like_any_other():
+    config = ParameterServerConfig(optimizer='adagrad', adagrad_initial_accumulator=1)
+    OptimizedSlice(config, 2).step(tf.constant([1.0, 2.0]))
+
+
+@pytest.mark.parametrize('optimizer', ['adagrad', 'rmsprop', 'adam'])
+def test_a_read_lets_the_next_update_happen_in_place(optimizer):
+    # Were the array of the read kept, TensorFlow would write each update into a fresh copy.
+    part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer), 1000)
+    gradient, out, places = tf.ones(1000), np.empty(1000, np.float32), set()
+    part.step(gradient)
+    for _ in range(5):
+        part.step(gradient)
+        part.copy_parameters(out)
+        value = np.asarray(memoryview(part.parameters.value()))
+        places.add(value.__array_interface__['data'][0])
+        np.testing.assert_array_equal(out, value)
+        del value
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize(
+    'bad',
+    [
+        {'optimizer': 'sgd'},
+        {'learning_rate': 0.0},
+        {'num_parameter_shards': 0},
+        {'max_staleness': -1},
+        {'wire_dtype': 'float16'},
+        {'adam_beta_1': 1.0},
+        {'target_update_period': 0},
+    ],
+)
+def test_a_wrong_value_is_named(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f'{name} is {value!r}; it must be'):
+        ParameterServerConfig(**bad)

@@ -1,0 +1,102 @@
+"""The Python door: experiments as the command line makes them, errors as it tells them."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from pipelines import api
+from pipelines.experiment import command_line, presets
+from tests.support.waiting import eventually
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    'experiment',
+    [
+        api.experiment(),
+        api.experiment('rainbow_lite', game='breakout', seed=3, learning_rate=2.5e-5),
+        api.experiment('paper', shared_memory=False, overlap_push=False, max_frames=10**9),
+    ],
+    ids=lambda experiment: experiment.preset,
+)
+@pytest.mark.parametrize('resume', [False, True])
+def test_the_flags_of_an_experiment_make_the_same_one(experiment, resume):
+    _, preset, values = command_line.parse([*api._settings(experiment, resume)])
+    assert presets.experiment(preset or '', values) == experiment
+
+
+@pytest.mark.parametrize(
+    ('preset', 'settings', 'told'),
+    [
+        ('laptop', {'nosuch': 1}, 'nosuch: no such setting'),
+        ('nosuch', {}, 'nosuch'),
+        ('laptop', {'learning_rate': float('inf')}, 'learning_rate is inf; it must be a finite'),
+        ('laptop', {'num_atoms': 11}, '--num_atoms'),
+        ('laptop', {'num_actors': '2'}, "num_actors is '2', no int"),
+        ('laptop', {'num_actors': 2.0}, 'num_actors is 2.0, no int'),
+        ('laptop', {'shared_memory': 'no'}, "shared_memory is 'no', no bool"),
+        ('laptop', {'seed': True}, 'seed is True, no int'),
+        ('laptop', {'max_frames': 10**400}, 'no whole number of 64 bits'),
+        ('laptop', {'game': 5}, 'game is 5, no str'),
+        ('laptop', {'game': 'nosuch'}, "unknown game 'nosuch'"),
+    ],
+)
+def test_a_wrong_setting_is_told_as_the_command_line_tells_it(preset, settings, told):
+    with pytest.raises(api.UsageError, match=told):
+        api.experiment(preset, **settings)
+
+
+def test_a_game_is_named_as_on_the_command_line():
+    assert api.experiment(game='ALE/Breakout-v5').environment.game == 'breakout'
+
+
+def test_what_run_py_refuses_is_raised_in_its_words(tmp_path):
+    (tmp_path / 'mine').touch()
+    lines: list[str] = []
+    with pytest.raises(api.UsageError, match=f'^{tmp_path}: not an empty directory; choose'):
+        api.train(api.experiment(), tmp_path, progress=lines.append)
+    assert lines
+    with pytest.raises(api.UsageError, match='pass an experiment'):
+        api.train(None, tmp_path)
+
+
+def test_what_evaluate_py_refuses_is_raised_in_its_words(tmp_path):
+    with pytest.raises(api.UsageError, match=r'^--epsilon is 2.0; it must be from 0 to 1'):
+        api.evaluate(tmp_path, epsilon=2.0)
+    with pytest.raises(api.UsageError, match='holds no run'):
+        api.evaluate(tmp_path)
+
+
+def test_a_run_stopped_before_it_learned_is_a_failed_one(tmp_path):
+    def stop(line):
+        if line.startswith('run directory'):
+            (process,) = psutil.Process().children()
+            process.send_signal(signal.SIGTERM)
+
+    with pytest.raises(api.RunFailedError, match='run directory'):
+        api.train(api.experiment(), tmp_path / 'run', progress=stop)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_ctrl_c_ends_the_run_before_it_is_raised(tmp_path):
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.train(api.experiment(), tmp_path / 'run', progress=interrupt)
+    assert not (tmp_path / 'run').exists()  # nothing was learned: no trace of it is left
+
+
+def test_a_run_ends_with_the_process_that_asked_for_it(tmp_path):
+    program = (
+        'import os, sys; from pipelines import api;'
+        'api.train(api.experiment(), sys.argv[1], progress=lambda line: os._exit(7))'
+    )
+    command = [sys.executable, '-c', program, str(tmp_path / 'run')]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 7
+    assert eventually(lambda: not (tmp_path / 'run').exists())

@@ -1,0 +1,126 @@
+"""Bundles with real games and replays on real parameter shards, all in this process."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import reverb
+
+from infra import telemetry
+from infra.parameter_server import client as client_lib
+from pipelines.experiment import presets
+from pipelines.experiment.launch import Addresses
+from pipelines.transforms.bundle import SEGMENT_AGENT_STEPS
+from pipelines.workers.bundle import open_bundle
+from pipelines.workers.spec import WorkerSpec
+from tests.support import parameter_servers
+
+BURST = 16
+"""Updates of a turn: 64 decisions at 4 an update."""
+
+
+class Tape(client_lib.ParameterClient):
+    """A client that notes what it pulls, and how old its gradients were when they were applied."""
+
+    tapes: list['Tape'] = []
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.pushes = []
+        self.modified = []
+        self.tapes.append(self)
+
+    def pull(self, agent_steps=0):
+        snapshot = super().pull(agent_steps)
+        self.modified.append(snapshot.parts is not None)
+        return snapshot
+
+    def push_async(self, gradient, version, pull=True):
+        future = super().push_async(gradient, version, pull)
+        self.pushes.append(future)
+        return future
+
+    @property
+    def staleness(self):
+        """Of each gradient, in updates."""
+        return [push.result().staleness for push in self.pushes]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Opens two bundles on one pair of shards; gives each with its tape, and the shards."""
+    monkeypatch.setattr(client_lib, 'ParameterClient', Tape)
+    monkeypatch.setattr(Tape, 'tapes', [])
+    with contextlib.ExitStack() as stack:
+        queue = reverb.Server([telemetry.build_table()])
+        stack.callback(queue.stop)
+
+        def opened(**overrides):
+            small = {
+                'torso': 'dqn2013', 'num_actors': 2, 'num_learners': 2, 'num_parameter_shards': 2,
+                'replay_capacity': 2_000, 'min_replay_size': 2,
+            }  # fmt: skip
+            config = presets.experiment('paper', {**small, **overrides})
+            shards = stack.enter_context(parameter_servers.serve(config.parameter_server))
+            servers = Addresses(
+                tuple(shard.address for shard in shards), (), f'127.0.0.1:{queue.port}'
+            )
+            bundles = [
+                stack.enter_context(open_bundle(config, servers, WorkerSpec(number, 0, 100)))
+                for number in range(2)
+            ]
+            return zip(bundles, Tape.tapes, strict=True)
+
+        yield opened
+
+
+def turn(bundle, segment):
+    """One turn of a bundle: it acts, then it learns."""
+    return bundle.learn(bundle.actor.run(segment, SEGMENT_AGENT_STEPS))
+
+
+@pytest.mark.parametrize(
+    ('overlap', 'staleness'), [(False, [0] * BURST), (True, [0] + [1] * (BURST - 1))]
+)
+def test_a_gradient_is_never_as_old_as_what_others_did_in_the_actors_turn(
+    opened, overlap, staleness
+):
+    # The bundles take turns, so nobody else pushes while one learns: without overlap each gradient
+    # is computed from what the one before brought back, 0 updates old. With overlap it is computed
+    # while the one before travels, and so 1 update old, except the first: there is none before it.
+    # The other bundle's 16 updates, made while this one waited, are in none.
+    bundles = list(opened(overlap_push=overlap))
+    for segment in range(2):
+        for bundle, tape in bundles:
+            tape.pushes.clear()
+            turn(bundle, segment)
+    for _, tape in bundles:
+        assert tape.staleness == staleness
+
+
+def test_what_a_bundle_asks_before_each_step_brings_nothing_unless_others_pushed(opened):
+    (first, tape), (second, _) = opened(actor_pull_period=1)
+    for segment in range(2):
+        turn(first, segment)
+        turn(second, segment)
+    tape.modified.clear()
+    first.actor.run(2, SEGMENT_AGENT_STEPS)
+    # The first step acts with what the learner's last push brought. Before the second comes what
+    # the other bundle pushed, once; what this one's own learner has is never fetched again.
+    assert tape.modified == [True] + [False] * (SEGMENT_AGENT_STEPS - 2)
+
+
+def test_actor_and_learner_of_a_bundle_have_one_network_which_is_the_newest(opened):
+    (bundle, tape), (other, _) = opened()
+    for segment in range(2):
+        turn(bundle, segment)
+        turn(other, segment)
+    network = bundle.learner._learner._gradients._network
+    policy = bundle.actor._actor._behaviour._policy
+    bundle.actor.sync()
+    with parameter_servers.connect([c.address for c in tape._connections], tape.layout) as observer:
+        newest = observer.pull().values
+        assert [shard['clients'] for shard in observer.report()['shards']] == [3, 3]  # itself too
+    np.testing.assert_array_equal(policy.parameters(), newest)
+    np.testing.assert_array_equal(network.parameters(), newest)
+    assert bundle.actor._actor.clock.agent_steps == 4 * SEGMENT_AGENT_STEPS

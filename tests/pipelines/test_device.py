@@ -1,0 +1,60 @@
+"""A learner on a device of its own, and the devices that a process sees."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pipelines import run
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_a_second_device_computes_while_batches_and_gradients_travel():
+    # Devices must be made before TensorFlow is first used: in a process of its own.
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--timeout=150']
+    result = subprocess.run(
+        [*command, 'tests/support/on_two_devices.py'], cwd=_ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ' passed' in result.stdout
+
+
+_SETTINGS = """
+import os
+from pipelines.experiment import presets
+from pipelines.workers import process
+process.prepare_process(presets.experiment('laptop', {}), learns=%s)
+import tensorflow as tf
+print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'], len(tf.config.get_visible_devices('GPU')))
+"""
+
+
+@pytest.mark.parametrize('learns', [True, False])
+def test_workers_take_memory_of_an_accelerator_as_they_need_it(learns):
+    environment = {k: v for k, v in os.environ.items() if k != 'TF_FORCE_GPU_ALLOW_GROWTH'}
+    result = subprocess.run(
+        [sys.executable, '-c', _SETTINGS % learns],
+        cwd=_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == ['true', '0'], result.stderr
+
+
+@pytest.mark.parametrize('value', ['gpu', 'gpu:3'])
+def test_an_accelerator_that_this_machine_lacks_is_refused_before_anything_starts(
+    value, tmp_path, capsys
+):
+    argv = [f'--learner_device={value}', f'--run_dir={tmp_path / "run"}']
+    assert run.main(argv) == 2
+    assert f'--learner_device {value}: TensorFlow sees' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_device_that_has_no_such_name_is_refused(tmp_path, capsys):
+    assert run.main(['--learner_device=tpu', f'--run_dir={tmp_path / "run"}']) == 2
+    assert 'auto, cpu, gpu, or gpu:N' in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""What is asked of a run that has ended: evaluations and policies, there and elsewhere."""
+
+import contextlib
+import datetime
+import json
+import pathlib
+import shutil
+import time
+import types
+
+import pytest
+
+from infra import disk
+from pipelines import evaluate, export, run
+from pipelines.experiment import builders, presets
+from pipelines.experiment import config as config_lib
+from pipelines.storage import evaluations
+from pipelines.storage.checkpoints import Checkpoints
+from pipelines.storage.run_directory import RunDirectory
+from tests.support import parameter_servers, sharing
+
+CONFIG = presets.experiment(
+    'laptop', {'torso': 'dqn2013', 'evaluation_episodes': 2, 'evaluation_max_frames': 200}
+)
+
+
+@pytest.fixture(scope='module')
+def run_dir():
+    """The directory of a run with a checkpoint and its own evaluation."""
+    policy = builders.build_policy(CONFIG)
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(sharing.public_directory()) / 'run'
+        directory = stack.enter_context(RunDirectory.open(path))
+        directory.config_file.write_text(config_lib.to_json(CONFIG))
+        (path / evaluations.EVALUATION_FILE).write_text('the own one')
+        shards = stack.enter_context(parameter_servers.serve(parameter_servers.config()))
+        addresses = [shard.address for shard in shards]
+        client = stack.enter_context(
+            parameter_servers.connect(addresses, builders.layout_of(policy))
+        )
+        client.initialise(policy.parameters())
+        Checkpoints(directory, CONFIG).save(client, (), {'updates': 7, 'agent_steps': 100})
+        yield path
+
+
+@pytest.fixture
+def elsewhere():
+    with sharing.public_directory() as path:
+        yield path
+
+
+def test_each_evaluation_has_a_file_of_its_own_and_the_runs_stays(run_dir, capsys, monkeypatch):
+    moment = types.SimpleNamespace(now=lambda: datetime.datetime(2026, 1, 1))  # both begin in it
+    monkeypatch.setattr(evaluate, 'datetime', types.SimpleNamespace(datetime=moment))
+    for _ in range(2):
+        assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1']) == 0
+    written = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1::2]]
+    results = sorted(map(str, run_dir.glob('evaluation-*')))
+    assert sorted(written) == results
+    assert len(results) == 2
+    for path in results:
+        assert (disk.read_json(pathlib.Path(path)) or {})['episodes'] == 1
+    assert (run_dir / evaluations.EVALUATION_FILE).read_text() == 'the own one'
+
+
+def test_what_a_resumption_changes_is_noted_beside_the_configuration(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / 'run')
+    new = config_lib.replace(CONFIG, {'learning_rate': 0.1, 'max_frames': 9_000_000})
+    with RunDirectory.open(tmp_path / 'run', resume=True) as directory:
+        for _ in range(2):
+            run._write_config(new, directory, resume=True)
+        assert config_lib.load(directory.config_file) == new
+        rows = [json.loads(line) for line in directory.resumptions_file.read_text().splitlines()]
+    for row in rows:
+        assert abs(row.pop('time') - time.time()) < 60
+    before, frames = CONFIG.parameter_server.learning_rate, CONFIG.run.max_frames
+    changed = {'learning_rate': [before, 0.1], 'max_frames': [frames, 9_000_000]}
+    at = {'frames': 400, 'updates': 7}
+    assert rows == [{**at, 'changed': changed}, {**at, 'changed': {}}]
+
+
+def assert_needs_an_output(main, run_dir, capsys):
+    assert main([f'--run_dir={run_dir}']) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'Permission denied' in line
+    assert '--output' in line
+
+
+def test_a_run_that_may_only_be_read_is_evaluated_elsewhere(run_dir, elsewhere, capsys):
+    output = elsewhere / 'new' / 'result.json'
+    with sharing.as_reader(run_dir):
+        assert_needs_an_output(evaluate.main, run_dir, capsys)
+        assert RunDirectory.existing(run_dir).holder() is not None  # as `stop.py` asks
+        assert evaluate.main([f'--run_dir={run_dir}', f'--output={output}']) == 0
+    assert json.loads(output.read_text())['episodes'] == 2
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_run_that_may_only_be_read_is_exported_elsewhere(
+    run_dir, elsewhere, capsys, caplog, recwarn
+):
+    output = elsewhere / 'new' / 'policy'
+    with sharing.as_reader(run_dir):
+        assert_needs_an_output(export.main, run_dir, capsys)
+        assert export.main([f'--run_dir={run_dir}', f'--output={output}']) == 0
+        assert export.main([f'--run_dir={run_dir}', f'--output={output}']) == 0  # replaced
+    assert (output / 'saved_model.pb').is_file()
+    assert list(output.parent.iterdir()) == [output]
+    assert (caplog.messages, recwarn.list) == ([], [])  # what TensorFlow says of every policy
+
+
+@pytest.mark.parametrize('name', ['run', 'run/config.json', 'gs://lab/result'])
+def test_an_output_that_holds_something_else_is_refused_and_left_alone(run_dir, capsys, name):
+    before = sorted(run_dir.rglob('*'))
+    output = name if '://' in name else run_dir.parent / name
+    for main in (evaluate.main, export.main):
+        assert main([f'--run_dir={run_dir}', f'--output={output}']) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f'--output {output}: name a' in line
+    assert sorted(run_dir.rglob('*')) == before
+    assert config_lib.load(run_dir / 'config.json') == CONFIG

@@ -1,0 +1,85 @@
+"""Files and directories: written whole or not at all."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from infra import disk
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / 'summary.json'
+    disk.write_json(path, {'frames': 1})
+    with pytest.raises(ValueError):
+        disk.write_json(path, {'frames': float('nan')})
+    with pytest.raises(TypeError):
+        disk.write_atomically(path, 3)  # type: ignore[arg-type]
+    assert json.loads(path.read_text()) == {'frames': 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replace_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / 'summary.json'
+    disk.write_json(path, {'frames': 1})
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'):
+        disk.write_json(path, {'frames': 2})
+    assert json.loads(path.read_text()) == {'frames': 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('text', [None, '', '{"frames": 1', '[1]', '\x00'])
+def test_what_is_no_json_object_reads_as_none(tmp_path, text):
+    path = tmp_path / 'a.json'
+    if text is not None:
+        path.write_text(text)
+    assert disk.read_json(path) is None
+
+
+def test_what_was_written_is_read(tmp_path):
+    disk.write_json(tmp_path / 'a.json', {'frames': 1})
+    assert disk.read_json(tmp_path / 'a.json') == {'frames': 1}
+
+
+@pytest.mark.parametrize('umask', [0o002, 0o022, 0o077])
+def test_modes_follow_the_umask_and_a_setgid_directory(tmp_path, umask):
+    tmp_path.chmod(0o2777)
+    before = os.umask(umask)
+    try:
+        disk.write_json(tmp_path / 'a.json', {})
+        with disk.replaced_directory(tmp_path / 'policy') as staging:
+            (staging / 'variables').mkdir(mode=0o755)  # as TensorFlow does
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob('*')}
+    directory = 0o2777 & ~umask
+    expected = {'a.json': 0o666 & ~umask, 'policy': directory, 'variables': directory}
+    assert modes == expected
+
+
+def test_a_directory_is_replaced_when_the_new_one_is_complete(tmp_path):
+    path = tmp_path / 'policy'
+    path.mkdir()
+    (path / 'old').touch()
+    with disk.replaced_directory(path) as staging:
+        (staging / 'new').touch()
+        assert [file.name for file in path.iterdir()] == ['old']
+    assert [file.name for file in path.iterdir()] == ['new']
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_stays_as_it_was_when_its_replacement_fails(tmp_path):
+    path = tmp_path / 'policy'
+    path.mkdir()
+    (path / 'old').touch()
+    with pytest.raises(OSError, match='full'), disk.replaced_directory(path) as staging:
+        (staging / 'half').touch()
+        raise OSError('full')
+    assert [file.name for file in path.iterdir()] == ['old']
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,414 @@
+"""The watch over jobs: small real processes in place of Beam, a clock that the test sets."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.own_time import OwnTime
+from infra.process import is_alive
+from pipelines.events import Heartbeat
+from pipelines.experiment import presets
+from pipelines.experiment.launch import Addresses, Launch
+from pipelines.launch import jobs as jobs_lib
+from pipelines.launch.jobs import FINISHED_SECONDS, SILENCE_SECONDS, START_SECONDS, Jobs
+from pipelines.storage.run_directory import RunDirectory
+from tests.support.waiting import eventually, has_ended
+
+ACTORS = (('actor', 0), ('actor', 1))
+LEARNER = ('learner', 0)
+# Each worker and the number of the job that starts with it.
+ALL = ((ACTORS[0], 0), (ACTORS[1], 0), (LEARNER, 1))
+
+
+class Run:
+    """Jobs of two actors and a learner, each worker a sleeping child of its job's shell."""
+
+    def __init__(self, path: Path, runner: str = 'DirectRunner'):
+        self.directory = RunDirectory.open(path / 'run')
+        self.started: list[tuple[str, tuple[int, ...]]] = []
+        self.scripts: dict[str, str] = {}  # by kind: what later jobs do in place of working
+        self._path = path
+        self.jobs = Jobs(
+            presets.experiment('laptop', {'num_actors': 2, 'num_learners': 1}),
+            Launch(runner, None, False, (), (), (), (), ()),
+            Addresses(('ps:1',), ('replay:1',), 'telemetry:1'),
+            self.directory,
+            command=self._command,
+        )
+
+    def _command(self, kind, workers, submission):
+        assert submission == len(self.started)
+        self.started.append((kind, tuple(workers)))
+        pids = [self._path / f'{kind}-{worker}.{submission}' for worker in workers]
+        work = ' '.join(f'sleep 100 & echo $! >{pid};' for pid in pids)
+        return ['sh', '-c', self.scripts.get(kind, f'{work} wait')]
+
+    def pid(self, worker, submission):
+        """Process id of a worker of a job."""
+        file = self._path / f'{worker[0]}-{worker[1]}.{submission}'
+        assert eventually(lambda: file.exists() and file.read_text().endswith('\n'))
+        return int(file.read_text())
+
+    def kill(self, worker, submission):
+        """Kills a worker of a job, and waits until its shell has seen it."""
+        pid = self.pid(worker, submission)
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not is_alive(pid))
+
+    def hear(self, now, heard, ended=False):
+        """Heartbeats of all of `heard` ((worker, submission) pairs) come."""
+        self.jobs.hear([self.beat(worker, number, ended) for worker, number in heard], now)
+
+    def beat(self, worker, submission, ended=False):
+        """A heartbeat of a worker that came with a job."""
+        kind, number = worker
+        return Heartbeat(kind, number, submission, self.pid(worker, submission), ended)
+
+    def supervise(self, now, heard=()):
+        """One look at `now`, all of `heard` just heard of."""
+        self.hear(now, heard)
+        self.jobs.supervise(now)
+
+    def wait_for_end(self, kind):
+        """Waits until no job of this kind runs."""
+        jobs = [job.process for job in self.jobs._jobs if job.kind == kind]
+        assert eventually(lambda: all(process.poll() is not None for process in jobs))
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Makes a run, and ends it."""
+    runs: list[Run] = []
+
+    def make(**arguments):
+        runs.append(Run(tmp_path, **arguments))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.jobs.stop()
+        run.directory.close()
+
+
+def test_a_silent_worker_is_killed_and_submitted_once_after_the_back_off(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    assert run.started == [('actor', (0, 1)), ('learner', (0,))]
+    pids = {worker: run.pid(worker, number) for worker, number in ALL}
+    run.hear(10.0, ALL[:1])
+
+    def look(now):
+        run.supervise(now, ALL[1:])
+
+    look(10.0 + SILENCE_SECONDS)
+    assert not has_ended(pids[ACTORS[0]])
+    now = 11.0 + SILENCE_SECONDS
+    look(now)
+    assert eventually(lambda: has_ended(pids[ACTORS[0]]))
+    assert len(run.started) == 2  # the back-off
+    for later in (2.0, 3.0, 60.0):
+        look(now + later)
+    assert run.started[2:] == [('actor', (0,))]
+    assert run.jobs.restarts == {'actor': 1}
+    assert not has_ended(pids[ACTORS[1]])
+
+
+def test_a_death_seen_while_no_worker_is_heard_waits_for_nobody(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    run.supervise(10.0, ALL)
+    run.kill(ACTORS[0], 0)
+    # A server hangs: the clock of what is heard stands still at 10.
+    for own in (11.0, 11.0 + jobs_lib.GONE_SECONDS, 14.0 + jobs_lib.GONE_SECONDS):
+        run.jobs.supervise(10.0, own)
+    assert run.started[2:] == [('actor', (0,))]
+
+
+def test_a_worker_whose_process_is_gone_is_submitted_again_before_it_is_silent(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    run.supervise(10.0, ALL)
+    run.kill(ACTORS[0], 0)
+    gone = jobs_lib.GONE_SECONDS
+    run.supervise(11.0, ALL)  # its last heartbeats may arrive late
+    run.supervise(11.0 + gone / 2, ALL)
+    assert len(run.started) == 2
+    run.supervise(11.0 + gone, ALL)
+    run.supervise(14.0 + gone, ALL)  # behind the back-off
+    assert run.started[2:] == [('actor', (0,))]
+
+
+def test_a_silent_worker_alone_in_its_job_takes_the_job_with_it(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    pid = run.pid(LEARNER, 1)
+    now = START_SECONDS + 1  # the learner was never heard of
+    run.supervise(now, ALL[:2])
+    assert eventually(lambda: has_ended(pid))
+    run.supervise(now + 3, ALL[:2])
+    assert run.started[2:] == [('learner', (0,))]
+
+
+def test_more_workers_in_a_job_have_longer_to_start_and_a_late_one_is_killed(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    heard = [ALL[0], ALL[2]]
+    run.supervise(START_SECONDS + 1, heard)
+    run.supervise(START_SECONDS + 10, heard)
+    assert len(run.started) == 2
+    now = START_SECONDS + jobs_lib.START_SECONDS_PER_WORKER + 1
+    run.supervise(now, heard)
+    run.supervise(now + 3, heard)
+    assert run.started[2:] == [('actor', (1,))]
+    late, replacement = run.pid(ACTORS[1], 0), run.pid(ACTORS[1], 2)
+    assert not has_ended(late)  # nobody knew its process id
+    run.supervise(now + 4, ALL)  # now it is heard of
+    assert eventually(lambda: has_ended(late))
+    run.supervise(now + 5, [*heard, (ACTORS[1], 2)])
+    assert not has_ended(replacement)
+    assert not has_ended(run.pid(ACTORS[0], 0))
+
+
+def test_nobody_is_killed_because_the_launcher_stood_still(make_run):
+    run, world = make_run(), [0.0]
+    own_time = OwnTime(lambda: world[0])
+    run.jobs.start(own_time.look())
+    run.hear(own_time.look(), ALL)
+    for standstill in (60.0, 3600.0):
+        world[0] += SILENCE_SECONDS - 15.0  # some silence before
+        run.jobs.supervise(own_time.look())
+        world[0] += standstill
+        run.jobs.supervise(own_time.look())
+        world[0] += 2.0
+        run.supervise(own_time.look(), ALL)
+    assert len(run.started) == 2
+    assert not any(has_ended(run.pid(*each)) for each in ALL)
+
+
+def test_a_late_heartbeat_of_a_predecessor_is_none_of_its_successor(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    run.hear(1.0, ALL)
+    late = run.beat(LEARNER, 1)
+    run.jobs._jobs[1].process.signal(signal.SIGKILL)
+    run.wait_for_end('learner')
+    run.supervise(2.0, ALL[:2])
+    run.supervise(5.0, ALL[:2])
+    assert run.started[2:] == [('learner', (0,))]
+    successor = run.beat(LEARNER, 2)
+    run.jobs.hear([successor, late], 6.0)  # its process is gone
+    for now in (6.0, 7.0 + jobs_lib.GONE_SECONDS):
+        run.jobs.hear([late], now)
+        run.supervise(now, ALL[:2])
+    assert len(run.started) == 3
+    run.jobs.hear([late], 7.0 + SILENCE_SECONDS)
+    run.supervise(7.0 + SILENCE_SECONDS, ALL[:2])
+    assert eventually(lambda: has_ended(successor.pid))  # it has been silent
+
+
+@pytest.fixture
+def over(make_run):
+    """A run of two actors and a learner that is over, just heard of."""
+    run = make_run()
+    run.jobs.start(0.0)
+    run.hear(1.0, ALL)
+    return run
+
+
+def kinds_running(run):
+    """Of the jobs whose process runs."""
+    return [job.kind for job in run.jobs._jobs if job.process.poll() is None]
+
+
+def test_a_worker_killed_near_the_end_holds_the_end_up_for_seconds(over):
+    over.kill(ACTORS[0], 0)
+    over.jobs.end_stranded(2.0)
+    over.jobs.end_stranded(2.0 + jobs_lib.GONE_SECONDS)
+    assert kinds_running(over) == ['actor', 'learner']  # the other actor is still at work
+    over.hear(8.0, ALL[1:], ended=True)
+    over.jobs.end_stranded(8.0)
+    assert kinds_running(over) == ['learner']  # its only worker has ended: it follows by itself
+    assert len(over.started) == 2
+
+
+def test_a_worker_given_up_before_does_not_hold_the_end_up(over):
+    over.kill(ACTORS[0], 0)
+    over.supervise(2.0, ALL[1:])
+    over.supervise(2.0 + jobs_lib.GONE_SECONDS, ALL[1:])  # and submitted again later
+    over.hear(8.0, ALL[1:], ended=True)
+    over.jobs.end_stranded(8.0)
+    assert kinds_running(over) == ['learner']
+
+
+def test_workers_that_hang_or_start_hold_the_end_up_no_longer_than_it_takes_to_know(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    run.hear(1.0, ALL[:2])
+    run.jobs.end_stranded(2.0)
+    assert kinds_running(run) == ['actor']  # the learner has done nothing yet
+    run.jobs.end_stranded(1.0 + SILENCE_SECONDS)
+    assert kinds_running(run) == ['actor']
+    run.jobs.end_stranded(2.0 + SILENCE_SECONDS)
+    assert kinds_running(run) == []
+
+
+def test_workers_of_a_job_that_failed_are_submitted_again(make_run):
+    run = make_run()
+    run.scripts['actor'] = 'exit 1'
+    run.jobs.start(0.0)
+    run.wait_for_end('actor')
+    run.supervise(1.0, ALL[2:])
+    assert len(run.started) == 2
+    run.supervise(3.0, ALL[2:])
+    assert run.started[2:] == [('actor', (0, 1))]
+    assert run.jobs.restarts == {'actor': 2}
+
+
+def test_how_workers_failed_is_told_once_with_the_error_and_the_log(make_run):
+    run = make_run()
+    run.scripts['actor'] = 'echo OSError: no room; echo the end; exit 1'
+    run.jobs.start(0.0)
+    run.wait_for_end('actor')
+    run.supervise(1.0, ALL[2:])
+    assert run.jobs.failures == 2
+    (text,) = run.jobs.news()
+    assert text.startswith('actor 0, 1 ended with exit code 1 (OSError: no room), failure 1 in a')
+    assert text.endswith(f'log: {run.directory.logs}/actor-0.log')
+    assert run.jobs.news() == []
+
+
+def test_workers_that_ended_well_are_no_failures(make_run):
+    run = make_run()
+    run.scripts['actor'] = 'exit 0'
+    run.jobs.start(0.0)
+    run.wait_for_end('actor')
+    for now in (1.0, 3.0, 1.0 + FINISHED_SECONDS):
+        run.supervise(now, ALL[2:])
+    assert len(run.started) == 2
+    assert run.jobs.restarts == {}
+
+
+def test_a_run_does_not_hang_when_all_workers_of_a_kind_ended_before_it(make_run):
+    run = make_run()
+    run.scripts['learner'] = 'echo no more work; exit 0'
+    run.jobs.start(0.0)
+    now = 0.0
+    with pytest.raises(jobs_lib.WorkersFailedError, match='(?s)ended before the run.*no more work'):
+        for _ in range(100):
+            run.wait_for_end('learner')
+            now += 10.0
+            run.supervise(now, ALL[:2])
+    assert run.jobs.restarts == {'learner': jobs_lib.MAX_FAILURES - 1}
+
+
+def test_a_worker_that_fails_again_and_again_ends_the_run_with_its_log(make_run):
+    run = make_run()
+    run.scripts['learner'] = 'echo cannot open the display; exit 3'
+    run.jobs.start(0.0)
+    now = 0.0
+    with pytest.raises(jobs_lib.WorkersFailedError) as failure:
+        for _ in range(100):
+            run.wait_for_end('learner')
+            now += 10.0
+            run.supervise(now, ALL[:2])
+    message = str(failure.value)
+    assert 'learner 0 failed 5 times' in message
+    assert 'exit code 3' in message
+    assert message.endswith('cannot open the display')
+    assert run.jobs.restarts == {'learner': 4}
+
+
+def test_minutes_of_work_between_failures_forgive_them(make_run):
+    run = make_run()
+    run.scripts['learner'] = 'exit 3'
+    run.jobs.start(0.0)
+    now, worked = 0.0, jobs_lib.HEALTHY_SECONDS + 1
+    for _ in range(2 * jobs_lib.MAX_FAILURES):
+        run.wait_for_end('learner')
+        now += worked
+        run.jobs.hear([Heartbeat(*LEARNER, len(run.started) - 1, os.getpid())], now)
+        run.supervise(now, ALL[:2])
+        now += 3.0  # a first failure's back-off, not a later one's
+        run.supervise(now, ALL[:2])
+    assert run.jobs.restarts == {'learner': 2 * jobs_lib.MAX_FAILURES}
+
+
+def test_a_process_of_somebody_else_is_never_killed(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    stranger = subprocess.Popen(['sleep', '100'], start_new_session=True)
+    try:
+        learner = run.pid(LEARNER, 1)
+        actors = [Heartbeat(*ACTORS[0], 0, stranger.pid), Heartbeat(*ACTORS[1], 0, learner)]
+        run.jobs.hear(actors, 1.0)
+        run.supervise(200.0, ALL[2:])
+        time.sleep(0.2)
+        assert stranger.poll() is None
+        assert not has_ended(learner)
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_another_engine_replaces_silent_workers_itself_but_its_failed_job_counts(make_run):
+    run = make_run(runner='DaskRunner')
+    run.jobs.start(0.0)
+    run.jobs.supervise(10_000.0)
+    run.jobs.supervise(10_100.0)
+    assert len(run.started) == 2
+    (learner,) = (job for job in run.jobs._jobs if job.kind == 'learner')
+    learner.process.signal(signal.SIGKILL)
+    run.wait_for_end('learner')
+    run.jobs.supervise(10_200.0)
+    run.jobs.supervise(10_203.0)
+    assert run.started[2:] == [('learner', (0,))]
+
+
+def test_stopping_ends_every_job_and_worker(make_run):
+    run = make_run()
+    run.jobs.start(0.0)
+    pids = [run.pid(worker, number) for worker, number in ALL]
+    assert run.jobs.running
+    run.jobs.stop()
+    assert not run.jobs.running
+    assert eventually(lambda: all(has_ended(pid) for pid in pids))
+
+
+def test_what_an_engine_says_of_a_job_is_told_once(make_run):
+    run = make_run()
+    state = run.directory.logs / 'learner-1.state'
+    state.write_text('done, https://page of an earlier job of the same number')
+    run.jobs.start(1.0)
+    assert run.jobs.news() == []
+    state.write_text('running, https://page')
+    assert run.jobs.news() == ['the learner job 1: running, https://page']
+    assert run.jobs.news() == []
+
+
+def test_a_number_of_a_job_that_has_left_a_log_is_not_given_again(tmp_path):
+    with RunDirectory.open(tmp_path / 'run') as directory:
+        for name in ('actor-0', 'learner-11', 'launcher', 'replay_7'):
+            (directory.logs / f'{name}.log').touch()
+        launch = Launch('DirectRunner', None, False, (), (), (), (), ())
+        config = presets.experiment('laptop', {})
+        for given, expected in ((3, 12), (40, 40)):
+            jobs = Jobs(config, launch, Addresses((), (), ''), directory, first_submission=given)
+            assert jobs.submissions == expected
+
+
+def test_a_job_is_told_its_workers_servers_and_beams_flags(tmp_path):
+    with RunDirectory.open(tmp_path / 'run') as directory:
+        jobs = Jobs(
+            presets.experiment('laptop', {}),
+            Launch('DirectRunner', None, False, (), (), (), (), ('--job_name=mine',)),
+            Addresses(('ps:1', 'ps:2'), ('replay:1',), 'telemetry:1'),
+            directory,
+        )
+        argv = jobs._beam_command('actor', [0, 2], 7)
+    assert argv[1:5] == ['-m', 'pipelines.job', '--kind=actor', '--workers=0,2']
+    assert {'--submission=7', '--parameter_addresses=ps:1,ps:2'} < set(argv)
+    assert argv[-2:] == ['--runner=DirectRunner', '--job_name=mine']

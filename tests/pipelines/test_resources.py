@@ -1,0 +1,70 @@
+"""What a run asks of the machine: counted by process, and less when others hold a part."""
+
+import pytest
+
+from pipelines.errors import UsageError
+from pipelines.experiment import command_line, presets
+from pipelines.preflight import resources
+from pipelines.storage.run_directory import RunDirectory
+
+GB = 1_000_000_000
+REPLAY_BYTES = 100_000 * resources.BYTES_PER_TRANSITION
+ONE_EACH = {'num_replay_shards': 1, 'num_parameter_shards': 1}
+
+
+def launch(*flags):
+    return command_line.parse(flags)[0]
+
+
+def config(**values):
+    values = {'num_actors': 2, 'num_learners': 2, 'replay_capacity': 100_000, **ONE_EACH, **values}
+    return presets.experiment('laptop', values)
+
+
+@pytest.mark.parametrize(
+    ('topology', 'flags', 'expected'),
+    [
+        # Launcher 0.7; jobs 2 x 0.2; servers 2 x 0.55; workers 4 x 0.8; environments 2 x 8 x 0.002;
+        # batches 2 x 32 x 0.0004.
+        ('separate', (), 5.4576 * GB + REPLAY_BYTES),
+        # One job and one worker for each bundle.
+        ('bundled', (), 3.6576 * GB + REPLAY_BYTES),
+        ('separate', ('--replay_addresses=host:1',), 4.9076 * GB),
+        ('separate', ('--parameter_addresses=host:1',), 4.9076 * GB + REPLAY_BYTES),
+        # Bundles hold the replay, whoever holds the telemetry.
+        ('bundled', ('--replay_addresses=host:1',), 3.1076 * GB + REPLAY_BYTES),
+    ],
+)
+def test_memory_counts_each_process_on_this_machine_once(topology, flags, expected):
+    found = resources.memory_bytes(config(topology=topology), launch(*flags))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_disk_counts_the_replay_only_where_it_is_saved():
+    with_replay = resources.disk_bytes(config(), launch())
+    without = resources.disk_bytes(config(checkpoint_replay=False), launch())
+    assert with_replay - without == 3 * REPLAY_BYTES  # two kept, one being written
+    assert resources.disk_bytes(config(), launch('--replay_addresses=host:1')) == without
+    assert resources.disk_bytes(config(topology='bundled'), launch()) == without
+
+
+def test_attached_replay_does_not_switch_off_the_check(monkeypatch):
+    monkeypatch.setattr('pipelines.storage.space.available_memory', lambda: 1 * GB)
+    with pytest.raises(UsageError, match='of memory'):
+        resources.require_room(config(), launch('--replay_addresses=host:1'))
+
+
+def test_checkpoints_of_a_resumed_run_are_not_asked_for_again(tmp_path, monkeypatch):
+    run_dir = tmp_path / 'run'
+    with RunDirectory.open(run_dir) as directory:
+        directory.config_file.write_text('{}')
+        with directory.new_checkpoint() as staging:
+            (staging / 'run.json').write_bytes(b' ' * 1000)
+    asked = []
+    monkeypatch.setattr(resources, 'require_memory', lambda needed: None)
+    monkeypatch.setattr(
+        resources, 'require_disk', lambda path, needed, remedy: asked.append(needed)
+    )
+    resources.require_room(config(), launch(f'--run_dir={run_dir}'))
+    resources.require_room(config(), launch(f'--run_dir={run_dir}', '--resume'))
+    assert asked[0] - asked[1] == 1000

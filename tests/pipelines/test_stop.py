@@ -1,0 +1,103 @@
+"""Stopping a run from elsewhere: a real process that holds a run directory."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pipelines import stop
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
+from tests.support.waiting import eventually
+
+# Holds the directory; ends itself after a signal, when it has been told to.
+HOLD = """
+import signal, sys, time
+from pipelines.storage.run_directory import RunDirectory
+received = []
+signal.signal(signal.SIGINT, lambda *_: received.append(1))
+with RunDirectory.open(sys.argv[1], resume=sys.argv[2] != 'unused') as directory:
+    if sys.argv[2] == 'unused':
+        directory.config_file.write_text('{}')
+        directory.discard()
+    print('holds', flush=True)
+    while not received or sys.argv[2] == 'stubborn':
+        time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Starts a process that holds a run's directory; gives the directory and the process."""
+    processes = []
+
+    def start(temper='mild', checkpoint=True):
+        path = tmp_path / 'a run'
+        if temper != 'unused':
+            with RunDirectory.open(path) as directory:
+                directory.config_file.write_text('{}')
+                if checkpoint:
+                    with directory.new_checkpoint() as staging:
+                        (staging / CHECKPOINT_RUN_FILE).write_text('{}')
+        argv = [sys.executable, '-c', HOLD, str(path), temper]
+        processes.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
+        output = processes[-1].stdout
+        assert output is not None
+        assert output.readline() == 'holds\n'
+        return path, processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_that_goes_on_is_asked_to_end_and_waited_for(hold, capsys):
+    path, process = hold()
+    assert stop.main([f'--run_dir={path}']) == 0
+    assert process.wait(5) == 0
+    assert f"ended; `run.py --run_dir '{path}' --resume` goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('temper', 'told'),
+    [('mild', 'ended without a checkpoint; its logs are in'), ('unused', 'nothing of it is kept')],
+)
+def test_a_run_that_left_nothing_to_go_on_from_is_not_said_to_go_on(hold, capsys, temper, told):
+    path, _ = hold(temper, checkpoint=False)
+    assert stop.main([f'--run_dir={path}']) == 0
+    out = capsys.readouterr().out
+    assert told in out
+    assert '--resume' not in out
+
+
+def test_a_run_that_ended_at_its_budget_needs_a_larger_one(hold, capsys):
+    path, _ = hold()
+    (path / 'summary.json').write_text('{"exit_reason": "max_frames"}')
+    assert stop.main([f'--run_dir={path}']) == 0
+    assert '--resume` with a larger --max_frames goes on' in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_end_in_time_is_told_of(hold, capsys):
+    path, process = hold('stubborn')
+    assert stop.main([f'--run_dir={path}', '--timeout_seconds=1']) == 1
+    assert 'not ended within 1 s' in capsys.readouterr().err
+    assert process.poll() is None
+
+
+def test_a_directory_without_a_running_run_is_refused(hold, tmp_path, capsys):
+    assert stop.main([f'--run_dir={tmp_path / "nothing"}']) == 2
+    path, process = hold()
+    process.kill()
+    process.wait()
+    assert stop.main([f'--run_dir={path}']) == 2
+    assert 'no run goes on there' in capsys.readouterr().err
+
+
+def test_a_killed_run_holds_nothing(hold):
+    path, process = hold()
+    directory = RunDirectory.existing(path)
+    assert directory.holder() == process.pid
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert eventually(lambda: directory.holder() is None)

@@ -1,0 +1,393 @@
+"""The watch over a run: real parameter shards and checkpoints, servers that fail as told."""
+
+import contextlib
+import io
+import types
+
+import numpy as np
+import pytest
+
+from infra.guard import UnforeseenError
+from infra.own_time import OwnTime
+from infra.parameter_server.protocol import ParameterServerUnavailable
+from infra.replay.errors import ReplayUnavailable
+from pipelines.experiment import presets
+from pipelines.launch import shard_watch
+from pipelines.launch import training as training_lib
+from pipelines.launch.jobs import WorkersFailedError
+from pipelines.launch.launcher import exit_reason
+from pipelines.launch.saver import Saver
+from pipelines.launch.shard_watch import Replay
+from pipelines.launch.training import Due, LastCheckpointError, Training
+from pipelines.monitoring.display import PlainDisplay
+from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.storage.checkpoints import Checkpoints
+from pipelines.storage.run_directory import RunDirectory
+from tests.support import parameter_servers
+
+MONITOR = MonitorConfig(game='pong', preset='laptop', seed=1, max_frames=1000)
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A training with initialised parameter shards and without workers; gives it and its output."""
+    server = parameter_servers.config(num_parameter_shards=2)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(RunDirectory.open(tmp_path / 'run'))
+        directory.config_file.write_text('{}')
+        shards = stack.enter_context(parameter_servers.serve(server))
+        addresses = [shard.address for shard in shards]
+        client, for_saving = (
+            stack.enter_context(parameter_servers.connect(addresses)) for _ in range(2)
+        )
+        client.initialise(np.zeros(client.layout.size, np.float32))
+        config = presets.experiment('laptop', {'num_actors': 3})
+        display = PlainDisplay(told := io.StringIO())
+        yield (
+            Training(
+                config=config,
+                display=display,
+                owner='run',
+                interrupted=str,
+                cluster=types.SimpleNamespace(  # type: ignore[arg-type]
+                    restarts={},
+                    abandoned=frozenset(),
+                    news=list,
+                    telemetry_address='replay:1',
+                    config=types.SimpleNamespace(parameter_addresses=(), replay_addresses=()),
+                ),
+                client=client,
+                reader=types.SimpleNamespace(drain=lambda timeout_seconds: [], hears=True),  # type: ignore[arg-type]
+                jobs=types.SimpleNamespace(  # type: ignore[arg-type]
+                    restarts={}, submissions=2, news=list, hear=lambda *_: None
+                ),
+                monitor=stack.enter_context(Monitor(directory, MONITOR)),
+                saver=Saver(Checkpoints(directory, config), for_saving, display.message),
+                replay=Replay(('replay:1',), types.SimpleNamespace(read=list)),  # type: ignore[arg-type]
+            ),
+            told,
+            directory,
+        )
+
+
+@pytest.fixture
+def dead_replay(monkeypatch):
+    """No replay shard can write a checkpoint."""
+
+    def fail(addresses, timeout_seconds):
+        raise ReplayUnavailable('replay shard replay:1 wrote no checkpoint')
+
+    monkeypatch.setattr('infra.replay.server.save', fail)
+
+
+def test_the_last_checkpoint_is_written_without_a_replay_that_cannot_be_had(training, dead_replay):
+    run, told, directory = training
+    run._last_checkpoint()
+    (path,) = directory.latest_checkpoints()
+    assert not (path / 'replay').exists()
+    assert 'without the replay' in told.getvalue()
+
+
+def test_a_run_that_saves_no_replay_does_not_try_again_without_it(training, monkeypatch):
+    run, told, directory = training
+    run.saver._checkpoints = Checkpoints(directory, run.config, replay_is_ours=False)
+    monkeypatch.setattr(run.saver._client, 'save', lambda _: (_ for _ in ()).throw(OSError('full')))
+    with pytest.raises(LastCheckpointError):
+        run._last_checkpoint()
+    assert told.getvalue().count('no checkpoint written: full') == 1
+    assert 'without the replay' not in told.getvalue()
+
+
+@pytest.mark.parametrize('hung', ['parameters', 'replay'])
+def test_the_last_checkpoint_waits_for_a_server_that_is_started_again(training, monkeypatch, hung):
+    run, told, directory = training
+    answers = iter([False, False, True])
+    report = run.client.report
+
+    def ask_parameters(*args):
+        if not next(answers, True):
+            raise ParameterServerUnavailable('host:1', 'no answer', 'start it again')
+        return report(*args)
+
+    saved: list[tuple] = []
+
+    def save(shards, _):
+        saved.append(shards)
+        return []
+
+    monkeypatch.setattr('infra.replay.server.save', save)
+    if hung == 'parameters':
+        monkeypatch.setattr(run.client, 'report', ask_parameters)
+    else:
+        run.replay.status.read = lambda: [{'size': 1} if next(answers, True) else {}]
+    run._status_due = Due(0.0)
+    run._ask()
+    run._last_checkpoint()
+    assert next(answers, 'none') == 'none'
+    assert saved == [('replay:1',)]
+    assert len(directory.latest_checkpoints()) == 1
+    assert 'no checkpoint written' not in told.getvalue()
+
+
+def test_a_checkpoint_on_the_way_keeps_parameters_and_replay_together(training, dead_replay):
+    run, told, directory = training
+    run._begin_checkpoint(run.replay.addresses)
+    assert not run._await_saver()
+    assert not directory.latest_checkpoints()  # the one before stays in force
+    assert 'no checkpoint written: replay shard replay:1' in told.getvalue()
+
+
+def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, monkeypatch):
+    run, _, _ = training
+
+    def full(directory):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(run.saver._client, 'save', full)
+    with pytest.raises(LastCheckpointError, match='could not be saved'):
+        run._last_checkpoint()
+
+
+def test_a_run_with_servers_of_others_has_a_checkpoint_from_its_first_update_on(training):
+    run, _, directory = training
+    run.cluster.config.parameter_addresses = ('host:1', 'host:2')
+    run.saver._checkpoints = Checkpoints(directory, run.config, replay_is_ours=False)
+    run._save_if_due()
+    assert not directory.latest_checkpoints()  # nothing is learned yet
+    run.monitor.clock(1, 1_600)
+    for _ in range(2):
+        run._save_if_due()
+        run._await_saver()
+    (path,) = directory.latest_checkpoints()  # the next one is due in minutes
+    assert not (path / 'replay').exists()
+
+
+@pytest.fixture
+def hanging(training, monkeypatch):
+    """A training whose parameter shard answers nobody; gives it, its output, what it killed."""
+    run, told, _ = training
+    killed: list[str] = []
+
+    def report(timeout_seconds, owner):
+        raise ParameterServerUnavailable('host:1', 'no answer', 'start it again')
+
+    monkeypatch.setattr(run.client, 'report', report)
+    run.cluster.kill_hung = lambda address, seconds: [killed.append(address)]  # type: ignore[func-returns-value]
+    return run, told, killed
+
+
+def test_a_shard_of_ours_that_hangs_is_killed_after_the_bound(hanging, monkeypatch):
+    run, told, killed = hanging
+    run._ask()
+    assert 'parameter shard host:1: no answer' in told.getvalue()
+    assert not killed  # it may be restarting
+    monkeypatch.setattr(shard_watch, 'HUNG_SECONDS', 0.0)
+    run._ask()
+    run._ask()
+    assert killed == ['host:1', 'host:1']  # once for each bound
+
+
+@pytest.mark.parametrize('telemetry_alone', [False, True])
+def test_a_replay_shard_that_hangs_is_killed_but_not_for_its_checkpoint(
+    training, monkeypatch, telemetry_alone
+):
+    run, _, _ = training
+    killed: list[str] = []
+    run.cluster.kill_hung = lambda address, seconds: [killed.append(address)]  # type: ignore[func-returns-value]
+    monkeypatch.setattr(shard_watch, 'HUNG_SECONDS', 0.0)
+    monkeypatch.setattr(shard_watch, 'ASK_SECONDS', 0.2)  # nobody is there
+    run.reader.hears = not telemetry_alone
+    run.replay.status.read = lambda: [{}]
+    if telemetry_alone:  # in the bundled topology a server has no other use
+        run.cluster.telemetry_address = 'telemetry:1'
+        run.replay.status.read = lambda: [{'size': 1}]
+    hung = run.cluster.telemetry_address
+    for run.saver.replay in ((hung,), (hung,), ()):
+        run._ask()
+        assert not killed
+    run._ask()
+    assert killed == [hung]
+
+
+def test_silence_counts_for_no_worker_while_a_server_is_away_and_channels_to_it_pause(
+    training, monkeypatch
+):
+    run, _, _ = training
+    world = [0.0]
+    watch = run._servers
+    watch._own_time = OwnTime(lambda: world[0])
+
+    def hears(seconds, reader_hears=True):
+        """What is said once a second."""
+        run.reader.hears = reader_hears
+        said = []
+        for _ in range(seconds):
+            world[0] += 1.0
+            said.append(watch.hears_workers())
+        return said
+
+    assert hears(3) == [True] * 3
+    assert hears(5, reader_hears=False) == [False] * 5
+    assert hears(7) == [False] * 5 + [True] * 2  # as long as it was away, to the second
+    monkeypatch.setattr(shard_watch, '_LONGEST_PAUSE_SECONDS', 4.0)
+    hears(600, reader_hears=False)
+    assert hears(6) == [False] * 4 + [True] * 2
+
+
+def test_a_shard_of_others_that_stays_away_ends_the_run(hanging, monkeypatch):
+    run, _, killed = hanging
+    run.cluster.config.parameter_addresses = ('host:1',)
+    run._ask()
+    monkeypatch.setattr(shard_watch, 'AWAY_SECONDS', 0.0)
+    with pytest.raises(ParameterServerUnavailable, match='host:1'):
+        run._ask()
+    assert not killed
+
+
+def test_a_replay_shard_of_others_that_stays_away_ends_the_run(training, monkeypatch):
+    run, _, _ = training
+    run.cluster.config.replay_addresses = ('replay:1',)
+    run.replay.status.read = lambda: [{}]
+    run._ask()
+    monkeypatch.setattr(shard_watch, 'REPLAY_AWAY_SECONDS', 0.0)
+    with pytest.raises(ReplayUnavailable, match='replay shard replay:1 does not answer'):
+        run._ask()
+
+
+def test_nothing_is_saved_from_shards_that_are_away(hanging, monkeypatch):
+    run, told, _ = hanging
+    run._ask()
+    monkeypatch.setattr(training_lib, '_RETURN_SECONDS', 1.0)
+    with pytest.raises(LastCheckpointError):
+        run._last_checkpoint()
+    run.monitor.clock(1, 1_600)
+    run._checkpoint_due = Due(0.0)
+    run._save_if_due()
+    assert not run.saver.busy
+    assert 'no checkpoint written' not in told.getvalue()
+
+
+def test_a_run_that_fails_says_so_of_its_last_checkpoint_too(hanging, monkeypatch):
+    run, _, _ = hanging
+    run._ask()
+    run.jobs.start = lambda now: None
+
+    def fail():
+        raise WorkersFailedError('actor 0 failed 5 times in a row')
+
+    monkeypatch.setattr(run, '_watch', fail)
+    with pytest.raises(WorkersFailedError) as failure:
+        run.run()
+    assert failure.value.__notes__ == [str(LastCheckpointError())]
+
+
+@pytest.fixture
+def busy(training, monkeypatch):
+    """A training whose workers have made steps and have ended; its watch does not pause."""
+    run, _, _ = training
+    run.jobs = types.SimpleNamespace(
+        restarts={},
+        submissions=2,
+        news=list,
+        hear=lambda *_: None,
+        start=lambda now: None,
+        supervise=lambda *_: None,
+        stop=lambda: None,
+        running=False,
+    )
+    run.cluster.check = lambda: None
+    run.replay = Replay((), run.replay.status)
+    run.monitor.clock(1, 8)
+    monkeypatch.setattr(training_lib, '_POLL_SECONDS', 0.0)
+    return training
+
+
+def test_a_look_that_fails_as_nobody_foresaw_is_one_line_and_the_watch_goes_on(busy, monkeypatch):
+    run, told, _ = busy
+    errors = [KeyError('worker'), TypeError('unhashable'), KeyError('worker')]
+
+    def fold(events):
+        if errors:
+            raise errors.pop()
+        run.interrupted = lambda: 'SIGINT'
+        return []
+
+    monkeypatch.setattr(run.monitor, 'fold', fold)
+    assert run.run() == 'SIGINT'
+    assert told.getvalue().count('launcher: KeyError') == 1
+    assert told.getvalue().count('launcher: TypeError') == 1
+
+
+def test_a_look_that_fails_for_ever_ends_the_run_with_its_last_checkpoint(busy, monkeypatch):
+    run, told, directory = busy
+
+    def fold(events):
+        raise KeyError('worker')
+
+    def ask(timeout_seconds):
+        run.jobs.running = False
+        raise TypeError('asked in vain')
+
+    run.jobs.running, run.jobs.end_stranded = True, lambda *_: None
+    monkeypatch.setattr(run.client, 'request_stop', ask)
+    monkeypatch.setattr(run.monitor, 'fold', fold)
+    with pytest.raises(UnforeseenError, match='20 times in a row'):
+        run.run()
+    assert told.getvalue().count('launcher: KeyError') == 1
+    assert len(directory.latest_checkpoints()) == 1
+
+
+def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
+    run, told, _ = training
+
+    def fail(directory):
+        raise KeyError('files')
+
+    monkeypatch.setattr(run.saver._client, 'save', fail)
+    run._begin_checkpoint(())
+    assert not run._await_saver()
+    assert "no checkpoint written: unexpected KeyError: 'files'" in told.getvalue()
+
+
+def test_a_users_signal_hides_no_failure():
+    lost = f'failed: {LastCheckpointError()}'
+    assert exit_reason('max_frames', '') == 'max_frames'
+    assert exit_reason('max_frames', 'SIGINT') == 'SIGINT'  # while it was evaluated
+    assert exit_reason(lost, 'SIGINT') == f'SIGINT; {lost}'
+
+
+def test_a_resumed_run_trains_when_its_clock_moves_and_not_before(training):
+    run, told, _ = training
+    needed = run.config.replay.min_replay_size
+
+    def look(updates, agent_steps, held):
+        shard = {'version': updates, 'agent_steps': agent_steps, 'reruns': {}, 'rollbacks': 0}
+        run.client.report = lambda *_: {'shards': [{**shard, 'rejected': {}}]}
+        run.replay.status.read = lambda: [{'size': held, 'inserts': held, 'samples': 0}]
+        run._ask()
+        run._look()
+        return told.getvalue()
+
+    run.display.phase('starting workers')
+    assert 'training' not in look(700, 90_000, 0)
+    assert 'training' not in look(700, 90_000, needed)
+    assert f'filling replay 40/{needed}' in look(700, 90_040, 40)
+    assert 'training' not in look(700, 99_000, needed)
+    assert '] training' in look(701, 99_000, needed)
+
+
+def test_a_bundle_that_starts_late_does_not_shift_the_others_counts(training):
+    run, _, _ = training
+    run.replay = Replay((), run.replay.status)
+
+    def tell(worker, inserts):
+        status = {'size': inserts, 'inserts': inserts, 'samples': 0}
+        event = {'kind': 'actor', 'component': 'bundle', 'worker': worker, 'replay': status}
+        run.reader.drain = lambda timeout_seconds: [event]
+        run._look()
+        run._ask()
+
+    tell(1, 100)
+    tell(0, 40)  # was taken for bundle 1's place before
+    tell(1, 120)
+    assert run.monitor.counters()['inserts'] == 40 + 120

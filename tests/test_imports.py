@@ -1,0 +1,91 @@
+"""Imports point down, from commands to servers: no room knows one above it, no module a circle.
+
+Imports inside functions and for type checkers count as others do.
+"""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+from pipelines.engines.catalog import ENGINES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# From the top; rooms on one line know nothing of each other.
+ORDER = (
+    ('pipelines',),  # the commands
+    ('pipelines.launch', 'pipelines.transforms'),
+    ('pipelines.preflight', 'pipelines.monitoring', 'pipelines.workers'),
+    ('pipelines.storage',),
+    ('pipelines.experiment',),
+    ('pipelines.engines',),
+    ('pipelines.events', 'pipelines.errors'),
+    ('agents',),
+    ('infra',),
+)
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for package in ('agents', 'infra', 'pipelines'):
+        for file in sorted((ROOT / package).rglob('*.py')):
+            name = '.'.join(file.relative_to(ROOT).with_suffix('').parts)
+            yield name.removesuffix('.__init__'), ast.parse(file.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+TREES = dict(modules())
+ARROWS = sorted(
+    (name, target)
+    for name, tree in TREES.items()
+    for imported in set(imports(tree))
+    for target in (imported, imported.rpartition('.')[0])
+    if target in TREES and target not in ('pipelines', name)
+)
+
+
+def box(module: str) -> str:
+    """The room of a module; a command is one of its own."""
+    return '.'.join(module.split('.')[:2])
+
+
+def room(module: str) -> str:
+    parts = module.split('.')
+    return next(r for n in (2, 1) if (r := '.'.join(parts[:n])) in LEVELS)
+
+
+def test_an_import_points_down():
+    between = [(a, b) for a, b in ARROWS if room(a) != room(b)]
+    assert between
+    assert not [(a, b) for a, b in between if LEVELS[room(a)] >= LEVELS[room(b)]]
+
+
+def test_what_an_engine_imports_by_name_is_of_its_room():
+    names = [engine.options_module for engine in ENGINES.values() if engine.options_module]
+    assert names
+    assert all(name.startswith('pipelines.engines.') for name in names)
+
+
+def test_no_two_modules_import_each_other():
+    left = dict.fromkeys(TREES, None)
+    while leaves := [m for m in left if not any(a == m and b in left for a, b in ARROWS)]:
+        for leaf in leaves:
+            del left[leaf]
+    assert not left
+
+
+def test_few_arrows_lead_from_room_to_room():
+    inside = [(box(a), box(b)) for a, b in ARROWS if a.startswith('pipelines.') and b in TREES]
+    arrows = {(a, b) for a, b in inside if a != b and b.startswith('pipelines.')}
+    assert len(arrows) <= 60, sorted(arrows)
+
+
+def test_the_rooms_themselves_import_nothing():
+    # So that a command imports TensorFlow and Beam only where it needs them.
+    assert not [f for f in (ROOT / 'pipelines').glob('*/__init__.py') if f.read_text()]
