@@ -1,6 +1,8 @@
 """The table of engines: the flags of a job, and what is refused before a run starts."""
 
 import dataclasses
+import functools
+import os
 import pathlib
 import socket
 import time
@@ -255,10 +257,19 @@ def test_dask_workers_that_cannot_reach_a_server_are_told_of(launch):
         require_cluster(bundles(1), away)
 
 
-def test_a_dask_worker_that_has_just_left_is_left_out(cluster, launch, tmp_path):
-    with dask_worker(cluster, tmp_path, '127.0.0.2', 1):
-        assert require_cluster(bundles(1), launch).startswith('Dask: 2 worker processes')
-    assert require_cluster(bundles(1), launch).startswith('Dask: 1 worker processes')
+async def die_once(notes, addresses, dask_worker=None):
+    """Ends the process of the Dask worker that is asked first; later ones look around."""
+    if not notes.exists():
+        notes.touch()
+        os._exit(1)
+    return await dask_cluster.look_around(addresses, dask_worker)
+
+
+def test_a_dask_worker_that_dies_while_it_is_asked_is_asked_again(launch, tmp_path, monkeypatch):
+    notes = tmp_path / 'notes'
+    monkeypatch.setattr(dask_cluster, 'look_around', functools.partial(die_once, notes))
+    require_cluster(bundles(1), launch)
+    assert notes.exists()
 
 
 def test_dask_workers_with_other_code_are_refused(launch, monkeypatch):
