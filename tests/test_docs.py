@@ -1,4 +1,4 @@
-"""README and docs name only what is there: links, flags, time-outs; the README fits one sitting."""
+"""README and docs name only what exists: links, flags, time-outs; the README fits one sitting."""
 
 import ast
 import functools
@@ -19,6 +19,10 @@ COMMAND = re.compile(r'pipelines/(\w+)\.py|-m ((?:infra|pipelines|tests)[\w.]+)|
 INNER = re.compile(
     r"--\w+_flags='([^']*)'|--flags=?\s?\"([^\"]*)\""
 )  # a run's flags, given to others
+# Signs of a cluster, a cloud, an engine for images, other hosts, root, or a program of others.
+MORE = re.compile(
+    r'\b(kubectl|docker|gcloud|sudo|systemctl|images-check|benchmark_hosts|prism)\b|^[a-c]\$', re.M
+)
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -125,6 +129,13 @@ def test_every_target_of_make_exists(page):
     targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
     for code in CODE.findall(page.read_text()):
         assert set(re.findall(r'\bmake ([a-z-]+)', code)) <= {*targets}
+
+
+@each_page
+def test_every_block_that_needs_more_than_this_machine_says_so(page):
+    blocks = re.findall(r'([^\n]*)\n\n```\w*\n(.*?)```', page.read_text(), re.DOTALL)
+    for before, block in blocks:
+        assert not MORE.search(block) or before.startswith('Needs '), block
 
 
 def time_outs() -> dict[tuple[str, str], float]:
