@@ -1,17 +1,17 @@
 #!/bin/bash
-# Shards of a run on this host, kept by systemd: install.sh [--flags FLAGS] UNIT...
+# Installs shards of a run on this host as systemd units: install.sh [--flags FLAGS] UNIT...
 #
 #   sudo infra/systemd/install.sh --flags "--preset laptop" gorila-parameter@{0,1} gorila-replay@0
 #
-# Sets up /opt/gorila from the checkout that this file is in (`make setup`), writes /etc/gorila and
-# enables the units; `python -m infra.deployment hosts --units` says which units each host runs.
-# FLAGS are those of the run: the shards' configuration is made of them. A second call brings code
-# and units up to date, keeps servers.env, and the configuration without --flags; shards that run
-# go on as they are (`systemctl restart gorila.target`). So it serves as a virtual machine's
-# start-up script, behind a `git clone`.
+# Sets up /opt/gorila from this checkout (`make setup`), writes /etc/gorila and enables the units;
+# `python -m infra.deployment hosts --units` prints the units of each host. FLAGS are the run's
+# flags, from which the shards' configuration is written. A second call updates code and units,
+# keeps servers.env, and without --flags keeps the configuration; running shards are not restarted
+# (`systemctl restart gorila.target` does that). After a `git clone` the script also works as the
+# start-up script of a virtual machine.
 #
-# PYTHON        the Python 3.11 to use, see the Makefile; not one in a home directory GORILA_ROOT
-# where the host's files are, for an image that is being made; nothing is started then.
+# PYTHON        Python 3.11 to use, see the Makefile; not one in a home directory
+# GORILA_ROOT   root of the files of an image that is being built; nothing is started
 
 set -euo pipefail
 umask 022
@@ -27,22 +27,22 @@ fail() {
 }
 
 check_arguments() {
-  [ "${#units[@]}" -gt 0 ] || fail 'no unit: name the shards of this host, such as gorila-replay@0'
+  [ "${#units[@]}" -gt 0 ] || fail 'no unit. Fix: name the shards of this host, such as gorila-replay@0'
   local unit
   for unit in "${units[@]}"; do
     [[ "$unit" =~ ^gorila-(parameter|replay)@[0-9]+$ ]] \
-      || fail "$unit: no unit of ours; write gorila-parameter@N or gorila-replay@N"
+      || fail "$unit: unknown unit. Fix: use gorila-parameter@N or gorila-replay@N"
   done
-  [ -n "$ROOT" ] || [ "$(id -u)" = 0 ] || fail 'only root may install units: use sudo'
+  [ -n "$ROOT" ] || [ "$(id -u)" = 0 ] || fail 'only root may install units. Fix: use sudo'
 }
 
-# What `make setup` needs, where Debian's or Ubuntu's packages can be had.
+# Installs the requirements of `make setup` from Debian's or Ubuntu's packages.
 install_packages() {
   if command -v make > /dev/null && "${PYTHON:-python3.11}" -c 'import ensurepip' 2> /dev/null; then
     return
   fi
   command -v apt-get > /dev/null \
-    || fail 'needs make and Python 3.11 with its venv module: install them'
+    || fail 'make or Python 3.11 with its venv module is missing. Fix: install them'
   apt-get update --quiet
   DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes make python3.11 python3.11-venv
 }
@@ -52,7 +52,7 @@ copy_checkout() {
   checkout="$(cd "$HERE/../.." && pwd)"
   mkdir -p "$PREFIX"
   [ "$checkout" != "$(cd "$PREFIX" && pwd)" ] || return 0
-  rm -rf "$PREFIX"/{agents,infra,pipelines}  # no module stays that the checkout has no more
+  rm -rf "$PREFIX"/{agents,infra,pipelines}  # removes modules that the checkout no longer has
   tar -C "$checkout" -cf - Makefile README.md constraints.txt pyproject.toml requirements.txt \
     agents infra pipelines | tar -C "$PREFIX" --no-same-owner -xf -
 }
@@ -60,14 +60,14 @@ copy_checkout() {
 set_up() {
   local python
   make -C "$PREFIX" setup
-  python="$ROOT$(readlink -f "$PREFIX/.venv/bin/python")"  # of an image: who builds it knows
+  python="$ROOT$(readlink -f "$PREFIX/.venv/bin/python")"  # an image's builder chooses its own
   case "$python" in
     ~root/* | /home/*)
-      fail "$python: the shards' user sees no home directory; install Python 3.11 for all" \
-        "and name it: PYTHON=/usr/bin/python3.11 (then remove $PREFIX/.venv)"
+      fail "$python: the shards' user cannot read home directories. Fix: install Python 3.11" \
+        "system-wide, remove $PREFIX/.venv and set PYTHON=/usr/bin/python3.11"
       ;;
   esac
-  # The shards may not write here, so the byte-code is made now.
+  # The shards may not write byte-code here.
   "$PREFIX/.venv/bin/python" -m compileall -q "$PREFIX"/{agents,infra,pipelines}
 }
 
@@ -91,7 +91,7 @@ enable_units() {
   systemctl start gorila.target "${units[@]}"
 }
 
-# Asks each shard until it answers. With TLS nothing is asked: that takes --tls.
+# Probes each shard until it answers.
 await_shards() {
   [ -z "$ROOT" ] || return 0
   local unit kind first
@@ -108,7 +108,7 @@ await_shards() {
     fi
     (cd "$PREFIX" && .venv/bin/python -m infra.probe "$kind" \
       "$GORILA_HOST:$((first + ${unit#*@}))" --wait_seconds=300 "${options[@]}") \
-      || fail "$unit does not serve: journalctl -u $unit"
+      || fail "$unit: no answer within 300 s. Fix: see journalctl -u $unit"
   done
 }
 
@@ -117,7 +117,7 @@ units=()
 while [ "$#" -gt 0 ]; do
   case "$1" in
     --flags)
-      [ "$#" -gt 1 ] || fail '--flags misses its value: the flags of the run, in quotes'
+      [ "$#" -gt 1 ] || fail '--flags: value missing. Fix: pass the flags of the run in quotes'
       read -r -a flags <<< "$2"
       shift 2
       ;;
@@ -125,7 +125,7 @@ while [ "$#" -gt 0 ]; do
       sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
       exit 0
       ;;
-    --*) fail "$1: unknown flag; there is --flags" ;;
+    --*) fail "$1: unknown flag. Fix: see --help" ;;
     *)
       units+=("$1")
       shift

@@ -287,9 +287,9 @@ def test_install_enables_the_units_named_and_no_others(host):
     ('given', 'says'),
     [
         ((), 'no unit'),
-        (('gorila-learner@0',), 'gorila-learner@0: no unit of ours'),
-        (('gorila-replay@x',), 'gorila-replay@x: no unit of ours'),
-        (('--flags',), '--flags misses its value'),
+        (('gorila-learner@0',), 'gorila-learner@0: unknown unit'),
+        (('gorila-replay@x',), 'gorila-replay@x: unknown unit'),
+        (('--flags',), '--flags: value missing'),
         (('--shards', '2'), '--shards: unknown flag'),
     ],
 )

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The run. A pod that takes the place of an earlier one of the same Job goes on with its run.
+# Starts the run, or resumes it in a pod that replaces an earlier one of the same Job.
 set -eu
 
 run="/runs/${RUN:-$JOB_UID}"
@@ -7,7 +7,7 @@ resume=''
 if [ -e "$run/config.json" ]; then
   resume=--resume
 fi
-# FLAGS are several words, and so many are meant. A run that goes on has its experiment's flags.
+# FLAGS is split into words on purpose. A resumed run has the flags of its experiment.
 # shellcheck disable=SC2086
 exec python -m pipelines.run --runner=DaskRunner --dask_client_address="$SCHEDULER" \
   --run_dir="$run" --parameter_addresses="$PARAMETER_ADDRESSES" \

@@ -1,6 +1,5 @@
 #!/bin/sh
-# Returns once every shard answers and every worker has joined: a run looks once, and is refused
-# then.
+# Waits until every shard answers and every worker has joined: a run checks them only once.
 set -eu
 
 seconds=900
