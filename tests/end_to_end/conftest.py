@@ -1,10 +1,11 @@
-"""The longest of these tests begin first: no process of the suite waits for one at the end."""
+"""The longest end-to-end tests of all rooms start first, so that the suite does not end on one."""
 
 import pytest
 
 from tests.end_to_end import launching
 
 _LONGEST_FIRST = (
+    'test_the_dask_overlays_commands_train',
     'test_an_interrupted_run_at_a_bucket',
     'test_dask_replaces_killed_workers',
     'test_servers_actor_and_learner_on_three_hosts',
@@ -27,5 +28,5 @@ def no_run_is_left():
     yield
     while launching.STARTED:
         process = launching.STARTED.pop()
-        process.kill()  # its workers and servers see that, and end
+        process.kill()  # its workers and servers notice and exit
         process.wait(10)
