@@ -25,6 +25,7 @@ from infra.tls import read_roots
 from pipelines.engines import catalog
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.launch import Addresses
+from pipelines.launch.interrupts import Ended, raise_ended
 from pipelines.storage.object_store import read_bytes
 from pipelines.transforms.act import Act
 from pipelines.transforms.bundle import ActAndLearn
@@ -105,10 +106,6 @@ def _end_with_workers(count: int) -> None:
     threading.excepthook = note
 
 
-class _Ended(BaseException):  # Beam's own threads and waits catch every Exception
-    """SIGTERM came: nobody needs the job any more."""
-
-
 def _run(
     pipeline: beam.Pipeline,
     options: PipelineOptions,
@@ -123,22 +120,17 @@ def _run(
     signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))  # while it is submitted
     result = pipeline.run()
     try:
-        signal.signal(signal.SIGTERM, _raise_ended)
+        signal.signal(signal.SIGTERM, raise_ended)
         if noted:
-            _raise_ended()
+            raise_ended()
         if engine.follow is not None and state_file is not None:
             told = (result, options, functools.partial(write_atomically, state_file))
             threading.Thread(target=engine.follow, args=told, daemon=True).start()
         result.wait_until_finish()
-    except _Ended:
+    except Ended:
         print('ending the job ...', flush=True)
         engine.end(result, options)
         sys.exit(128 + signal.SIGTERM)
-
-
-def _raise_ended(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come twice
-    raise _Ended
 
 
 if __name__ == '__main__':

@@ -1,87 +1,30 @@
 """Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
 
-import dataclasses
 import json
-import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.addresses import reach_directly
-from infra.disk import is_remote, write_atomically
-from infra.output import last_words, protect_output
-from infra.process import end_signals, exit_with_launcher
+from infra.disk import write_atomically
+from infra.output import protect_output
+from infra.process import exit_with_launcher
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.launch.interrupts import StartUp
 from pipelines.storage.run_directory import RunDirectory, default_path
 
 # Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
 if TYPE_CHECKING:
     from pipelines.experiment.launch import Launch
-    from pipelines.storage.remote_run import RemoteRun
 
 _END_SECONDS = 400.0  # for the last checkpoint, when the process that started the run is gone
-
-
-class StartUp:
-    """Until the launcher watches signals itself: one that asks for the end ends it at once.
-
-    A context manager. Nothing of a new run is left behind. No exception is raised, because one in
-    the middle of an import comes out of it as another.
-
-    Attributes:
-      directory: the run's, None: not opened yet.
-      remote: its remote place, given free at the end; None: it has none.
-    """
-
-    def __init__(self) -> None:
-        self.directory: RunDirectory | None = None
-        self.remote: RemoteRun | None = None
-
-    def __enter__(self) -> 'StartUp':
-        self._before = {
-            number: signal.signal(number, self._end) for number in (signal.SIGINT, *end_signals())
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.remote is not None:
-            self.remote.close()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def localized(self, launch: 'Launch') -> 'Launch':
-        """The same launch in a local directory; a remote one is claimed, and fetched to go on with.
-
-        Raises:
-          UsageError: it cannot be.
-        """
-        url = launch.run_dir or ''
-        if not is_remote(url):
-            return launch
-        from pipelines.storage.remote_run import RemoteRun
-
-        print(f'asking {url} ...', flush=True)
-        self.remote = RemoteRun(url, launch.work_dir, launch.beam_flags)
-        local = self.remote.open(launch.resume, lambda text: print(text, flush=True))
-        return dataclasses.replace(launch, run_dir=str(local))
-
-    def _end(self, number: int, _frame: Any) -> None:
-        if self.directory is not None and not self.directory.summary_file.exists():
-            # As for a mistake of the user's: the directory goes, if it is new and unused.
-            self.directory.__exit__(UsageError, UsageError(signal.Signals(number).name), None)
-        if self.remote is not None:
-            self.remote.close()
-        name = signal.Signals(number).name
-        last_words(sys.stdout, f'run.py: {name}: stopped before anything was started\n')
-        os._exit(128 + number)
 
 
 def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, 'Launch']:

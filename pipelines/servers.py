@@ -8,11 +8,9 @@ configurations are written, for whoever else starts them (infra/kubernetes, infr
 
 import dataclasses
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
@@ -27,27 +25,17 @@ from infra.cluster import (
 from infra.disk import is_remote
 from infra.flags import Parser
 from infra.output import protect_output
-from infra.process import end_signals
 from pipelines.errors import UsageError
 from pipelines.experiment import command_line
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
+from pipelines.launch.interrupts import Ended, handled, raise_ended
 from pipelines.launch.server_settings import cluster_config
 from pipelines.preflight import network, resources
 from pipelines.storage.run_directory import RunDirectory, default_path
 from pipelines.storage.space import temporary_files
 
 _POLL_SECONDS = 0.5
-
-
-class _Stopped(BaseException):
-    """A signal came that asks for the end."""
-
-
-def _raise_stopped(*_: Any) -> None:
-    for number in (signal.SIGINT, *end_signals()):
-        signal.signal(number, signal.SIG_IGN)  # the servers end within seconds
-    raise _Stopped
 
 
 def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> int:
@@ -59,18 +47,16 @@ def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> 
     """
     print(f'starting servers, logs in {directory / "logs"} ...', file=sys.stderr, flush=True)
     try:
-        for number in (signal.SIGINT, *end_signals()):
-            signal.signal(number, _raise_stopped)
         servers = cluster_config(config, launch, directory)
         own = dataclasses.replace(servers, state_directory=directory / 'servers' / 'state')
-        with temporary_files(), Cluster(own) as cluster:
+        with handled(raise_ended), temporary_files(), Cluster(own) as cluster:
             print(_attaching_flags(cluster), flush=True)
             while True:
                 cluster.check()
                 for text in cluster.news():
                     print(f'servers.py: {text}', file=sys.stderr, flush=True)
                 time.sleep(_POLL_SECONDS)
-    except _Stopped:
+    except Ended:
         return 0
 
 

@@ -10,10 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import pathlib
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +26,7 @@ from infra.parameter_server.protocol import (
     LayoutMismatchError,
     RequestRefusedError,
 )
-from infra.process import ProcessSpec, SupervisedProcess, end_signals
+from infra.process import ProcessSpec, SupervisedProcess
 from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
 from infra.tls import read_roots
@@ -37,6 +35,7 @@ from pipelines.events import count
 from pipelines.experiment import builders
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses, Launch
+from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs
 from pipelines.launch.saver import Saver
 from pipelines.launch.server_settings import cluster_config
@@ -57,45 +56,6 @@ _POLL_SECONDS = 0.5
 _FINISH_SECONDS = 1_800.0
 _FAILED_EXIT_CODE = 1
 _FAILED = 'failed'  # begins the reason of a run that failed
-
-
-class Signals:
-    """Notes a signal that asks for the end; a second one ends the process at once."""
-
-    def __init__(self, display: Display, directory: RunDirectory) -> None:
-        self._display = display
-        self._directory = directory
-        self.received: int | None = None
-
-    def __enter__(self) -> 'Signals':
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, *end_signals())
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGHUP and self.received is not None:
-            return  # a terminal that goes away sends it more than once
-        if self.received not in (None, signal.SIGHUP):
-            try:
-                self._display.abandon(f'{signal.Signals(number).name} again: {self._loss()}')
-            finally:
-                os._exit(128 + number)  # the children see their parent gone and end too
-        self.received = number
-
-    def _loss(self) -> str:
-        if _has_checkpoint(self._directory):
-            return 'stopped at once; --resume goes on from the last checkpoint'
-        return f'stopped at once, without a checkpoint; logs: {self._directory.logs}'
-
-    @property
-    def name(self) -> str:
-        """Name of the signal received."""
-        return signal.Signals(self.received).name if self.received else ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +110,8 @@ class Launcher:
                 kind = '' if isinstance(error, FAILURES) else f'unexpected {type(error).__name__}: '
                 text = '; '.join([f'{kind}{error}', *getattr(error, '__notes__', ())])
                 reason = f'{_FAILED}: {text}'
-                resume = '; --resume goes on from the last checkpoint'
-                self.display.message(f'run.py: {text}{resume * _has_checkpoint(self.directory)}')
+                resume = '; --resume continues from the last checkpoint'
+                self.display.message(f'run.py: {text}{resume * self.directory.has_checkpoint()}')
             monitor.end_training()
             unused = resumed is None and not monitor.state().agent_steps
             if self.signals.received and unused and not self.failures:
@@ -318,14 +278,6 @@ class Launcher:
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
-
-
-def _has_checkpoint(directory: RunDirectory) -> bool:
-    """Whether there is a checkpoint to resume from, in a directory that can be read."""
-    try:
-        return bool(directory.latest_checkpoints())
-    except (UsageError, OSError):
-        return False
 
 
 def exit_reason(reason: str, signal_name: str) -> str:

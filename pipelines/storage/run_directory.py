@@ -224,6 +224,13 @@ class RunDirectory:
         with _permitted(self.checkpoints):
             return [path for _, path in sorted(self._numbered(), reverse=True)]
 
+    def has_checkpoint(self) -> bool:
+        """Returns whether a readable directory holds a complete checkpoint."""
+        try:
+            return bool(self.latest_checkpoints())
+        except (UsageError, OSError):
+            return False
+
     def _numbered(self) -> Iterator[tuple[int, pathlib.Path]]:
         for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
             match = _CHECKPOINT_NAME.fullmatch(path.name)

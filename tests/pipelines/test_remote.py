@@ -23,6 +23,7 @@ from pipelines.errors import UsageError
 from pipelines.experiment import builders, command_line, presets
 from pipelines.experiment import config as config_lib
 from pipelines.launch import launcher
+from pipelines.launch.interrupts import Signals
 from pipelines.monitoring.display import open_display
 from pipelines.storage import mirror, object_store, remote_run
 from pipelines.storage.checkpoints import Checkpoints, readable_counters
@@ -138,7 +139,7 @@ def start(gcs, client):
 def launch(started, train):
     """The launcher's part in a run that has been started, the training being `train`."""
     parsed, _, _ = command_line.parse([f'--run_dir={URL}'])
-    with open_display() as display, launcher.Signals(display, started.directory) as signals:
+    with open_display() as display, Signals(display, started.directory) as signals:
         whole = launcher.Launcher(CONFIG, parsed, started.directory, display, signals)
         whole.run = train  # type: ignore[method-assign]
         return launcher._mirrored(whole, started.remote)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from pipelines.experiment import command_line
-from pipelines.launch.launcher import Launcher, Outcome, Signals
+from pipelines.launch.interrupts import Signals
+from pipelines.launch.launcher import Launcher, Outcome
 from pipelines.launch.training import LastCheckpointError
 from pipelines.monitoring.display import PlainDisplay
 from pipelines.monitoring.monitor import Monitor, MonitorConfig
@@ -16,12 +17,12 @@ from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
 
 SHOWN = """
 import os, signal, sys
-from pipelines.launch import launcher
+from pipelines.launch.interrupts import Signals
 from pipelines.monitoring import display
 from pipelines.storage.run_directory import RunDirectory
 
 with RunDirectory.open(sys.argv[1], resume=True) as directory:
-    with display.open_display() as shown, launcher.Signals(shown, directory) as signals:
+    with display.open_display() as shown, Signals(shown, directory) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 """
@@ -78,7 +79,10 @@ def test_a_second_one_ends_the_process_though_its_words_cannot_be_written(signal
 
 @pytest.mark.parametrize(
     ('saved', 'told'),
-    [(True, '--resume goes on from the last checkpoint'), (False, 'without a checkpoint; logs: ')],
+    [
+        (True, '--resume continues from the last checkpoint'),
+        (False, 'without a checkpoint; logs: '),
+    ],
 )
 def test_a_second_one_ends_the_process_at_once_and_says_what_that_costs(directory, saved, told):
     if saved:

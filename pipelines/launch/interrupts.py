@@ -1,0 +1,137 @@
+"""Signals that ask a command to end: Ctrl-C, SIGTERM, and SIGHUP from a closed terminal."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from infra.disk import is_remote
+from infra.output import last_words
+from infra.process import end_signals
+from pipelines.errors import UsageError
+from pipelines.storage.run_directory import RunDirectory
+
+# Beam and TensorFlow take seconds to import, and the first signals come before they are.
+if TYPE_CHECKING:
+    from pipelines.experiment.launch import Launch
+    from pipelines.monitoring.display import Display
+    from pipelines.storage.remote_run import RemoteRun
+
+
+class Ended(BaseException):
+    """A signal asked for the end. Beam's threads and waits catch every `Exception`."""
+
+
+def raise_ended(*_: Any) -> None:
+    """A handler: raises `Ended`, once, in the main thread."""
+    for number in (signal.SIGINT, *end_signals()):
+        signal.signal(number, signal.SIG_IGN)  # the end takes seconds
+    raise Ended
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Calls `handler` on each signal that asks for the end; restores the handlers before it."""
+    numbers = (signal.SIGINT, *end_signals())
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class StartUp:
+    """Ends the process at once on a signal, until the launcher takes over. A context manager.
+
+    Nothing of a new run remains. It raises no exception, since an exception in the middle of an
+    import leaves it as another one.
+
+    Attributes:
+      directory: the run's; None before it is open.
+      remote: the run's remote place, released at the end; None for a local run.
+    """
+
+    def __init__(self) -> None:
+        self.directory: RunDirectory | None = None
+        self.remote: RemoteRun | None = None
+        self._handled = handled(self._end)
+
+    def __enter__(self) -> 'StartUp':
+        self._handled.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.remote is not None:
+            self.remote.close()
+        self._handled.__exit__(*exception)
+
+    def localized(self, launch: 'Launch') -> 'Launch':
+        """Returns the launch with a local directory. Claims a remote place; fetches a resumed run.
+
+        Raises:
+          UsageError: the remote place is unreachable or in use.
+        """
+        url = launch.run_dir or ''
+        if not is_remote(url):
+            return launch
+        from pipelines.storage.remote_run import RemoteRun
+
+        print(f'asking {url} ...', flush=True)
+        self.remote = RemoteRun(url, launch.work_dir, launch.beam_flags)
+        local = self.remote.open(launch.resume, lambda text: print(text, flush=True))
+        return dataclasses.replace(launch, run_dir=str(local))
+
+    def _end(self, number: int, _frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self.directory is not None and not self.directory.summary_file.exists():
+            # As after a `UsageError`: removes a directory that is new and unused.
+            self.directory.__exit__(UsageError, UsageError(name), None)
+        if self.remote is not None:
+            self.remote.close()
+        last_words(sys.stdout, f'run.py: {name}: stopped before anything was started\n')
+        os._exit(128 + number)
+
+
+class Signals:
+    """Records the first signal; a second one ends the process at once. A context manager.
+
+    Attributes:
+      received: its number, None before the first.
+    """
+
+    def __init__(self, display: 'Display', directory: RunDirectory) -> None:
+        self._display = display
+        self._directory = directory
+        self._handled = handled(self._note)
+        self.received: int | None = None
+
+    def __enter__(self) -> 'Signals':
+        self._handled.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._handled.__exit__(*exception)
+
+    @property
+    def name(self) -> str:
+        """Name of the signal received, empty before it."""
+        return signal.Signals(self.received).name if self.received else ''
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP and self.received is not None:
+            return  # a closing terminal sends it more than once
+        if self.received not in (None, signal.SIGHUP):
+            try:
+                self._display.abandon(f'{signal.Signals(number).name} again: {self._loss()}')
+            finally:
+                os._exit(128 + number)  # the child processes find their parent dead and end too
+        self.received = number
+
+    def _loss(self) -> str:
+        if self._directory.has_checkpoint():
+            return 'stopped at once; --resume continues from the last checkpoint'
+        return f'stopped at once, without a checkpoint; logs: {self._directory.logs}'
