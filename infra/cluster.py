@@ -22,7 +22,7 @@ from infra.addresses import AddressError, split_address
 from infra.guard import Guard, UnforeseenError
 from infra.own_time import OwnTime
 from infra.parameter_server.config import ParameterServerConfig
-from infra.process import ProcessSpec, SupervisedProcess, describe_exit
+from infra.process import ProcessSpec, SupervisedProcess, back_off_seconds, describe_exit
 from infra.replay.config import ReplayConfig
 from infra.replay.trajectory import TrajectorySpec
 
@@ -169,10 +169,9 @@ class _Server:
         return self.serving_since is not None
 
     def back_off(self) -> float:
-        """Seconds until the next start: doubles while each start soon comes to an end."""
+        """Seconds until the next start, after one more end."""
         self.ends += 1
-        doubled = _FIRST_BACK_OFF_SECONDS * 2.0 ** min(self.ends - 1, 10)
-        return min(_LONGEST_BACK_OFF_SECONDS, doubled)
+        return back_off_seconds(self.ends, _FIRST_BACK_OFF_SECONDS, _LONGEST_BACK_OFF_SECONDS)
 
 
 class Cluster:

@@ -85,6 +85,11 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def back_off_seconds(failures: int, first: float, longest: float) -> float:
+    """Delay before the next start after so many failures in a row: doubles up to `longest`."""
+    return min(longest, first * 2.0 ** min(failures - 1, 30))
+
+
 def announce_ready(ready_file: str | os.PathLike[str], port: int) -> None:
     """Writes `{"port": port, "pid": own ID}` to `ready_file` atomically."""
     write_atomically(Path(ready_file), json.dumps({'port': port, 'pid': os.getpid()}))

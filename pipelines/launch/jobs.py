@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from infra.flags import value_of
-from infra.process import ProcessSpec, SupervisedProcess, describe_exit
+from infra.process import ProcessSpec, SupervisedProcess, back_off_seconds, describe_exit
 from pipelines.events import Heartbeat
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses, Launch
@@ -323,8 +323,8 @@ class Jobs:
         if heard - job.submitted > HEALTHY_SECONDS:
             history.failures = 0
         history.failures += 1
-        backoff = _BACKOFF_SECONDS * 2 ** (history.failures - 1)
-        history.due = self._own + min(backoff, _MAX_BACKOFF_SECONDS)
+        delay = back_off_seconds(history.failures, _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
+        history.due = self._own + delay
         return history.failures
 
     def _submit(self, kind: str, workers: Sequence[int], now: float) -> None:
