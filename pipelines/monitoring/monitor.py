@@ -60,9 +60,19 @@ class MonitorConfig:
     rate_window_seconds: float = 60.0
 
 
+def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:
+    """A field of `RunState`: its tag in TensorBoard, empty for none; whether the summary has it."""
+    return dataclasses.field(
+        default_factory=default if callable(default) else lambda: default,
+        metadata={'scalar': scalar, 'summarised': summarised},
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class RunState:
     """The run at one moment; a number that is not known yet is None.
+
+    Says of each figure where it is written. A mapping's entries are scalars below its tag.
 
     Attributes:
       max_frames, frames: emulator frames, the budget and those made.
@@ -88,29 +98,46 @@ class RunState:
     game: str
     preset: str
     max_frames: int
-    frames: int = 0
-    agent_steps: int = 0
-    frames_per_second: float | None = None
-    updates: int = 0
-    updates_per_second: float | None = None
-    episodes: int = 0
-    mean_return_100: float | None = None
+    frames: int = _figure(0, summarised=True)
+    agent_steps: int = _figure(0, summarised=True)
+    frames_per_second: float | None = _figure(None, 'rate/frames_per_second')
+    updates: int = _figure(0, 'progress/updates', summarised=True)
+    updates_per_second: float | None = _figure(None, 'rate/updates_per_second')
+    episodes: int = _figure(0, 'progress/episodes', summarised=True)
+    mean_return_100: float | None = _figure(None, 'return/mean_100', summarised=True)
     last_return: float | None = None
-    epsilon: float | None = None
-    replay_size: int | None = None
-    samples_per_insert: float | None = None
-    learned_per_insert: float | None = None
-    rejected: Mapping[str, int] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(REJECTIONS, 0)
-    )
-    outlier_share: float | None = None
-    staleness: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    restarts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    epsilon: float | None = _figure(None, 'actor/epsilon')
+    replay_size: int | None = _figure(None, 'replay/size')
+    samples_per_insert: float | None = _figure(None, 'replay/samples_per_insert', True)
+    learned_per_insert: float | None = _figure(None, 'replay/learned_per_insert', True)
+    rejected: Mapping[str, int] = _figure(lambda: dict.fromkeys(REJECTIONS, 0), 'rejected', True)
+    outlier_share: float | None = _figure(None, 'learner/outlier_share', summarised=True)
+    staleness: Mapping[str, Any] = _figure(dict, 'staleness', summarised=True)
+    restarts: Mapping[str, int] = _figure(dict, summarised=True)
     eta_seconds: float | None = None
     wall_seconds: float = 0.0
-    learner: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    malformed_events: int = 0
-    repeated_events: int = 0
+    learner: Mapping[str, float] = _figure(dict, 'learner')
+    malformed_events: int = _figure(0, 'telemetry/malformed_events')
+    repeated_events: int = _figure(0, 'telemetry/repeated_events')
+
+    def scalars(self) -> dict[str, float | None]:
+        """TensorBoard's scalars by their tags."""
+        scalars: dict[str, float | None] = {}
+        for field in dataclasses.fields(self):
+            tag, value = field.metadata.get('scalar'), getattr(self, field.name)
+            if tag and isinstance(value, Mapping):
+                scalars |= {f'{tag}/{name}': finite(entry) for name, entry in value.items()}
+            elif tag:
+                scalars[tag] = value
+        return scalars
+
+    def summarised(self) -> dict[str, Any]:
+        """The figures that the summary has, by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata.get('summarised')
+        }
 
 
 class Monitor:
@@ -388,24 +415,7 @@ class Monitor:
         }
         self._learner_sums.clear()
         state = self.state()
-        scalars: dict[str, float | None] = {
-            'return/mean_100': state.mean_return_100,
-            'progress/updates': state.updates,
-            'progress/episodes': state.episodes,
-            'rate/frames_per_second': state.frames_per_second,
-            'rate/updates_per_second': state.updates_per_second,
-            'actor/epsilon': state.epsilon,
-            'learner/outlier_share': state.outlier_share,
-            'staleness/median': self._staleness.quantile(0.5),
-            'staleness/percentile_99': self._staleness.quantile(0.99),
-            'replay/size': state.replay_size,
-            'replay/samples_per_insert': state.samples_per_insert,
-            'replay/learned_per_insert': state.learned_per_insert,
-            'telemetry/malformed_events': state.malformed_events,
-            'telemetry/repeated_events': state.repeated_events,
-        }
-        scalars |= {f'rejected/{reason}': number for reason, number in state.rejected.items()}
-        scalars |= {f'learner/{name}': value for name, value in state.learner.items()}
+        scalars = state.scalars()
         if evaluation is not None:
             scalars['return/evaluation'] = evaluation['mean']
         self._scalars.write(state.frames, scalars, self._wall_clock())
@@ -449,20 +459,10 @@ def build_summary(
         'game': state.game,
         'preset': state.preset,
         'seed': config.seed,
-        'frames': state.frames,
-        'agent_steps': state.agent_steps,
-        'updates': state.updates,
-        'episodes': state.episodes,
-        'mean_return_100': state.mean_return_100,
+        **state.summarised(),
         'evaluation': kept,
         'wall_seconds': round(seconds, 3),
         'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
         'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,
-        'samples_per_insert': state.samples_per_insert,
-        'learned_per_insert': state.learned_per_insert,
-        'rejected': dict(state.rejected),
-        'outlier_share': state.outlier_share,
-        'staleness': dict(state.staleness),
-        'restarts': dict(state.restarts),
         'exit_reason': exit_reason,
     }
