@@ -131,6 +131,9 @@ class Adder:
 
     Memory is bounded, because `add` waits while too many windows are unconfirmed. If a shard dies
     and restarts on the same address, the adder reconnects and sends unconfirmed rows again.
+
+    Attributes:
+      should_stop: called every 0.2 s during a wait; true ends it.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class Adder:
         self._spec = spec
         self._num_environments = num_environments
         self._timeout = timeout_seconds
-        self._should_stop = should_stop
+        self.should_stop = should_stop
         self._client = reverb.Client(address)
         starts = range(0, num_environments, WRITER_ENVIRONMENTS)
         self._slices = [
@@ -250,7 +253,7 @@ class Adder:
                 raise
             except Exception as caught:  # DeadlineExceededError, or a broken stream
                 error = caught
-            if self._should_stop():
+            if self.should_stop():
                 return False
             if time.monotonic() >= deadline:
                 self._raise_for(error)

@@ -262,7 +262,6 @@ def acting(
     from infra.replay.status import StatusReader
     from pipelines.experiment import builders
 
-    workers: list[ActorWorker] = []
     spec = worker.spec
     seeds = (config.run.seed, spec.worker, spec.submission, worker.begun_before)
     with contextlib.ExitStack() as stack:
@@ -274,15 +273,15 @@ def acting(
                 config.actor.envs_per_actor,
                 config.replay.max_in_flight_items,
                 timeout_seconds=REPLAY_SECONDS,
-                should_stop=lambda: workers[0].wait(),  # noqa: PLW0108  (filled below)
             )
         )
         behaviour = builders.build_behaviour(config, policy, spec.worker, environment.num_actions)
         actor = Actor(config.actor, environment, behaviour, adder, parameters)
         own_replay = StatusReader(replay) if config.run.topology == 'bundled' else None
         exploration = (*seeds, _EXPLORATION_STREAM)
-        workers.append(ActorWorker(actor, exploration, config, worker.telemetry, own_replay))
-        yield workers[0]
+        actor_worker = ActorWorker(actor, exploration, config, worker.telemetry, own_replay)
+        adder.should_stop = actor_worker.wait
+        yield actor_worker
         actor.sync()  # reports the last agent steps
 
 
