@@ -4,6 +4,7 @@ In: a path and its new content. Out: readers see the old or the new content, com
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,12 +15,16 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from infra.sealed import parse_object
 
-_LOCK_FILE = '.lock'
+LOCK_FILE = '.lock'
+DAMAGED = 'damaged-'
+"""Begins the name of a directory that was set aside."""
+
+_PROCESS_ID = re.compile(r'[1-9][0-9]{0,6}')  # Linux: below 2^22; 0 would be the own group
 _SCRATCH = 'gorila-scratch-'
 _SCRATCH_SECONDS = 60.0  # a younger one may be about to be held
 _CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
@@ -51,28 +56,111 @@ def by_descriptor(directory: str | os.PathLike[str]) -> Iterator[str]:
         os.close(descriptor)
 
 
-def hold(directory: str | os.PathLike[str]) -> BinaryIO:
-    """Makes a directory and takes it for this process, until its end or the answer's `close`.
+class InUseError(OSError):
+    """Another process has locked the directory."""
+
+
+def lock(directory: pathlib.Path) -> BinaryIO:
+    """Locks a directory until the answer's `close` or the end of this process.
+
+    The lock file holds the process ID, if the disk has room.
 
     Raises:
-      OSError: it cannot be made or written, or another process has it.
+      InUseError: another process has locked it.
+      OSError: it is not writable.
+    """
+    file = (directory / LOCK_FILE).open('a+b', buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InUseError(f'{directory}: in use by process {lock_holder(directory)}') from None
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f'{os.getpid()}\n'.encode())
+    return file
+
+
+def lock_holder(directory: pathlib.Path) -> int | None:
+    """The ID of the process that has locked a directory, None for none or an unknown one.
+
+    Raises:
+      PermissionError: the lock file is not readable.
+    """
+    try:
+        file = (directory / LOCK_FILE).open('rb')
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read(32).decode(errors='replace').strip()
+            return int(text) if _PROCESS_ID.fullmatch(text) else None
+    return None
+
+
+def hold(directory: str | os.PathLike[str]) -> BinaryIO:
+    """Makes a directory and locks it; see `lock`.
+
+    Raises:
+      OSError: it cannot be made or written, or another process has locked it.
     """
     path = pathlib.Path(directory)
     if reason := unfit_name(path):
         raise OSError(f'{str(path)!r}: {reason}')
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK_FILE).open('ab')
+        return lock(path)
+    except InUseError as error:
+        raise OSError(f'{error}; give each shard a directory of its own') from None
     except OSError as error:
         raise OSError(f'{path}: no directory that can be written ({error.strerror})') from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise OSError(
-            f'{path} is in use by another process; give each shard a directory of its own'
-        ) from None
-    return lock
+
+
+@dataclasses.dataclass(frozen=True)
+class Generations:
+    """Numbered directories `<stem>-<number>` in `parent`; the highest number is the newest.
+
+    A parent that does not exist holds none.
+    """
+
+    parent: pathlib.Path
+    stem: str
+
+    def paths(self) -> list[pathlib.Path]:
+        """The directories, newest first."""
+        numbers = {self._number(path.name): path for path in self._entries(f'{self.stem}-*')}
+        return [path for _, path in sorted(numbers.items(), reverse=True)]
+
+    def next(self) -> pathlib.Path:
+        """The path of a new one, numbered above all others, those set aside included."""
+        taken = (self._number(path.name) for path in self._entries(f'*{self.stem}-*'))
+        return self.parent / f'{self.stem}-{max(taken, default=0) + 1:08d}'
+
+    def _entries(self, pattern: str) -> list[pathlib.Path]:
+        numbered = re.compile(rf'(.*-)?{self.stem}-\d+')
+        return [path for path in self.parent.glob(pattern) if numbered.fullmatch(path.name)]
+
+    def _number(self, name: str) -> int:
+        return int(name.rpartition('-')[2])
+
+
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames a damaged directory, so that it counts no longer; returns its new path."""
+    aside = path.with_name(f'{DAMAGED}{path.name}')
+    while aside.exists():  # a user has put it back
+        aside = aside.with_name(f'{DAMAGED}{aside.name}')
+    path.rename(aside)
+    return aside
+
+
+def remove(paths: Iterable[pathlib.Path]) -> None:
+    """Removes directories; an interrupted removal leaves no incomplete one of the same name."""
+    for path in paths:
+        doomed = beside(path)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -131,6 +219,17 @@ def sync(directory: str | os.PathLike[str]) -> None:
             os.close(descriptor)
 
 
+def publish(path: pathlib.Path, name: pathlib.Path) -> None:
+    """Renames a complete directory to `name`; it survives a power cut from then on.
+
+    Raises:
+      OSError: a file cannot be synchronised, or `name` exists.
+    """
+    sync(path)
+    path.rename(name)
+    sync(name)
+
+
 def beside(path: pathlib.Path) -> pathlib.Path:
     """A new name in the same directory; `tempfile` would create files for the owner only."""
     return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:_UNIQUE_DIGITS]}')
@@ -142,7 +241,7 @@ def remove_leftovers(directory: pathlib.Path) -> None:
     Raises:
       OSError: an entry cannot be removed.
     """
-    for path in directory.iterdir():
+    for path in directory.iterdir() if directory.is_dir() else ():
         if _BESIDE.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

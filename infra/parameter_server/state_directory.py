@@ -7,18 +7,14 @@ the next start. They are independent of a run's checkpoints, which hold all shar
 from __future__ import annotations
 
 import logging
-import os
 import pathlib
-import re
 import shutil
 
-from infra.disk import hold
+from infra import disk
 from infra.parameter_server import checkpoint
 from infra.parameter_server.checkpoint import DamagedCheckpointError, ShardState
 
 _KEEP = 2
-_DAMAGED = 'damaged-'
-_NAME = re.compile(r'state-(\d{8})')
 _LOG = logging.getLogger(__name__)
 
 
@@ -31,11 +27,12 @@ class OwnState:
         Raises:
           OSError: the directory is not writable, or is in use by another process.
         """
-        self._directory = pathlib.Path(directory)
+        self._states = disk.Generations(pathlib.Path(directory), 'state')
         self._place = shard, num_shards
         self._optimizer = optimizer
-        self._lock = hold(directory)
-        for path in self._numbered().values():
+        self._lock = disk.hold(directory)
+        disk.remove_leftovers(self._states.parent)
+        for path in self._states.paths():
             if not checkpoint.is_published(str(path)):
                 shutil.rmtree(path)
 
@@ -47,16 +44,17 @@ class OwnState:
           DamagedCheckpointError: all states are damaged; a shard that started empty instead would
             silently lose the run.
         """
-        for _, path in sorted(self._numbered().items(), reverse=True):
+        for path in self._states.paths():
             try:
                 return checkpoint.read_only_part(str(path), *self._place, self._optimizer)
             except DamagedCheckpointError as error:
                 _LOG.warning('%s; trying the state before', error)
-                self._set_aside(path)
-        damaged = sorted(path.name for path in self._directory.glob(f'{_DAMAGED}*'))
+                disk.set_aside(path)
+        directory = self._states.parent
+        damaged = sorted(path.name for path in directory.glob(f'{disk.DAMAGED}*'))
         if damaged:
             raise DamagedCheckpointError(
-                f'{self._directory}: the state is damaged ({", ".join(damaged)}); put it back, or'
+                f'{directory}: the state is damaged ({", ".join(damaged)}); put it back, or'
                 ' remove these to start empty'
             )
         return None
@@ -67,27 +65,15 @@ class OwnState:
         Raises:
           OSError: the state cannot be written; the previous one remains the newest.
         """
-        before = self._numbered()
-        path = self._directory / f'state-{max(before, default=0) + 1:08d}'
+        path = self._states.next()
         try:
             part = checkpoint.write_part(str(path), *self._place, state)
             checkpoint.publish(str(path), self._optimizer, [part])
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        for number in sorted(before)[: -(_KEEP - 1)]:
-            shutil.rmtree(before[number], ignore_errors=True)
-
-    def _set_aside(self, path: pathlib.Path) -> None:
-        """Renames a damaged state, so that it counts no longer."""
-        aside = path.with_name(f'{_DAMAGED}{path.name}')
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        disk.remove(self._states.paths()[_KEEP:])
 
     def close(self) -> None:
         """Unlocks the directory."""
         self._lock.close()
-
-    def _numbered(self) -> dict[int, pathlib.Path]:
-        matches = ((_NAME.fullmatch(name), name) for name in os.listdir(self._directory))
-        return {int(match.group(1)): self._directory / name for match, name in matches if match}

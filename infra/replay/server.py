@@ -23,10 +23,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from infra import process
+from infra import disk, process
 from infra import telemetry as telemetry_lib
 from infra.addresses import reach_directly
-from infra.disk import digests, hold, remove_leftovers, sync, write_atomically
+from infra.disk import digests, hold, remove_leftovers, write_atomically
 from infra.flags import Parser, add_state_flags, integer
 from infra.output import protect_output
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
@@ -42,7 +42,6 @@ _SIZES_FILE = 'SIZES.json'
 _FILES = 'files'  # in it: [bytes, CRC-32] by name
 _CONFIG_FILE = 'shard.json'  # of a directory with a shard's own state
 _NUMBER_DIGITS = 8
-_DAMAGED = 'damaged-'  # prefix of a checkpoint that could not be read
 _INCOMING = 'incoming-'  # prefix of the directory a running shard writes to
 _PORT_ATTEMPTS = 10
 _WAKE_SECONDS = 0.5
@@ -189,11 +188,8 @@ def _publish(path: str, keep: int) -> str:
     shutil.copymode(incoming, path)  # Reverb's is 0755, whatever the umask
     note = pathlib.Path(path, _SIZES_FILE)
     write_atomically(note, json.dumps(seal({_FILES: digests(path)})))
-    sync(path)
-    os.rename(path, published)
-    sync(published)
-    for older in before[keep - 1 :]:
-        shutil.rmtree(older, ignore_errors=True)
+    disk.publish(pathlib.Path(path), pathlib.Path(published))
+    disk.remove(pathlib.Path(older) for older in before[keep - 1 :])
     return published
 
 
@@ -220,7 +216,9 @@ def published_checkpoints(checkpoint_dir: str) -> list[str]:
     """Paths of a shard's complete checkpoints, newest first."""
     if not os.path.isdir(checkpoint_dir):
         return []
-    entries = (entry for entry in os.listdir(checkpoint_dir) if not entry.startswith(_DAMAGED))
+    entries = (
+        entry for entry in os.listdir(checkpoint_dir) if not entry.startswith((disk.DAMAGED, '.'))
+    )
     paths = (os.path.join(checkpoint_dir, entry) for entry in entries)
     complete = [path for path in paths if os.path.exists(os.path.join(path, _DONE_FILE))]
     return sorted(complete, key=lambda path: (_number(path), path), reverse=True)
@@ -315,9 +313,7 @@ def start_from_newest(
             return start_server(build(), port, state_dir, path)
         except RuntimeError as error:
             print(f'{path} cannot be read: {error}', file=sys.stderr, flush=True)
-            aside = os.path.join(state_dir, f'{_DAMAGED}{os.path.basename(path)}')
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
+            disk.set_aside(pathlib.Path(path))
     return start_server(build(), port, state_dir)
 
 

@@ -8,13 +8,12 @@ parameters alone; and where each server starts from, at a resumption or after it
 import dataclasses
 import logging
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.cluster import PARAMETER_SERVER
-from infra.disk import digests, write_json
+from infra.disk import Generations, digests, remove, set_aside, write_json
 from infra.parameter_server import checkpoint as parameter_checkpoint
 from infra.parameter_server.checkpoint import DamagedCheckpointError
 from infra.parameter_server.client import ParameterClient
@@ -31,7 +30,6 @@ _REPLAY_FILES = 'replay_files'  # in run.json: [bytes, CRC-32] by path below `re
 _COUNTS = {'agent_steps', 'submissions'}  # in run.json, but for those of the first versions
 _SAVE_SECONDS = 120.0
 _SAVE_SECONDS_PER_TRANSITION = 1.5e-4  # 3 kB each, at 20 MB/s
-_PARAMETERS_NAME = re.compile(r'parameters-(\d+)')
 
 
 class Checkpoints:
@@ -68,7 +66,7 @@ class Checkpoints:
             return None
         found = _find(self._directory)
         for path, error in found.damaged:
-            aside = self._directory.set_aside(path)
+            aside = set_aside(path)
             tell(f'{error}; kept as {aside.name}, trying the checkpoint before')
         if not found.with_replay:
             tell(f'{found.path.name}: its replay is damaged; going on with an empty one')
@@ -112,16 +110,15 @@ class Checkpoints:
         """
         servers = self._directory.path / 'servers'
         servers.mkdir(exist_ok=True)
-        before = _numbered_parameters(servers)
-        path = servers / f'parameters-{max(before, default=0) + 1}'
+        saved = Generations(servers, 'parameters')
+        path = saved.next()
         try:
             client.save(path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
         self._in_force(path)
-        for number in sorted(before)[: -(_KEEP - 1)]:
-            shutil.rmtree(before[number], ignore_errors=True)
+        remove(saved.paths()[_KEEP:])
 
     def save(
         self, client: ParameterClient, replay: Sequence[str], counters: Mapping[str, Any]
@@ -249,9 +246,3 @@ def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
                 f' where {run_file.name} says {expected.get(name, "no file")}'
             )
     return counters
-
-
-def _numbered_parameters(servers: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Directories of `save_parameters`, complete or not, by number."""
-    matches = ((_PARAMETERS_NAME.fullmatch(path.name), path) for path in servers.iterdir())
-    return {int(match.group(1)): path for match, path in matches if match}

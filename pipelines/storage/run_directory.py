@@ -7,15 +7,26 @@ memory suffice. What a checkpoint or a file contains is its writer's business, n
 import contextlib
 import datetime
 import errno
-import fcntl
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Iterator
 from types import TracebackType
+from typing import BinaryIO
 
-from infra.disk import is_remote, remove_leftovers, unfit_name
+from infra.disk import (
+    LOCK_FILE,
+    Generations,
+    InUseError,
+    is_remote,
+    lock,
+    lock_holder,
+    publish,
+    remove,
+    remove_leftovers,
+    unfit_name,
+)
 from pipelines.errors import UsageError
 
 CHECKPOINT_RUN_FILE = 'run.json'
@@ -26,12 +37,7 @@ SHARD_CHECKPOINTS = SERVERS / 'replay'
 """Where each replay shard of a run writes, below the run's directory: moved to the checkpoint."""
 
 _PATTERN = re.compile(r'\[.*\]|\\', re.DOTALL)
-_CHECKPOINT_NAME = re.compile(r'checkpoint-(\d{8})')
 _STAGING_PREFIX = '.writing-'
-_DAMAGED_PREFIX = 'damaged-'
-_REPLACED_PREFIX = '.replaced-'
-_LOCK_FILE = '.lock'
-_PROCESS_ID = re.compile(r'[1-9][0-9]{0,6}')  # Linux: below 2^22; 0 would be the own group
 
 
 def default_path(game: str, preset: str, now: datetime.datetime | None = None) -> pathlib.Path:
@@ -91,7 +97,11 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: pathlib.Path, lock: int, created: pathlib.Path | None, new: bool = False
+        self,
+        path: pathlib.Path,
+        lock: BinaryIO | None,
+        created: pathlib.Path | None,
+        new: bool = False,
     ):
         """Use `open`. `created`: topmost directory made for a new run, None when there was one."""
         self.path = path
@@ -117,11 +127,15 @@ class RunDirectory:
         created = _topmost_missing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
+            held = lock(path)
+        except InUseError as error:
+            raise UsageError(
+                f'{error}, whose run is active. Fix: wait for its end, or choose another --run_dir.'
+            ) from None
         except OSError as error:
             _remove_empty(path, created)
             raise _unwritable(path, error) from error
-        directory = cls(path, lock, created, new=not resume)
+        directory = cls(path, held, created, new=not resume)
         try:
             # Looked at again under the lock: another process may have come first.
             if not resume:
@@ -145,7 +159,7 @@ class RunDirectory:
         path = pathlib.Path(path).absolute()
         require_fit(path)
         _require_run(path, '')
-        return cls(path, lock=-1, created=None)
+        return cls(path, lock=None, created=None)
 
     def holder(self) -> int | None:
         """Process id of the run that goes on in the directory, None when none does.
@@ -153,19 +167,8 @@ class RunDirectory:
         Raises:
           UsageError: this may not be read.
         """
-        try:
-            with _permitted(self.path):
-                descriptor = os.open(self.path / _LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = os.read(descriptor, 32).decode(errors='replace').strip()
-            return int(text) if _PROCESS_ID.fullmatch(text) else None
-        finally:
-            os.close(descriptor)
-        return None
+        with _permitted(self.path):
+            return lock_holder(self.path)
 
     @property
     def config_file(self) -> pathlib.Path:
@@ -208,11 +211,8 @@ class RunDirectory:
             directory.mkdir(exist_ok=True)
         for leftover in self.checkpoints.glob(f'{_STAGING_PREFIX}*'):
             shutil.rmtree(leftover)  # a run killed while it wrote a checkpoint
-        for leftover in self.checkpoints.glob(f'{_REPLACED_PREFIX}*'):
-            shutil.rmtree(leftover)
-        remove_leftovers(self.path)
-        if (servers := self.path / SERVERS).is_dir():
-            remove_leftovers(servers)
+        for directory in (self.path, self.checkpoints, self.path / SERVERS):
+            remove_leftovers(directory)
         shutil.rmtree(self.path / SHARD_CHECKPOINTS, ignore_errors=True)  # not moved in time
 
     def latest_checkpoints(self) -> list[pathlib.Path]:
@@ -222,7 +222,8 @@ class RunDirectory:
           UsageError: they may not be read.
         """
         with _permitted(self.checkpoints):
-            return [path for _, path in sorted(self._numbered(), reverse=True)]
+            paths = self._generations.paths()
+            return [path for path in paths if (path / CHECKPOINT_RUN_FILE).is_file()]
 
     def has_checkpoint(self) -> bool:
         """Returns whether a readable directory holds a complete checkpoint."""
@@ -231,11 +232,9 @@ class RunDirectory:
         except (UsageError, OSError):
             return False
 
-    def _numbered(self) -> Iterator[tuple[int, pathlib.Path]]:
-        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
-            match = _CHECKPOINT_NAME.fullmatch(path.name)
-            if match and (path / CHECKPOINT_RUN_FILE).is_file():
-                yield int(match.group(1)), path
+    @property
+    def _generations(self) -> Generations:
+        return Generations(self.checkpoints, 'checkpoint')
 
     @contextlib.contextmanager
     def new_checkpoint(self) -> Iterator[pathlib.Path]:
@@ -249,39 +248,21 @@ class RunDirectory:
           FileNotFoundError: the block has written no `run.json`.
         """
         self.checkpoints.mkdir(exist_ok=True)
-        taken = [int(name) for name in re.findall(r'checkpoint-(\d{8})', self._checkpoint_names())]
-        name = f'checkpoint-{max(taken, default=0) + 1:08d}'
-        staging = self.checkpoints / f'{_STAGING_PREFIX}{name}'
+        published = self._generations.next()
+        staging = published.with_name(f'{_STAGING_PREFIX}{published.name}')
         staging.mkdir()
         try:
             yield staging
             if not (staging / CHECKPOINT_RUN_FILE).is_file():
                 raise FileNotFoundError(f'{staging}: {CHECKPOINT_RUN_FILE} is missing.')
-            _sync_directory(staging)
-            staging.rename(self.checkpoints / name)
-            _sync_directory(self.checkpoints)
+            publish(staging, published)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
 
-    def _checkpoint_names(self) -> str:
-        return '\n'.join(path.name for path in self.checkpoints.iterdir())
-
-    def set_aside(self, checkpoint: pathlib.Path) -> pathlib.Path:
-        """Renames a damaged checkpoint so that it is neither restored nor counted by `prune`."""
-        aside = checkpoint.with_name(_DAMAGED_PREFIX + checkpoint.name)
-        while aside.exists():  # somebody put the same checkpoint back
-            aside = aside.with_name(_DAMAGED_PREFIX + aside.name)
-        checkpoint.rename(aside)
-        return aside
-
     def prune(self, keep: int = 2) -> None:
         """Removes all but the `keep` newest complete checkpoints."""
-        for path in self.latest_checkpoints()[keep:]:
-            # Renamed first, so that a removal cut short leaves no half checkpoint behind.
-            doomed = path.with_name(_REPLACED_PREFIX + path.name)
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        remove(self.latest_checkpoints()[keep:])
 
     def discard(self) -> None:
         """Removes, when the directory is closed, all that a new run without a checkpoint left."""
@@ -294,9 +275,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Gives the directory free for another process. Repeated calls do nothing."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> 'RunDirectory':
         return self
@@ -309,7 +289,7 @@ class RunDirectory:
     ) -> None:
         if self.unwanted(error):
             # The lock last: who looks at it sees a run that goes on, or nothing of it.
-            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == _LOCK_FILE):
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == LOCK_FILE):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             _remove_empty(self.path, self._created)
         self.close()
@@ -340,7 +320,7 @@ def _require_run(path: pathlib.Path, alternative: str) -> None:
 def _require_unused(path: pathlib.Path) -> None:
     """Raises UsageError unless `path` is missing or an empty directory."""
     try:
-        used = any(entry.name != _LOCK_FILE for entry in path.iterdir())
+        used = any(entry.name != LOCK_FILE for entry in path.iterdir())
     except FileNotFoundError:
         return
     except OSError as error:
@@ -375,37 +355,3 @@ def _remove_empty(path: pathlib.Path, topmost: pathlib.Path | None) -> None:
         if path == topmost:
             return
         path = path.parent
-
-
-def _lock(path: pathlib.Path) -> int:
-    """Takes the directory's lock; the kernel gives it free when this process ends, however.
-
-    Raises:
-      UsageError: another process has it.
-      OSError: the lock file cannot be written.
-    """
-    descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 32).decode(errors='replace').strip() or 'unknown'
-        os.close(descriptor)
-        raise UsageError(
-            f'{path}: in use by a run that is still going on (process {holder}); wait for its end'
-            ' or choose another --run_dir.'
-        ) from error
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f'{os.getpid()}\n'.encode(), 0)
-    return descriptor
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    """Makes the directory's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

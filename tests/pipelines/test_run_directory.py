@@ -210,7 +210,7 @@ class TestCheckpoints:
     def test_a_damaged_checkpoint_set_aside_does_not_push_a_good_one_out(self, directory):
         for updates in range(3):
             add_checkpoint(directory, updates)
-        aside = directory.set_aside(directory.latest_checkpoints()[0])
+        aside = disk.set_aside(directory.latest_checkpoints()[0])
         directory.prune(keep=2)
         add_checkpoint(directory, 3)
         assert [updates_of(path) for path in directory.latest_checkpoints()] == [3, 1, 0]
