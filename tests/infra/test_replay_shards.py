@@ -567,7 +567,7 @@ class TestCheckpoints:
             shard.wait()
             result = run_server(tmp_path, '--state_dir', str(tmp_path / 'checkpoints-0'))
             assert result.returncode == 2
-            assert 'in use by another process' in result.stderr
+            assert 'in use by process ' in result.stderr
 
     def test_a_state_and_a_checkpoint_to_start_from_contradict_each_other(self, tmp_path):
         result = run_server(tmp_path, '--state_dir', str(tmp_path), '--restore', str(tmp_path))

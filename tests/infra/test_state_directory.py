@@ -1,6 +1,7 @@
 """A parameter shard that keeps its own state, and goes on from it when it is started again."""
 
 import contextlib
+import os
 import pathlib
 import signal
 
@@ -134,7 +135,7 @@ def test_a_directory_of_an_unfit_name_is_refused_and_not_made(tmp_path, name):
 
 def test_a_directory_that_another_process_has_is_refused(saved):
     with restored(saved):
-        with pytest.raises(OSError, match='in use by another process'):
+        with pytest.raises(OSError, match=f'in use by process {os.getpid()}'):
             OwnState(str(saved), *PLACE)
 
 

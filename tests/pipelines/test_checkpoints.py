@@ -227,7 +227,7 @@ class TestSaveParameters:
         push(client)
         checkpoints.save_parameters(client)
         assert restored_updates(checkpoints) == 3
-        assert pathlib.Path(checkpoints.restore(PARAMETER_SERVER, 0)).name == 'parameters-1'
+        assert pathlib.Path(checkpoints.restore(PARAMETER_SERVER, 0)).name == 'parameters-00000001'
         push(client)
         checkpoints.save(client, (), {'updates': 4})
         assert restored_updates(checkpoints) == 4
@@ -246,7 +246,7 @@ class TestSaveParameters:
             checkpoints.save_parameters(client)
         reopened(directory).save_parameters(client)
         names = sorted(path.name for path in (directory.path / 'servers').iterdir())
-        assert names == ['parameters-2', 'parameters-3']
+        assert names == ['parameters-00000002', 'parameters-00000003']
 
     def test_resume_takes_the_full_checkpoint(self, saved):
         directory, checkpoints, client = saved
