@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     transform = Workers(work, Submission(workers, arguments.submission))
     engine.register_flags()
     options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), extra))
-    with engine.surroundings(options):
+    with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
         _ = pipeline | arguments.kind.capitalize() >> transform
         _run(pipeline, options, engine, arguments.state_file)
@@ -113,7 +113,7 @@ def _run(
     state_file: pathlib.Path | None,
 ) -> None:
     """Runs a job to its end; where it would outlive this process, SIGTERM ends it too."""
-    if not engine.outlives:
+    if not engine.outlives_submitter:
         pipeline.run().wait_until_finish()
         return
     noted: list[int] = []

@@ -25,48 +25,48 @@ def _placed_by_dask(options: Any) -> contextlib.AbstractContextManager:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How the jobs of a run work on one of Beam's runners.
+    """How jobs run on one Beam runner.
 
     Attributes:
-      beam_runner: what Beam calls it.
-      flags: Beam's flags that every job gets.
-      defaults: the flags of a job (its kind, number of workers, the user's flags) that the user's
-        own override.
-      count_flag: Beam's flag for the number of a job's workers; empty: the engine needs none.
-      decided: flags that a user must not give, since the two above set them.
-      required: groups of flags; the user must give one of each.
-      example: how a user would give them.
-      options_module: registers Beam's flags of this engine when it is imported; empty: they are
-        registered always.
-      forwards: flags unknown to Beam go on to a job server, which may know them.
-      here: workers are processes of this machine.
-      remote: workers are always on other machines.
-      outlives: a job goes on when the process that submitted it ends, unless `end` ends it.
+      beam_runner: Beam's name of the runner.
+      flags: Beam flags of every job.
+      defaults: Beam flags of a job, computed from its kind, number of workers and the user's flags;
+        the user's flags override them.
+      count_flag: Beam flag for the number of workers; empty if the engine needs none.
+      reserved_flags: flags that a user must not set, because `flags` and `count_flag` set them.
+      required: groups of flags; the user must set at least one flag of each group.
+      example: required flags as a user would write them.
+      options_module: module that registers the engine's own Beam flags when imported; empty if
+        Beam always registers them.
+      forwards: passes flags that Beam does not know to the job server.
+      runs_locally: workers are processes on this machine.
+      always_remote: workers always run on other machines.
+      outlives_submitter: a job continues after its submitting process exits, unless `end` ends it.
       end: ends a job, given its result and options.
-      follow: tells what becomes of a job, given its result, options and whom to tell; None: only
-        its log does.
-      end_seconds: how long that may take; with no `outlives`, a process's own end.
-      watched: a worker that dies is replaced by the launcher, since the engine does not.
-      surroundings: what a job's pipeline is run in, given its options.
+      follow: reports state changes of a job, given its result, options and a callback; None if only
+        the log shows them.
+      end_seconds: time limit of `end`, or, without `outlives_submitter`, of the job process's exit.
+      launcher_restarts_workers: the launcher replaces dead workers, because the engine does not.
+      job_context: context manager in which the pipeline runs, given its options.
     """
 
     beam_runner: str
     flags: tuple[str, ...] = ()
     defaults: Callable[[str, int, Sequence[str]], list[str]] = lambda *_: []
     count_flag: str = ''
-    decided: tuple[str, ...] = ()
+    reserved_flags: tuple[str, ...] = ()
     required: tuple[tuple[str, ...], ...] = ()
     example: str = ''
     options_module: str = ''
     forwards: bool = False
-    here: bool = False
-    remote: bool = False
-    outlives: bool = False
+    runs_locally: bool = False
+    always_remote: bool = False
+    outlives_submitter: bool = False
     end: Callable[[Any, Any], None] = lambda result, _: result.cancel()
     follow: Callable[[Any, Any, Callable[[str], None]], None] | None = None
     end_seconds: float = 5.0
-    watched: bool = False
-    surroundings: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
+    launcher_restarts_workers: bool = False
+    job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def job_flags(self, kind: str, num_workers: int, extra: Sequence[str]) -> list[str]:
         """Beam's flags for a job of `num_workers` workers; of one given twice the last counts."""
@@ -87,20 +87,20 @@ ENGINES: Mapping[str, Engine] = {
         'FnApiRunner',
         flags=('--direct_running_mode=multi_processing',),
         count_flag='--direct_num_workers',
-        decided=('--direct_running_mode', '--direct_num_workers'),
-        here=True,
-        watched=True,
+        reserved_flags=('--direct_running_mode', '--direct_num_workers'),
+        runs_locally=True,
+        launcher_restarts_workers=True,
     ),
     'DaskRunner': Engine(
         'apache_beam.runners.dask.dask_runner.DaskRunner',
         count_flag='--dask_npartitions',  # otherwise 128 elements a partition, which run in turn
-        decided=('--dask_npartitions', '--dask_partition_size'),
+        reserved_flags=('--dask_npartitions', '--dask_partition_size'),
         required=(('--dask_client_address', '--dask_scheduler_file'),),
         example='--dask_client_address=tcp://HOST:8786',
         options_module='pipelines.engines.dask',
-        surroundings=_placed_by_dask,
+        job_context=_placed_by_dask,
     ),
-    'PrismRunner': Engine('PrismRunner', here=True, watched=True),
+    'PrismRunner': Engine('PrismRunner', runs_locally=True, launcher_restarts_workers=True),
     'PortableRunner': Engine(
         'PortableRunner',
         # Without the second Beam starts containers, which lack this project.
@@ -108,12 +108,16 @@ ENGINES: Mapping[str, Engine] = {
         example='--job_endpoint=HOST:8099 --environment_type=EXTERNAL'
         ' --environment_config=HOST:50000 (see docs/engines.md)',
         forwards=True,
-        watched=True,
-        outlives=True,
+        launcher_restarts_workers=True,
+        outlives_submitter=True,
         end_seconds=_END_SECONDS,
     ),
-    'FlinkRunner': Engine('FlinkRunner', forwards=True, outlives=True, end_seconds=_END_SECONDS),
-    'SparkRunner': Engine('SparkRunner', forwards=True, outlives=True, end_seconds=_END_SECONDS),
+    'FlinkRunner': Engine(
+        'FlinkRunner', forwards=True, outlives_submitter=True, end_seconds=_END_SECONDS
+    ),
+    'SparkRunner': Engine(
+        'SparkRunner', forwards=True, outlives_submitter=True, end_seconds=_END_SECONDS
+    ),
     'DataflowRunner': Engine(
         'DataflowRunner',
         defaults=dataflow.job_flags,
@@ -125,8 +129,8 @@ ENGINES: Mapping[str, Engine] = {
         ),
         example='--project=P --region=R --temp_location=gs://BUCKET/tmp'
         ' --sdk_container_image=IMAGE (with this project and Beam in it)',
-        remote=True,
-        outlives=True,
+        always_remote=True,
+        outlives_submitter=True,
         end=dataflow.end,
         follow=dataflow.follow,
         end_seconds=dataflow.DRAIN_SECONDS + _END_SECONDS,
@@ -151,7 +155,7 @@ def require_free(runner: str, flags: Sequence[str]) -> None:
     Raises:
       UsageError: there is no such engine, or a flag is ours.
     """
-    for flag in engine(runner).decided:
+    for flag in engine(runner).reserved_flags:
         if value_of(flag, flags) is not None:
             raise UsageError(
                 f'{flag}: leave it out; --num_actors and --num_learners decide how many workers'

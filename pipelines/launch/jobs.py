@@ -193,7 +193,7 @@ class Jobs:
             code = job.process.poll()
             if code is not None:
                 self._ended(job, code)
-            elif self._launch.engine.watched:
+            elif self._launch.engine.launcher_restarts_workers:
                 self._watch(job, now)
         self._recall_finished(now)
         self._submit_due(now)
@@ -236,7 +236,7 @@ class Jobs:
         """
         self._own = now if own is None else own
         for job in list(self._jobs):
-            if not self._launch.engine.watched or job.process.poll() is not None:
+            if not self._launch.engine.launcher_restarts_workers or job.process.poll() is not None:
                 continue
             ended = {number for number, (beat, _) in job.heard.items() if beat.ended}
             left = job.workers - ended
@@ -267,7 +267,8 @@ class Jobs:
             how = self._fault_of(job, number, now)
             if how:
                 self._give_up([number], job, how)
-                if not self._launch.engine.here and job.workers:  # it cannot be killed alone
+                # A worker elsewhere cannot be killed alone.
+                if not self._launch.engine.runs_locally and job.workers:
                     self._give_up(sorted(job.workers), job, 'ended with it')
                     break
         job.kill_lost()
@@ -277,7 +278,7 @@ class Jobs:
 
     def _fault_of(self, job: _Job, number: int, now: float) -> str:
         """How a worker of a running job is dead or silent; empty: it is neither."""
-        dead = job.death_of(number, self._own) if self._launch.engine.here else ''
+        dead = job.death_of(number, self._own) if self._launch.engine.runs_locally else ''
         return dead or job.silence_of(number, now)
 
     def _give_up(self, numbers: Sequence[int], job: _Job, how: str) -> None:
@@ -345,6 +346,7 @@ class Jobs:
         self._jobs.append(_Job(process, kind, number, set(workers), now, start_seconds, state_file))
 
     def _beam_command(self, kind: str, workers: Sequence[int], submission: int) -> list[str]:
+        name = f'--job_name={self._job_name(kind, submission)}'
         return [
             sys.executable,
             '-m',
@@ -361,7 +363,7 @@ class Jobs:
             f'--runner={self._launch.runner}',
             *self._launch.beam_flags,
             *self._launch.flags_of(kind),
-            *([f'--job_name={self._job_name(kind, submission)}'] * self._launch.engine.outlives),
+            *([name] * self._launch.engine.outlives_submitter),
         ]
 
     def _state_file(self, kind: str, submission: int) -> pathlib.Path:

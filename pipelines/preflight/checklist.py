@@ -65,7 +65,7 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
     Raises:
       UsageError: it is not.
     """
-    if not (launch.engine.here and config.learner.learner_device.startswith('gpu')):
+    if not (launch.engine.runs_locally and config.learner.learner_device.startswith('gpu')):
         return
     from agents import device
 

@@ -47,7 +47,7 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
         require_flags(launch.runner, flags)
         require_reachable(flags)
     attached = launch.parameter_addresses and launch.replay_addresses
-    if launch.engine.remote and not attached and _means_this_machine(launch.host):
+    if launch.engine.always_remote and not attached and _means_this_machine(launch.host):
         raise UsageError(
             f'--runner {launch.runner}: its workers do not reach servers on {launch.host}; give'
             ' --host, an address of this machine that they reach, or --parameter_addresses and'

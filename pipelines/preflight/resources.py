@@ -28,7 +28,7 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the run's processes and replay on this machine, in bytes."""
     run = config.run
     total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers_bytes(config, launch)
-    if launch.engine.here:
+    if launch.engine.runs_locally:
         total += sum(run.workers.values()) * _BYTES_PER_WORKER
         total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT
         total += run.num_learners * config.learner.batch_size * _BYTES_PER_BATCHED_TRANSITION

@@ -220,7 +220,7 @@ class FailOnce(beam.DoFn):
 def test_dask_runs_an_element_again_that_failed(launch, tmp_path):
     notes = tmp_path / 'notes'
     beam_options = PipelineOptions(launch.engine.job_flags('actor', 1, launch.beam_flags))
-    with launch.engine.surroundings(beam_options):
+    with launch.engine.job_context(beam_options):
         pipeline = beam.Pipeline(options=beam_options)
         _ = pipeline | beam.Create(['actor']) | beam.ParDo(FailOnce(str(notes)))
         pipeline.run().wait_until_finish()
@@ -242,7 +242,7 @@ def test_a_job_runs_on_the_hosts_asked_for(launch, second_host, tmp_path, host):
     notes = tmp_path / 'notes'
     flags = (*launch.beam_flags, f'--dask_hosts={host}')
     beam_options = PipelineOptions(launch.engine.job_flags('actor', 1, flags))
-    with launch.engine.surroundings(beam_options):
+    with launch.engine.job_context(beam_options):
         pipeline = beam.Pipeline(options=beam_options)
         _ = pipeline | beam.Create(['actor']) | beam.ParDo(NoteWhere(str(notes)))
         pipeline.run().wait_until_finish()
