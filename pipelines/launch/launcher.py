@@ -169,7 +169,8 @@ class Launcher:
         self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
     ) -> str:
         """Runs servers and jobs until the budget, a signal or a failure; returns the reason."""
-        self.display.phase('starting servers')
+        attached = self.launch.parameter_addresses and self.launch.replay_addresses
+        self.display.phase('connecting to servers' if attached else 'starting servers')
         with self._training(checkpoints, monitor, resumed) as training:
             return training.run()
 

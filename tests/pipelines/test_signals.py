@@ -1,9 +1,11 @@
 """What the launcher makes of signals, real ones, and of results that cannot be written."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -97,10 +99,28 @@ def test_a_second_one_ends_the_process_at_once_and_says_what_that_costs(director
     assert told in ended.stdout.decode()
 
 
-def launcher_in(directory, signals):
-    launch, preset, values = command_line.parse([])
+def launcher_in(directory, signals, *flags):
+    launch, preset, values = command_line.parse(flags)
     display = PlainDisplay(sys.stdout)
     return Launcher(command_line.experiment(preset, values), launch, directory, display, signals)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'phase'),
+    [
+        ((), 'starting servers'),
+        (('--parameter_addresses=ps:1',), 'starting servers'),
+        (('--parameter_addresses=ps:1', '--replay_addresses=replay:1'), 'connecting to servers'),
+    ],
+)
+def test_servers_that_already_run_are_not_said_to_start(
+    directory, signals, capsys, monkeypatch, flags, phase
+):
+    launcher = launcher_in(directory, signals, *flags)
+    training = contextlib.nullcontext(types.SimpleNamespace(run=str))
+    monkeypatch.setattr(launcher, '_training', lambda *_: training)
+    launcher._train(None, None, None)
+    assert f'] {phase}\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('exported', [True, False])
