@@ -18,7 +18,7 @@ from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
-from pipelines.storage.run_directory import RunDirectory, default_path
+from pipelines.storage.run_directory import RunDirectory, command, default_path
 
 # Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
     frames = done * config.environment.action_repeat
     if done >= config.max_agent_steps:
         raise UsageError(
-            f'{directory.path}: {frames} frames are done, the budget is {config.run.max_frames};'
-            ' raise --max_frames to go on.'
+            f'{directory.path}: nothing is left to train ({frames} of --max_frames'
+            f' {config.run.max_frames}). Fix: raise --max_frames, or run'
+            f' {command("evaluate", directory.path)} and {command("export", directory.path)}.'
         )
     changed = config_lib.changes(config_lib.load(directory.config_file), config)
     row = {'time': time.time(), 'frames': frames, 'updates': counters['updates']}

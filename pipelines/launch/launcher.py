@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +47,7 @@ from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.remote_run import RemoteRun
-from pipelines.storage.run_directory import RunDirectory, loading_hint
+from pipelines.storage.run_directory import RunDirectory, command, loading_hint
 from pipelines.storage.space import temporary_files
 from pipelines.workers.boxes import SERVER_SECONDS
 
@@ -65,10 +64,12 @@ class Outcome:
     Attributes:
       evaluation: as in the summary; None: none.
       exported: whether `policy/` is what was learned.
+      missing: commands that were due and did not finish.
     """
 
     evaluation: Mapping[str, Any] | None = None
     exported: bool = False
+    missing: Sequence[str] = ()
 
 
 @dataclasses.dataclass
@@ -143,6 +144,11 @@ class Launcher:
         """The last line: what came of the run, and where it lies; before it, how to load that."""
         if outcome.exported and (hint := loading_hint(self.directory.policy)):
             self.display.message(hint)
+        if outcome.missing:
+            commands = [command(verb, self.directory.path) for verb in outcome.missing]
+            self.display.message(
+                f'{" and ".join(outcome.missing)}: not finished. Fix: run {" and ".join(commands)}.'
+            )
         result, evaluation = 'no evaluation', outcome.evaluation
         if evaluation is not None:
             result = (
@@ -232,19 +238,21 @@ class Launcher:
         """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
         file = self.directory.path / EVALUATION_FILE
         children = [self._child('evaluate', f'--output={file}'), self._child('export')]
-        try:
-            for child in children:
-                child.start()
-            self._await(children, progress_file(file))
-        finally:
-            for child in children:
-                child.terminate()
-        evaluated, exported = (child.poll() == 0 for child in children)
         if not self.signals.received:
-            for child in children:
-                if child.poll() != 0:
-                    self.display.message(child.describe_failure())
-        return Outcome(read_result(file) if evaluated else None, exported)
+            try:
+                for child in children:
+                    child.start()
+                self._await(children, progress_file(file))
+            finally:
+                for child in children:
+                    child.terminate()
+        failed = [child for child in children if child.poll() != 0]
+        if not self.signals.received:
+            for child in failed:
+                self.display.message(child.describe_failure())
+        evaluated, exported = (child not in failed for child in children)
+        missing = [child.spec.name for child in failed]
+        return Outcome(read_result(file) if evaluated else None, exported, missing)
 
     def _await(self, children: Sequence[SupervisedProcess], progress: pathlib.Path) -> None:
         """Shows how many games there are until all children have ended, or the user stops it."""
@@ -310,8 +318,7 @@ def _mirrored(launcher: Launcher, remote: RemoteRun) -> int:
     if mirror.problem:
         launcher.display.message(
             f'run.py: {remote.url} lacks a part of the run: {mirror.problem}; all of it is in'
-            f' {local}, and `python pipelines/mirror.py --run_dir {shlex.quote(str(local))}` sends'
-            ' it'
+            f' {local}, and {command("mirror", local)} sends it'
         )
         return _FAILED_EXIT_CODE
     if not launcher.directory.unwanted(None):

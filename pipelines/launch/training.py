@@ -30,8 +30,8 @@ from pipelines.monitoring.monitor import Monitor, RunState
 
 _POLL_SECONDS = 0.5
 _STOPPING = (
-    'stopping, then writing a checkpoint; once more to stop at once, which loses what came after'
-    ' the last one'
+    'stopping and writing a checkpoint; a second signal stops at once, which loses what came after'
+    ' the last checkpoint'
 )
 _STATUS_SECONDS = 2.0
 _DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a busy machine
@@ -122,7 +122,7 @@ class Training:
         )
         self._guard = Guard(self.display.message, FAILURES)
         self._clock_before: tuple[int, int] | None = None
-        self._learned = self._ending = self._outliers_told = False
+        self._acknowledged = self._learned = self._ending = self._outliers_told = False
         self._rollbacks = 0
 
     def run(self) -> str:
@@ -144,10 +144,14 @@ class Training:
         except FAILURES as error:
             self._rescue(error)
             raise
-        if self.interrupted():
-            self.display.message(f'{reason}: {_STOPPING}')
         self._end()
         return reason
+
+    def _acknowledge(self) -> None:
+        """Confirms the user's signal, once."""
+        if not self._acknowledged and (name := self.interrupted()):
+            self._acknowledged = True
+            self.display.message(f'{name}: {_STOPPING}')
 
     def _rescue(self, error: BaseException) -> None:
         """Asks what still works for all it has: nothing learned shall be lost unsaid."""
@@ -174,6 +178,7 @@ class Training:
 
     def _end(self) -> None:
         self._ending = True
+        self._acknowledge()
         self.display.phase('stopping workers')
         if not self.monitor.state().agent_steps:
             self.jobs.stop()  # nothing to keep: the workers may still be importing TensorFlow
@@ -189,6 +194,7 @@ class Training:
 
     def _look(self) -> None:
         """Takes in what the workers and servers tell, and shows it."""
+        self._acknowledge()
         if self._status_due.take():
             self._ask()
         events = self.reader.drain(timeout_seconds=0.2)

@@ -10,6 +10,7 @@ import errno
 import os
 import pathlib
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from types import TracebackType
@@ -77,6 +78,11 @@ def output_path(path: str) -> pathlib.Path:
     require_fit(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def command(verb: str, path: pathlib.Path) -> str:
+    """The shell command `pipelines/<verb>.py` for the run in `path`, quoted for a message."""
+    return f'`python pipelines/{verb}.py --run_dir {shlex.quote(str(path))}`'
 
 
 def loading_hint(path: pathlib.Path) -> str:

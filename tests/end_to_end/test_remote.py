@@ -52,7 +52,7 @@ def test_an_interrupted_run_at_a_bucket_exits_130_and_goes_on_from_the_bucket_al
         process.send_signal(signal.SIGINT)
         assert launching.finish(process, copy) == 130, launching.output(copy)
         told = launching.output(copy)
-        assert 'once more to stop at once' in told
+        assert 'a second signal stops at once' in told
         assert '] training' not in told.partition('] stopping workers')[2]
         assert f'gs://{BUCKET}/runs/pong has all of it' in told
         assert gcs.names(BELOW) == lasting_files(copy)

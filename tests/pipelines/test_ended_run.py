@@ -12,6 +12,7 @@ import pytest
 
 from infra import disk
 from pipelines import evaluate, export, run
+from pipelines.errors import UsageError
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations
@@ -77,6 +78,20 @@ def test_what_a_resumption_changes_is_noted_beside_the_configuration(run_dir, tm
     changed = {'learning_rate': [before, 0.1], 'max_frames': [frames, 9_000_000]}
     at = {'frames': 400, 'updates': 7}
     assert rows == [{**at, 'changed': changed}, {**at, 'changed': {}}]
+
+
+def test_a_resumption_with_nothing_left_to_train_names_what_can_be_done_instead(run_dir, tmp_path):
+    path = tmp_path / 'a run'
+    shutil.copytree(run_dir, path)
+    done = config_lib.replace(CONFIG, {'max_frames': 400, 'min_replay_size': 1})
+    with RunDirectory.open(path, resume=True) as directory:
+        with pytest.raises(UsageError) as refused:
+            run._write_config(done, directory, resume=True)
+    text = str(refused.value)
+    assert '400 of --max_frames 400' in text
+    for command in ('raise --max_frames', 'pipelines/evaluate.py', 'pipelines/export.py'):
+        assert command in text
+    assert f"--run_dir '{path}'`" in text
 
 
 def assert_needs_an_output(main, run_dir, capsys):

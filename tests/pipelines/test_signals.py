@@ -133,6 +133,24 @@ def test_no_policy_is_spoken_of_but_one_that_is_there(tmp_path, signals, capsys,
     assert f'and the rest are in {directory.path}\n' in text
 
 
+def test_an_evaluation_that_a_signal_prevents_is_replaced_by_commands(
+    directory, signals, capsys, monkeypatch
+):
+    def train(checkpoints, monitor, resumed):
+        monitor.clock(1, 8)
+        send(signal.SIGINT)
+        return 'max_frames'
+
+    launcher = launcher_in(directory, signals)
+    monkeypatch.setattr(launcher, '_train', train)
+    monkeypatch.setattr(launcher, '_await', lambda *_: pytest.fail('the evaluation has begun'))
+    assert launcher.run() == 128 + signal.SIGINT
+    hint, result = capsys.readouterr().out.splitlines()[-2:]
+    assert 'evaluate and export: not finished. Fix: run `python pipelines/evaluate.py ' in hint
+    assert f'`python pipelines/export.py --run_dir {directory.path}`' in hint
+    assert 'no evaluation; summary.json and the rest are in' in result
+
+
 @pytest.mark.parametrize('saved', [True, False])
 def test_a_run_that_failed_names_a_checkpoint_only_where_one_is(
     directory, signals, capsys, monkeypatch, saved

@@ -337,6 +337,25 @@ def test_a_look_that_fails_for_ever_ends_the_run_with_its_last_checkpoint(busy, 
     assert len(directory.latest_checkpoints()) == 1
 
 
+def test_a_signal_while_the_workers_end_is_acknowledged_once(busy, monkeypatch):
+    run, told, directory = busy
+    run.jobs.running, run.jobs.end_stranded = True, lambda *_: None
+
+    def ask_to_stop(timeout_seconds):
+        run.interrupted = lambda: 'SIGINT'
+
+    def fold(events):
+        run.jobs.running = not run.interrupted()
+        return []
+
+    monkeypatch.setattr(run, '_watch', lambda: 'max_frames')
+    monkeypatch.setattr(run.client, 'request_stop', ask_to_stop)
+    monkeypatch.setattr(run.monitor, 'fold', fold)
+    assert run.run() == 'max_frames'
+    assert told.getvalue().count('SIGINT: stopping') == 1
+    assert len(directory.latest_checkpoints()) == 1
+
+
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
     run, told, _ = training
 
