@@ -106,7 +106,7 @@ class AgentConfig:
         require_from_to(self, 2, 10_000, 'num_atoms')
         require_from_to(self, 1, 10_000, 'num_quantiles')
         require(self, 'v_min', -math.inf < self.v_min < math.inf, 'finite')
-        require(self, 'v_max', self.v_min < self.v_max < math.inf, f'above v_min, {self.v_min}')
+        require(self, 'v_max', self.v_min < self.v_max < math.inf, f'above --v_min {self.v_min}')
         known = self.agent in AGENTS or FACTORY.fullmatch(self.agent)
         allowed = f'one of {", ".join(AGENTS)}, or module:function'
         require(self, 'agent', bool(known), allowed)

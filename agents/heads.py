@@ -184,5 +184,5 @@ def head_of(config: AgentConfig) -> Head:
         'qr_dqn': QuantileHead(config.num_quantiles),
     }
     if config.agent not in heads:
-        raise ValueError(f'agent is {config.agent!r}; it must be one of {", ".join(heads)}')
+        raise ValueError(f'--agent {config.agent!r}: must be one of {", ".join(heads)}')
     return heads[config.agent]

@@ -14,7 +14,7 @@ def described(default: Any, text: str) -> Any:
 def require(config: Any, name: str, satisfied: bool, allowed: str) -> None:
     """Raises ValueError, naming the field, its value and what is allowed, unless `satisfied`."""
     if not satisfied:
-        raise ValueError(f'{name} is {getattr(config, name)!r}; it must be {allowed}')
+        raise ValueError(f'--{name} {getattr(config, name)!r}: must be {allowed}')
 
 
 def require_at_least(config: Any, least: float, *names: str) -> None:

@@ -135,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate a run's newest checkpoint: no-op starts, else the run's own rules.",
     )
     parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
-    parser.add_argument('--episodes', type=integer, help="games (the run's evaluation_episodes)")
-    parser.add_argument('--epsilon', type=float, help="epsilon (the run's evaluation_epsilon)")
+    parser.add_argument('--episodes', type=integer, help="games (the run's --evaluation_episodes)")
+    parser.add_argument('--epsilon', type=float, help="epsilon (the run's --evaluation_epsilon)")
     parser.add_argument('--seed', type=integer, help="seed of the games (the run's)")
     parser.add_argument(
-        '--output', help='JSON file for the result (a new evaluation-<time>.json in the run_dir)'
+        '--output', help='JSON file for the result (a new evaluation-<time>.json in --run_dir)'
     )
     return parser
 

@@ -298,7 +298,7 @@ def _prefix(shard: int, num_shards: int) -> str:
 def _require_optimizer(directory: str, manifest: dict[str, Any], optimizer: str) -> None:
     if manifest['optimizer'] != optimizer:
         raise CheckpointMismatchError(
-            f'{directory} was made with optimizer={manifest["optimizer"]}, not {optimizer}; '
+            f'{directory} was made with --optimizer={manifest["optimizer"]}, not {optimizer}; '
             f'use --optimizer={manifest["optimizer"]} or another checkpoint'
         )
 

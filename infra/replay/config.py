@@ -69,14 +69,14 @@ class ReplayConfig:
         require_positive(self, 'sample_insert_tolerance')
         if self.min_replay_size > self.replay_capacity:
             raise ValueError(
-                f'min_replay_size ({self.min_replay_size}) exceeds replay_capacity'
-                f' ({self.replay_capacity}): sampling could never start; lower the first or raise'
-                ' the second'
+                f'--min_replay_size {self.min_replay_size} exceeds --replay_capacity'
+                f' {self.replay_capacity}: sampling never starts. Fix: lower the first or raise the'
+                ' second'
             )
         if self.replay_capacity < self.num_replay_shards:
             raise ValueError(
-                f'replay_capacity ({self.replay_capacity}) is below num_replay_shards'
-                f' ({self.num_replay_shards}): every shard must hold at least one transition'
+                f'--replay_capacity {self.replay_capacity} is below --num_replay_shards'
+                f' {self.num_replay_shards}: every shard must hold at least one transition'
             )
 
     @property

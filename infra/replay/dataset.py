@@ -281,7 +281,7 @@ class ReplayDataset:
         held = ', '.join(f'{address} holds {size}' for address, size in sizes.items())
         return ReplayTimeout(
             f'no replay shard gave a sample {waited} ({held} transitions): fewer than'
-            ' min_replay_size, or the actors are behind'
+            ' --min_replay_size, or the actors are behind'
         )
 
 

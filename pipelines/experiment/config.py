@@ -56,12 +56,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.topology not in TOPOLOGIES:
             raise ValueError(f'--topology {self.topology!r}: choose one of {TOPOLOGIES}.')
-        for name in ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'--{name} {getattr(self, name)}: must be at least 1.')
+        counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes')
+        require_at_least(self, 1, *counts, 'evaluation_max_frames')
         require_from_to(self, 0, 2**63 - 1, 'seed')
         require_from_to(self, 1, 1024, 'worker_threads')
-        require_at_least(self, 1, 'evaluation_max_frames')
         require_fraction(self, 'evaluation_epsilon')
         require_positive(self, 'checkpoint_period_seconds')
 
@@ -156,7 +154,7 @@ def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentCo
         for group, group_values in grouped.items():
             kinds = typing.get_type_hints(dict(groups())[group])
             for name, value in group_values.items():
-                _check_type(name, value, kinds[name])
+                _check_type(f'--{name}', value, kinds[name])
         changed = {
             group: dataclasses.replace(getattr(config, group), **group_values)
             for group, group_values in grouped.items()

@@ -107,7 +107,7 @@ def _check_parameter_shard(
         wanted = getattr(config.parameter_server, name)
         if value != wanted and name not in _CLIENTS_OWN:
             raise UsageError(
-                f'{address}: was started with {name} {value}, this run asks for {wanted}; give'
+                f'{address}: was started with --{name} {value}, this run asks for {wanted}; give'
                 f' --{name} {value}, or {_ANEW}.'
             )
 

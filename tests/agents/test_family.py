@@ -185,5 +185,5 @@ def test_every_agent_and_loss_of_the_configuration_exists():
 
 
 def test_an_agent_that_is_none_of_the_family_is_named():
-    with pytest.raises(ValueError, match=r"'module:factory'; it must be one of dqn, c51, qr_dqn"):
+    with pytest.raises(ValueError, match=r"'module:factory': must be one of dqn, c51, qr_dqn"):
         head_of(AgentConfig(agent='module:factory'))

@@ -134,5 +134,5 @@ def test_a_read_lets_the_next_update_happen_in_place(optimizer):
 )
 def test_a_wrong_value_is_named(bad):
     ((name, value),) = bad.items()
-    with pytest.raises(ValueError, match=f'{name} is {value!r}; it must be'):
+    with pytest.raises(ValueError, match=f'--{name} {value!r}: must be'):
         ParameterServerConfig(**bad)

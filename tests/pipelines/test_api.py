@@ -35,12 +35,12 @@ def test_the_flags_of_an_experiment_make_the_same_one(experiment, resume):
     [
         ('laptop', {'nosuch': 1}, 'nosuch: no such setting'),
         ('nosuch', {}, 'nosuch'),
-        ('laptop', {'learning_rate': float('inf')}, 'learning_rate is inf; it must be a finite'),
+        ('laptop', {'learning_rate': float('inf')}, '--learning_rate inf: must be a finite'),
         ('laptop', {'num_atoms': 11}, '--num_atoms'),
-        ('laptop', {'num_actors': '2'}, "num_actors is '2', no int"),
-        ('laptop', {'num_actors': 2.0}, 'num_actors is 2.0, no int'),
+        ('laptop', {'num_actors': '2'}, "--num_actors is '2', no int"),
+        ('laptop', {'num_actors': 2.0}, '--num_actors is 2.0, no int'),
         ('laptop', {'shared_memory': 'no'}, "shared_memory is 'no', no bool"),
-        ('laptop', {'seed': True}, 'seed is True, no int'),
+        ('laptop', {'seed': True}, '--seed is True, no int'),
         ('laptop', {'max_frames': 10**400}, 'no whole number of 64 bits'),
         ('laptop', {'game': 5}, 'game is 5, no str'),
         ('laptop', {'game': 'nosuch'}, "unknown game 'nosuch'"),
@@ -66,7 +66,7 @@ def test_what_run_py_refuses_is_raised_in_its_words(tmp_path):
 
 
 def test_what_evaluate_py_refuses_is_raised_in_its_words(tmp_path):
-    with pytest.raises(api.UsageError, match=r'^--epsilon is 2.0; it must be from 0 to 1'):
+    with pytest.raises(api.UsageError, match=r'^--epsilon 2.0: must be from 0 to 1'):
         api.evaluate(tmp_path, epsilon=2.0)
     with pytest.raises(api.UsageError, match='holds no run'):
         api.evaluate(tmp_path)
