@@ -30,10 +30,10 @@ from pipelines.storage.object_store import read_bytes
 from pipelines.transforms.act import Act
 from pipelines.transforms.bundle import ActAndLearn
 from pipelines.transforms.learn import Learn
-from pipelines.transforms.workers import Workers
+from pipelines.transforms.workers import Work, Workers
 from pipelines.workers.spec import Submission
 
-WORK: Mapping[str, type[Act | Learn | ActAndLearn]] = {
+WORK: Mapping[str, type[Work]] = {
     'actor': Act,
     'learner': Learn,
     'bundle': ActAndLearn,

@@ -3,37 +3,27 @@
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 
-from pipelines.experiment.config import ExperimentConfig
-from pipelines.experiment.launch import Addresses
 from pipelines.transforms.restriction import Segments, claimed
-from pipelines.workers import boxes, process
+from pipelines.transforms.workers import Work
+from pipelines.workers import boxes
 from pipelines.workers.spec import WorkerSpec
 
 SEGMENT_AGENT_STEPS = 2_000
 """Decisions of one actor in one segment: some seconds, so that a claim costs next to nothing."""
 
 
-class Act(beam.DoFn):
+class Act(Work):
     """Runs one actor until the global budget is reached."""
 
-    def __init__(self, config: ExperimentConfig, addresses: Addresses):
-        self._config = config
-        self._addresses = addresses
-        self._agent_steps = Metrics.counter('actor', 'agent_steps')
+    learns = False
+    _agent_steps = Metrics.counter('actor', 'agent_steps')
 
     @property
     def segments(self) -> int:
         """Enough for one actor alone to reach the budget."""
         return -(-self._config.max_agent_steps // SEGMENT_AGENT_STEPS) + 1
 
-    def setup(self) -> None:
-        process.prepare_process(self._config, learns=False)
-
-    def process(
-        self,
-        spec: WorkerSpec,
-        tracker=beam.DoFn.RestrictionParam(Segments()),
-    ) -> None:
+    def process(self, spec: WorkerSpec, tracker=beam.DoFn.RestrictionParam(Segments())) -> None:
         """Acts segment by segment; everything opened is closed when it ends or fails."""
         with boxes.open_actor(self._config, self._addresses, spec) as actor:
             for segment in claimed(tracker, actor.finished):

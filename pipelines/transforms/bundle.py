@@ -7,10 +7,8 @@ parameters travel.
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 
-from pipelines.experiment.config import ExperimentConfig
-from pipelines.experiment.launch import Addresses
 from pipelines.transforms.restriction import Segments, claimed
-from pipelines.workers import process
+from pipelines.transforms.workers import Work
 from pipelines.workers.bundle import open_bundle
 from pipelines.workers.spec import WorkerSpec
 
@@ -18,32 +16,22 @@ SEGMENT_AGENT_STEPS = 64
 """Decisions of a bundle's actor before its learner has its turn: 16 updates at 4 steps each."""
 
 
-class ActAndLearn(beam.DoFn):
+class ActAndLearn(Work):
     """Runs one bundle until the global budget is reached.
 
     Actor and learner are one DoFn, not two in a row: an engine may keep all that the first puts
     out until it has ended (Dask does), and the second would learn nothing until then.
     """
 
-    def __init__(self, config: ExperimentConfig, addresses: Addresses):
-        self._config = config
-        self._addresses = addresses
-        self._agent_steps = Metrics.counter('bundle', 'agent_steps')
-        self._gradients = Metrics.counter('bundle', 'gradients')
+    _agent_steps = Metrics.counter('bundle', 'agent_steps')
+    _gradients = Metrics.counter('bundle', 'gradients')
 
     @property
     def segments(self) -> int:
         """Enough for one bundle alone to reach the budget."""
         return -(-self._config.max_agent_steps // SEGMENT_AGENT_STEPS) + 1
 
-    def setup(self) -> None:
-        process.prepare_process(self._config)
-
-    def process(
-        self,
-        spec: WorkerSpec,
-        tracker=beam.DoFn.RestrictionParam(Segments()),
-    ) -> None:
+    def process(self, spec: WorkerSpec, tracker=beam.DoFn.RestrictionParam(Segments())) -> None:
         """Acts and learns in turn; everything opened is closed when it ends or fails."""
         with open_bundle(self._config, self._addresses, spec) as bundle:
             for segment in claimed(tracker, bundle.actor.finished):

@@ -1,21 +1,33 @@
 """One job of workers: their numbers in, work done in the servers out; the same for every kind."""
 
-from typing import Protocol
-
 import apache_beam as beam
 
-from pipelines.workers.spec import Submission, WorkerSpec
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.launch import Addresses
+from pipelines.workers.process import prepare_process
+from pipelines.workers.spec import Submission
 
 
-class Work(Protocol):
-    """A DoFn that runs one worker until the run's budget is reached."""
+class Work(beam.DoFn):
+    """Runs one worker until the run's budget is reached; its elements are `WorkerSpec`s.
+
+    Attributes:
+      learns: whether the worker computes gradients.
+    """
+
+    learns = True
+
+    def __init__(self, config: ExperimentConfig, addresses: Addresses):
+        self._config = config
+        self._addresses = addresses
 
     @property
     def segments(self) -> int:
         """The most segments that one worker may need."""
+        raise NotImplementedError
 
-    def process(self, spec: WorkerSpec) -> None:
-        """Runs the worker; its restriction is its segments."""
+    def setup(self) -> None:
+        prepare_process(self._config, self.learns)
 
 
 class Workers(beam.PTransform):
