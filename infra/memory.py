@@ -1,4 +1,4 @@
-"""Memory available to new processes: files of /proc and the control groups in, bytes out.
+"""Memory available to new processes, and a bound of what this process takes.
 
 A container, a pod, a systemd unit or a batch job is a control group and may be nested in others.
 The smallest room of all groups counts. This module reads both versions of the interface, because a
@@ -8,6 +8,7 @@ host may use both (https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgrou
 import dataclasses
 import pathlib
 import re
+import resource
 from collections.abc import Iterator
 
 
@@ -43,6 +44,20 @@ def available_memory(root: pathlib.Path = pathlib.Path('/')) -> int:
     free = _entries(root / 'proc/meminfo').get('MemAvailable:', '').split()
     machine = int(free[0]) * 1024 if free else _UNLIMITED
     return min([machine, *(_room(group, files) for group, files in _groups(root))])
+
+
+def bound_own_memory(growth_bytes: int) -> None:
+    """Makes allocations fail once this process has taken `growth_bytes` more than now.
+
+    A message that unpacks to gigabytes then fails alone, instead of exhausting the host's memory.
+    Files and shared memory that the process maps do not count.
+    """
+    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[5])  # data and stack
+    limit = pages * resource.getpagesize() + growth_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _groups(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, _Interface]]:

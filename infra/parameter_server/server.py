@@ -26,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from infra.flags import Parser, add_state_flags, integer
+from infra.flags import Parser, add_state_flags, integer, positive_number
+from infra.memory import available_memory, bound_own_memory
 from infra.output import protect_output
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
@@ -52,6 +53,7 @@ _WAKE_SECONDS = 0.5
 _STATE_SECONDS = 60.0  # between two states; a crash of the shard loses at most this much
 _LONGEST_SESSION = 64  # characters; a client's own has 32
 _LONGEST_NAME = 256  # characters of a worker's kind or name
+_LEAST_MEMORY_MIB = 1024  # of messages, where less than twice as much is available
 _LONGEST_OWNER = 4096  # characters of a run's name, which is its directory
 
 
@@ -439,6 +441,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ServerStartError, ValueError, OSError) as error:
         print(f'parameter server: {error}', file=sys.stderr, flush=True)
         return 2
+    most = options.message_memory_mib or max(available_memory() / 2**21, _LEAST_MEMORY_MIB)
+    bound_own_memory(int(most * 2**20))
     if options.ready_file:
         announce_ready(options.ready_file, server.port)
     print(f'parameter shard {options.shard} serves on {server.address}', flush=True)
@@ -471,6 +475,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add_state_flags(parser, '--restore', 'checkpoint directory to start from', _STATE_SECONDS)
     parser.add_argument('--tls_certificate', help='PEM, for the host name that clients use')
     parser.add_argument('--tls_key', help="PEM, the certificate's")
+    parser.add_argument(
+        '--message_memory_mib',
+        type=positive_number,
+        help='Memory that messages of all clients may take together. A client that exceeds it loses'
+        ' its stream. [half of the available memory, at least 1024]',
+    )
     options = parser.parse_args(arguments)
     if bool(options.tls_certificate) != bool(options.tls_key):
         parser.error('--tls_certificate and --tls_key go together; give both, or none')

@@ -8,8 +8,11 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
 import pytest
 
+from infra.parameter_server import protocol
 from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
 from tests.support.parameter_servers import LAYOUT, ShardProcess, config, connect
 from tests.support.waiting import pause
@@ -125,6 +128,26 @@ class TestHang:
             time.sleep(2)
             # The watch for the parent's death wakes once a second; the clock ticks in 10 ms.
             assert _processor_seconds(shards[1].process.pid) - start <= 0.03
+
+
+class TestMemory:
+    def test_a_message_that_unpacks_to_gigabytes_ends_its_own_stream_only(self, tmp_path):
+        zstd = pa.ipc.IpcWriteOptions(compression='zstd')
+        zeros = np.zeros(1 << 30, np.uint8)  # 32 kB on the wire
+        one = config(num_parameter_shards=1)
+        with ShardProcess(tmp_path, one, 0, '--message_memory_mib=256') as shard:
+            address = shard.wait_ready().address
+            with connect([address]) as client, flight.connect(f'grpc://{address}') as hostile:
+                client.initialise(_ZEROS)
+                writer, reader = hostile.do_exchange(flight.FlightDescriptor.for_command(b''))
+                writer.begin(protocol.SCHEMA, options=zstd)
+                writer.write_with_metadata(protocol.encode_body(zeros), b'{}')
+                with pytest.raises((StopIteration, flight.FlightError)):
+                    reader.read_chunk()
+                assert client.push(_ONES, 0).snapshot.version == 1
+                with open(f'/proc/{shard.process.pid}/status') as status:
+                    peak = next(line for line in status if line.startswith('VmHWM'))
+                assert int(peak.split()[1]) < 1 << 20  # kB: it never held the gigabyte
 
 
 class TestSignals:
