@@ -1,9 +1,9 @@
-"""The images, built and tried where no container engine runs: `make images-check`.
+"""Builds and tries the images without a container engine: `make images-check`.
 
-In: infra/docker/Dockerfile. Each stage that a target needs is made in a directory of its own: the
-base image is Debian's Python 3.11, by debootstrap; RUN is run there by chroot in namespaces of its
-own; COPY copies. Then the target's script of tests/images/checks/ runs inside, as the image's user.
-Needs root and debootstrap. With a container engine the same scripts try the real images:
+Reads infra/docker/Dockerfile and builds each stage of a target in a separate directory: debootstrap
+provides Debian's Python 3.11 as the base image, RUN runs by chroot in new namespaces, COPY copies.
+Then the target's script in tests/images/checks/ runs inside, as the image's user. Needs root and
+debootstrap. With a container engine the same scripts try the real images:
 
   docker run --rm -i --entrypoint python IMAGE - < tests/images/checks/servers.py
 """
@@ -27,12 +27,12 @@ DOCKERFILE = ROOT / 'infra/docker/Dockerfile'
 CHECKS = ROOT / 'tests/images/checks'
 TARGETS = ('servers', 'launcher', 'worker', 'learner-gpu')
 
-# python3-distutils and python3-lib2to3: debootstrap does not look for what provides a package.
+# python3-distutils and python3-lib2to3: debootstrap does not resolve virtual packages.
 _PACKAGES = (
     'python3.11', 'python3.11-venv', 'python3-distutils', 'python3-lib2to3', 'ca-certificates',
     'netbase', 'tzdata',
 )  # fmt: skip
-# What lets pip reach its index from here; all else of this machine stays out.
+# Lets pip reach its index; nothing else of this machine enters an image.
 _NETWORK_VARIABLES = (
     'PIP_INDEX_URL', 'PIP_EXTRA_INDEX_URL', 'PIP_TRUSTED_HOST', 'PIP_CERT', 'PIP_PROXY',
     'PIP_DEFAULT_TIMEOUT', 'PIP_RETRIES', 'SSL_CERT_FILE', 'REQUESTS_CA_BUNDLE', 'http_proxy',
@@ -47,12 +47,12 @@ _ENTER = (
 
 
 class CheckError(RuntimeError):
-    """An image cannot be made or does not work; the message says where."""
+    """An image cannot be built or does not work; the message says where."""
 
 
 @dataclasses.dataclass
 class Image:
-    """What a stage has come to.
+    """A stage as built so far.
 
     Attributes:
       root: directory of its files.
@@ -74,7 +74,7 @@ class Image:
         """Runs a command inside as process 1, as an engine would; `script` is its standard input.
 
         Raises:
-          CheckError: it ends with another exit code than 0.
+          CheckError: its exit code is not 0.
         """
         lent = {name: os.environ[name] for name in _NETWORK_VARIABLES if name in os.environ}
         home = '/root' if self.user == '0:0' else '/home/gorila'
@@ -90,7 +90,7 @@ class Image:
 
 
 class Builder:
-    """Makes stages of a Dockerfile, each once, in a directory below `directory`."""
+    """Builds stages of a Dockerfile, each once, in a directory below `directory`."""
 
     def __init__(self, path: Path, directory: Path) -> None:
         found, self._arguments = dockerfile.stages(path)
@@ -122,15 +122,15 @@ class Builder:
         return image
 
     def _base(self, name: str) -> Image:
-        """Debian's Python 3.11 in place of python:3.11-slim, its name `python` included.
+        """Debian's Python 3.11, also named `python`, instead of python:3.11-slim.
 
         Raises:
-          CheckError: the image is another.
+          CheckError: the base image is another.
         """
         if not name.startswith('python:3.11.'):
-            raise CheckError(f'FROM {name}: nothing here stands in for it')
+            raise CheckError(f'FROM {name}: no replacement for this base image')
         root = self._directory / 'debian'
-        print(f'-- {name}: Debian bookworm stands in', flush=True)
+        print(f'-- {name}: replaced by Debian bookworm', flush=True)
         packages = f'--include={",".join(_PACKAGES)}'
         _call(['debootstrap', '--variant=minbase', packages, 'bookworm', str(root)])
         (root / 'usr/local/bin/python').symlink_to('/usr/bin/python3.11')
@@ -165,12 +165,12 @@ class Builder:
             case 'LABEL' | 'CMD' | 'ENTRYPOINT':
                 pass
             case other:
-                raise CheckError(f'{other}: not understood')
+                raise CheckError(f'{other}: unknown instruction')
 
     def _copy(self, image: Image, instruction: dockerfile.Instruction) -> None:
         origin, sources, destination = instruction.copy()
         if origin is not None and origin not in self._stages:
-            print(f'-- left out, no engine to fetch it: COPY {instruction.rest}', flush=True)
+            print(f'-- skipped, needs a container engine: COPY {instruction.rest}', flush=True)
             return
         context = ROOT if origin is None else self.image(origin).root
         inside = os.path.join(image.directory, destination)
@@ -190,10 +190,10 @@ class Builder:
 
 
 def _call(command: Sequence[str]) -> None:
-    """Runs a command, whose output is shown only when it fails.
+    """Runs a command silently.
 
     Raises:
-      CheckError: it fails.
+      CheckError: it fails; the message holds its output.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -206,21 +206,21 @@ def _megabytes(root: Path) -> int:
 
 def _require_tools() -> None:
     if os.geteuid() != 0:
-        raise CheckError('only root can make the roots of the images: sudo make images-check')
+        raise CheckError('only root can build the images. Fix: sudo make images-check')
     if shutil.which('debootstrap') is None:
         raise CheckError(
-            'debootstrap is not installed (Debian, Ubuntu: apt-get install debootstrap)'
+            'debootstrap: not installed. Fix: apt-get install debootstrap (Debian, Ubuntu)'
         )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Builds and tries the targets; returns the exit code: 1 if one does not work."""
+    """Builds and tries the targets; returns 1 if one does not work, else 0."""
     parser = Parser(prog='python -m tests.images.check', description=__doc__)
     parser.add_argument('targets', nargs='*', metavar='TARGET', help=f'of {", ".join(TARGETS)}')
-    parser.add_argument('--keep', type=Path, help='new directory for the roots, which then stay')
+    parser.add_argument('--keep', type=Path, help='new directory in which to keep the roots')
     options = parser.parse_args(argv)
     if unknown := set(options.targets) - set(TARGETS):
-        parser.error(f'no such target: {", ".join(sorted(unknown))}')
+        parser.error(f'unknown target: {", ".join(sorted(unknown))}')
     with contextlib.ExitStack() as stack:
         try:
             _require_tools()

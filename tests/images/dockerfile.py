@@ -1,6 +1,6 @@
-"""Dockerfiles, read: a file in, its stages and their instructions out.
+"""Reads a Dockerfile: a file in, its stages and their instructions out.
 
-Only what this project's Dockerfiles use: no heredocs, no parser directives, no ONBUILD.
+Supports what this project's Dockerfiles use: no heredocs, no parser directives, no ONBUILD.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ from pathlib import Path
 
 
 class DockerfileError(ValueError):
-    """The file holds what this reader does not know; the message quotes it."""
+    """The file has syntax that this reader does not support; the message quotes it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction: its name in capitals, and the rest with lines joined, nothing replaced."""
+    """One instruction: its name in capitals, and the rest with lines joined, variables kept."""
 
     name: str
     rest: str
 
     def assignments(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """Of ENV, LABEL or ARG: what each name is given; an ARG without a value is left out."""
+        """Values by name of ENV, LABEL or ARG; omits an ARG without a value."""
         pairs = (word.partition('=') for word in shlex.split(expand(self.rest, variables)))
         return {name: value for name, equals, value in pairs if equals}
 
     def copy(self) -> tuple[str | None, list[str], str]:
-        """Of COPY: the stage or image it comes from (None: the context), sources, destination.
+        """Origin of COPY (a stage or image; None: the context), sources, destination.
 
         Raises:
           DockerfileError: a flag other than --from.
@@ -39,12 +39,12 @@ class Instruction:
         while words[0].startswith('--'):
             flag, _, value = words.pop(0).partition('=')
             if flag != '--from':
-                raise DockerfileError(f'COPY {flag}: only --from is understood')
+                raise DockerfileError(f'COPY {flag}: only --from is supported')
             origin = value
         return origin, words[:-1], words[-1]
 
     def arguments(self) -> list[str]:
-        """Of ENTRYPOINT or CMD: the argument vector, which must be in JSON."""
+        """Argument vector of ENTRYPOINT or CMD, which must be in JSON."""
         return json.loads(self.rest)
 
 
@@ -64,7 +64,7 @@ class Stage:
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """`text` with $NAME and ${NAME} replaced, those of no variable by nothing."""
+    """Replaces $NAME and ${NAME} in `text`, unknown names by nothing."""
     names = re.findall(r'\$\{?(\w+)\}?', text)
     return string.Template(text).safe_substitute({name: variables.get(name, '') for name in names})
 

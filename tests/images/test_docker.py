@@ -53,14 +53,14 @@ def stage(name: str) -> dockerfile.Stage:
 
 
 def copies(path: Path) -> Iterator[tuple[str | None, str]]:
-    """(where from, source) of everything that a Dockerfile copies."""
+    """(origin, source) of every COPY in a Dockerfile."""
     for instruction in instructions(path, 'COPY'):
         origin, sources, _ = instruction.copy()
         yield from ((origin, source) for source in sources)
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path out: of the patterns that match it, the last decides."""
+    """Whether .dockerignore excludes a path: the last matching pattern decides."""
     parts = path.split('/')
     ancestors = ['/'.join(parts[: i + 1]) for i in range(len(parts))]
     out = False
@@ -131,7 +131,7 @@ class TestDockerfiles:
     @pytest.mark.parametrize('target', ['servers', 'launcher'])
     def test_servers_and_launcher_need_no_root(self, target):
         (user,) = (each.rest for each in stage(target).instructions if each.name == 'USER')
-        assert re.fullmatch(r'[1-9]\d*:[1-9]\d*', user)  # Kubernetes' runAsNonRoot wants a number
+        assert re.fullmatch(r'[1-9]\d*:[1-9]\d*', user)  # Kubernetes' runAsNonRoot requires it
 
     def test_a_worker_of_any_user_may_write_where_boot_does(self):
         (directory,) = (
@@ -180,14 +180,14 @@ class TestPins:
 
 
 def module_file(name: str) -> Path | None:
-    """Where a module of the checkout is; None: there is no such module."""
+    """The file of a module of the checkout; None: it does not exist."""
     path = ROOT / name.replace('.', '/')
     files = (path.with_suffix('.py'), path / '__init__.py')
     return next((file for file in files if file.is_file()), None)
 
 
 def imported(file: Path) -> set[str]:
-    """Everything that a file may import, in functions too: modules, and names of them."""
+    """Modules and names that a file imports, in functions too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -214,7 +214,7 @@ def reachable(programs: tuple[str, ...]) -> tuple[set[str], set[str]]:
 
 
 class TestServersRequirements:
-    """The image `servers` has infra/ and requirements-servers.txt alone."""
+    """The image `servers` has only infra/ and requirements-servers.txt."""
 
     def test_they_hold_everything_that_the_servers_import(self):
         own, packages = reachable(SERVER_PROGRAMS)
@@ -266,7 +266,7 @@ class TestReader:
 
 
 def flags_that_a_job_requires(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Names, as pipelines/job.py itself tells them."""
+    """The required flags, from the error message of pipelines/job.py."""
     with pytest.raises(SystemExit):
         job.main([])
     told = capsys.readouterr().err.partition('arguments are required: ')[2]
@@ -315,7 +315,7 @@ class TestFlexTemplate:
         }
         assert set(given) == set(PARAMETERS)
         template = tmp_path / 'job_object'
-        # What the service's launcher adds; of an endpoint on localhost Beam asks no bucket.
+        # Flags of the service's launcher; with an endpoint on localhost Beam needs no bucket.
         launcher = ['--runner=DataflowRunner', '--project=p', '--region=r', '--no_auth']
         launcher += [f'--template_location={template}', f'--temp_location={tmp_path}']
         launcher += ['--dataflow_endpoint=http://localhost:1', '--job_name=gorila']
@@ -328,7 +328,7 @@ class TestFlexTemplate:
         environment = json.loads(template.read_text())['environment']
         (pool,) = environment['workerPools']
         (image,) = pool['sdkHarnessContainerImages']
-        # Three actors, on machines of two processors; with an accelerator one on each.
+        # Three actors on machines of two processors; with an accelerator, one on each.
         assert (pool['machineType'], pool['numWorkers']) == ('n2-standard-2', 3)
         assert image['containerImage'] == 'registry/gorila:1'
         assert environment['serviceOptions'] == [given['dataflow_service_options']]

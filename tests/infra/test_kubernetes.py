@@ -85,7 +85,7 @@ def container(overlay, kind):
 
 
 def templates(overlay):
-    """The pod templates, by the names of what makes pods of them."""
+    """The pod templates, by the names of their controllers."""
     return {
         each['metadata']['name']: each['spec']['template']
         for each in build(overlay)
@@ -94,12 +94,12 @@ def templates(overlay):
 
 
 def labels(overlay):
-    """The labels of pods, by the names of what makes them."""
+    """The labels of pods, by the names of their controllers."""
     return {name: each['metadata']['labels'] for name, each in templates(overlay).items()}
 
 
 def selects(selector, found):
-    """Whether a label selector selects what has these labels."""
+    """Whether a label selector matches these labels."""
     operators = {
         'In': lambda value, values: value in values,
         'NotIn': lambda value, values: value not in values,
@@ -112,7 +112,7 @@ def selects(selector, found):
 
 
 def selected(overlay, selector):
-    """The makers of pods that a selector selects."""
+    """The controllers whose pods a selector matches."""
     return {name for name, found in labels(overlay).items() if selects(selector, found)}
 
 
@@ -122,7 +122,7 @@ def files(overlay, volume):
 
 
 def environment(overlay, of_container):
-    """The variables that ConfigMaps give a container."""
+    """The environment variables that a container gets from ConfigMaps."""
     found: dict[str, str] = {}
     for each in of_container.get('envFrom', []):
         found |= of_kind(overlay, 'ConfigMap')[each['configMapRef']['name']]['data']
@@ -130,7 +130,7 @@ def environment(overlay, of_container):
 
 
 def server_options(overlay, kind, shard=0):
-    """What the server's own parser makes of the container's command."""
+    """The container's command, parsed by the server."""
     found = container(overlay, kind)
     module = SERVERS[kind]
     assert found['command'] == ['python', '-m', module.__name__]
@@ -138,7 +138,7 @@ def server_options(overlay, kind, shard=0):
 
 
 def probe_options(question):
-    """What infra.probe's own parser makes of a probe's command."""
+    """A probe's command, parsed by infra.probe."""
     python, dash, module, *arguments = question['exec']['command']
     assert (python, dash, module) == ('python', '-m', probe.__name__)
     return probe._parse(arguments)
@@ -163,7 +163,7 @@ def bytes_of(quantity):
 
 
 def seconds_until_killed(question):
-    """How long a container may leave a probe without an answer."""
+    """How long a container may fail to answer a probe, in seconds."""
     return question['periodSeconds'] * question['failureThreshold']
 
 
@@ -187,7 +187,7 @@ def test_the_server_takes_every_flag_of_its_container(overlay, kind):
     for shard in (0, 30):
         found = server_options(overlay, kind, shard)
         assert found.shard == shard
-        assert found.host == '0.0.0.0'  # a pod's own address is not known before
+        assert found.host == '0.0.0.0'  # a pod's address is not known in advance
 
 
 @each_kind
@@ -314,7 +314,7 @@ def test_workers_outside_reach_each_shard_at_an_internal_address_of_its_own():
     for each in objects:
         if each['spec'].get('type') == 'LoadBalancer' if 'spec' in each else False:
             each['status'] = {'loadBalancer': {'ingress': [{'ip': each['metadata']['name']}]}}
-            assert each['spec']['externalTrafficPolicy'] == 'Local'  # the policy sees who comes
+            assert each['spec']['externalTrafficPolicy'] == 'Local'  # keeps the client's address
             kind = each['metadata']['labels'][COMPONENT]
             assert each['spec']['loadBalancerSourceRanges'] == _ranges(overlay, kind)
             assert (
@@ -476,13 +476,13 @@ def test_the_certificate_names_every_shard_as_a_run_does():
 
 
 def dask_environment():
-    """What the launcher's containers have of the run."""
+    """The environment variables of the launcher's containers."""
     (found,) = templates(DASK)['gorila-launcher']['spec']['containers']
     return environment(DASK, found)
 
 
 def words(directory, script, **variables):
-    """The words that a script of the launcher's starts Python with: Python prints them instead."""
+    """The arguments that a script of the launcher passes to Python, which here prints them."""
     python = directory / 'python'
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
@@ -516,7 +516,7 @@ def test_the_launchers_flags_lead_to_every_shard_in_its_order(tmp_path):
     launch, preset, values = command_line.parse(launcher_flags(tmp_path))
     assert launch.engine is catalog.ENGINES['DaskRunner']
     for kind in KINDS:
-        # Names that are short of the namespace, whichever it is.
+        # Names without the namespace.
         expected = [
             f'{".".join(shard.host.split(".")[:2])}:{shard.port}'
             for shard in deployment.in_kubernetes(build(DASK), kind, namespace='any')
@@ -561,7 +561,7 @@ def test_a_run_directory_is_on_the_claim_that_shows_the_results(tmp_path):
     (volume,) = [each for each in pod['volumes'] if each['name'] == mounts['/runs']]
     results = of_kind(DASK, 'StatefulSet')['gorila-results']['spec']
     (claim,) = results['volumeClaimTemplates']
-    # A StatefulSet names the claims of its pods so.
+    # The name that a StatefulSet gives to the claim of a pod.
     assert (
         volume['persistentVolumeClaim']['claimName']
         == f'{claim["metadata"]["name"]}-gorila-results-0'
@@ -619,10 +619,10 @@ def test_every_box_of_a_dask_run_admits_those_who_call_it_and_no_others():
 
 
 class LocalPods:
-    """The pods of overlay `dask`, as processes of this machine: their commands, other addresses."""
+    """The pods of overlay `dask` as processes of this machine, with local addresses."""
 
     def __init__(self, directory, flags):
-        """With the configuration of a run of these flags, beside the overlay's own."""
+        """Writes the configuration of a run with these flags."""
         self.directory = directory
         launch, preset, values = command_line.parse([*FLAGS[DASK].split(), *flags])
         servers.write_configurations(command_line.experiment(preset, values), launch, directory)
@@ -652,7 +652,7 @@ class LocalPods:
             self._start(stack, f'worker-{number}', [*worker, *own, '--host=127.0.0.1'])
 
     def environment(self):
-        """The launcher's, with the addresses of here."""
+        """The launcher's environment, with local addresses."""
         given = {**dask_environment(), 'JOB_UID': 'uid', 'FLAGS': self.flags}
         inherited = {
             **os.environ,
@@ -661,13 +661,13 @@ class LocalPods:
         return {**inherited, **{name: self._here(value) for name, value in given.items()}}
 
     def script(self, name):
-        """A script of the launcher's, with its files here."""
+        """A script of the launcher, with its files below `directory`."""
         file = self.directory / name
         file.write_text(launcher_script(name).replace('/runs/', f'{self.directory}/'))
         return file
 
     def logs(self):
-        """What every pod has said."""
+        """The end of each pod's log."""
         return '\n'.join(
             f'== {log.name}\n{log.read_text(errors="replace")[-2000:]}'
             for log in sorted(self.directory.glob('*.log'))
@@ -710,7 +710,7 @@ class LocalPods:
 @pytest.mark.end_to_end
 @pytest.mark.timeout(900)
 def test_the_dask_overlays_commands_train_and_a_second_launcher_goes_on(tmp_path):
-    # The first launcher is told to go after its first updates, some 4,000 frames.
+    # The first launcher is stopped after its first updates, some 4,000 frames.
     flags = (*launching.SMALL, '--max_frames=12000')
     pods, run = LocalPods(tmp_path, flags), tmp_path / 'uid'
     with contextlib.ExitStack() as stack:

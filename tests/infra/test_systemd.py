@@ -1,4 +1,4 @@
-"""infra/systemd: systemd reads the units, servers start by them, install.sh installs them."""
+"""infra/systemd: systemd accepts the units, their commands start servers, install.sh works."""
 
 import contextlib
 import json
@@ -156,7 +156,7 @@ def test_tls_reaches_the_parameter_server_as_flags():
 
 @pytest.fixture
 def root(tmp_path):
-    """A host's files as far as systemd looks at them: its own units and ours, with TLS."""
+    """The files of a host that systemd reads: its units and ours, with TLS."""
     ours = tmp_path / 'etc' / 'systemd' / 'system'
     shutil.copytree(SYSTEM_UNITS, tmp_path / 'usr' / 'lib' / 'systemd' / 'system', symlinks=True)
     for directory in ('bin', 'opt/gorila', 'etc/gorila'):
@@ -171,7 +171,7 @@ def root(tmp_path):
 
 
 def verify(root):
-    """What systemd has to say about our units; nothing when all is well."""
+    """systemd's complaints about our units."""
     units = ['gorila.target', 'gorila-parameter@0.service', 'gorila-replay@12.service']
     ended = subprocess.run(
         ['systemd-analyze', 'verify', f'--root={root}', *units],
@@ -187,7 +187,7 @@ def verify(root):
 @with_systemd
 def test_systemd_understands_every_line(root):
     assert verify(root) == ''
-    # What it does not know it only tells of.
+    # An unknown setting is only a warning.
     file = root / 'etc' / 'systemd' / 'system' / 'gorila-replay@.service'
     file.write_text(file.read_text().replace('[Service]', '[Service]\nNoSuchSetting=1'))
     assert 'NoSuchSetting' in verify(root)
@@ -204,7 +204,7 @@ def test_little_of_the_host_is_exposed_to_a_shard(root, kind):
         timeout=60,
     )
     level = re.search(r'exposure level for \S+: ([\d.]+)', ended.stdout)
-    # 10 would be a service without any of it; a server of the network keeps 1.8.
+    # 10 is a service without any protection; 1.8 is the least of a network server.
     assert level, ended.stderr
     assert float(level.group(1)) <= 2.5
 
@@ -226,7 +226,7 @@ def test_the_scripts_pass_shellcheck():
 
 
 def install(host, *arguments, path=None):
-    """install.sh with the host's files below `host`; the ended process."""
+    """Runs install.sh on the files below `host`."""
     return subprocess.run(
         [str(SYSTEMD / 'install.sh'), *arguments],
         env={**os.environ, 'GORILA_ROOT': str(host), 'PATH': path or os.environ['PATH']},
@@ -240,8 +240,8 @@ def install(host, *arguments, path=None):
 def host(tmp_path_factory):
     """A host set up by install.sh for two parameter shards and a replay shard of a small run.
 
-    `make` is a script that leaves this very environment in the place of the one that `make setup`
-    would take minutes to make (tests/pipelines/test_setup.py does).
+    `make` is a script that links this environment instead of building one, which takes minutes
+    (tests/pipelines/test_setup.py does that).
     """
     directory = tmp_path_factory.mktemp('host')
     programs = directory / 'programs'
@@ -255,7 +255,7 @@ def host(tmp_path_factory):
     units = ('gorila-parameter@0', 'gorila-parameter@1', 'gorila-replay@0')
     ended = install(directory, '--flags', flags, *units, path=path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    # As at the next start of a virtual machine, whose administrator has changed a value.
+    # The next start of a virtual machine whose administrator has changed a value.
     environment_file = directory / 'etc' / 'gorila' / 'servers.env'
     environment_file.write_text(environment_file.read_text() + 'GORILA_HOST=127.0.0.1\n')
     again = install(directory, *units, path=path)
@@ -302,7 +302,7 @@ def test_install_refuses_what_it_does_not_know_before_it_writes(tmp_path, given,
 
 @contextlib.contextmanager
 def started(kind, host, directory, port):
-    """A unit's own command, with the environment and the directory that systemd would give it."""
+    """Runs a unit's command with the environment and directory that systemd provides."""
     state = directory / f'{kind}-state'
     state.mkdir(exist_ok=True)
     given = {

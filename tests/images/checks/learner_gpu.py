@@ -4,7 +4,7 @@ import ctypes
 import pathlib
 import sysconfig
 
-# What TensorFlow opens, the needed before those that need them.
+# Libraries that TensorFlow opens, dependencies first.
 _LIBRARIES = (
     ('cuda_runtime', 'libcudart.so.12'),
     ('cublas', 'libcublasLt.so.12'),
@@ -23,7 +23,7 @@ def main() -> None:
     nvidia = pathlib.Path(sysconfig.get_path('purelib')) / 'nvidia'
     for package, library in _LIBRARIES:
         ctypes.CDLL(str(nvidia / package / 'lib' / library), mode=ctypes.RTLD_GLOBAL)
-    # XLA, which compiles the replay's windows and the loss, needs both.
+    # XLA compiles the replay's windows and the loss with both.
     for file in ('nvvm/libdevice/libdevice.10.bc', 'bin/ptxas'):
         assert (nvidia / 'cuda_nvcc' / file).is_file(), file
 

@@ -1,4 +1,4 @@
-"""Run inside the image `servers`: a shard of each kind serves, answers and ends at SIGTERM."""
+"""Run inside the image `servers`: a shard of each kind starts, answers and exits at SIGTERM."""
 
 import contextlib
 import dataclasses
@@ -27,17 +27,17 @@ _STOP_SECONDS = 30.0
 
 @contextlib.contextmanager
 def serving(module: str, config: Any, directory: pathlib.Path) -> Iterator[str]:
-    """Starts shard 0 as a pod would; gives its address, and ends it."""
+    """Starts shard 0 as a pod would, yields its address, and stops it."""
     settings, ready = directory / 'config.json', directory / 'ready'
     settings.write_text(json.dumps(dataclasses.asdict(config)))
     command = [sys.executable, '-m', module, f'--config={settings}', '--shard=0']
     process = subprocess.Popen([*command, f'--ready_file={ready}'], stdin=subprocess.DEVNULL)
     started = time.monotonic()
     while not ready.exists():
-        assert process.poll() is None, f'{module} ended with {process.returncode}'
-        assert time.monotonic() < started + _START_SECONDS, f'{module} does not serve'
+        assert process.poll() is None, f'{module}: exit code {process.returncode} at the start'
+        assert time.monotonic() < started + _START_SECONDS, f'{module}: not ready in time'
         time.sleep(0.05)
-    print(f'{module} serves after {time.monotonic() - started:.1f} s', flush=True)
+    print(f'{module} is ready after {time.monotonic() - started:.1f} s', flush=True)
     yield f'127.0.0.1:{json.loads(ready.read_text())["port"]}'
     process.terminate()
     code = process.wait(_STOP_SECONDS)
@@ -45,12 +45,12 @@ def serving(module: str, config: Any, directory: pathlib.Path) -> Iterator[str]:
 
 
 def probe(kind: str, address: str) -> None:
-    """Asks as Kubernetes does."""
+    """Probes a shard as Kubernetes does."""
     subprocess.run([sys.executable, '-m', 'infra.probe', kind, address], check=True, timeout=30)
 
 
 def ask_replay(address: str, spec: TrajectorySpec) -> None:
-    """What goes into the table comes out of it, and the probe of a pod is content."""
+    """An item that is inserted is sampled, and the pod's probe succeeds."""
     import reverb
 
     client = reverb.Client(address)
@@ -66,7 +66,7 @@ def ask_replay(address: str, spec: TrajectorySpec) -> None:
 
 
 def ask_parameters(address: str) -> None:
-    """A gradient of ones moves parameters down, and the probe of a pod is content."""
+    """A gradient of ones lowers the parameters, and the pod's probe succeeds."""
     layout = Layout(('kernel', 'bias'), ((3, 5), (4,)))
     with ParameterClient([address], layout) as client:
         client.initialise(np.zeros(layout.size, np.float32))

@@ -1,4 +1,4 @@
-"""Run inside the image `worker`: a worker's imports, and Beam's SDK harness with work for it."""
+"""Run inside the image `worker`: imports a worker's modules and runs Beam's SDK harness."""
 
 import importlib
 import pathlib
@@ -17,7 +17,7 @@ _ENVIRONMENT = '/opt/venv'
 
 
 def run_pipeline(directory: pathlib.Path) -> None:
-    """A pipeline, two of whose elements meet Beam's SDK harness in processes of their own."""
+    """Runs a pipeline whose two elements run in two processes of Beam's SDK harness."""
     import apache_beam as beam
 
     flags = ['--runner=FnApiRunner', '--direct_running_mode=multi_processing']
@@ -32,7 +32,7 @@ def run_pipeline(directory: pathlib.Path) -> None:
 def main() -> None:
     for module in _MODULES:
         importlib.import_module(module)
-    # boot and Beam's worker pool call `python` and `pip` by their names.
+    # boot and Beam's worker pool call `python` and `pip` by name.
     for program in ('python', 'pip', 'dask'):
         assert shutil.which(program) == f'{_ENVIRONMENT}/bin/{program}', shutil.which(program)
     subprocess.run([sys.executable, '-m', 'pip', 'check'], check=True)
