@@ -71,3 +71,14 @@ def positive_number(text: str) -> float:
         if 0 < (number := float(text)) < math.inf:
             return number
     raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
+
+
+def nonempty_path(text: str) -> str:
+    """Parses a path, for argparse.
+
+    Raises:
+      ArgumentTypeError: the text is empty, which would mean the current directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError('empty. Fix: name a path.')
+    return text

@@ -20,7 +20,7 @@ import numpy as np
 from agents.config import EnvironmentConfig
 from agents.environment import AtariEnvironment, FrameStack
 from infra.disk import read_json, write_json
-from infra.flags import Parser, integer
+from infra.flags import Parser, integer, nonempty_path
 from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
@@ -134,12 +134,16 @@ def _parser() -> argparse.ArgumentParser:
         prog='evaluate.py',
         description="Evaluate a run's newest checkpoint: no-op starts, else the run's own rules.",
     )
-    parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
+    parser.add_argument(
+        '--run_dir', type=nonempty_path, required=True, help='directory of the run, or gs://...'
+    )
     parser.add_argument('--episodes', type=integer, help="games (the run's --evaluation_episodes)")
     parser.add_argument('--epsilon', type=float, help="epsilon (the run's --evaluation_epsilon)")
     parser.add_argument('--seed', type=integer, help="seed of the games (the run's)")
     parser.add_argument(
-        '--output', help='JSON file for the result (a new evaluation-<time>.json in --run_dir)'
+        '--output',
+        type=nonempty_path,
+        help='JSON file for the result (a new evaluation-<time>.json in --run_dir)',
     )
     return parser
 

@@ -15,7 +15,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.disk import replaced_directory
-from infra.flags import Parser
+from infra.flags import Parser, nonempty_path
 from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
@@ -64,8 +64,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog='export.py', description="Write a run's newest parameters as a TF-Agents policy."
     )
-    parser.add_argument('--run_dir', required=True, help='directory of the run, or gs://...')
-    parser.add_argument('--output', help="directory for the policy (the run's policy/)")
+    parser.add_argument(
+        '--run_dir', type=nonempty_path, required=True, help='directory of the run, or gs://...'
+    )
+    parser.add_argument(
+        '--output', type=nonempty_path, help="directory for the policy (the run's policy/)"
+    )
     arguments = parser.parse_args(argv)
     exit_with_launcher()
     told = arguments.output or f'{arguments.run_dir}/policy'

@@ -8,7 +8,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.disk import read_json
-from infra.flags import Parser
+from infra.flags import Parser, nonempty_path
 from infra.output import protect_output
 from pipelines.errors import UsageError
 from pipelines.storage.mirror import Mirror
@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog='mirror.py', description="Copy an ended run's working copy to its remote place."
     )
-    parser.add_argument('--run_dir', required=True, help='working copy, a local directory')
+    parser.add_argument(
+        '--run_dir', type=nonempty_path, required=True, help='working copy, a local directory'
+    )
     arguments = parser.parse_args(argv)
     try:
         remote = send_again(arguments.run_dir)

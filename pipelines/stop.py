@@ -16,7 +16,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.disk import is_remote, read_json
-from infra.flags import Parser, positive_number
+from infra.flags import Parser, nonempty_path, positive_number
 from infra.output import protect_output
 from pipelines.errors import UsageError
 from pipelines.storage.run_directory import RunDirectory
@@ -72,7 +72,9 @@ def _outcome(directory: RunDirectory) -> str:
 def main(argv: Sequence[str]) -> int:
     """Stops a run; returns the exit code."""
     parser = Parser(prog='stop.py', description='End a run: workers, last checkpoint, summary.')
-    parser.add_argument('--run_dir', required=True, help='directory of the run, on its machine')
+    parser.add_argument(
+        '--run_dir', type=nonempty_path, required=True, help='directory of the run, on its machine'
+    )
     parser.add_argument(
         '--timeout_seconds',
         type=positive_number,

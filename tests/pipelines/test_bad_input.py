@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pipelines import evaluate, run
+from pipelines import evaluate, export, mirror, run, stop
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
 
@@ -239,3 +239,17 @@ def test_wrong_value_for_the_evaluation_is_one_line_before_any_run_is_asked(tmp_
     assert evaluate.main([f'--run_dir={tmp_path / "no_run"}', flag]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f'evaluate.py: {flag.split("=")[0]} ')
+
+
+@pytest.mark.parametrize(
+    ('command', 'flag'),
+    [
+        *((command, '--run_dir') for command in (evaluate, export, mirror, stop)),
+        *((command, '--output') for command in (evaluate, export)),
+    ],
+)
+def test_an_empty_path_is_refused_by_its_flag(tmp_path, capsys, command, flag):
+    with pytest.raises(SystemExit) as refusal:
+        command.main([f'--run_dir={tmp_path}', f'{flag}='])
+    assert refusal.value.code == 2
+    assert capsys.readouterr().err.endswith(f'{flag}: empty. Fix: name a path.\n')
