@@ -10,6 +10,7 @@ import pathlib
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
@@ -34,6 +35,7 @@ from pipelines.storage.run_directory import RunDirectory, output_path
 PROTOCOL = 'no-op starts'
 _EVALUATION_STREAM = 3
 _MAX_ENVIRONMENTS = 10
+_PROGRESS_SECONDS = 10.0
 
 
 def play(
@@ -111,6 +113,7 @@ def evaluate(
     run, progress = config.run, progress_file(output)
     rng = np.random.default_rng([run.seed, _EVALUATION_STREAM])
     returns: list[float] = []
+    due = monotonic() + _PROGRESS_SECONDS
 
     def result() -> dict[str, Any]:
         return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
@@ -123,10 +126,18 @@ def evaluate(
             ):
                 returns.append(episode_return)
                 write_json(progress, result())
+                if monotonic() >= due:
+                    due = monotonic() + _PROGRESS_SECONDS
+                    done = f'{len(returns)} of {run.evaluation_episodes} episodes'
+                    _notify(f'{done}, mean return {np.mean(returns):.1f}')
         write_json(output, result())
     finally:
         progress.unlink(missing_ok=True)
     return result()
+
+
+def _notify(text: str) -> None:
+    print(f'evaluate.py: {text}', file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -224,7 +235,7 @@ def _evaluate_newest(
     held = read_json(output)
     if output.is_dir() or (held is not None and 'returns' not in held):
         raise UsageError(f'--output {output}: name a new file, or one that holds an evaluation.')
-    saved = read_newest(directory, lambda text: print(f'evaluate.py: {text}', file=sys.stderr))
+    saved = read_newest(directory, _notify)
     try:
         result = evaluate(config, saved, output)
     except ValueError as error:

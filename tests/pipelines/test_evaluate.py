@@ -72,15 +72,11 @@ def test_chance_alone_acts_with_epsilon_one():
     assert {*np.ravel(actions)} == set(range(6))  # Pong's minimal set
 
 
-def test_an_interrupted_evaluation_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """A run whose checkpoint holds the parameters of a new network."""
     experiment = presets.experiment('laptop', {})
     (tmp_path / 'config.json').write_text(config_lib.to_json(experiment))
-    (tmp_path / evaluations.EVALUATION_FILE).write_text('the one before')
-
-    def one_game_and_ctrl_c(*_):
-        yield 1.0
-        raise KeyboardInterrupt
-
     policy = builders.build_policy(experiment)
     saved = Checkpoint(
         layout=builders.layout_of(policy),
@@ -88,11 +84,40 @@ def test_an_interrupted_evaluation_leaves_the_one_before(tmp_path, monkeypatch, 
         target=policy.parameters(),
         clock={'updates': 1},
     )
-    monkeypatch.setattr(evaluate, 'read_newest', lambda *_: saved)
+    for command in (evaluate, export):
+        monkeypatch.setattr(command, 'read_newest', lambda *_: saved)
+    return tmp_path
+
+
+def test_an_interrupted_evaluation_leaves_the_one_before(run_dir, monkeypatch, capsys):
+    (run_dir / evaluations.EVALUATION_FILE).write_text('the one before')
+
+    def one_game_and_ctrl_c(*_):
+        yield 1.0
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(evaluate, 'play', one_game_and_ctrl_c)
-    assert evaluate.main([f'--run_dir={tmp_path}']) == 130
+    assert evaluate.main([f'--run_dir={run_dir}']) == 130
     assert 'interrupted' in capsys.readouterr().err
-    assert (tmp_path / evaluations.EVALUATION_FILE).read_text() == 'the one before'
+    assert (run_dir / evaluations.EVALUATION_FILE).read_text() == 'the one before'
+
+
+def test_a_long_evaluation_shows_its_progress_every_ten_seconds(run_dir, monkeypatch, capsys):
+    now = 1_000.0
+
+    def one_game_in_six_seconds(*_):
+        nonlocal now
+        for episode_return in (1.0, 2.0, 3.0, 4.0):
+            now += 6.0
+            yield episode_return
+
+    monkeypatch.setattr(evaluate, 'play', one_game_in_six_seconds)
+    monkeypatch.setattr(evaluate, 'monotonic', lambda: now)
+    assert evaluate.main([f'--run_dir={run_dir}', '--episodes=4']) == 0
+    assert capsys.readouterr().err == (
+        'evaluate.py: 2 of 4 episodes, mean return 1.5\n'
+        'evaluate.py: 4 of 4 episodes, mean return 2.5\n'
+    )
 
 
 @pytest.mark.parametrize('content', [b'\xff\xfe\x00', b'{}'])
