@@ -31,6 +31,7 @@ from pipelines.storage.checkpoints import read_newest
 from pipelines.storage.evaluations import progress_file
 from pipelines.storage.reading import readable
 from pipelines.storage.run_directory import RunDirectory, output_path
+from pipelines.storage.space import temporary_files
 
 PROTOCOL = 'no-op starts'
 _EVALUATION_STREAM = 3
@@ -182,7 +183,8 @@ def main(argv: Sequence[str]) -> int:
     exit_with_launcher()
     try:
         overrides = overrides_of(arguments.episodes, arguments.epsilon, arguments.seed)
-        result, written = evaluate_run(arguments.run_dir, overrides, arguments.output)
+        with temporary_files():
+            result, written = evaluate_run(arguments.run_dir, overrides, arguments.output)
     except (UsageError, OSError) as error:
         print(f'evaluate.py: {error}', file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ from pipelines.experiment import config as config_lib
 from pipelines.storage.checkpoints import read_newest
 from pipelines.storage.reading import readable
 from pipelines.storage.run_directory import RunDirectory, loading_hint, output_path
+from pipelines.storage.space import temporary_files
 
 
 def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path) -> None:
@@ -74,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
     exit_with_launcher()
     told = arguments.output or f'{arguments.run_dir}/policy'
     try:
-        with readable(arguments.run_dir, () if arguments.output else ('policy',)) as path:
+        outputs = () if arguments.output else ('policy',)
+        with temporary_files(), readable(arguments.run_dir, outputs) as path:
             directory = RunDirectory.existing(path)
             output = _output(arguments.output) if arguments.output else directory.policy
             updates = _export_newest(directory, output)

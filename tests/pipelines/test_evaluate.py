@@ -1,6 +1,7 @@
 """Evaluation games: how many each environment plays, and who chooses the actions."""
 
 import dataclasses
+import tempfile
 
 import numpy as np
 import pytest
@@ -118,6 +119,21 @@ def test_a_long_evaluation_shows_its_progress_every_ten_seconds(run_dir, monkeyp
         'evaluate.py: 2 of 4 episodes, mean return 1.5\n'
         'evaluate.py: 4 of 4 episodes, mean return 2.5\n'
     )
+
+
+@pytest.mark.parametrize('command', [evaluate, export])
+def test_temporary_files_of_tensorflow_are_removed(run_dir, tmp_path, monkeypatch, command):
+    temporary = tmp_path / 'temporary'
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
+
+    def leave_a_file(*_):
+        tempfile.mkstemp(prefix='__autograph_generated_file')
+        raise OSError('full')
+
+    monkeypatch.setattr(command, command.__name__.rpartition('.')[2], leave_a_file)
+    assert command.main([f'--run_dir={run_dir}']) == 2
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize('content', [b'\xff\xfe\x00', b'{}'])
