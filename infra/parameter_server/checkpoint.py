@@ -30,7 +30,7 @@ _REASON_LENGTH = 200
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of the checkpoint is missing, changed or unreadable."""
+    """A file of the checkpoint is missing, changed or unreadable; the remedy is the caller's."""
 
 
 class CheckpointMismatchError(ValueError):
@@ -193,13 +193,13 @@ def validate(directory: str) -> dict[str, Any]:
         files = _files_of(manifest)
     except FileNotFoundError:
         raise DamagedCheckpointError(
-            f'{path} is missing: no checkpoint was completed there; use another one'
+            f'{path} is missing: no checkpoint was completed there'
         ) from None
     except DamagedCheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedCheckpointError(
-            f'{path} is damaged ({type(error).__name__}: {error}); use another one'
+            f'{path} is damaged ({type(error).__name__}: {error})'
         ) from error
     for name, expected in files.items():
         _check_file(pathlib.Path(directory, name), expected)
@@ -342,12 +342,10 @@ def _read_array(directory: str, part: dict, name: str) -> np.ndarray:
             array = np.asarray(reader.get_tensor(f'{name}/.ATTRIBUTES/VARIABLE_VALUE'), np.float32)
     except (tf.errors.OpError, OSError, ValueError) as error:  # ValueError: no file of that prefix
         raise DamagedCheckpointError(
-            f'{directory}: {name} of {part["prefix"]} cannot be read; use another checkpoint'
+            f'{directory}: {name} of {part["prefix"]} cannot be read'
         ) from error
     if not np.isfinite(array).all():
-        raise DamagedCheckpointError(
-            f'{directory}: {name} of {part["prefix"]} is not finite; use another checkpoint'
-        )
+        raise DamagedCheckpointError(f'{directory}: {name} of {part["prefix"]} is not finite')
     return array
 
 
@@ -363,7 +361,7 @@ def _check_file(file: pathlib.Path, expected: dict[str, Any]) -> None:
     try:
         found = _describe(file)
     except OSError as error:
-        raise DamagedCheckpointError(f'{file} cannot be read ({error}); use another one') from None
+        raise DamagedCheckpointError(f'{file} cannot be read ({error})') from None
     if found != expected:
         is_cut = found['bytes'] != expected.get('bytes')
         what = (
@@ -371,6 +369,4 @@ def _check_file(file: pathlib.Path, expected: dict[str, Any]) -> None:
             if is_cut
             else 'its SHA-256'
         )
-        raise DamagedCheckpointError(
-            f'{file} is damaged ({what}, by the manifest). Fix: use another checkpoint.'
-        )
+        raise DamagedCheckpointError(f'{file} is damaged ({what}, by the manifest)')

@@ -495,7 +495,10 @@ def _start(options: argparse.Namespace) -> ParameterServer:
     if options.tls_certificate:
         tls = read_pair(options.tls_certificate, options.tls_key)
     if options.restore:
-        checkpoint.validate(options.restore)
+        try:
+            checkpoint.validate(options.restore)
+        except checkpoint.DamagedCheckpointError as error:
+            raise ServerStartError(f'--restore: {error}. Fix: use another checkpoint.') from error
     _configure_tensorflow()
     place = options.shard, config.num_parameter_shards, config.optimizer
     state = own_state = None

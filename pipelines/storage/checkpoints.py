@@ -67,7 +67,7 @@ class Checkpoints:
         found = _find(self._directory)
         for path, error in found.damaged:
             aside = set_aside(path)
-            tell(f'{error}; kept as {aside.name}, trying the checkpoint before')
+            tell(f'{error}; renamed to {aside.name}, trying the one before')
         if not found.with_replay:
             tell(f'{found.path.name}: its replay is damaged; going on with an empty one')
         self._newest = found.path if found.with_replay else None
@@ -212,7 +212,7 @@ def read_newest(
         try:
             return parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
         except DamagedCheckpointError as error:
-            tell(str(error))
+            tell(f'{error}; skipped')
     if paths:
         raise UsageError(f'{directory.path}: none of its {len(paths)} checkpoints can be read.')
     raise UsageError(f'{directory.path}: it has no checkpoint yet; train for longer first.')

@@ -84,7 +84,7 @@ def test_a_file_of_a_checkpoint_that_is_damaged_is_told_by_size_or_checksum(save
     file.write_bytes(whole[:-1])
     assert f'{len(whole) - 1} bytes instead of {len(whole)}, by the manifest' in _refusal(saved)
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert 'is damaged (its SHA-256, by the manifest). Fix: use another' in _refusal(saved)
+    assert _refusal(saved) == f'{file} is damaged (its SHA-256, by the manifest)'
 
 
 def test_a_full_disk_is_told_by_the_systems_own_words(saved, tmp_path):
@@ -138,7 +138,7 @@ def test_a_manifest_of_what_its_files_do_not_hold_is_refused_in_one_line(saved, 
     manifest = unseal(json.loads(file.read_text()))
     parts = [{**part, **changes} for part in manifest['parts']]
     file.write_text(json.dumps({**manifest, 'parts': parts}))
-    with pytest.raises(DamagedCheckpointError, match='cannot be read; use another') as refusal:
+    with pytest.raises(DamagedCheckpointError, match='cannot be read$') as refusal:
         checkpoint.require_usable(str(saved))
     assert '\n' not in str(refusal.value)
 
