@@ -1,5 +1,5 @@
-"""The error of a user's mistake: `run.py` prints its one line and exits with code 2."""
+"""The error of a user's mistake: a command prints its message and exits with code 2."""
 
 
 class UsageError(Exception):
-    """Something the user can mend; the message is one line naming the value and the remedy."""
+    """A mistake the user can fix; the message is one line that names value and remedy."""

@@ -1,6 +1,6 @@
 """Evaluation: a checkpoint's parameters in, the returns of no-op-start games out (paper, 5).
 
-Runs at the end of training and by itself:
+Runs at the end of training, or as a command:
   python pipelines/evaluate.py --run_dir runs/my-run
 """
 
@@ -48,8 +48,8 @@ def play(
 ) -> Iterator[float]:
     """Yields the raw return of each of `episodes` games, as they end.
 
-    Every environment plays the same number of games give or take one, so that short games are not
-    preferred to long ones.
+    Each environment plays the same number of games, give or take one: first come, first counted
+    would favour short games.
     """
     count = environment.num_environments
     quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
@@ -74,7 +74,7 @@ def _environment(config: config_lib.ExperimentConfig, episodes: int) -> AtariEnv
         **{
             **vars(config.environment),
             'max_episode_frames': config.run.evaluation_max_frames,
-            'life_loss_ends_episode': False,  # a game is judged whole
+            'life_loss_ends_episode': False,  # a score is of a whole game
         }
     )
     seeds = np.random.SeedSequence([config.run.seed, _EVALUATION_STREAM])
@@ -101,11 +101,11 @@ def _result(returns: Sequence[float], epsilon: float, updates: int) -> dict[str,
 def evaluate(
     config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path
 ) -> dict[str, Any]:
-    """Plays the evaluation of `saved`; returns the result, and replaces `output` by it at the end.
+    """Plays the evaluation of `saved`; writes the result to `output` at the end and returns it.
 
     Raises:
-      ValueError: the checkpoint holds the parameters of another network.
-      OSError: `output` cannot be written.
+      ValueError: the checkpoint is of another network.
+      OSError: `output` is not writable.
     """
     from pipelines.experiment.builders import build_policy
 
@@ -120,7 +120,7 @@ def evaluate(
         return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
 
     try:
-        write_json(progress, result())  # what cannot be written is known before the games
+        write_json(progress, result())  # fails before the games if not writable
         with _environment(config, run.evaluation_episodes) as environment:
             for episode_return in play(
                 environment, policy.act, run.evaluation_episodes, run.evaluation_epsilon, rng
@@ -144,7 +144,7 @@ def _notify(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog='evaluate.py',
-        description="Evaluate a run's newest checkpoint: no-op starts, else the run's own rules.",
+        description="Evaluate a run's newest checkpoint: no-op starts, otherwise the run's rules.",
     )
     parser.add_argument(
         '--run_dir', type=nonempty_path, required=True, help='directory of the run, or gs://...'
@@ -161,16 +161,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) -> dict[str, Any]:
-    """Settings of the run that an evaluation replaces, checked before anything is fetched or read.
+    """Settings of the run that an evaluation replaces, checked before the run is read.
 
     Raises:
-      UsageError: a value is out of its range.
+      UsageError: a value is out of range.
     """
-    asked = {'evaluation_episodes': episodes, 'evaluation_epsilon': epsilon, 'seed': seed}
-    values = {name: value for name, value in asked.items() if value is not None}
+    given = {'evaluation_episodes': episodes, 'evaluation_epsilon': epsilon, 'seed': seed}
+    values = {name: value for name, value in given.items() if value is not None}
     try:
         config_lib.replace(config_lib.ExperimentConfig(), values)
-    except UsageError as error:  # it begins with the setting's name
+    except UsageError as error:  # begins with the name of the setting
         raise UsageError(
             f'--{str(error).removeprefix("--").removeprefix("evaluation_")}'
         ) from error
@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         print(f'evaluate.py: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('evaluate.py: interrupted; no result is written.', file=sys.stderr)
+        print('evaluate.py: interrupted; no result written.', file=sys.stderr)
         return 130
     print(
         f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
@@ -213,10 +213,10 @@ def evaluate_run(
       (the result and the game, the file).
 
     Raises:
-      UsageError: the run or its checkpoint cannot be read, or the result not be written.
-      OSError: the parent directory of `output` cannot be made.
+      UsageError: the run or its checkpoint is not readable, or the result not writable.
+      OSError: the parent directory of `output` cannot be created.
     """
-    # Two that begin in one second, here or on another machine, have files of their own.
+    # The digits differ between two evaluations that start in the same second.
     own = f'evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.json'
     with readable(run_dir, () if output else (own,)) as path:
         file = output_path(output) if output else path / own
@@ -230,13 +230,15 @@ def _evaluate_newest(
     """Evaluates; returns the result and the game.
 
     Raises:
-      UsageError: the configuration cannot be read, or there is no checkpoint of its network; or
-        `output` cannot be written, or holds something else than an evaluation.
+      UsageError: the configuration is not readable, there is no checkpoint of its network, or
+        `output` is not writable or not an evaluation.
     """
     config = config_lib.replace(config_lib.load(directory.config_file), overrides)
     held = read_json(output)
     if output.is_dir() or (held is not None and 'returns' not in held):
-        raise UsageError(f'--output {output}: name a new file, or one that holds an evaluation.')
+        raise UsageError(
+            f'--output {output}: not an evaluation. Fix: name a new file or an evaluation.'
+        )
     saved = read_newest(directory, _notify)
     try:
         result = evaluate(config, saved, output)
@@ -244,7 +246,7 @@ def _evaluate_newest(
         raise UsageError(f'{directory.path}: {error}') from error
     except OSError as error:
         raise UsageError(
-            f'{output}: cannot be written ({error.strerror}); name another file as --output.'
+            f'{output}: cannot be written ({error.strerror}). Fix: name another file as --output.'
         ) from error
     return {'game': config.environment.game, **result}
 

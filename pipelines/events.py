@@ -18,11 +18,11 @@ _MAX_CHARACTERS = 200
 _MAX_NUMBER = 3.4e38
 """Largest float32, which TensorBoard keeps; sums of such numbers are finite float64."""
 _MAX_INTEGER = 2**31 - 1
-"""Of worker numbers and process ids: what the kernel takes."""
+"""Largest worker number and process ID."""
 
 
 def is_event(event: Any) -> bool:
-    """Whether what came over the telemetry's queue is an event of a worker, of bounded size."""
+    """Whether an item of the telemetry queue is a valid worker event of bounded size."""
     if not isinstance(event, Mapping) or len(event) > _MAX_FIELDS:
         return False
     if not all(is_name(name) for name in event) or not is_name(event.get('component')):
@@ -37,7 +37,7 @@ def is_event(event: Any) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    """Whether `value` is a short text that can be printed (no lone surrogate, no newline)."""
+    """Whether `value` is a short printable text (no lone surrogate, no newline)."""
     return isinstance(value, str) and len(value) <= _MAX_CHARACTERS and value.isprintable()
 
 
@@ -46,7 +46,7 @@ def _is_index(value: Any) -> bool:
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a float when it is a finite number in float32 (numpy's too), else None."""
+    """`value` (also NumPy's) as a float if it is a finite float32, else None."""
     if isinstance(value, bool | str | bytes) or value is None:
         return None
     try:
@@ -57,13 +57,13 @@ def finite(value: Any) -> float | None:
 
 
 def count(value: Any) -> int | None:
-    """`value` as an int when it is a number from 0 to 2^53, else None."""
+    """`value` as an int if it is a number from 0 to 2^53, else None."""
     number = finite(value)
     return int(number) if number is not None and 0 <= number <= LARGEST_COUNT else None
 
 
 def counts(value: Any) -> dict[str, int]:
-    """The entries of the mapping `value` that are counts; empty when it is not a mapping."""
+    """The entries of `value` that are counts; empty if it is not a mapping."""
     if not isinstance(value, Mapping):
         return {}
     numbers = {str(name): count(number) for name, number in value.items()}
@@ -71,7 +71,7 @@ def counts(value: Any) -> dict[str, int]:
 
 
 def histogram(value: Any) -> list[int] | None:
-    """A histogram of staleness (see `STALENESS_BOUNDS`) when it is one, else None."""
+    """`value` if it is a histogram of staleness (see `STALENESS_BOUNDS`), else None."""
     if not isinstance(value, list) or len(value) != len(STALENESS_BOUNDS) + 1:
         return None
     bins = [count(number) for number in value]
@@ -83,14 +83,14 @@ HEARTBEAT = 'heartbeat'
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life of a worker.
+    """A worker's sign of life.
 
     Attributes:
-      component: of the worker, such as 'actor'.
-      worker: its number.
-      submission: number of the job that it came with: its predecessor's heartbeats may come late.
-      pid: its process.
-      ended: whether it has ended well, and this is the last one.
+      component: such as 'actor'.
+      worker: its index.
+      submission: of its job; a late heartbeat of a predecessor has an older one.
+      pid: its process ID.
+      ended: True in the last heartbeat of a worker that ended well.
     """
 
     component: str
@@ -101,15 +101,14 @@ class Heartbeat:
 
 
 def beat(telemetry: 'Telemetry', ended: bool = False) -> None:
-    """Records a sign of life of this process, `submission` being in the telemetry's stamp."""
+    """Sends a heartbeat of this process; the telemetry adds `submission`."""
     telemetry.record(HEARTBEAT, pid=os.getpid(), ended=ended)
 
 
 def heartbeats_in(events: Iterable[Mapping[str, Any]]) -> Iterator[Heartbeat]:
-    """The heartbeats among workers' events (`is_event`), in order.
+    """Yields the heartbeats among valid events (`is_event`), in order.
 
-    Leaves out those that name no job or process. Their `time` has no use here: clocks of two
-    processes are never compared.
+    Skips those without job or process. Ignores `time`: clocks of two processes are never compared.
     """
     for event in events:
         job, pid = count(event.get('submission')), event.get('pid')

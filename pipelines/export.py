@@ -1,6 +1,6 @@
 """Export: a checkpoint's parameters in, a TF-Agents SavedModel policy out.
 
-Runs at the end of training and by itself:
+Runs at the end of training, or as a command:
   python pipelines/export.py --run_dir runs/my-run
 """
 
@@ -28,10 +28,7 @@ from pipelines.storage.space import temporary_files
 
 
 def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path) -> None:
-    """Writes the greedy policy of `saved` as a SavedModel into the directory `output`.
-
-    What is there already is replaced when the new one is complete.
-    """
+    """Writes the greedy policy of `saved` as a SavedModel; replaces `output` when complete."""
     import tensorflow as tf
     from tf_agents.policies import policy_saver
 
@@ -48,7 +45,7 @@ def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathl
 
 @contextlib.contextmanager
 def _quiet_saving() -> Iterator[None]:
-    """Hides what TensorFlow says of every policy of TF-Agents: nothing that a user can act on."""
+    """Hides warnings that TensorFlow prints for every TF-Agents policy."""
     logger = logging.getLogger('absl')
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -73,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     exit_with_launcher()
-    told = arguments.output or f'{arguments.run_dir}/policy'
+    target = arguments.output or f'{arguments.run_dir}/policy'
     try:
         outputs = () if arguments.output else ('policy',)
         with temporary_files(), readable(arguments.run_dir, outputs) as path:
@@ -84,9 +81,9 @@ def main(argv: Sequence[str]) -> int:
         print(f'export.py: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f'export.py: interrupted; {told} stays as it was.', file=sys.stderr)
+        print(f'export.py: interrupted; {target} is unchanged.', file=sys.stderr)
         return 130
-    print(f'{told}: policy after {updates} updates')
+    print(f'{target}: policy after {updates} updates')
     if hint := loading_hint(output):
         print(hint)
     return 0
@@ -96,13 +93,13 @@ def _output(path: str) -> pathlib.Path:
     """The directory of `--output`.
 
     Raises:
-      UsageError: see `output_path`; or it holds something else than a policy.
+      UsageError: see `output_path`; or it is not empty and not a policy.
       OSError: see `output_path`.
     """
     output = output_path(path)
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not (empty or (output / 'saved_model.pb').is_file()):
-        raise UsageError(f'--output {path}: name a new directory, or one that holds a policy.')
+        raise UsageError(f'--output {path}: not a policy. Fix: name a new directory or a policy.')
     return output
 
 
@@ -110,7 +107,7 @@ def _export_newest(directory: RunDirectory, output: pathlib.Path) -> int:
     """Exports to `output`; returns the number of updates behind the policy.
 
     Raises:
-      UsageError: the configuration or the checkpoints cannot be read, or nothing can be written.
+      UsageError: the configuration or the checkpoints are not readable, or `output` not writable.
     """
     config = config_lib.load(directory.config_file)
     saved = read_newest(directory, lambda text: print(f'export.py: {text}', file=sys.stderr))
@@ -121,7 +118,7 @@ def _export_newest(directory: RunDirectory, output: pathlib.Path) -> int:
     except (ValueError, OSError, tf.errors.OpError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f'{output}: nothing exported: {reason}; a place of yours can be named as --output.'
+            f'{output}: not exported ({reason}). Fix: if it is not writable, name another --output.'
         ) from error
     return saved.clock['updates']
 

@@ -1,4 +1,4 @@
-"""Send the local copy of a run that has ended: `python pipelines/mirror.py --run_dir DIR`."""
+"""Upload the local copy of an ended run: `python pipelines/mirror.py --run_dir DIR`."""
 
 import pathlib
 import sys
@@ -13,24 +13,23 @@ from infra.output import protect_output
 from pipelines.errors import UsageError
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.object_store import RemoteError
-from pipelines.storage.remote_run import (
-    MARK_FILE,
-    RemoteRun,
-    TakenOverError,
-)
+from pipelines.storage.remote_run import MARK_FILE, RemoteRun, TakenOverError
 from pipelines.storage.run_directory import RunDirectory
 
 
 def send_again(path: str) -> RemoteRun:
-    """Sends what is missing at the remote place of a working copy whose run has ended.
+    """Uploads what the remote directory lacks of the local copy `path`, whose run has ended.
 
     Raises:
-      UsageError: `path` is none, its run goes on, or the place cannot be written or is another's.
+      UsageError: `path` is not a local copy, its run is active, or the remote directory is not
+        writable or owned by another launcher.
     """
     with RunDirectory.open(path, resume=True) as directory:
         url = (read_json(directory.path / MARK_FILE) or {}).get('url')
         if not isinstance(url, str):
-            raise UsageError(f'{path}: not the working copy of a remote run.')
+            raise UsageError(
+                f'{path}: not the local copy of a remote run. Fix: name one as --run_dir.'
+            )
         remote = RemoteRun(url)
         try:
             remote.reopen(directory.path)
@@ -44,20 +43,18 @@ def send_again(path: str) -> RemoteRun:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sends a working copy to its remote place; returns the exit code."""
+    """Uploads a local copy; returns the exit code."""
     parser = Parser(
-        prog='mirror.py', description="Copy an ended run's working copy to its remote place."
+        prog='mirror.py', description="Upload an ended run's local copy to its remote directory."
     )
-    parser.add_argument(
-        '--run_dir', type=nonempty_path, required=True, help='working copy, a local directory'
-    )
+    parser.add_argument('--run_dir', type=nonempty_path, required=True, help='the local copy')
     arguments = parser.parse_args(argv)
     try:
         remote = send_again(arguments.run_dir)
     except UsageError as error:
         print(f'mirror.py: {error}', file=sys.stderr)
         return 2
-    print(f'{remote.url}: has everything that is in {remote.local}')
+    print(f'{remote.url}: has everything in {remote.local}')
     return 0
 
 

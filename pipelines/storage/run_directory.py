@@ -73,7 +73,7 @@ def output_path(path: str) -> pathlib.Path:
       OSError: its parent cannot be made.
     """
     if is_remote(path):
-        raise UsageError(f'--output {path}: name a place on this machine.')
+        raise UsageError(f'--output {path}: not on this machine. Fix: name a local path.')
     output = pathlib.Path(path).absolute()
     require_fit(output)
     output.parent.mkdir(parents=True, exist_ok=True)

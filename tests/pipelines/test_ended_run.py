@@ -131,6 +131,6 @@ def test_an_output_that_holds_something_else_is_refused_and_left_alone(run_dir, 
     for main in (evaluate.main, export.main):
         assert main([f'--run_dir={run_dir}', f'--output={output}']) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f'--output {output}: name a' in line
+        assert f'--output {output}: not ' in line
     assert sorted(run_dir.rglob('*')) == before
     assert config_lib.load(run_dir / 'config.json') == CONFIG

@@ -112,5 +112,5 @@ def test_another_users_running_run_is_not_stopped_in_one_line(owned, capsys):
         holding.communicate()
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2
-    assert f'process {holding.pid}, which is not here or not yours (Operation not per' in line
+    assert f"cannot signal the run's process {holding.pid} (Operation not permitted)" in line
     assert line.endswith('as its user.')

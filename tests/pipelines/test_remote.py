@@ -725,7 +725,7 @@ class TestBadInput:
     def test_the_run_s_process_cannot_be_stopped_from_its_place(self, capsys):
         assert stop.main([f'--run_dir={URL}/']) == 2
         line = capsys.readouterr().err
-        assert 'local working copy' in line
+        assert 'local copy' in line
         assert f'{URL}/owner.json' in line
 
 

@@ -52,18 +52,18 @@ def hold(tmp_path):
         process.wait()
 
 
-def test_a_run_that_goes_on_is_asked_to_end_and_waited_for(hold, capsys):
+def test_an_active_run_is_asked_to_end_and_waited_for(hold, capsys):
     path, process = hold()
     assert stop.main([f'--run_dir={path}']) == 0
     assert process.wait(5) == 0
-    assert f"ended; `run.py --run_dir '{path}' --resume` goes on" in capsys.readouterr().out
+    assert f"ended; to continue, `run.py --run_dir '{path}' --resume`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ('temper', 'told'),
-    [('mild', 'ended without a checkpoint; its logs are in'), ('unused', 'nothing of it is kept')],
+    [('mild', 'ended without a checkpoint; logs: '), ('unused', 'nothing is kept')],
 )
-def test_a_run_that_left_nothing_to_go_on_from_is_not_said_to_go_on(hold, capsys, temper, told):
+def test_a_run_that_left_nothing_is_not_said_to_continue(hold, capsys, temper, told):
     path, _ = hold(temper, checkpoint=False)
     assert stop.main([f'--run_dir={path}']) == 0
     out = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_a_run_that_ended_at_its_budget_needs_a_larger_one(hold, capsys):
     path, _ = hold()
     (path / 'summary.json').write_text('{"exit_reason": "max_frames"}')
     assert stop.main([f'--run_dir={path}']) == 0
-    assert '--resume` with a larger --max_frames goes on' in capsys.readouterr().out
+    assert '--resume` with a larger --max_frames' in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_end_in_time_is_told_of(hold, capsys):
@@ -91,7 +91,7 @@ def test_a_directory_without_a_running_run_is_refused(hold, tmp_path, capsys):
     process.kill()
     process.wait()
     assert stop.main([f'--run_dir={path}']) == 2
-    assert 'no run goes on there' in capsys.readouterr().err
+    assert 'no run is active' in capsys.readouterr().err
 
 
 def test_a_killed_run_holds_nothing(hold):
