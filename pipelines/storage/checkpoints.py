@@ -1,8 +1,8 @@
 """Checkpoints of a whole run: parameters, optimizer, target, replay and counters, together.
 
 In: running servers. Out: `checkpoints/checkpoint-<n>/` with `parameters/`, `replay/shard-<i>/` and
-`run.json`, published only when all of it is written; between them, `servers/parameters-<n>/` with
-parameters alone; and where each server starts from, at a resumption or after its death.
+`run.json`, published when complete; between them `servers/parameters-<n>/`, parameters alone; and
+the state from which each server starts or restarts.
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ _KEEP = 2
 _PARAMETERS = 'parameters'
 _REPLAY = 'replay'
 _REPLAY_FILES = 'replay_files'  # in run.json: [bytes, CRC-32] by path below `replay/`
-_COUNTS = {'agent_steps', 'submissions'}  # in run.json, but for those of the first versions
+_COUNTS = {'agent_steps', 'submissions'}  # in run.json; the first versions have none
 _SAVE_SECONDS = 120.0
 _SAVE_SECONDS_PER_TRANSITION = 1.5e-4  # 3 kB each, at 20 MB/s
 
 
 class Checkpoints:
-    """Writes a run's checkpoints and knows which one its servers start from.
+    """Writes a run's checkpoints and selects the one that its servers start from.
 
     `restore` may be called from another thread than the other methods.
 
     Attributes:
-      with_replay: whether the replay's shards are saved too.
+      with_replay: whether checkpoints include the replay.
     """
 
     def __init__(
         self, directory: RunDirectory, config: ExperimentConfig, replay_is_ours: bool = True
     ):
-        """`replay_is_ours`: False: the replay is attached to, it is neither saved nor restored."""
+        """`replay_is_ours`: False for attached servers, which are neither saved nor restored."""
         self._directory = directory
         self.with_replay = replay_is_ours and config.run.checkpoint_replay
         transitions = config.replay.replay_capacity
@@ -53,30 +53,30 @@ class Checkpoints:
         # Of this run since it was started or resumed, newest first; the oldest may be removed.
         self._parameters: tuple[pathlib.Path, ...] = ()
 
-    def open(self, resume: bool, tell: Callable[[str], None]) -> Mapping[str, Any] | None:
-        """Finds the newest checkpoint that can be read; returns its counters, None for a new run.
+    def open(self, resume: bool, notify: Callable[[str], None]) -> Mapping[str, Any] | None:
+        """Finds the newest readable checkpoint; returns its counters, None for a new run.
 
-        A damaged one is set aside, and `tell` is told. If no whole one is left, the newest whose
-        parameters can be read will do, with an empty replay.
+        Damaged ones are renamed and reported to `notify`. If none is whole, the newest with
+        readable parameters is used, with an empty replay.
 
         Raises:
-          UsageError: `resume`, and no checkpoint can be read.
+          UsageError: `resume`, and no checkpoint is readable.
         """
         if not resume:
             return None
         found = _find(self._directory)
         for path, error in found.damaged:
             aside = set_aside(path)
-            tell(f'{error}; renamed to {aside.name}, trying the one before')
+            notify(f'{error}; renamed to {aside.name}, trying the one before')
         if not found.with_replay:
-            tell(f'{found.path.name}: its replay is damaged; going on with an empty one')
+            notify(f'{found.path.name}: its replay is damaged; resuming with an empty one')
         self._newest = found.path if found.with_replay else None
         self._parameters = (found.path / _PARAMETERS,)
-        tell(f'going on from {found.path.name}: {found.counters["updates"]} updates')
+        notify(f'resuming from {found.path.name}: {found.counters["updates"]} updates')
         return found.counters
 
     def restore(self, component: str, shard: int) -> pathlib.Path | None:
-        """Where a server (re)starts from; None: empty."""
+        """The state from which a server (re)starts; None: empty."""
         if component == PARAMETER_SERVER:
             return self._newest_parameters()
         if self._newest is None:
@@ -85,10 +85,9 @@ class Checkpoints:
         return replay if replay.exists() else None
 
     def _newest_parameters(self) -> pathlib.Path | None:
-        """The newest parameters that can be read.
+        """The newest readable parameters; if there are none, the newest.
 
-        If none can, the newest: a server that starts empty would forget the run without a word, one
-        that cannot start says why.
+        A server that started empty would silently lose the run; one that cannot start says why.
         """
         candidates = self._parameters
         for path in candidates:
@@ -102,10 +101,10 @@ class Checkpoints:
     def save_parameters(self, client: ParameterClient) -> None:
         """Writes the parameter server's state alone, for a shard that dies before the next `save`.
 
-        Cheap beside a replay; a resumed run does not start from it.
+        Cheaper than `save`, since it leaves out the replay; `--resume` does not use it.
 
         Raises:
-          OSError: it cannot be written; the one before stays in force.
+          OSError: the directory is not writable; the previous state stays in force.
           ParameterServerError: a shard did not write its part; likewise.
         """
         servers = self._directory.path / 'servers'
@@ -123,12 +122,11 @@ class Checkpoints:
     def save(
         self, client: ParameterClient, replay: Sequence[str], counters: Mapping[str, Any]
     ) -> None:
-        """Writes a checkpoint, publishes it, and removes all but the newest two.
+        """Writes and publishes a checkpoint; removes all but the newest two.
 
         Raises:
-          OSError: it cannot be written; nothing is published.
-          ParameterServerError: a shard did not write its part; nothing is published.
-          ReplayUnavailable: likewise.
+          OSError: the directory is not writable; nothing is published.
+          ParameterServerError, ReplayUnavailable: a shard did not write its part; likewise.
         """
         with self._directory.new_checkpoint() as staging:
             client.save(staging / _PARAMETERS)
@@ -150,13 +148,13 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Attributes:
       path: its directory.
       counters: of the run.
-      with_replay: whether its replay can be read, if it has one.
-      damaged: newer ones that cannot be read, and why.
+      with_replay: whether its replay, if any, is readable.
+      damaged: newer ones, and why they are unreadable.
     """
 
     path: pathlib.Path
@@ -166,13 +164,13 @@ class _Found:
 
 
 def _find(directory: RunDirectory) -> _Found:
-    """The newest checkpoint that is whole; if none is, the newest whose parameters are.
+    """The newest whole checkpoint; if there is none, the newest with readable parameters.
 
     Raises:
-      UsageError: no parameters can be read.
+      UsageError: no parameters are readable.
     """
     paths = directory.latest_checkpoints()
-    reason = 'it has none'
+    reason = 'there is none'
     for with_replay in (True, False):
         damaged: list[tuple[pathlib.Path, DamagedCheckpointError]] = []
         for path in paths:
@@ -183,26 +181,24 @@ def _find(directory: RunDirectory) -> _Found:
                 damaged.append((path, error))
                 reason = str(error)
     raise UsageError(
-        f'{directory.path}: no checkpoint can be read ({reason}); start a new run in another'
+        f'{directory.path}: no checkpoint can be read ({reason}). Fix: start a new run in another'
         ' --run_dir.'
     )
 
 
 def readable_counters(directory: RunDirectory) -> Mapping[str, Any]:
-    """The run's counters where it would go on; changes nothing.
+    """The counters from which the run would resume; changes nothing.
 
     Raises:
-      UsageError: no checkpoint can be read.
+      UsageError: no checkpoint is readable.
     """
     return _find(directory).counters
 
 
 def read_newest(
-    directory: RunDirectory, tell: Callable[[str], None]
+    directory: RunDirectory, notify: Callable[[str], None]
 ) -> parameter_checkpoint.Checkpoint:
-    """The newest parameters of a run that can be read, also while it goes on.
-
-    `tell` is told of a damaged checkpoint.
+    """The newest readable parameters of a run, active or not; reports damaged ones to `notify`.
 
     Raises:
       UsageError: there are none.
@@ -212,17 +208,17 @@ def read_newest(
         try:
             return parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
         except DamagedCheckpointError as error:
-            tell(f'{error}; skipped')
+            notify(f'{error}; skipped')
     if paths:
-        raise UsageError(f'{directory.path}: none of its {len(paths)} checkpoints can be read.')
-    raise UsageError(f'{directory.path}: it has no checkpoint yet; train for longer first.')
+        raise UsageError(f'{directory.path}: all {len(paths)} checkpoints are damaged.')
+    raise UsageError(f'{directory.path}: no checkpoint yet. Fix: train for longer.')
 
 
 def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
-    """The counters of a checkpoint that servers can start from; its replay is read only if asked.
+    """The counters of a checkpoint that servers can start from; `with_replay` checks that, too.
 
     Raises:
-      DamagedCheckpointError: naming the file that is missing or changed, or what is not finite.
+      DamagedCheckpointError: a file is missing or changed, or a value is not finite.
     """
     parameter_checkpoint.require_usable(str(path / _PARAMETERS))
     run_file = path / CHECKPOINT_RUN_FILE
@@ -230,19 +226,19 @@ def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
         counters = unseal(parse_object(run_file.read_bytes()))
         for name in ('updates', *(_COUNTS & counters.keys())):
             if type(counters.get(name)) is not int or counters[name] < 0:
-                raise ValueError(f'it names no number of {name}')
+                raise ValueError(f'{name} is not a count')
     except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f'{run_file} is damaged: {error}') from error
+        raise DamagedCheckpointError(f'{run_file} is damaged ({error})') from error
     expected = counters.pop(_REPLAY_FILES, None)
     if not with_replay:
         return counters
     found = digests(path / _REPLAY)
     if not isinstance(expected, dict):
-        raise DamagedCheckpointError(f'{run_file} is damaged: it names no {_REPLAY_FILES}')
+        raise DamagedCheckpointError(f'{run_file} is damaged (no {_REPLAY_FILES})')
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise DamagedCheckpointError(
-                f'{path / _REPLAY / name} is damaged: [bytes, CRC-32] {found.get(name, "no file")}'
-                f' where {run_file.name} says {expected.get(name, "no file")}'
+                f'{path / _REPLAY / name} is damaged ([bytes, CRC-32] {found.get(name, "no file")},'
+                f' by {run_file.name} {expected.get(name, "no file")})'
             )
     return counters

@@ -1,4 +1,4 @@
-"""Files of evaluations: where results and progress are, and how they are read."""
+"""Files of evaluations: their names, and how to read a result."""
 
 import pathlib
 from typing import Any
@@ -7,11 +7,11 @@ from infra.disk import read_json
 from pipelines.events import count, finite
 
 EVALUATION_FILE = 'evaluation.json'
-"""The evaluation that ends a run; those asked for later have files of their own."""
+"""The evaluation at the end of a run; later ones have other names."""
 
 
 def read_result(path: pathlib.Path) -> dict[str, Any] | None:
-    """The result in the file `path`; None when it is missing, or another thing."""
+    """The result in the file `path`, None if it is missing or invalid."""
     held = read_json(path) or {}
     named = isinstance(held.get('protocol'), str) and count(held.get('episodes')) is not None
     numbers = [finite(held.get(name)) for name in ('epsilon', 'mean', 'std')]
@@ -19,5 +19,5 @@ def read_result(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def progress_file(output: pathlib.Path) -> pathlib.Path:
-    """Where the games so far are, while those of the result in `output` are played."""
+    """The file that holds the games so far while those for `output` are played."""
     return output.with_suffix('.partial.json')

@@ -1,7 +1,7 @@
-"""The mirror of a remote run: what changes in its working copy is copied to its place, in a thread.
+"""The mirror of a remote run: a thread that uploads what changes in the local copy.
 
-In: a working copy in which the run writes. Out: at the remote place everything of it that lasts, at
-every moment such that another machine can go on from it.
+In: the local copy, in which the run writes. Out: its permanent files in the remote directory, from
+which another machine can resume at any moment.
 """
 
 import contextlib
@@ -25,33 +25,33 @@ from pipelines.storage.remote_run import (
 )
 from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
 
-_LONGEST_DELAY_SECONDS = 120.0  # between two tries while the place is away
-_RESEND_BYTES_PER_SECOND = 200_000  # of a file that grows, on average: it is sent whole each time
-_LAST_SECONDS = 300.0  # for the last pass, and the time that what is to be sent takes at this rate:
+_LONGEST_DELAY_SECONDS = 120.0  # between two tries while it is unreachable
+_RESEND_BYTES_PER_SECOND = 200_000  # average for a growing file, sent whole each time
+_LAST_SECONDS = 300.0  # for the last pass, plus what is left to send at this rate:
 _LAST_BYTES_PER_SECOND = 4e6
 _LAST_DELAY_SECONDS = 2.0
-_LOCAL = 'servers'  # of servers that run on this machine
+_LOCAL = 'servers'  # state of this machine's servers
 
 
 class Mirror:
-    """Copies a working copy to its remote place, from `__enter__` until `__exit__`, in a thread.
+    """Uploads the local copy in a thread, from `__enter__` until `__exit__`.
 
-    Nothing here stops or slows the run: an error is shown once and the copy retried. A new run
-    that leaves no trace here (see `RunDirectory`) leaves none there.
+    Never stops or slows the run: reports an error once and retries. A new run that leaves no trace
+    on this machine (see `RunDirectory`) leaves none in the remote directory.
 
     Attributes:
-      problem: after the end: why the place lacks something; empty: it has everything.
+      problem: after the end, why the remote directory is incomplete; empty if it is complete.
     """
 
-    def __init__(self, remote: RemoteRun, directory: RunDirectory, tell: Callable[[str], None]):
-        """`tell` is called from the thread, when the place goes away and when it is back."""
+    def __init__(self, remote: RemoteRun, directory: RunDirectory, notify: Callable[[str], None]):
+        """`notify` is called from the thread, when an outage begins and when it ends."""
         self.problem = ''
-        self._remote, self._directory, self._tell = remote, directory, tell
+        self._remote, self._directory, self._notify = remote, directory, notify
         self._sent = remote.sent
         self._sent_at: dict[str, float] = {}
         self._stop = threading.Event()
         self._deadline = 0.0  # of the last pass
-        self._away = self._taken = ''
+        self._outage = self._taken = ''
         self._unwanted = False
         self._thread = threading.Thread(target=self._run, name='mirror', daemon=True)
 
@@ -65,13 +65,13 @@ class Mirror:
     ) -> None:
         unwanted = self._unwanted = self._directory.unwanted(error)
         seconds = RELEASE_SECONDS if unwanted else self._last_seconds()
-        late = f'copying it has not ended within {seconds:.0f} s'
+        late = f'the upload did not end within {seconds:.0f} s'
         self.problem = late
         self._deadline = 0.0 if unwanted else time.monotonic() + seconds
         self._stop.set()
         self._thread.join(seconds)
         if self.problem == late:
-            self.problem = self._away or late
+            self.problem = self._outage or late
         if unwanted:
             self.problem = ''
             with contextlib.suppress(RemoteError):
@@ -99,43 +99,43 @@ class Mirror:
                 self.problem = ''
                 return
             time.sleep(_LAST_DELAY_SECONDS)
-        self.problem = self._taken or self._away or self.problem
+        self.problem = self._taken or self._outage or self.problem
 
     def _try(self, last: bool = False) -> bool:
-        """Makes a pass; whether it went well. Tells when that changes."""
+        """Makes a pass; returns whether it succeeded, and reports when that changes."""
         try:
             self.copy(last)
         except TakenOverError as error:
             self._taken = str(error)
-            self._tell(f'{error}; from now on this run is kept in {self._directory.path} alone')
+            self._notify(f'{error}; from now on this run is only in {self._directory.path}')
             return False
-        except Exception as error:  # of any kind: the run must not lose its mirror
+        except Exception as error:  # of any kind: the mirror must survive
             logging.warning('mirror', exc_info=error)
-            if not self._away:
-                self._tell(f'not copied, trying again: {error}')
-            self._away = str(error)
+            if not self._outage:
+                self._notify(f'upload failed, retrying: {error}')
+            self._outage = str(error)
             return False
-        if self._away:
-            self._away = ''
-            self._tell(f'{self._remote.url}: back, everything is copied')
+        if self._outage:
+            self._outage = ''
+            self._notify(f'{self._remote.url}: reachable again, everything is uploaded')
         return True
 
     def copy(self, last: bool = False) -> None:
         """Makes one pass: sends what is new or changed, then deletes what is gone.
 
-        `last`: large files that have grown are sent too.
+        `last`: also sends large files that have grown.
 
         Raises:
-          RemoteError: the place is away.
-          TakenOverError: it is another's.
-          OSError: a local file cannot be read.
+          RemoteError: the remote directory is unreachable.
+          TakenOverError: another launcher owns it.
+          OSError: a local file is not readable.
         """
         self._beat()
-        # The newest first: the other may be pruned soon.
+        # Newest first: the older one may be pruned soon.
         checkpoints = [path.name for path in self._directory.latest_checkpoints()]
         files = self._local_files()
         new = [name for name in checkpoints if not self._sent.get(run_file(name))]
-        # Before the checkpoints: their episodes shall not be missing behind a resumption.
+        # Before the checkpoints: a resumed run needs the episodes that its checkpoint counts.
         for name, stamp in files.items():
             if not checkpoint_of(name) and (last or new or self._is_due(name, stamp)):
                 self._send(name, stamp)
@@ -145,13 +145,13 @@ class Mirror:
 
     def _beat(self) -> None:
         if self._unwanted:
-            raise RemoteError('what is being sent is to be deleted')
+            raise RemoteError('upload cancelled')
         self._remote.beat()
 
     def _local_files(self) -> dict[str, Stamp]:
-        """The stamps of all files to be copied, by name, the configuration first.
+        """Stamps of all files to send, by name, the configuration first.
 
-        Of checkpoints that come or go meanwhile some files may be missing.
+        Lacks some files of checkpoints that appear or vanish meanwhile.
         """
         root = self._directory.path
         complete = {path.name for path in self._directory.latest_checkpoints()}
@@ -167,12 +167,12 @@ class Mirror:
         return dict(sorted(found.items(), key=lambda item: (item[0] != CONFIG_FILE, item[0])))
 
     def _is_due(self, name: str, stamp: Stamp) -> bool:
-        """Whether a changed file is to be sent now; a long log only now and then."""
+        """Whether to send a changed file now; the larger, the less often."""
         pause = stamp[0] / _RESEND_BYTES_PER_SECOND
         return time.monotonic() - self._sent_at.get(name, float('-inf')) >= pause
 
     def _send(self, name: str, stamp: Stamp | None = None) -> bool:
-        """Sends a file unless it was sent as it is; False when it is gone."""
+        """Sends a file if it has changed; returns False if it no longer exists."""
         if stamp is None or self._sent.get(name) != stamp:
             sent = self._remote.place.send(self._directory.path / name, name, self._beat)
             if sent is None:
@@ -183,10 +183,10 @@ class Mirror:
         return True
 
     def _send_checkpoint(self, checkpoint: str) -> None:
-        """Sends a checkpoint, `run.json` last; gives up, and tells, if it is pruned meanwhile."""
+        """Sends a checkpoint, `run.json` last; gives up if it is pruned meanwhile."""
         files = {n: s for n, s in self._local_files().items() if checkpoint_of(n) == checkpoint}
         last = run_file(checkpoint)
-        if last in self._sent:  # another one of this number was there
+        if last in self._sent:  # of another checkpoint with this number
             self._delete([last])
         others = [name for name in self._sent if checkpoint_of(name) == checkpoint]
         self._delete([name for name in others if name not in files])
@@ -196,19 +196,19 @@ class Mirror:
         else:
             if self._send(last):
                 return
-        self._tell(
-            f'{checkpoint} was pruned before all of it was in {self._remote.url}: the way there is'
-            ' slow; raise --checkpoint_period_seconds, or add --no-checkpoint_replay'
+        self._notify(
+            f'{checkpoint}: pruned before it was uploaded (slow network). Fix: raise'
+            ' --checkpoint_period_seconds, or add --no-checkpoint_replay.'
         )
 
     def _delete_gone(self) -> None:
-        """Deletes what is gone here: checkpoints, and other files that were sent from here.
+        """Deletes what no longer exists locally: checkpoints, and files that this mirror sent.
 
-        While no checkpoint of those here is there, the ones that are there stay.
+        Keeps the remote checkpoints until a local one is complete there.
         """
         here = self._local_files()
         if CONFIG_FILE not in here:
-            return  # the working copy is removed: only the remote run is left
+            return  # the local copy was removed: the remote run is all that is left
         gone = [name for name in self._sent if name not in here]
         there = [name for name in here if name == run_file(checkpoint_of(name))]
         safe = any(self._sent.get(name) for name in there)

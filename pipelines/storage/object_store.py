@@ -1,7 +1,7 @@
-"""Files in a place that Beam's file systems know, such as `gs://bucket/runs/pong`.
+"""Files in a remote directory such as `gs://bucket/runs/pong`, through Beam's file systems.
 
-In: the place's address. Out: its files listed, read, written and deleted; whatever goes wrong there
-is a `RemoteError` of one line. What the files mean is the business of others (`mirror.py`).
+In: its URL. Out: its files listed, read, written and deleted; each failure is a `RemoteError` of
+one line. What the files mean is not known here.
 """
 
 import contextlib
@@ -21,65 +21,65 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.errors import UsageError
 
-_PATTERN_SIGNS = re.compile(r'[*?\[\]]')  # Beam would look for names that match
+_PATTERN_SIGNS = re.compile(r'[*?\[\]]')  # Beam would expand them
 _BLOCK_BYTES = 1 << 22
-_ANSWER_SECONDS = 60.0  # Beam's client for Google's storage itself tries for two minutes
+_ANSWER_SECONDS = 60.0  # Google's own client retries for two minutes
 _REASON_CHARACTERS = 200
 _LOGIN = (
     'run `gcloud auth application-default login`, or name a key in GOOGLE_APPLICATION_CREDENTIALS'
 )
-_ROLE = "give the account the bucket's role roles/storage.objectUser, or choose another --run_dir"
+_ROLE = 'grant the account roles/storage.objectUser on the bucket, or choose another --run_dir'
 
 Stamp = tuple[int, int]
-"""Size in bytes, and time of the last change in nanoseconds since 1970, of a local file."""
+"""Size in bytes and modification time in nanoseconds since 1970, of a local file."""
 
 _T = TypeVar('_T')
 
 
 class RemoteError(Exception):
-    """A remote place did not do what it was asked; one line naming place, reason and remedy."""
+    """A remote operation failed; one line with URL, reason and remedy."""
 
 
 class MissingError(RemoteError):
-    """There is no such remote file."""
+    """The remote file does not exist."""
 
 
 def read_bytes(url: str) -> bytes:
     """The content of a small remote file.
 
     Raises:
-      UsageError: the address is none, or there is no such file.
-      RemoteError: it cannot be read.
+      UsageError: the URL is malformed or the file does not exist.
+      RemoteError: the file is not readable.
     """
     folder, _, name = url.rpartition('/')
     content = Place.at(folder).read(name)
     if content is None:
-        raise UsageError(f'{url}: no such file.')
+        raise UsageError(f'{url}: no such file. Fix: check the URL.')
     return content
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A remote directory. Its files are named by their path below it, with slashes.
+    """A remote directory. A file's name is its path below it, with slashes.
 
     Attributes:
-      url: its address, without a slash at the end.
+      url: of the directory, without a trailing slash.
     """
 
     url: str
 
     @classmethod
     def at(cls, url: str, flags: Sequence[str] = ()) -> 'Place':
-        """The place at an address; `flags` are Beam's, such as `--impersonate_service_account`.
+        """The directory at `url`; `flags` are Beam's, such as `--impersonate_service_account`.
 
         Raises:
-          UsageError: Beam knows no such place, or no credentials are to be had for it.
+          UsageError: Beam has no file system for it, or there are no credentials.
         """
         scheme, _, path = url.partition('://')
         if not path.strip('/') or path.startswith('/') or _PATTERN_SIGNS.search(path):
             raise UsageError(
-                f'{url}: no remote directory; write it as {scheme}://bucket/path, without *, ?, ['
-                ' and ].'
+                f'{url}: not a remote directory. Fix: write it as {scheme}://bucket/path, without'
+                ' *, ?, [ and ].'
             )
         known = {system.scheme() for system in FileSystem.get_all_subclasses()} - {None}
         if scheme not in known:
@@ -91,14 +91,14 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
+        """The last part of the URL."""
         return self.url.rpartition('/')[2]
 
     def files(self) -> dict[str, int]:
-        """Bytes of every file below, by name.
+        """Sizes of all files in bytes, by name.
 
         Raises:
-          RemoteError: they cannot be listed.
+          RemoteError: the directory cannot be listed.
         """
         start = f'{self.url}/'
         with _translated(self.url):
@@ -108,10 +108,10 @@ class Place:
         return {name: size for name, size in names.items() if name and not name.endswith('/')}
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file, None when there is none.
+        """The content of a small file, None if it does not exist.
 
         Raises:
-          RemoteError: it cannot be read.
+          RemoteError: the file is not readable.
         """
         try:
             with self._reading(name), self._open(name) as file:
@@ -120,22 +120,22 @@ class Place:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Makes or replaces a small file.
+        """Creates or replaces a small file.
 
         Raises:
-          RemoteError: it cannot be written.
+          RemoteError: the file is not writable.
         """
         with self._written(name) as write:
             write(content)
 
     def send(self, source: pathlib.Path, name: str, beat: Callable[[], None]) -> Stamp | None:
-        """Copies a local file there as it is now, in blocks, `beat` called after each.
+        """Uploads a local file in its current size, in blocks, calling `beat` after each.
 
-        Returns its stamp, None when there is no such local file any more.
+        Returns its stamp, None if the local file no longer exists.
 
         Raises:
-          RemoteError: it cannot be written there; what was there before stays.
-          OSError: the local file cannot be read; likewise.
+          RemoteError: the remote file is not writable; the previous one stays.
+          OSError: the local file is not readable; likewise.
         """
         try:
             file = source.open('rb')
@@ -143,7 +143,7 @@ class Place:
             return None
         with file, self._written(name) as write:
             status = os.fstat(file.fileno())
-            left = status.st_size  # what is appended meanwhile comes with the next copy
+            left = status.st_size  # the next upload has what is appended meanwhile
             while left and (block := file.read(min(left, _BLOCK_BYTES))):
                 write(block)
                 left -= len(block)
@@ -151,12 +151,12 @@ class Place:
         return status.st_size, status.st_mtime_ns
 
     def fetch(self, name: str, target: pathlib.Path, beat: Callable[[], None]) -> Stamp:
-        """Copies a file from there, in blocks, `beat` called after each; returns the copy's stamp.
+        """Downloads a file in blocks, calling `beat` after each; returns the copy's stamp.
 
         Raises:
-          MissingError: there is none, or it was replaced meanwhile.
-          RemoteError: it cannot be read.
-          OSError: the local file cannot be written.
+          MissingError: the file does not exist, or was replaced meanwhile.
+          RemoteError: the file is not readable.
+          OSError: the local file is not writable.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open('wb') as file:
@@ -174,22 +174,22 @@ class Place:
         return status.st_size, status.st_mtime_ns
 
     def delete(self, names: Sequence[str]) -> None:
-        """Deletes files; that one is not there is no error.
+        """Deletes files; a missing one is no error.
 
         Raises:
-          RemoteError: one cannot be deleted.
+          RemoteError: a file cannot be deleted.
         """
         with _translated(self.url):
             paths = [f'{self.url}/{name}' for name in names]
             try:
                 FileSystems.delete(paths)
-            except Exception:  # in some file systems also when there is no such file
+            except Exception:  # some file systems raise for a missing file
                 if any(FileSystems.exists(path) for path in paths):
                     raise
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """`_translated`, where the file may be missing."""
+        """`_translated`, with `MissingError` if the file does not exist."""
         try:
             with _translated(self.url):
                 yield
@@ -200,12 +200,12 @@ class Place:
             raise
 
     def _open(self, name: str) -> Any:
-        uncompressed = CompressionTypes.UNCOMPRESSED  # whatever the name ends with
+        uncompressed = CompressionTypes.UNCOMPRESSED  # whatever its suffix
         return FileSystems.open(f'{self.url}/{name}', compression_type=uncompressed)
 
     @contextlib.contextmanager
     def _written(self, name: str) -> Iterator[Callable[[bytes], None]]:
-        """A function that appends to a new file, which is complete when the block is left."""
+        """Yields a function that appends to a new file, which exists from the end of the block."""
         path = f'{self.url}/{name}'
         with _translated(self.url):
             writer = FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
@@ -224,10 +224,10 @@ class Place:
 
 
 def _abandon(writer: Any) -> None:
-    """Ends an upload and makes no file of the part that was sent.
+    """Ends an upload without creating a file from the part that was sent.
 
-    Google's client 2.19 knows no such thing: closing, which Python does with whatever nobody holds
-    any more, makes one, unless the writer's buffer is closed already.
+    Google's client 2.19 cannot abort: closing its writer creates the file, and so does garbage
+    collection, unless the writer's buffer is closed first.
     """
     buffer = getattr(writer, '_buffer', None)
     if buffer is not None:
@@ -238,10 +238,10 @@ def _abandon(writer: Any) -> None:
 
 
 def within(seconds: float, url: str, ask: Callable[[], _T]) -> _T:
-    """What `ask` returns or raises, if it does so in time; else it is left to itself.
+    """Returns or raises what `ask` does; leaves it running in a thread when the time is up.
 
     Raises:
-      RemoteError: it does not.
+      RemoteError: the time is up.
     """
     results: list[_T] = []
     errors: list[BaseException] = []
@@ -256,17 +256,17 @@ def within(seconds: float, url: str, ask: Callable[[], _T]) -> _T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise RemoteError(f'{url}: no answer within {seconds:g} s; see that the network is up.')
+        raise RemoteError(f'{url}: no answer within {seconds:g} s. Fix: check the network.')
     if errors:
         raise errors[0]
     return results[0]
 
 
 def require_answer(place: Place) -> dict[str, int]:
-    """`place.files()`, asked for the first time.
+    """`place.files()`, as the first operation on a remote directory.
 
     Raises:
-      UsageError: no answer, or a refusal; the message names the reason and the remedy.
+      UsageError: the directory does not answer or cannot be listed.
     """
     try:
         return within(_ANSWER_SECONDS, place.url, place.files)
@@ -275,69 +275,67 @@ def require_answer(place: Place) -> dict[str, int]:
 
 
 def _unknown(url: str, scheme: str, known: set[str]) -> str:
-    """What to say of a scheme that none of Beam's file systems, of schemes `known`, has."""
+    """The message for a scheme that is not among the `known` ones of Beam's file systems."""
     if scheme == 'gs':
-        return (
-            f"{url}: Beam's part for Google's storage is missing; `pip install apache-beam[gcp]`."
-        )
+        return f'{url}: Beam lacks its Google extra. Fix: `pip install apache-beam[gcp]`.'
+    names = ', '.join(sorted(f'{name}://' for name in known))
     return (
-        f'{url}: no file system of Beam has {scheme}://; there are'
-        f' {", ".join(sorted(f"{name}://" for name in known))}. Others come with extras of'
-        ' apache-beam, such as [aws] and [azure].'
+        f'{url}: Beam has no file system for {scheme}:// (it has {names}). Fix: choose another'
+        ' --run_dir, or install an extra of apache-beam, such as [aws] or [azure].'
     )
 
 
 def _require_credentials(url: str) -> None:
-    """Raises UsageError when there are none; Beam would go on without, after half a minute."""
+    """Raises UsageError if there are none; Beam would continue without, after half a minute."""
     import google.auth
     from google.auth.exceptions import GoogleAuthError
 
-    # They are about a project, which storage needs for nothing that is done here.
+    # Its warnings are about a project, which is not needed here.
     logging.getLogger('google.auth').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module='google.auth')
     if os.environ.get('STORAGE_EMULATOR_HOST'):
-        return  # an emulator may want none
+        return  # an emulator may need none
     try:
         google.auth.default()
     except GoogleAuthError as error:
-        raise UsageError(f'{url}: no credentials ({_first_line(error)}); {_LOGIN}.') from error
+        raise UsageError(f'{url}: no credentials ({_first_line(error)}). Fix: {_LOGIN}.') from error
 
 
 @contextlib.contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """Inside it every error is the remote side's; it leaves as a RemoteError."""
+    """Raises every error of the block as a RemoteError."""
     try:
         yield
-    except Exception as error:  # each file system has its own
-        raise RemoteError(_told(url, error)) from error
+    except Exception as error:  # each file system has its types
+        raise RemoteError(_describe(url, error)) from error
 
 
-def _told(url: str, error: BaseException) -> str:
-    """One line: place, reason, remedy."""
+def _describe(url: str, error: BaseException) -> str:
+    """One line: URL, reason, remedy."""
     bucket = '/'.join(url.split('/')[:3])
     cause, status = _cause(error), _status(error)
     if status == 404:
-        return f'{url}: there is no bucket {bucket}; make it, or choose another --run_dir.'
+        return f'{url}: no bucket {bucket}. Fix: create it, or choose another --run_dir.'
     if status == 403:
-        return f'{url}: {bucket} may not be read and written (403); {_ROLE}.'
+        return f'{url}: access to {bucket} denied (403). Fix: {_ROLE}.'
     if status == 401 or 'google.auth' in type(cause).__module__:
-        return f'{url}: the credentials are not accepted ({_first_line(cause)}); {_LOGIN}.'
-    return f'{url}: {_first_line(cause)}; see that the address is right and the network is up.'
+        return f'{url}: credentials rejected ({_first_line(cause)}). Fix: {_LOGIN}.'
+    return f'{url}: {_first_line(cause)}. Fix: check the URL and the network.'
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error that Beam's own, and those of retries, are wrapped around."""
+    """The error inside the wrappers of Beam and of retries."""
     details = getattr(error, 'exception_details', None)
     inner = next(iter(details.values()), None) if details else getattr(error, 'cause', None)
     return _cause(inner) if isinstance(inner, BaseException) else error
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, None when there is none."""
+    """The HTTP status behind an error, None if there is none."""
     if error is None:
         return None
     cause = _cause(error)
-    details = getattr(cause, 'exception_details', None)  # of a deletion: the status itself
+    details = getattr(cause, 'exception_details', None)  # of a deletion: statuses
     response = getattr(cause, 'response', None)
     found = (
         next(iter(details.values()), None) if details else None,
@@ -349,5 +347,5 @@ def _status(error: BaseException | None) -> int | None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ['']
-    text = lines[0].rpartition('Caused by ')[2]  # of a connection: the reason, not the request
+    text = lines[0].rpartition('Caused by ')[2]  # a connection's reason, not its request
     return f'{type(error).__name__}: {text[:_REASON_CHARACTERS].rstrip(".")}'

@@ -1,4 +1,4 @@
-"""A run to read from, wherever it is: its path in, a directory of this machine out."""
+"""Opens a run for reading, wherever it is: its path in, a local directory out."""
 
 import contextlib
 import pathlib
@@ -9,18 +9,17 @@ from infra.disk import is_remote
 
 @contextlib.contextmanager
 def readable(path: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
-    """The directory of a run to read from, whether its run is active or not.
+    """Yields a local directory with a run, active or not.
 
-    For a remote one: a copy of what evaluation and export need; those of `outputs`, files or
-    directories, that are in it when the block is left go back to the remote place.
+    For a remote run, a `temporary_copy`.
 
     Raises:
-      UsageError: there is no such remote run, it has no checkpoint, or it cannot be written.
+      UsageError: the remote run does not exist, has no checkpoint, or is not writable.
     """
     if not is_remote(path):
         yield pathlib.Path(path)
         return
-    from pipelines.storage.remote_reading import borrowed  # imports Beam
+    from pipelines.storage.remote_reading import temporary_copy  # imports Beam
 
-    with borrowed(path, outputs) as local:
+    with temporary_copy(path, outputs) as local:
         yield local

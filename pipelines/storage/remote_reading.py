@@ -1,6 +1,6 @@
-"""A copy of a remote run to read from: what evaluation and export need, and their results back.
+"""A temporary copy of a remote run, for evaluation and export.
 
-In: the remote place. Out: a temporary directory; results written there are copied to the place.
+In: the URL. Out: a local directory; results written there are uploaded.
 """
 
 import contextlib
@@ -18,19 +18,18 @@ from pipelines.storage.remote_run import (
 )
 from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE
 
-_TRIES = 3  # to read a checkpoint that may be pruned meanwhile
+_TRIES = 3  # a checkpoint may be pruned while it is read
 _NEEDED = ('parameters', CHECKPOINT_RUN_FILE)  # of a checkpoint
 
 
 @contextlib.contextmanager
-def borrowed(run_dir: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
-    """A directory with a copy of a remote run, which may be going on.
+def temporary_copy(run_dir: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
+    """Yields a local directory with a remote run's configuration and newest parameters.
 
-    It has the configuration and the parameters of the newest checkpoints. `outputs` (files or
-    directories) that are in it when the block is left are copied back.
+    `outputs` are files or directories that the block may write there; they are uploaded at its end.
 
     Raises:
-      UsageError: there is no such remote run, or it has no checkpoint yet, or cannot be written.
+      UsageError: the remote run does not exist, has no checkpoint, or is not writable.
     """
     place = Place.at(run_dir)
     with scratch() as directory:
@@ -47,13 +46,15 @@ def _fetch_parameters(place: Place, local: pathlib.Path) -> None:
     for tries_left in reversed(range(_TRIES)):
         files = require_answer(place)
         if CONFIG_FILE not in files:
-            raise UsageError(f'{place.url}: holds no run ({CONFIG_FILE} is missing).')
+            raise UsageError(
+                f'{place.url}: holds no run ({CONFIG_FILE} is missing). Fix: check the URL.'
+            )
         complete = complete_checkpoints(files)
         if not complete:
-            raise UsageError(f'{place.url}: it has no checkpoint yet; train for longer first.')
+            raise UsageError(f'{place.url}: no checkpoint yet. Fix: train for longer.')
         try:
             place.fetch(CONFIG_FILE, local / CONFIG_FILE, _nothing)
-            # run.json last, so that a checkpoint pruned meanwhile is incomplete here.
+            # run.json last: a checkpoint that is pruned meanwhile stays incomplete.
             for name in sorted(files, key=lambda name: name.endswith(f'/{CHECKPOINT_RUN_FILE}')):
                 if checkpoint_of(name) in complete and name.split('/')[2] in _NEEDED:
                     place.fetch(name, local / name, _nothing)

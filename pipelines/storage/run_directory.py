@@ -1,7 +1,7 @@
 """The directory of one run: its layout, its lock and its numbered checkpoints.
 
-In: the path the user chose. Out: the paths that everyone else writes to, and whether disk and
-memory suffice. What a checkpoint or a file contains is its writer's business, not this module's.
+In: the path that the user chose. Out: the paths of all files of the run. What they contain is not
+known here.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from infra.disk import (
 from pipelines.errors import UsageError
 
 CHECKPOINT_RUN_FILE = 'run.json'
-"""File of a checkpoint with the run's own counters; a checkpoint without it is incomplete."""
+"""File of a checkpoint with the run's counters; a checkpoint without it is incomplete."""
 
 SERVERS = pathlib.PurePath('servers')
 SHARD_CHECKPOINTS = SERVERS / 'replay'
-"""Where each replay shard of a run writes, below the run's directory: moved to the checkpoint."""
+"""Where replay shards write, below the run directory; then moved to the checkpoint."""
 
 _PATTERN = re.compile(r'\[.*\]|\\', re.DOTALL)
 _STAGING_PREFIX = '.writing-'
@@ -47,7 +47,7 @@ def default_path(game: str, preset: str, now: datetime.datetime | None = None) -
 
 
 def dated(path: pathlib.Path, now: datetime.datetime | None = None) -> pathlib.Path:
-    """`<path>-<timestamp>`, with a number behind the time when that exists already."""
+    """`<path>-<timestamp>`, with a number after the time if that exists."""
     stem = f'{path.name}-{now or datetime.datetime.now():%Y%m%d-%H%M%S}'
     candidate, number = path.with_name(stem), 2
     while candidate.exists():
@@ -56,21 +56,21 @@ def dated(path: pathlib.Path, now: datetime.datetime | None = None) -> pathlib.P
 
 
 def require_fit(path: pathlib.Path) -> None:
-    """Checks that TensorFlow and Reverb can work in a directory of this name.
+    """Checks that TensorFlow and Reverb accept a directory of this name.
 
     Raises:
-      UsageError: they cannot.
+      UsageError: they do not.
     """
     if reason := unfit_name(path):
-        raise UsageError(f'{str(path)!r}: {reason}; choose another directory.')
+        raise UsageError(f'{str(path)!r}: {reason}. Fix: choose another directory.')
 
 
 def output_path(path: str) -> pathlib.Path:
-    """What `--output` names, made absolute; its parent directory is made.
+    """The absolute path of `--output`; creates its parent directory.
 
     Raises:
-      UsageError: it is not a name on this machine, or no fit one.
-      OSError: its parent cannot be made.
+      UsageError: it is remote, or its name is unsuitable.
+      OSError: its parent cannot be created.
     """
     if is_remote(path):
         raise UsageError(f'--output {path}: not on this machine. Fix: name a local path.')
@@ -86,20 +86,20 @@ def command(verb: str, path: pathlib.Path) -> str:
 
 
 def loading_hint(path: pathlib.Path) -> str:
-    """What to know of a SavedModel at `path` before it is loaded; empty: nothing."""
+    """A warning if TensorFlow cannot load a SavedModel from `path`, else empty."""
     if not _PATTERN.search(str(path)):
         return ''
     return (
-        f'{path}: TensorFlow loads no SavedModel from a path with [...] or \\; copy it to another'
-        ' place to load it'
+        f'{path}: TensorFlow cannot load a SavedModel from a path with [...] or \\. Fix: copy it to'
+        ' another directory.'
     )
 
 
 class RunDirectory:
-    """A run's directory, held by this process alone from `open` until `close`.
+    """A run's directory, locked by this process from `open` until `close`.
 
-    A context manager. When a new run ends in a `UsageError` before its first checkpoint, the
-    directory is removed again: the user mends the mistake and gives the same command.
+    A context manager. If a new run ends in a `UsageError` before its first checkpoint, it removes
+    the directory, so that the user can repeat the corrected command.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class RunDirectory:
         created: pathlib.Path | None,
         new: bool = False,
     ):
-        """Use `open`. `created`: topmost directory made for a new run, None when there was one."""
+        """Use `open`. `created`: topmost directory created for a new run, None if it existed."""
         self.path = path
         self._lock = lock
         self._created = created
@@ -118,11 +118,11 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], resume: bool = False) -> 'RunDirectory':
-        """Makes the directory of a new run, or takes over that of a run to go on with.
+        """Creates the directory of a new run, or opens that of a run to resume.
 
         Raises:
-          UsageError: the path is used already (or, with `resume`, holds no run), cannot be
-            written, is of no fit name, or another process has it.
+          UsageError: the path is in use (with `resume`: holds no run), is not writable, has an
+            unsuitable name, or is locked by another process.
         """
         path = pathlib.Path(path).absolute()  # workers may have another current directory
         require_fit(path)
@@ -136,14 +136,14 @@ class RunDirectory:
             held = lock(path)
         except InUseError as error:
             raise UsageError(
-                f'{error}, whose run is active. Fix: wait for its end, or choose another --run_dir.'
+                f'{error}, whose run is active. Fix: wait until it ends, or choose another --run_dir.'
             ) from None
         except OSError as error:
             _remove_empty(path, created)
             raise _unwritable(path, error) from error
         directory = cls(path, held, created, new=not resume)
         try:
-            # Looked at again under the lock: another process may have come first.
+            # Again under the lock: another process may have been first.
             if not resume:
                 _require_unused(path)
             directory._make_layout()
@@ -157,10 +157,10 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> 'RunDirectory':
-        """A run's directory to read from; its run may be going on, so no lock is taken.
+        """Opens a run's directory for reading, without a lock: its run may be active.
 
         Raises:
-          UsageError: `path` holds no run that may be read, or is of no fit name.
+          UsageError: `path` holds no readable run, or has an unsuitable name.
         """
         path = pathlib.Path(path).absolute()
         require_fit(path)
@@ -168,10 +168,10 @@ class RunDirectory:
         return cls(path, lock=None, created=None)
 
     def holder(self) -> int | None:
-        """Process id of the run that goes on in the directory, None when none does.
+        """Process ID of the directory's active run, None if there is none.
 
         Raises:
-          UsageError: this may not be read.
+          UsageError: the lock file is not readable.
         """
         with _permitted(self.path):
             return lock_holder(self.path)
@@ -213,10 +213,10 @@ class RunDirectory:
         return self.path / 'logs'
 
     def _make_layout(self) -> None:
-        for directory in (self.events, self.logs):  # the others when there is something in them
+        for directory in (self.events, self.logs):  # the others are created on first use
             directory.mkdir(exist_ok=True)
         for leftover in self.checkpoints.glob(f'{_STAGING_PREFIX}*'):
-            shutil.rmtree(leftover)  # a run killed while it wrote a checkpoint
+            shutil.rmtree(leftover)  # of a run killed while it wrote a checkpoint
         for directory in (self.path, self.checkpoints, self.path / SERVERS):
             remove_leftovers(directory)
         shutil.rmtree(self.path / SHARD_CHECKPOINTS, ignore_errors=True)  # not moved in time
@@ -225,7 +225,7 @@ class RunDirectory:
         """The complete checkpoints, newest first.
 
         Raises:
-          UsageError: they may not be read.
+          UsageError: the directory is not readable.
         """
         with _permitted(self.checkpoints):
             paths = self._generations.paths()
@@ -244,14 +244,13 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def new_checkpoint(self) -> Iterator[pathlib.Path]:
-        """An empty directory to write a checkpoint into; leaving the block publishes it.
+        """Yields an empty directory for a checkpoint; the end of the block publishes it.
 
-        Published means renamed to `checkpoint-<number>`, one above the newest. The writer must put
-        `run.json` into it. An exception in the block removes what was written and publishes
-        nothing. The path yielded is gone afterwards: take `latest_checkpoints()[0]`.
+        Publishing renames it to `checkpoint-<number>`, one above the newest: use
+        `latest_checkpoints()[0]` afterwards. An exception in the block removes it instead.
 
         Raises:
-          FileNotFoundError: the block has written no `run.json`.
+          FileNotFoundError: the block has not written `run.json`.
         """
         self.checkpoints.mkdir(exist_ok=True)
         published = self._generations.next()
@@ -271,16 +270,16 @@ class RunDirectory:
         remove(self.latest_checkpoints()[keep:])
 
     def discard(self) -> None:
-        """Removes, when the directory is closed, all that a new run without a checkpoint left."""
+        """Makes `__exit__` remove the directory of a new run that has no checkpoint."""
         self._discarded = True
 
     def unwanted(self, error: BaseException | None) -> bool:
-        """Whether closing the directory now, because of `error`, removes all of it."""
+        """Whether leaving the block now, because of `error`, removes the directory."""
         discarded = self._discarded or isinstance(error, UsageError)
         return discarded and self._new and not self.latest_checkpoints()
 
     def close(self) -> None:
-        """Gives the directory free for another process. Repeated calls do nothing."""
+        """Unlocks the directory. Repeated calls do nothing."""
         if self._lock is not None:
             self._lock.close()
 
@@ -294,7 +293,7 @@ class RunDirectory:
         traceback: TracebackType | None,
     ) -> None:
         if self.unwanted(error):
-            # The lock last: who looks at it sees a run that goes on, or nothing of it.
+            # The lock last: others see an active run, or none.
             for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == LOCK_FILE):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             _remove_empty(self.path, self._created)
@@ -303,11 +302,11 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _permitted(path: pathlib.Path) -> Iterator[None]:
-    """Raises UsageError where what is read of `path` belongs to another user."""
+    """Raises PermissionError of the block as UsageError."""
     try:
         yield
     except PermissionError as error:
-        raise UsageError(f'{path}: may not be read ({error.strerror}).') from error
+        raise UsageError(f'{path}: not readable ({error.strerror}).') from error
 
 
 def _require_run(path: pathlib.Path, alternative: str) -> None:
@@ -315,10 +314,10 @@ def _require_run(path: pathlib.Path, alternative: str) -> None:
     with _permitted(path):
         is_directory, is_run = path.is_dir(), (path / 'config.json').is_file()
     if not is_directory:
-        raise UsageError(f'{path}: no such run directory; name one as --run_dir{alternative}.')
+        raise UsageError(f'{path}: no such run directory. Fix: check --run_dir{alternative}.')
     if not is_run:
         raise UsageError(
-            f'{path}: holds no run (config.json is missing); name the directory of a run as'
+            f'{path}: holds no run (config.json is missing). Fix: name the directory of a run as'
             f' --run_dir{alternative}.'
         )
 
@@ -333,28 +332,28 @@ def _require_unused(path: pathlib.Path) -> None:
         raise _unwritable(path, error) from error
     if used and (path / 'config.json').is_file():
         raise UsageError(
-            f'{path}: already used by a run; choose another --run_dir, or go on with that run by'
-            ' adding --resume.'
+            f'{path}: already holds a run. Fix: choose another --run_dir, or add --resume to resume'
+            ' it.'
         )
     if used:
-        raise UsageError(f'{path}: not an empty directory; choose another --run_dir.')
+        raise UsageError(f'{path}: not an empty directory. Fix: choose another --run_dir.')
 
 
 def _unwritable(path: pathlib.Path, error: OSError) -> UsageError:
     return UsageError(
-        f'{path}: cannot be written ({os.strerror(error.errno or errno.EIO)}); choose another'
+        f'{path}: cannot be written ({os.strerror(error.errno or errno.EIO)}). Fix: choose another'
         ' --run_dir.'
     )
 
 
 def _topmost_missing(path: pathlib.Path) -> pathlib.Path | None:
-    """The topmost directory that making `path` will make; None when `path` exists."""
+    """The topmost directory that `mkdir` of `path` will create; None if `path` exists."""
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     return missing[-1] if missing else None
 
 
 def _remove_empty(path: pathlib.Path, topmost: pathlib.Path | None) -> None:
-    """Removes `path` and its parents up to `topmost`, as far as they are empty."""
+    """Removes the empty ones of `path` and its parents up to `topmost`."""
     while topmost is not None:
         with contextlib.suppress(OSError):
             path.rmdir()

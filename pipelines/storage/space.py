@@ -1,4 +1,4 @@
-"""Free disk and memory: how much a run needs in, an error if it is not there."""
+"""Free disk and memory: the need of a run in, an error if it exceeds them."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ _GIB = 2.0**30
 def _existing_ancestor(path: pathlib.Path) -> pathlib.Path:
     """The nearest of `path` and its parents that exists."""
     path = path.absolute()
-    # Not `path.exists()`, which raises where a directory may not be entered.
+    # Not `path.exists()`, which raises PermissionError.
     while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path
@@ -27,16 +27,16 @@ def require_disk(
     needed_bytes: int,
     remedy: str = 'free some, or choose another --run_dir',
 ) -> None:
-    """Checks that the file system of `path` (which need not exist yet) has `needed_bytes` free.
+    """Checks that the file system of `path`, which need not exist yet, has `needed_bytes` free.
 
     Raises:
-      UsageError: it has not.
+      UsageError: it has less.
     """
     free = shutil.disk_usage(_existing_ancestor(pathlib.Path(path))).free
     if free < needed_bytes:
         raise UsageError(
             f'{path}: {free / _GIB:.1f} GiB of disk free, the run needs'
-            f' {needed_bytes / _GIB:.1f} GiB: {remedy}.'
+            f' {needed_bytes / _GIB:.1f} GiB. Fix: {remedy}.'
         )
 
 
@@ -48,22 +48,22 @@ def require_memory(
     """Checks that `needed_bytes` of memory are available.
 
     Raises:
-      UsageError: they are not.
+      UsageError: there is less.
     """
     available = available_memory()
     if available < needed_bytes:
         raise UsageError(
             f'{available / _GIB:.1f} GiB of memory available, the run needs'
-            f' {needed_bytes / _GIB:.1f} GiB: {remedy}.'
+            f' {needed_bytes / _GIB:.1f} GiB. Fix: {remedy}.'
         )
 
 
 @contextlib.contextmanager
 def temporary_files() -> Iterator[None]:
-    """`own_temporary_files` of a run.
+    """`own_temporary_files`, with an error for the user.
 
     Raises:
-      UsageError: there is no directory for them.
+      UsageError: no temporary directory can be created.
     """
     with contextlib.ExitStack() as stack:
         try:

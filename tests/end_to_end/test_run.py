@@ -45,7 +45,7 @@ def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_dir
     assert all(episode['epsilon'] <= 0.4 for episode in launching.episodes(run_dir))
     for log in (run_dir / 'logs').glob('learner-*.log'):
         assert 'took no priorities' not in log.read_text()
-    assert 'copy it to another place to load it' in pathlib.Path(f'{run_dir}.out').read_text()
+    assert 'copy it to another directory' in pathlib.Path(f'{run_dir}.out').read_text()
     assert_policy_loads_and_acts(shutil.copytree(run_dir / 'policy', tmp_path / 'policy'))
     assert sharing.unshared(run_dir) == []
     launching.assert_nothing_runs(run_dir, within_seconds=10)

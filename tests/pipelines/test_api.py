@@ -58,7 +58,7 @@ def test_a_game_is_named_as_on_the_command_line():
 def test_what_run_py_refuses_is_raised_in_its_words(tmp_path):
     (tmp_path / 'mine').touch()
     lines: list[str] = []
-    with pytest.raises(api.UsageError, match=f'^{tmp_path}: not an empty directory; choose'):
+    with pytest.raises(api.UsageError, match=f'^{tmp_path}: not an empty directory. Fix: choose'):
         api.train(api.experiment(), tmp_path, progress=lines.append)
     assert lines
     with pytest.raises(api.UsageError, match='pass an experiment'):

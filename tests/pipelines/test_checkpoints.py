@@ -212,7 +212,7 @@ def test_parameters_go_on_without_a_replay_when_no_checkpoint_is_whole(saved, re
     messages: list[str] = []
     checkpoints = reopened(directory)
     assert checkpoints.open(True, messages.append) == {'updates': 3}
-    assert 'going on with an empty one' in messages[0]
+    assert 'resuming with an empty one' in messages[0]
     assert checkpoints.restore(PARAMETER_SERVER, 0) == newest / 'parameters'
     assert checkpoints.restore(REPLAY, 0) is None
 

@@ -146,7 +146,7 @@ def test_an_unreadable_configuration_is_one_line(tmp_path, capsys, content):
 def test_a_run_without_a_checkpoints_directory_is_one_line(tmp_path, capsys):
     (tmp_path / 'config.json').write_text(config_lib.to_json(presets.experiment('laptop', {})))
     assert evaluate.main([f'--run_dir={tmp_path}']) == 2
-    assert 'it has no checkpoint yet' in capsys.readouterr().err
+    assert 'no checkpoint yet' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('command', [evaluate, export])

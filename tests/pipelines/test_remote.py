@@ -287,7 +287,7 @@ class TestMirror:
         assert len(complete(gcs)) == 2
         assert 1 not in complete(gcs)
 
-    def test_a_removed_working_copy_leaves_the_remote_run_alone(self, gcs, start):
+    def test_a_removed_local_copy_leaves_the_remote_run_alone(self, gcs, start):
         new = start()
         new.save()
         new.mirror.copy()
@@ -312,8 +312,8 @@ class TestMirror:
             assert eventually(lambda: len(new.told) == 2)
             assert complete(gcs) == [1]
         assert URL in new.told[0]
-        assert 'trying again' in new.told[0]
-        assert new.told[1:] == [f'{URL}: back, everything is copied']
+        assert 'retrying' in new.told[0]
+        assert new.told[1:] == [f'{URL}: reachable again, everything is uploaded']
         assert new.mirror.problem == ''
 
     @pytest.mark.usefixtures('short_periods')
@@ -415,7 +415,7 @@ class TestResuming:
         resumed = start(resume=True)
         assert resumed.directory.path == new.directory.path
         assert f'{updates} updates' in resumed.told[-1]
-        assert 'working copy' in resumed.told[-1]
+        assert 'local copy' in resumed.told[-1]
         resumed.end()
         assert complete(gcs) == [1, 2]
         assert not [name for name in puts(gcs, before) if name.startswith(FIRST)]
@@ -457,7 +457,7 @@ class TestResuming:
         assert changes[-1] == ('put', f'{BELOW}{FIRST}run.json')
         assert len(changes) > 3
 
-    def test_a_fetch_that_is_cut_short_leaves_no_working_copy(self, gcs, start, tmp_path):
+    def test_a_fetch_that_is_cut_short_leaves_no_local_copy(self, gcs, start, tmp_path):
         new = start()
         new.save()
         new.end()
@@ -483,7 +483,7 @@ class TestResuming:
         new.save()
         new.end()
         assert start(resume=True).directory.path == tmp_path / 'runs' / 'pong-2'
-        with pytest.raises(UsageError, match='not a working copy'):
+        with pytest.raises(UsageError, match='not a copy'):
             start(resume=True, work_dir='thesis')
 
 
@@ -506,7 +506,7 @@ class TestOwner:
         first = start()
         first.mirror.copy()
         owner = gcs.content(f'{BELOW}owner.json')
-        with pytest.raises(UsageError, match='still going on'):
+        with pytest.raises(UsageError, match='whose run is active'):
             start(resume=True)
         assert gcs.content(f'{BELOW}owner.json') == owner
 
@@ -675,7 +675,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize('url', ['gs://', 'gs:///pong', 'gs://lab/runs/*'])
     def test_no_directory_is_refused(self, rejected, url):
-        assert 'no remote directory' in rejected(url)
+        assert 'not a remote directory' in rejected(url)
 
     def test_missing_credentials_are_named_with_the_command(self, rejected, monkeypatch, tmp_path):
         monkeypatch.delenv('STORAGE_EMULATOR_HOST')
@@ -785,7 +785,7 @@ class TestReading:
         start().mirror.copy()
         assert evaluate.main([f'--run_dir={URL}']) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f'evaluate.py: {URL}: it has no checkpoint yet')
+        assert line.startswith(f'evaluate.py: {URL}: no checkpoint yet')
 
     def test_a_place_without_a_run_is_one_line(self, gcs, capsys):
         assert export.main([f'--run_dir={URL}']) == 2

@@ -245,9 +245,13 @@ class TestResources:
         space.require_memory(1)
 
     def test_too_little_disk_names_path_need_and_remedy(self, tmp_path):
-        with pytest.raises(UsageError, match=r'a: .* the run needs 1048576\.0 GiB: free some'):
+        with pytest.raises(
+            UsageError, match=r'a: .* the run needs 1048576\.0 GiB\. Fix: free some'
+        ):
             space.require_disk(tmp_path / 'a', 2**50)  # 2^50 / 2^30 GiB
 
     def test_too_little_memory_names_need_and_remedy(self):
-        with pytest.raises(UsageError, match=r'needs 1048576\.0 GiB: end .*--replay_capacity'):
+        with pytest.raises(
+            UsageError, match=r'needs 1048576\.0 GiB\. Fix: end .*--replay_capacity'
+        ):
             space.require_memory(2**50)

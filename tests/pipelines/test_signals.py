@@ -128,7 +128,7 @@ def test_no_policy_is_spoken_of_but_one_that_is_there(tmp_path, signals, capsys,
     with RunDirectory.open(tmp_path / 'a[1]') as directory:  # from where it cannot be loaded
         launcher_in(directory, signals)._tell_result(Outcome(exported=exported), False)
     text = capsys.readouterr().out
-    assert ('copy it to another place to load it' in text) == exported
+    assert ('copy it to another directory' in text) == exported
     assert ('policy/ and the rest' in text) == exported
     assert f'and the rest are in {directory.path}\n' in text
 
