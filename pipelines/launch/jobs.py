@@ -1,11 +1,10 @@
-"""The Beam jobs of a run, each a process; a worker that falls silent is submitted again.
+"""Runs a run's Beam jobs as processes and restarts dead workers: heartbeats in, running jobs out.
 
-In: which workers a run needs, and their heartbeats. Out: running jobs. Every moment is one of the
-listener's own clock (`infra/own_time.py`), a heartbeat's the one at which it came. Beam's local
-runner does not replace a dead worker and reports it only when all its other workers have ended, so
-the launcher notices: the process that the worker's telemetry names is gone, or the worker is
-silent. Likewise on job servers, but for the processes, which may be on other machines. Other
-engines replace workers themselves: of their jobs only the end is looked at.
+All times are the launcher's own (`infra/own_time.py`); a heartbeat's is that of its arrival. Beam's
+local runner does not replace a dead worker and reports it only after all other workers of the job
+have ended. So the launcher detects it: the process named in the worker's telemetry is gone, or the
+worker is silent. On a job server silence alone counts, since processes may be on other machines.
+Other engines replace workers themselves; of their jobs only the end is checked.
 """
 
 import contextlib
@@ -27,28 +26,29 @@ from pipelines.monitoring.monitor import Worker
 from pipelines.storage.run_directory import RunDirectory
 
 GONE_SECONDS = 5.0
-"""A worker whose process is gone for so long is dead: at a run's end its job follows sooner."""
+"""A worker whose process is gone for this long is dead; at a run's end its job ends sooner."""
 SILENCE_SECONDS = 45.0
-"""A worker that worked and has not been heard of for so long is taken for dead."""
+"""A worker without a heartbeat for this long counts as dead."""
 START_SECONDS = 180.0
-"""A worker that was submitted and has not been heard of for so long is taken for dead."""
+"""A submitted worker without a first heartbeat for this long counts as dead."""
 START_SECONDS_PER_WORKER = 20.0
-"""Added to `START_SECONDS` for each further worker of the job: they share the processors."""
+"""Added to `START_SECONDS` for each further worker of the job: they share the cores."""
 FINISHED_SECONDS = 30.0
-"""When all workers of a kind have ended well, the run may go on for so long at most."""
+"""The longest that a run may continue after all workers of a kind have ended without error."""
 MAX_FAILURES = 5
-"""So many failures of a worker, without `HEALTHY_SECONDS` of work between, end the run."""
+"""This many failures of a worker in a row end the run."""
 HEALTHY_SECONDS = 300.0
-_STATE_CHARACTERS = 1_000  # of what an engine says of a job
+"""A worker that worked for this long starts a new series of failures."""
+_STATE_CHARACTERS = 1_000  # read of an engine's report
 _BACKOFF_SECONDS = 2.0
 _MAX_BACKOFF_SECONDS = 60.0
 
 Command = Callable[[str, Sequence[int], int], Sequence[str]]
-"""Argument vector of the job for these workers of a kind, with this number of submission."""
+"""(kind, workers, submission) -> argument vector of their job."""
 
 
 class WorkersFailedError(Exception):
-    """A worker died again and again; the message says how, and where its log is."""
+    """A worker failed too often in a row; the message gives the reason and the log file."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,17 +56,17 @@ class _Job:
     """A process that runs workers of one kind.
 
     Attributes:
-      process: leads a session of its own, which its workers are in too.
-      kind: what the workers are.
+      process: leads a session, which includes its workers.
+      kind: 'actor', 'learner' or 'bundle'.
       number: of the submission.
-      workers: numbers of those it is relied upon for.
-      submitted: when.
-      start_seconds: a worker must have been heard of so long after.
-      state_file: what the engine says of the job, if it says anything.
-      told: what it said last.
-      heard: by number, each worker's last heartbeat and when it came.
-      lost: numbers of those given up, while others of the job work on.
-      gone_since: by number, when a worker's process was first seen to be gone.
+      workers: numbers of the workers that it still runs.
+      submitted: time of the submission.
+      start_seconds: time within which each worker must send its first heartbeat.
+      state_file: the engine's report on the job; may not exist.
+      told: the last report shown.
+      heard: each worker's last heartbeat and its arrival, by number.
+      lost: numbers of workers given up while others of the job continue.
+      gone_since: when a worker's process was first found gone, by number.
     """
 
     process: SupervisedProcess
@@ -82,7 +82,7 @@ class _Job:
     gone_since: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def death_of(self, number: int, now: float) -> str:
-        """How a worker died; empty: its process runs, or is not known, or may just have ended."""
+        """How a worker died; empty if its process is running, unknown or only just gone."""
         beat, _ = self.heard.get(number, (None, 0.0))
         if beat is None or self._has(beat.pid):
             self.gone_since.pop(number, None)
@@ -91,28 +91,25 @@ class _Job:
         return f'died (process {beat.pid})' if gone else ''
 
     def silence_of(self, number: int, now: float) -> str:
-        """How a worker is silent; empty: it is not."""
+        """How long a worker has been silent, as text; empty if it is not."""
         if number not in self.heard:
             waited = now - self.submitted
             late = waited > self.start_seconds
-            return f'was not heard of for {waited:.0f} s after its start' if late else ''
+            return f'sent no heartbeat within {waited:.0f} s of its start' if late else ''
         silent = now - self.heard[number][1]
-        return f'has not been heard of for {silent:.0f} s' if silent > SILENCE_SECONDS else ''
+        return f'sent no heartbeat for {silent:.0f} s' if silent > SILENCE_SECONDS else ''
 
     def kill_lost(self) -> None:
-        """Kills the workers given up: two of one must not work side by side.
-
-        They may hang, or start at last, rather than be dead.
-        """
+        """Kills the workers given up, which may hang or start late: a successor replaces each."""
         for number in self.lost & self.heard.keys():
             beat, _ = self.heard[number]
-            # Ids told by telemetry may be out of date: a process of this job only.
+            # A process ID from telemetry may be stale: kill only processes of this job.
             if self.process.poll() is None and self._has(beat.pid):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
 
     def _has(self, pid: int) -> bool:
-        """Whether there is such a process in this job's session."""
+        """Whether the process exists and belongs to this job's session."""
         try:
             return os.getsid(pid) == self.process.pid
         except ProcessLookupError:
@@ -121,14 +118,14 @@ class _Job:
 
 @dataclasses.dataclass
 class _History:
-    """How a worker fared: failures in a row and when it may be submitted again."""
+    """A worker's failures in a row and the time of its next submission."""
 
     failures: int = 0
     due: float | None = None
 
 
 class Jobs:
-    """Submits a run's workers and keeps all of them at work until the budget is reached."""
+    """Submits a run's workers and keeps all of them running until the budget is reached."""
 
     def __init__(
         self,
@@ -143,14 +140,14 @@ class Jobs:
 
         Args:
           config, launch, addresses, directory: of the run.
-          first_submission: number of the first job; those of a resumed run were used before.
-          command: how to start a job; None: as `python -m pipelines.job`.
+          first_submission: number of the first job; a resumed run continues its numbers.
+          command: builds a job's command; None: `python -m pipelines.job`.
         """
         self._config = config
         self._launch = launch
         self._addresses = addresses
         self._directory = directory
-        # A launcher that died has submitted jobs after its last checkpoint.
+        # A launcher that died may have submitted jobs after its last checkpoint.
         self.submissions = max(first_submission, _first_unused(directory.logs))
         self._name = uuid.uuid4().hex[:6]
         self._command = command or self._beam_command
@@ -158,10 +155,10 @@ class Jobs:
         self._history: dict[Worker, _History] = {}
         self._finished: dict[Worker, _Job] = {}
         self._finished_since: dict[str, float] = {}
-        self._own = 0.0  # the launcher's own clock, as of the last look
+        self._own = 0.0  # the launcher's own time at the last look
         self._news: list[str] = []
         self.restarts: dict[str, int] = {}
-        self.failures = 0  # of workers, restarted since or not
+        self.failures = 0  # of workers, restarted or not
 
     def start(self, now: float) -> None:
         """Submits every worker of the topology."""
@@ -169,7 +166,7 @@ class Jobs:
             self._submit(kind, range(count), now)
 
     def hear(self, heartbeats: Iterable[Heartbeat], now: float) -> None:
-        """Takes heartbeats that have just come, in order."""
+        """Records heartbeats that have just arrived, in order."""
         jobs = {(job.kind, job.number): job for job in self._jobs}
         for beat in heartbeats:
             job = jobs.get((beat.component, beat.submission))
@@ -177,16 +174,16 @@ class Jobs:
                 job.heard[beat.worker] = (beat, now)
 
     def supervise(self, now: float, own: float | None = None) -> None:
-        """Submits again the workers that died.
+        """Restarts dead workers.
 
         Args:
-          now: by a clock that stands still while workers could not be heard, or had to wait for a
-            server in silence: by it they are silent.
-          own: by one that stands still with this process alone: by it processes are gone and
-            back-offs end; None: the same.
+          now: measures silence. Its clock pauses while workers cannot be heard, or wait for a
+            server in silence.
+          own: measures missing processes and back-offs. Its clock pauses only while this process
+            does; None: `now`.
 
         Raises:
-          WorkersFailedError: one died `MAX_FAILURES` times without minutes of work between.
+          WorkersFailedError: a worker failed `MAX_FAILURES` times in a row.
         """
         self._own = now if own is None else own
         for job in list(self._jobs):
@@ -199,7 +196,7 @@ class Jobs:
         self._submit_due(now)
 
     def _submit_due(self, now: float) -> None:
-        """Submits those whose back-off is over, all of a kind as one job."""
+        """Submits the workers whose back-off is over, all of a kind as one job."""
         due: dict[str, list[int]] = {}
         for (kind, number), history in self._history.items():
             if history.due is not None and history.due <= self._own:
@@ -210,7 +207,7 @@ class Jobs:
             self._submit(kind, numbers, now)
 
     def news(self) -> list[str]:
-        """How workers failed and what engines say of jobs, as far as it is new."""
+        """Returns failures of workers and engines' reports since the last call."""
         news, self._news = self._news, []
         for job in self._jobs:
             try:
@@ -225,14 +222,14 @@ class Jobs:
 
     @property
     def running(self) -> bool:
-        """Whether any job's process still runs."""
+        """Whether any job's process is running."""
         return any(job.process.poll() is None for job in self._jobs)
 
     def end_stranded(self, now: float, own: float | None = None) -> None:
-        """Ends jobs that wait in vain for a worker, once none of theirs works on.
+        """Ends jobs that only wait for dead, silent or unstarted workers.
 
-        For a run that is over, instead of `supervise`: such a job never ends by itself, and a
-        worker that was not heard of yet has done nothing that could be lost. Clocks as there.
+        Replaces `supervise` at a run's end: such a job never ends by itself, and a worker without
+        a first heartbeat has done nothing that could be lost. Arguments as in `supervise`.
         """
         self._own = now if own is None else own
         for job in list(self._jobs):
@@ -246,15 +243,15 @@ class Jobs:
                 self._jobs.remove(job)
 
     def stop(self) -> None:
-        """Ends the jobs, and with them the workers."""
+        """Ends the jobs and their workers."""
         for job in self._jobs:
-            job.process.signal(signal.SIGTERM)  # all at once, so that the graces do not add up
+            job.process.signal(signal.SIGTERM)  # all at once, so that grace periods overlap
         for job in self._jobs:
             job.process.terminate(self._launch.engine.end_seconds)
         self._jobs.clear()
 
     def _ended(self, job: _Job, code: int) -> None:
-        """Takes note of a job's end; a good one means that its workers saw the run's end."""
+        """Records a job's end; without an error its workers saw the run's end."""
         self._jobs.remove(job)
         if code:
             self._failed(job.workers, job, describe_exit(code))
@@ -262,7 +259,7 @@ class Jobs:
             self._finished.update({(job.kind, number): job for number in job.workers})
 
     def _watch(self, job: _Job, now: float) -> None:
-        """Gives up those workers of a running job that are dead or silent, and ends them."""
+        """Gives up and kills the dead or silent workers of a running job."""
         for number in sorted(job.workers):
             how = self._fault_of(job, number, now)
             if how:
@@ -277,18 +274,17 @@ class Jobs:
             self._jobs.remove(job)
 
     def _fault_of(self, job: _Job, number: int, now: float) -> str:
-        """How a worker of a running job is dead or silent; empty: it is neither."""
+        """How a worker of a running job failed; empty if it is neither dead nor silent."""
         dead = job.death_of(number, self._own) if self._launch.engine.runs_locally else ''
         return dead or job.silence_of(number, now)
 
     def _give_up(self, numbers: Sequence[int], job: _Job, how: str) -> None:
-        """No longer relies on the job for these workers."""
         self._failed(numbers, job, how)
         job.workers.difference_update(numbers)
         job.lost.update(numbers)
 
     def _recall_finished(self, now: float) -> None:
-        """Counts it as a failure when all workers of a kind ended well but the run goes on."""
+        """Counts a failure when all workers of a kind ended without error before the run."""
         for kind, count in self._config.run.workers.items():
             workers = [(kind, number) for number in range(count)]
             if not all(worker in self._finished for worker in workers):
@@ -301,24 +297,24 @@ class Jobs:
                 self._failed([worker[1]], job, 'ended before the run did')
 
     def _failed(self, numbers: Collection[int], job: _Job, how: str) -> None:
-        """Counts a failure of each of these workers and says when to submit it again."""
+        """Counts a failure of each of these workers and plans its next submission."""
         failures = {number: self._count_failure(number, job) for number in sorted(numbers)}
         self.failures += len(failures)
         given_up = [number for number, count in failures.items() if count >= MAX_FAILURES]
         if given_up:
             raise WorkersFailedError(
-                f'{_names(job.kind, given_up)} failed {MAX_FAILURES} times in a row,'
-                f' the last time it {how}; {job.process.describe_failure()}'
+                f'{_names(job.kind, given_up)}: failed {MAX_FAILURES} times in a row (last: {how});'
+                f' {job.process.describe_failure()}'
             )
         error = job.process.last_error()
         self._news.append(
-            f'{_names(job.kind, failures)} {how}{error and f" ({error})"}, failure'
-            f' {max(failures.values())} in a row, {MAX_FAILURES} end the run; log:'
+            f'{_names(job.kind, failures)}: {how}{error and f" ({error})"}, failure'
+            f' {max(failures.values())} in a row ({MAX_FAILURES} end the run); log:'
             f' {job.process.spec.log_file}'
         )
 
     def _count_failure(self, number: int, job: _Job) -> int:
-        """Plans a worker's next submission; returns how often it has failed in a row."""
+        """Plans a worker's next submission; returns its failures in a row."""
         history = self._history.setdefault((job.kind, number), _History())
         _, heard = job.heard.get(number, (None, job.submitted))
         if heard - job.submitted > HEALTHY_SECONDS:
@@ -332,17 +328,17 @@ class Jobs:
         number, self.submissions = self.submissions, self.submissions + 1
         process = SupervisedProcess(
             ProcessSpec(
-                name=f'the {kind} job {number}',
+                name=f'{kind} job {number}',
                 argv=self._command(kind, workers, number),
                 log_file=self._directory.logs / f'{kind}-{number}.log',
                 environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '1'},
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
-        self._state_file(kind, number).unlink(missing_ok=True)  # of a job before a resumption
+        state_file = self._state_file(kind, number)
+        state_file.unlink(missing_ok=True)  # may remain from before a resumption
         process.start()
         start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
-        state_file = self._state_file(kind, number)
         self._jobs.append(_Job(process, kind, number, set(workers), now, start_seconds, state_file))
 
     def _beam_command(self, kind: str, workers: Sequence[int], submission: int) -> list[str]:
@@ -370,7 +366,7 @@ class Jobs:
         return (self._directory.logs / f'{kind}-{submission}.state').resolve()
 
     def _job_name(self, kind: str, submission: int) -> str:
-        """A name that engines accept and that no other job has, of this run or another."""
+        """A name that engines accept, unique among the jobs of all runs."""
         flags = [*self._launch.beam_flags, *self._launch.flags_of(kind)]
         run = value_of('--job_name', flags) or f'gorila-{self._directory.path.name}'
         return re.sub('[^a-z0-9]+', '-', f'{run}-{self._name}-{kind}-{submission}'.lower())
@@ -381,6 +377,6 @@ def _names(kind: str, numbers: Iterable[int]) -> str:
 
 
 def _first_unused(logs: pathlib.Path) -> int:
-    """A number above those of all jobs that have left a log."""
+    """The number above those of all jobs that have a log."""
     numbers = (re.fullmatch(r'[a-z]+-(\d+)', log.stem) for log in logs.glob('*.log'))
     return 1 + max((int(match[1]) for match in numbers if match), default=-1)

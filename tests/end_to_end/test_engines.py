@@ -174,7 +174,7 @@ def test_jobs_submitted_to_dataflow_train_where_their_pipelines_are_run(tmp_path
         assert submitted, launching.output(run_dir)
         for kind, job in zip(('actor-0', 'learner-1'), sorted(j['name'] for j in service.jobs)):
             assert re.fullmatch(f'gorila-run-[0-9a-f]{{6}}-{kind}', job)
-        page = 'the learner job 1: running, https://console.cloud.google.com/dataflow/jobs/r/job-'
+        page = 'learner job 1: running, https://console.cloud.google.com/dataflow/jobs/r/job-'
         assert eventually(lambda: page in launching.output(run_dir), 60.0)
         results = [
             run_portably(tmp_path / kind / 'pipeline.pb', portable_flags)

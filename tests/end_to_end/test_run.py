@@ -82,7 +82,7 @@ def test_a_run_whose_terminal_goes_away_ends_in_order_and_keeps_logs_of_failures
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     run_dir = tmp_path / 'run'
     with launching.terminal(run_dir, *launching.SMALL) as (process, shown):
-        reason = 'actor 0 ended with exit code 1 (OSError: no licence), failure 1 in a row'
+        reason = 'actor 0: ended with exit code 1 (OSError: no licence), failure 1 in a row'
         assert eventually(lambda: reason in shown(), launching.START_SECONDS), shown()
     assert process.wait(60) == 128 + signal.SIGHUP
     assert launching.summary(run_dir)['exit_reason'] == 'SIGHUP'

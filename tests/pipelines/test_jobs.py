@@ -276,7 +276,7 @@ def test_how_workers_failed_is_told_once_with_the_error_and_the_log(make_run):
     run.supervise(1.0, ALL[2:])
     assert run.jobs.failures == 2
     (text,) = run.jobs.news()
-    assert text.startswith('actor 0, 1 ended with exit code 1 (OSError: no room), failure 1 in a')
+    assert text.startswith('actor 0, 1: ended with exit code 1 (OSError: no room), failure 1 in a')
     assert text.endswith(f'log: {run.directory.logs}/actor-0.log')
     assert run.jobs.news() == []
 
@@ -316,7 +316,7 @@ def test_a_worker_that_fails_again_and_again_ends_the_run_with_its_log(make_run)
             now += 10.0
             run.supervise(now, ALL[:2])
     message = str(failure.value)
-    assert 'learner 0 failed 5 times' in message
+    assert 'learner 0: failed 5 times' in message
     assert 'exit code 3' in message
     assert message.endswith('cannot open the display')
     assert run.jobs.restarts == {'learner': 4}
@@ -385,7 +385,7 @@ def test_what_an_engine_says_of_a_job_is_told_once(make_run):
     run.jobs.start(1.0)
     assert run.jobs.news() == []
     state.write_text('running, https://page')
-    assert run.jobs.news() == ['the learner job 1: running, https://page']
+    assert run.jobs.news() == ['learner job 1: running, https://page']
     assert run.jobs.news() == []
 
 
