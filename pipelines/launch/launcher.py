@@ -1,9 +1,9 @@
-"""One run from servers to summary: starts the boxes, watches them, checkpoints, evaluates.
+"""Runs an experiment: starts servers and workers, supervises them, checkpoints, evaluates.
 
     cluster (replay, parameter server) <- actors' job, learners' job -> telemetry -> monitor
 
-In: an experiment and a run directory. Out: the directory's files and an exit code. No data of the
-training passes through here, only statistics.
+In: an experiment and a run directory. Out: the directory's files and an exit code. Only statistics
+pass through this process, no training data.
 """
 
 import contextlib
@@ -59,11 +59,11 @@ _FAILED = 'failed'  # begins the reason of a run that failed
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came after the training.
+    """Results of evaluation and export.
 
     Attributes:
-      evaluation: as in the summary; None: none.
-      exported: whether `policy/` is what was learned.
+      evaluation: as in the summary; None without one.
+      exported: whether `policy/` holds the final parameters.
       missing: commands that were due and did not finish.
     """
 
@@ -74,15 +74,15 @@ class Outcome:
 
 @dataclasses.dataclass
 class Launcher:
-    """What a run's phases share.
+    """State that a run's phases share.
 
     Attributes:
       config: the experiment.
-      launch: how it was asked for.
+      launch: how to launch it.
       directory: the run's, locked by this process.
-      display: where progress is shown.
-      signals: whether the user wants it to stop.
-      failures: of servers and workers so far; the logs say why.
+      display: shows progress.
+      signals: whether the user has requested the end.
+      failures: number of failures of servers and workers; the logs give the reasons.
     """
 
     config: ExperimentConfig
@@ -105,7 +105,7 @@ class Launcher:
                     reason = self._train(checkpoints, monitor, resumed)
             except UsageError:
                 raise
-            except Exception as error:  # of any kind: what was learned is evaluated and summed up
+            except Exception as error:  # of any kind: the summary must be written
                 self.failures += 1
                 logging.exception('the run failed')
                 kind = '' if isinstance(error, FAILURES) else f'unexpected {type(error).__name__}: '
@@ -130,18 +130,18 @@ class Launcher:
         return 0 if whole else _FAILED_EXIT_CODE
 
     def _write_summary(self, monitor: Monitor, reason: str, outcome: Outcome) -> bool:
-        """Writes the summary and the picture; whether all of it could be. The display ends."""
+        """Ends the display, writes summary and learning curve; returns whether it succeeded."""
         self.display.end(monitor.state())
         try:
             monitor.write_summary(reason, outcome.evaluation)
-        except Exception as error:  # of any kind: the checkpoint and the evaluation are there
+        except Exception as error:  # of any kind: checkpoint and evaluation are already written
             logging.exception('results')
-            self.display.message(f'run.py: not every result is written: {error}')
+            self.display.message(f'run.py: some results are not written: {error}')
             return False
         return True
 
     def _tell_result(self, outcome: Outcome, summarised: bool) -> None:
-        """The last line: what came of the run, and where it lies; before it, how to load that."""
+        """Prints the result and where it is, after hints on loading it and on what is missing."""
         if outcome.exported and (hint := loading_hint(self.directory.policy)):
             self.display.message(hint)
         if outcome.missing:
@@ -174,7 +174,7 @@ class Launcher:
     def _train(
         self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
     ) -> str:
-        """Runs servers and jobs until the budget, a signal or a failure; returns the reason."""
+        """Trains until the budget is reached or a signal arrives; returns which."""
         attached = self.launch.parameter_addresses and self.launch.replay_addresses
         self.display.phase('connecting to servers' if attached else 'starting servers')
         with self._training(checkpoints, monitor, resumed) as training:
@@ -184,7 +184,7 @@ class Launcher:
     def _training(
         self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
     ) -> Iterator[Training]:
-        """Servers that serve, and everything that watches them; closed in the reverse order."""
+        """Opens servers and everything that supervises them; closes them in reverse order."""
         with contextlib.ExitStack() as stack:
             servers = cluster_config(self.config, self.launch, self.directory.path)
             cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
@@ -201,7 +201,7 @@ class Launcher:
             client = stack.enter_context(connect())
             saver = Saver(checkpoints, stack.enter_context(connect()), self.display.message)
             owner = str(self.directory.path)
-            _take(client, owner)
+            _claim(client, owner)
             reader = stack.enter_context(TelemetryReader(addresses.telemetry))
             first_submission = (resumed or {}).get('submissions', 0)
             jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
@@ -235,7 +235,7 @@ class Launcher:
         )
 
     def _evaluate(self) -> Outcome:
-        """Evaluates and exports the last checkpoint, side by side, in processes of their own."""
+        """Evaluates and exports the last checkpoint, in two parallel processes."""
         file = self.directory.path / EVALUATION_FILE
         children = [self._child('evaluate', f'--output={file}'), self._child('export')]
         if not self.signals.received:
@@ -255,13 +255,13 @@ class Launcher:
         return Outcome(read_result(file) if evaluated else None, exported, missing)
 
     def _await(self, children: Sequence[SupervisedProcess], progress: pathlib.Path) -> None:
-        """Shows how many games there are until all children have ended, or the user stops it."""
+        """Shows the number of games until all children have ended, or a signal arrives."""
         deadline = time.monotonic() + _FINISH_SECONDS
         done, episodes = 0, self.config.run.evaluation_episodes
-        progress.unlink(missing_ok=True)  # of an evaluation that was killed
+        progress.unlink(missing_ok=True)  # may remain from a killed evaluation
         while any(child.poll() is None for child in children) and not self.signals.received:
             if time.monotonic() > deadline:
-                self.display.message(f'no evaluation within {_FINISH_SECONDS:g} s: given up')
+                self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
                 return
             done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
             self.display.phase(f'evaluating {done}/{episodes}')
@@ -282,7 +282,7 @@ class Launcher:
                 environment={
                     'TF_CPP_MIN_LOG_LEVEL': '2',
                     'TF_NUM_INTRAOP_THREADS': '1',
-                    'CUDA_VISIBLE_DEVICES': '-1',  # an accelerator is the learners'
+                    'CUDA_VISIBLE_DEVICES': '-1',  # accelerators are for learners
                 },
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
@@ -290,14 +290,14 @@ class Launcher:
 
 
 def exit_reason(reason: str, signal_name: str) -> str:
-    """Why a run ended, when a user's signal (empty: none) came too: what was lost is not hidden."""
+    """Why a run ended, given the name of the user's signal (may be empty); keeps a failure."""
     if not signal_name:
         return reason
     return f'{signal_name}; {reason}' if reason.startswith(_FAILED) else signal_name
 
 
-def _take(client: ParameterClient, run: str) -> None:
-    """Takes the shards for this run.
+def _claim(client: ParameterClient, run: str) -> None:
+    """Claims the parameter shards for this run.
 
     Raises:
       UsageError: they hold the parameters of another network, or belong to another run.
@@ -309,7 +309,7 @@ def _take(client: ParameterClient, run: str) -> None:
 
 
 def _mirrored(launcher: Launcher, remote: RemoteRun) -> int:
-    """`Launcher.run`, its directory copied to a remote place meanwhile and at its end."""
+    """Calls `Launcher.run` and copies its directory to the remote place, during and after it."""
     with Mirror(remote, launcher.directory, launcher.display.message) as mirror:
         code = launcher.run()
         launcher.display.phase(f'copying to {remote.url}')
@@ -317,12 +317,12 @@ def _mirrored(launcher: Launcher, remote: RemoteRun) -> int:
     local = launcher.directory.path
     if mirror.problem:
         launcher.display.message(
-            f'run.py: {remote.url} lacks a part of the run: {mirror.problem}; all of it is in'
-            f' {local}, and {command("mirror", local)} sends it'
+            f'run.py: {remote.url}: incomplete ({mirror.problem}); {local} is complete. Fix: run'
+            f' {command("mirror", local)}.'
         )
         return _FAILED_EXIT_CODE
     if not launcher.directory.unwanted(None):
-        launcher.display.message(f'{remote.url} has all of it')
+        launcher.display.message(f'{remote.url} is complete')
     return code
 
 
@@ -335,14 +335,14 @@ def launch(
     """Runs the experiment in `directory`, a working copy of `remote`; returns the exit code.
 
     Raises:
-      UsageError: a resumed run has no checkpoint that can be read.
+      UsageError: a resumed run has no readable checkpoint.
     """
-    # force: modules of Beam log while they are imported, and logging then has a handler already.
+    # force: Beam's modules log during their import, which installs a handler.
     log_file = pathlib.Path(directory.logs) / 'launcher.log'
     logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
-    with contextlib.suppress(RuntimeError):  # looked at already
-        tf.config.set_visible_devices([], 'GPU')  # the learners'
-    logging.raiseExceptions = False  # a full disk is told by who writes results, not by the log
+    with contextlib.suppress(RuntimeError):  # raised if TensorFlow has already used its devices
+        tf.config.set_visible_devices([], 'GPU')  # accelerators are for learners
+    logging.raiseExceptions = False  # on a full disk result writers report it, not the log
     with (
         temporary_files(),
         open_display() as display,

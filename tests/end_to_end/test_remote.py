@@ -54,7 +54,7 @@ def test_an_interrupted_run_at_a_bucket_exits_130_and_goes_on_from_the_bucket_al
         told = launching.output(copy)
         assert 'a second signal stops at once' in told
         assert '] training' not in told.partition('] stopping workers')[2]
-        assert f'gs://{BUCKET}/runs/pong has all of it' in told
+        assert f'gs://{BUCKET}/runs/pong is complete' in told
         assert gcs.names(BELOW) == lasting_files(copy)
         first = content(gcs, 'summary.json')
         assert first == launching.summary(copy)

@@ -331,7 +331,7 @@ class TestMirror:
     def test_the_launcher_keeps_the_exit_code_of_a_run_that_is_there(self, start, code, capsys):
         new = start()
         assert launch(new, lambda: code) == code
-        assert f'{URL} has all of it' in capsys.readouterr().out
+        assert f'{URL} is complete' in capsys.readouterr().out
 
     @pytest.mark.usefixtures('short_periods')
     def test_what_could_not_be_sent_is_named_and_sent_by_a_command(

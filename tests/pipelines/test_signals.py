@@ -176,4 +176,4 @@ def test_a_picture_that_cannot_be_drawn_hides_no_other_result(directory, signals
     with Monitor(directory, MonitorConfig('pong', 'laptop', seed=1, max_frames=1000)) as monitor:
         assert not launcher._write_summary(monitor, 'max_frames', Outcome())
     assert directory.summary_file.exists()
-    assert 'run.py: not every result is written: ' in capsys.readouterr().out.splitlines()[-1]
+    assert 'run.py: some results are not written: ' in capsys.readouterr().out.splitlines()[-1]
