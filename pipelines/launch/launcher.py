@@ -111,8 +111,9 @@ class Launcher:
                 kind = '' if isinstance(error, FAILURES) else f'unexpected {type(error).__name__}: '
                 text = '; '.join([f'{kind}{error}', *getattr(error, '__notes__', ())])
                 reason = f'{_FAILED}: {text}'
-                resume = '; --resume continues from the last checkpoint'
-                self.display.message(f'run.py: {text}{resume * self.directory.has_checkpoint()}')
+                self.display.message(f'run.py: {text}')
+                if self.directory.has_checkpoint():
+                    self.display.message('run.py: --resume continues from the last checkpoint')
             monitor.end_training()
             unused = resumed is None and not monitor.state().agent_steps
             if self.signals.received and unused and not self.failures:

@@ -1,6 +1,6 @@
-"""Saves a run beside its watch: what to save in, files and their outcome out.
+"""Writes checkpoints in a thread: what to save in, files and their outcome out.
 
-A save waits for shards that hang, and a replay writes gigabytes; meanwhile the watch must go on.
+A save may wait for a shard that hangs and write gigabytes; supervision must continue meanwhile.
 """
 
 import concurrent.futures
@@ -19,19 +19,18 @@ class Saver:
     """Writes one checkpoint at a time, in a thread.
 
     Attributes:
-      whole: whether a checkpoint is being written, not the parameters alone.
-      replay: addresses of the replay shards that belong to it; they may answer nobody meanwhile.
+      whole: whether a whole checkpoint is being written, not the parameters alone.
+      replay: addresses of the replay shards in it, which may not answer while they write.
     """
 
     def __init__(
         self, checkpoints: Checkpoints, client: ParameterClient, tell: Callable[[str], None]
     ):
-        """Saves nothing yet.
-
+        """
         Args:
           checkpoints: of the run.
-          client: for this alone, since calls of one client take turns.
-          tell: is told of a checkpoint that cannot be written.
+          client: used by nothing else, since calls of one client take turns.
+          tell: receives a line for each checkpoint that cannot be written.
         """
         self._checkpoints, self._client, self._tell = checkpoints, client, tell
         self._saving: concurrent.futures.Future[None] | None = None
@@ -40,24 +39,24 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Whether a save is in progress."""
         return self._saving is not None and not self._saving.done()
 
     def save(self, replay: Sequence[str], counters: Mapping[str, Any]) -> bool:
-        """Begins a checkpoint; returns whether the replay shards at these addresses are in it."""
+        """Starts a checkpoint; returns whether it includes the replay shards."""
         self.whole = True
         self.replay = replay if self._checkpoints.with_replay else ()
         self._begin(lambda: self._checkpoints.save(self._client, replay, counters))
         return bool(self.replay)
 
     def save_parameters(self) -> None:
-        """Begins to save the parameters alone."""
+        """Starts to save the parameters alone."""
         self._begin(lambda: self._checkpoints.save_parameters(self._client))
 
     def ended(self) -> bool:
-        """Whether what was begun last has just been written; what could not be is told here.
+        """Returns whether a save has succeeded since the last call; reports a failed one.
 
-        The checkpoint before it stays in force.
+        After a failure the previous checkpoint remains current.
         """
         if self._saving is None or self.busy:
             return False
@@ -65,11 +64,11 @@ class Saver:
         self.whole, self.replay = False, ()
         try:
             saving.result()
-        except Exception as error:  # of any kind: the one before is there, and the next is due
+        except Exception as error:  # of any kind: the previous one remains and the next will come
             logging.exception('no checkpoint')
             foreseen = isinstance(error, OSError | ParameterServerError | ReplayError)
             kind = '' if foreseen else f'unexpected {type(error).__name__}: '
-            self._tell(f'no checkpoint written: {kind}{error}')
+            self._tell(f'checkpoint: not written ({kind}{error})')
             return False
         return True
 
@@ -79,7 +78,7 @@ class Saver:
         def run() -> None:
             try:
                 future.set_result(write())
-            except BaseException as error:  # raised again, or told, where it is asked for
+            except BaseException as error:  # raised again or reported by `ended`
                 future.set_exception(error)
 
         self._saving = future

@@ -1,4 +1,4 @@
-"""An experiment and where its servers are in, the configuration of the cluster out."""
+"""Experiment and launch options in, configuration of the cluster out."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from pipelines.storage.run_directory import SHARD_CHECKPOINTS
 def cluster_config(
     config: ExperimentConfig, launch: Launch, directory: pathlib.Path
 ) -> ClusterConfig:
-    """The servers of a run, or those it attaches to."""
+    """The servers that a run starts or attaches to."""
     from pipelines.experiment import builders
 
     return ClusterConfig(

@@ -1,6 +1,6 @@
-"""Asks a run's servers how they are: reports and counts in; those of ours that hang are killed.
+"""Polls a run's servers: reports and counts out; kills own servers that hang.
 
-What runs is looked after by `infra/cluster.py`; only who asks a server notices that it hangs.
+`infra/cluster.py` restarts servers that exit; only a client notices one that hangs.
 """
 
 import dataclasses
@@ -17,30 +17,30 @@ from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
 
 HUNG_SECONDS = 30.0
-"""A server of ours that answers nobody for so long is killed and started again."""
+"""A server of the run that does not answer for this long is killed and restarted."""
 AWAY_SECONDS = 120.0
-"""A parameter shard of others' that is away for so long ends the run."""
+"""An attached parameter shard that is unreachable for this long ends the run."""
 REPLAY_AWAY_SECONDS = 900.0
-"""A replay shard of others' likewise: it answers nobody while it writes its state, for minutes."""
+"""The same for an attached replay shard, which does not answer for minutes while it saves."""
 ASK_SECONDS = 5.0
-"""A shard that answers later may be restarting, or hang."""
+"""A shard that takes longer to answer may be restarting or hang."""
 _LONGEST_PAUSE_SECONDS = 144.0  # gRPC's between two attempts to connect: 120 s and a fifth
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Addresses of the replay shards (none in the bundled topology), and their status."""
+    """The replay shards' addresses (empty in the bundled topology) and status."""
 
     addresses: tuple[str, ...]
     status: StatusReader
 
 
 class ServerWatch:
-    """Knows which servers do not answer, and ends what cannot be helped.
+    """Tracks servers that do not answer; kills those that hang, ends the run for attached ones.
 
     Attributes:
       parameters: parameter shards that do not answer.
-      replays: replay shards that do not answer, the one that hands on the telemetry included.
+      replays: replay shards that do not answer, including the server of the telemetry queue.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ServerWatch:
         replay: Replay,
         tell: Callable[[str], None],
     ):
-        """`client`, `reader`, `replay`: ask the cluster's servers; `tell`: takes messages."""
+        """`client`, `reader` and `replay` query the cluster's servers; `tell` prints a message."""
         self._cluster, self._client, self._reader = cluster, client, reader
         self._replay, self._tell = replay, tell
         self._own_time = OwnTime()
@@ -60,10 +60,10 @@ class ServerWatch:
         self.parameters, self.replays = Silences(), Silences()
 
     def hears_workers(self) -> bool:
-        """Whether workers that live are heard now; to be asked at each look.
+        """Whether a live worker's heartbeats would arrive now; call it at each look.
 
-        They wait in silence for a server that does not answer; when it does, their channels to it
-        pause for up to as long as it was away.
+        Workers wait in silence for a server that does not answer. Once it does, their channels to
+        it may stay down for as long again.
         """
         now = self._own_time.look()
         if not self._reader.hears or self.parameters or self.replays:
@@ -75,18 +75,18 @@ class ServerWatch:
         return now >= self._hears_from
 
     def ask_parameters(self, owner: str) -> list[dict[str, Any]] | None:
-        """The parameter shards' reports; None: one does not answer.
+        """The parameter shards' reports; None if a shard does not answer.
 
         Raises:
-          ParameterServerUnavailable: it is not this run's to start again, and stays away.
+          ParameterServerUnavailable: an attached shard is unreachable for too long.
         """
         try:
             shards = self._client.report(ASK_SECONDS, owner)['shards']
         except ParameterServerUnavailable as error:
             if not self.parameters:
                 self._tell(str(error))
-            others = bool(self._cluster.config.parameter_addresses)
-            self._see(self.parameters, error, error.address, AWAY_SECONDS if others else None)
+            attached = bool(self._cluster.config.parameter_addresses)
+            self._handle(self.parameters, error, error.address, AWAY_SECONDS if attached else None)
             return None
         self.parameters.clear()
         return shards
@@ -94,10 +94,10 @@ class ServerWatch:
     def ask_replay(self, saving: Sequence[str]) -> Sequence[Mapping[str, Any]]:
         """Each replay shard's status; empty for one that does not answer.
 
-        `saving`: addresses of those that may be writing a checkpoint, and answer nobody for it.
+        `saving`: addresses of shards that may not answer because they write a checkpoint.
 
         Raises:
-          ReplayUnavailable: it is not this run's to start again, and stays away.
+          ReplayUnavailable: an attached shard is unreachable for too long.
         """
         telemetry = self._cluster.telemetry_address
         statuses = self._replay.status.read() if self._replay.addresses else []
@@ -107,15 +107,15 @@ class ServerWatch:
             if answer or address in saving:
                 self.replays.see(address, True, self._own_time.look())
                 continue
-            error = ReplayUnavailable(f'replay shard {address} does not answer: is it running?')
-            others = bool(self._cluster.config.replay_addresses)
-            self._see(self.replays, error, address, REPLAY_AWAY_SECONDS if others else None)
+            error = ReplayUnavailable(f'replay shard {address}: no answer. Fix: start it again.')
+            attached = bool(self._cluster.config.replay_addresses)
+            self._handle(self.replays, error, address, REPLAY_AWAY_SECONDS if attached else None)
         return statuses
 
-    def _see(
+    def _handle(
         self, silences: Silences, error: Exception, address: str, bound_seconds: float | None
     ) -> None:
-        """Deals with a server that does not answer; `bound_seconds`: for one of others'."""
+        """Handles a server that does not answer. `bound_seconds`: None for the run's own."""
         now = self._own_time.look()
         silent = silences.see(address, False, now)
         if bound_seconds is not None:
@@ -123,14 +123,14 @@ class ServerWatch:
                 raise error
         elif silent > HUNG_SECONDS:
             if silences is self.replays and _answers_anew(address):
-                silences.restart(address, now)  # old channels to it pause: it was away for long
+                silences.restart(address, now)  # only old channels to it are still down
             elif self._cluster.kill_hung(address, HUNG_SECONDS):
-                self._tell(f'{address} has not answered for {silent:.0f} s: killed, to start again')
+                self._tell(f'{address}: no answer for {silent:.0f} s, killed to restart it')
                 silences.restart(address, now)
 
 
 def _answers_anew(address: str) -> bool:
-    """Whether a replay shard answers over a new channel, in a pool that Reverb's do not share."""
+    """Whether a replay shard answers over a new channel, outside Reverb's pool."""
     try:
         ask_replay_shard(address, ASK_SECONDS)
     except NoAnswer:

@@ -166,8 +166,8 @@ def test_a_run_that_failed_names_a_checkpoint_only_where_one_is(
     assert launcher.run() == 1
     lines = capsys.readouterr().out.splitlines()
     assert 'could not be saved' in lines[0]
-    assert ('--resume' in lines[0]) == saved
-    assert '] ended | frames 0' in lines[1]
+    assert ('--resume' in lines[1]) == saved
+    assert '] ended | frames 0' in lines[1 + saved]
 
 
 def test_a_picture_that_cannot_be_drawn_hides_no_other_result(directory, signals, capsys):

@@ -94,7 +94,7 @@ def test_a_run_that_saves_no_replay_does_not_try_again_without_it(training, monk
     monkeypatch.setattr(run.saver._client, 'save', lambda _: (_ for _ in ()).throw(OSError('full')))
     with pytest.raises(LastCheckpointError):
         run._last_checkpoint()
-    assert told.getvalue().count('no checkpoint written: full') == 1
+    assert told.getvalue().count('checkpoint: not written (full)') == 1
     assert 'without the replay' not in told.getvalue()
 
 
@@ -126,7 +126,7 @@ def test_the_last_checkpoint_waits_for_a_server_that_is_started_again(training, 
     assert next(answers, 'none') == 'none'
     assert saved == [('replay:1',)]
     assert len(directory.latest_checkpoints()) == 1
-    assert 'no checkpoint written' not in told.getvalue()
+    assert 'not written' not in told.getvalue()
 
 
 def test_a_checkpoint_on_the_way_keeps_parameters_and_replay_together(training, dead_replay):
@@ -134,7 +134,7 @@ def test_a_checkpoint_on_the_way_keeps_parameters_and_replay_together(training, 
     run._begin_checkpoint(run.replay.addresses)
     assert not run._await_saver()
     assert not directory.latest_checkpoints()  # the one before stays in force
-    assert 'no checkpoint written: replay shard replay:1' in told.getvalue()
+    assert 'checkpoint: not written (replay shard replay:1' in told.getvalue()
 
 
 def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, monkeypatch):
@@ -250,7 +250,7 @@ def test_a_replay_shard_of_others_that_stays_away_ends_the_run(training, monkeyp
     run.replay.status.read = lambda: [{}]
     run._ask()
     monkeypatch.setattr(shard_watch, 'REPLAY_AWAY_SECONDS', 0.0)
-    with pytest.raises(ReplayUnavailable, match='replay shard replay:1 does not answer'):
+    with pytest.raises(ReplayUnavailable, match='replay shard replay:1: no answer'):
         run._ask()
 
 
@@ -264,7 +264,7 @@ def test_nothing_is_saved_from_shards_that_are_away(hanging, monkeypatch):
     run._checkpoint_due = Due(0.0)
     run._save_if_due()
     assert not run.saver.busy
-    assert 'no checkpoint written' not in told.getvalue()
+    assert 'not written' not in told.getvalue()
 
 
 def test_a_run_that_fails_says_so_of_its_last_checkpoint_too(hanging, monkeypatch):
@@ -365,7 +365,7 @@ def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
     monkeypatch.setattr(run.saver._client, 'save', fail)
     run._begin_checkpoint(())
     assert not run._await_saver()
-    assert "no checkpoint written: unexpected KeyError: 'files'" in told.getvalue()
+    assert "checkpoint: not written (unexpected KeyError: 'files')" in told.getvalue()
 
 
 def test_a_users_signal_hides_no_failure():
