@@ -1,9 +1,8 @@
-"""Watches a run: statistics in, restarts and checkpoints out.
+"""Supervises a running experiment: statistics in, restarts and checkpoints out.
 
-Runs in the launcher, in one thread, about twice a second; checkpoints are written beside it. No
-data of the training passes through here; what goes wrong with one box is left to the box's own
-supervisor (`infra/cluster.py` for servers, `pipelines/launch/shard_watch.py` for those that hang,
-`pipelines/launch/jobs.py` for workers).
+Runs in one thread of the launcher, about twice a second; another thread writes checkpoints. Each
+box has its own supervisor: `infra/cluster.py` for servers, `pipelines/launch/shard_watch.py` for
+servers that hang, `pipelines/launch/jobs.py` for workers.
 """
 
 import contextlib
@@ -30,22 +29,22 @@ from pipelines.monitoring.monitor import Monitor, RunState
 
 _POLL_SECONDS = 0.5
 _STOPPING = (
-    'stopping and writing a checkpoint; a second signal stops at once, which loses what came after'
-    ' the last checkpoint'
+    'stopping and writing a checkpoint; a second signal stops at once and loses what came after the'
+    ' last checkpoint'
 )
 _STATUS_SECONDS = 2.0
-_DRAIN_SECONDS = 120.0  # an update, a segment's end and a writer's close, on a busy machine
-_RETURN_SECONDS = 90.0  # a server that hangs is killed after 30, and serves again within a minute
-_PARAMETERS_SECONDS = 60.0  # what a shard's death may cost; a save takes under a second
-_OUTLIERS_TOLD = 0.001  # share of the gradients above which dropping them is worth a word
-_FEW_GRADIENTS = 1_000  # fewer tell nothing of a share
+_DRAIN_SECONDS = 120.0  # an update, the end of a segment and of a writer, on a busy machine
+_RETURN_SECONDS = 90.0  # a server that hangs is killed after 30 and restarts within a minute
+_PARAMETERS_SECONDS = 60.0  # training that a shard's death may cost; a save takes under a second
+_MANY_OUTLIERS = 0.001  # share of dropped gradients that is worth a warning
+_FEW_GRADIENTS = 1_000  # too few to estimate that share
 
 
 class LastCheckpointError(Exception):
-    """What was learned since the checkpoint before could not be saved."""
+    """A run's last checkpoint could not be written."""
 
     def __init__(self) -> None:
-        super().__init__('what was learned since the last checkpoint, if any, could not be saved')
+        super().__init__('progress since the last checkpoint, if any, could not be saved')
 
 
 FAILURES = (
@@ -57,41 +56,35 @@ FAILURES = (
     UnforeseenError,
     OSError,
 )
-"""What a run may end by."""
+"""Errors that may end a run."""
 
 
 class Due:
-    """Says, once every `period_seconds`, that something is due; the first time after one period."""
+    """Is due once every `period_seconds`: first after one period, or `at_once`."""
 
     def __init__(self, period_seconds: float, at_once: bool = False):
-        """`at_once`: the first time now."""
         self._period = period_seconds
-        self.postpone()
-        if at_once:
-            self._next = time.monotonic()
-
-    def postpone(self) -> None:
-        """Begins a new period now."""
-        self._next = time.monotonic() + self._period
+        self._next = time.monotonic() + (0.0 if at_once else period_seconds)
 
     def take(self) -> bool:
-        """Whether it is due; if so, a new period begins."""
-        if time.monotonic() < self._next:
+        """Whether it is due; if so, starts a new period."""
+        now = time.monotonic()
+        if now < self._next:
             return False
-        self.postpone()
+        self._next = now + self._period
         return True
 
 
 @dataclasses.dataclass
 class Training:
-    """A run's boxes at work.
+    """Supervises the boxes of a run, all open.
 
     Attributes:
       config: the experiment.
-      display: where progress is shown.
+      display: shows progress.
       owner: the run's name at the parameter server.
-      interrupted: name of the signal by which the user asked for a stop, or empty.
-      cluster, client, reader, jobs, monitor, saver, replay: the boxes, open.
+      interrupted: returns the name of the user's signal, empty before it.
+      cluster, client, reader, jobs, monitor, saver, replay: the boxes.
     """
 
     config: ExperimentConfig
@@ -111,29 +104,31 @@ class Training:
         self._reruns: Counter[str] = Counter()
         self._reruns_before: Counter[str] | None = None
         self._bundles: dict[int, Mapping[str, Any]] = {}
-        self._told_malformed = False
         self._status_due = Due(_STATUS_SECONDS)
         self._parameters_due = Due(_PARAMETERS_SECONDS)
         self._checkpoint_due = Due(self.config.run.checkpoint_period_seconds)
         self._own_time = OwnTime()
-        self._hearing = OwnTime()  # stands still while workers are not heard, or wait in silence
+        self._hearing = OwnTime()  # pauses while workers cannot be heard or wait in silence
         self._servers = ServerWatch(
             self.cluster, self.client, self.reader, self.replay, self.display.message
         )
         self._guard = Guard(self.display.message, FAILURES)
         self._clock_before: tuple[int, int] | None = None
-        self._acknowledged = self._learned = self._ending = self._outliers_told = False
+        self._learned = self._ending = False
+        self._shown: set[str] = set()
         self._rollbacks = 0
 
     def run(self) -> str:
-        """Watches until the budget is reached or the user stops it; returns why it ended.
+        """Trains until the budget is reached or a signal arrives; returns which.
+
+        Tries to write a checkpoint before it raises an error.
 
         Raises:
-          WorkersFailedError: workers cannot be kept alive; a checkpoint was tried.
-          ClusterError: nor a server; likewise.
-          ParameterServerError, ReplayError, OSError: statistics cannot be had or written; likewise.
-          UnforeseenError: one and the same look fails again and again; likewise.
-          LastCheckpointError: the run is over, but what it learned could not be saved.
+          WorkersFailedError: a worker fails again and again.
+          ClusterError: a server fails again and again.
+          ParameterServerError, ReplayError, OSError: statistics cannot be fetched or written.
+          UnforeseenError: an act of the loop fails again and again.
+          LastCheckpointError: the run has ended, but its last checkpoint could not be written.
         """
         if self.interrupted():
             return self.interrupted()
@@ -148,13 +143,17 @@ class Training:
         return reason
 
     def _acknowledge(self) -> None:
-        """Confirms the user's signal, once."""
-        if not self._acknowledged and (name := self.interrupted()):
-            self._acknowledged = True
-            self.display.message(f'{name}: {_STOPPING}')
+        if name := self.interrupted():
+            self._message_once(name, _STOPPING)
+
+    def _message_once(self, subject: str, text: str) -> None:
+        """Prints a message unless there was one about this subject."""
+        if subject not in self._shown:
+            self._shown.add(subject)
+            self.display.message(f'{subject}: {text}')
 
     def _rescue(self, error: BaseException) -> None:
-        """Asks what still works for all it has: nothing learned shall be lost unsaid."""
+        """Saves what the working servers hold; a second failure becomes a note of the first."""
         try:
             if self._servers.parameters or PARAMETER_SERVER in self.cluster.abandoned:
                 raise LastCheckpointError
@@ -173,7 +172,7 @@ class Training:
         self.jobs.supervise(self._hearing.seconds, self._own_time.look())
 
     def _attempt(self, act: Callable[[], object]) -> None:
-        """At the end no error but the checkpoint's own may stand between the run and that."""
+        """Calls `act`; at the end of the run nothing it raises may prevent the last checkpoint."""
         self._guard.attempt(act, at_any_rate=self._ending)
 
     def _end(self) -> None:
@@ -181,7 +180,7 @@ class Training:
         self._acknowledge()
         self.display.phase('stopping workers')
         if not self.monitor.state().agent_steps:
-            self.jobs.stop()  # nothing to keep: the workers may still be importing TensorFlow
+            self.jobs.stop()  # nothing to save; the workers may still be importing TensorFlow
             return
         self._drain()
         self._await_saver()
@@ -193,7 +192,7 @@ class Training:
         return 'max_frames' if self.monitor.frames >= self.config.run.max_frames else ''
 
     def _look(self) -> None:
-        """Takes in what the workers and servers tell, and shows it."""
+        """Collects statistics from workers and servers and shows them."""
         self._acknowledge()
         if self._status_due.take():
             self._ask()
@@ -207,45 +206,42 @@ class Training:
         self._count_restarts()
         self.monitor.tick()
         state = self.monitor.state()
-        if state.malformed_events and not self._told_malformed:
-            self._told_malformed = True
-            self.display.message('telemetry: malformed events are counted and left out')
+        if state.malformed_events:
+            self._message_once('telemetry', 'malformed events are counted and left out')
         if not self._ending:
             self._show_phase(state)
         self._show_outliers(state)
         self.display.update(state)
 
     def _show_outliers(self, state: RunState) -> None:
-        """Warns once when many gradients are dropped for their loss."""
-        if self._outliers_told or state.updates < _FEW_GRADIENTS:
-            return
-        if (state.outlier_share or 0.0) > _OUTLIERS_TOLD:
-            self._outliers_told = True
-            self.display.message(
-                f'outliers: {state.outlier_share:.2%} of the gradients are dropped for their loss;'
-                ' they may hold rare rewards. Fix: --outlier_rule lone, or --outlier_deviations 0.'
+        """Warns if many gradients are dropped as outliers."""
+        if state.updates >= _FEW_GRADIENTS and (state.outlier_share or 0.0) > _MANY_OUTLIERS:
+            self._message_once(
+                'outliers',
+                f'{state.outlier_share:.2%} of the gradients are dropped; they may hold rare'
+                ' rewards. Fix: --outlier_rule lone, or --outlier_deviations 0.',
             )
 
     def _show_rollbacks(self, shards: list[dict[str, Any]]) -> None:
-        """Tells of parameter shards that were not finite and went back to a good state."""
+        """Warns of parameter shards that restored their last finite state."""
         rollbacks = sum(shard['rollbacks'] for shard in shards)
         if rollbacks > self._rollbacks:
             self.display.message(
-                'parameter server: parameters or slots were not finite; their shard is back at its'
-                ' last good state. Fix: lower --learning_rate or --gradient_clip_norm.'
+                'parameter server: parameters or optimizer slots were not finite (the shard has'
+                ' restored its last finite state). Fix: lower --learning_rate or'
+                ' --gradient_clip_norm.'
             )
         self._rollbacks = rollbacks
 
     def _ask(self) -> None:
-        """Asks the servers for clock and counts.
+        """Fetches clock and counts from the servers.
 
         Raises:
-          ParameterServerUnavailable, ReplayUnavailable: one that is not this run's to start again
-            stays away.
+          ParameterServerUnavailable, ReplayUnavailable: an attached server is unreachable.
         """
         shards = self._servers.ask_parameters(self.owner)
         if shards is not None:
-            self._see_reruns(shards[0]['reruns'])
+            self._count_reruns(shards[0]['reruns'])
             clock = shards[0]['version'], shards[0]['agent_steps']
             self._clock_before = self._clock_before or clock
             self.monitor.clock(*clock)
@@ -257,14 +253,14 @@ class Training:
             statuses = [self._bundles.get(bundle, {}) for bundle in bundles]
         self.monitor.replay(statuses)
 
-    def _see_reruns(self, reruns: Mapping[str, int]) -> None:
-        """Takes note of how often the engine has run workers again, in this part of the run."""
+    def _count_reruns(self, reruns: Mapping[str, int]) -> None:
+        """Counts the workers that the engine itself has restarted since this launch."""
         if self._reruns_before is None:
             self._reruns_before = Counter(reruns)
         self._reruns = Counter(reruns) - self._reruns_before
 
     def _show_phase(self, state: RunState) -> None:
-        """Tells what goes on: a resumed run has a clock before its workers have started."""
+        """Shows the phase; a resumed run's clock is above 0 before its workers start."""
         updates, agent_steps = self._clock_before or (state.updates, state.agent_steps)
         if self.saver.whole:
             self.display.phase('checkpointing')
@@ -277,7 +273,7 @@ class Training:
                 self.display.phase(f'filling replay {held}/{needed}')
 
     def _count_restarts(self) -> None:
-        # An engine that replaces workers itself says nothing: the parameter server tells.
+        # An engine that replaces workers itself does not report it; the parameter server does.
         workers = Counter(self.jobs.restarts) + self._reruns
         for component, count in {**self.cluster.restarts, **workers}.items():
             new = count - self._restarts.get(component, 0)
@@ -295,8 +291,7 @@ class Training:
         if self._checkpoint_due.take():
             self._begin_checkpoint(self.replay.addresses)
         elif self.cluster.config.parameter_addresses:
-            # Such shards are not this run's to restart; but without a checkpoint it could not go on
-            # with them either.
+            # The run cannot restart attached shards, but it needs a checkpoint to resume with them.
             if not self._learned:
                 self._learned = True
                 self._begin_checkpoint(self.replay.addresses)
@@ -305,9 +300,9 @@ class Training:
             self.saver.save_parameters()
 
     def _drain(self) -> None:
-        """Asks the workers to end, and waits for them as long as it takes them at most."""
+        """Asks the workers to end and waits for them; kills them after `_DRAIN_SECONDS`."""
         own_time = OwnTime()
-        ask = Due(ASK_SECONDS, at_once=True)  # again and again: the shard may restart meanwhile
+        ask = Due(ASK_SECONDS, at_once=True)  # repeated, since the shard may restart
         while self.jobs.running and own_time.look() < _DRAIN_SECONDS:
             if ask.take():
                 self._attempt(self._ask_to_stop)
@@ -318,7 +313,7 @@ class Training:
             self._attempt(act)
 
     def _ask_to_stop(self) -> None:
-        with contextlib.suppress(ParameterServerError):  # asked again, or ended at the last
+        with contextlib.suppress(ParameterServerError):  # asked again later
             self.client.request_stop(ASK_SECONDS)
 
     def _end_stranded(self) -> None:
@@ -329,14 +324,14 @@ class Training:
         return self.saver.save(replay, counters)
 
     def _await_saver(self) -> bool:
-        """Waits for what is being saved, watching on; whether it is written."""
+        """Waits for the save in progress, still supervising; returns whether it succeeded."""
         while self.saver.busy:
             self._attempt(self._look)
             time.sleep(_POLL_SECONDS)
         return self.saver.ended()
 
     def _await_servers(self) -> None:
-        """Waits, watching on, for servers that hang or start again: a save would fail for them."""
+        """Waits, still supervising, for servers that hang or restart: a save would fail."""
         own_time = OwnTime()
         while self._servers.parameters or self._servers.replays:
             if self.cluster.abandoned or own_time.look() > _RETURN_SECONDS:
@@ -345,10 +340,10 @@ class Training:
             time.sleep(_POLL_SECONDS)
 
     def _last_checkpoint(self) -> None:
-        """Saves what was learned, without the replay if that cannot be had.
+        """Writes the last checkpoint, without the replay if that fails.
 
         Raises:
-          LastCheckpointError: nor without.
+          LastCheckpointError: it fails without the replay too.
         """
         self.display.phase('checkpointing')
         self._await_servers()
@@ -357,7 +352,7 @@ class Training:
         with_replay = self._begin_checkpoint(self.replay.addresses)
         saved = self._await_saver()
         if not saved and with_replay:
-            self.display.message('trying a checkpoint without the replay')
+            self.display.message('checkpoint: trying again without the replay')
             self._begin_checkpoint(())
             saved = self._await_saver()
         if not saved:
