@@ -1,4 +1,4 @@
-"""Act: an actor's number in, experience into the replay (environment -> replay)."""
+"""Act: an actor's number in, transitions to the replay out (environment -> replay)."""
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
@@ -9,7 +9,7 @@ from pipelines.workers import boxes
 from pipelines.workers.spec import WorkerSpec
 
 SEGMENT_AGENT_STEPS = 2_000
-"""Decisions of one actor in one segment: some seconds, so that a claim costs next to nothing."""
+"""Agent steps of one segment, which take seconds; a claim costs almost nothing."""
 
 
 class Act(Work):
@@ -20,11 +20,11 @@ class Act(Work):
 
     @property
     def segments(self) -> int:
-        """Enough for one actor alone to reach the budget."""
+        """Enough for a single actor to reach the budget."""
         return -(-self._config.max_agent_steps // SEGMENT_AGENT_STEPS) + 1
 
     def process(self, spec: WorkerSpec, tracker=beam.DoFn.RestrictionParam(Segments())) -> None:
-        """Acts segment by segment; everything opened is closed when it ends or fails."""
+        """Acts segment by segment."""
         with boxes.open_actor(self._config, self._addresses, spec) as actor:
             for segment in claimed(tracker, actor.finished):
                 self._agent_steps.inc(actor.run(segment, SEGMENT_AGENT_STEPS))

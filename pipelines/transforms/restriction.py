@@ -1,8 +1,8 @@
-"""A worker's element as a splittable restriction: one position is one segment of work.
+"""A worker's segments as a splittable restriction: a worker in, claimed segment numbers out.
 
-In: a worker's number. Out: the numbers of the segments it claims, in order, each claimed before
-its work begins. The run's budget is global (the parameter server's clock), so the restriction is
-only an upper bound; a worker that sees the budget reached claims the end and returns.
+A worker claims each segment before it runs it. The restriction is only an upper bound, since the
+run's budget is global (the parameter server's clock): a worker that sees the budget reached claims
+the end and returns.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from pipelines.workers.spec import WorkerSpec
 
 
 class UnsplittableSegments(OffsetRestrictionTracker):
-    """An offset tracker that gives away nothing while its worker is at work.
+    """An offset tracker that refuses every split.
 
-    A split would run two parts of one worker at once, each with connections and environments of
-    its own. A checkpoint (fraction 0), which streaming engines ask for every few seconds, would
-    close and open them all again, in the middle of games. What ends a worker is the run's clock.
+    A split would run two parts of a worker at once, each with its own connections and environments.
+    A checkpoint (fraction 0), which streaming engines request every few seconds, would reopen them
+    in the middle of games. Only the run's clock ends a worker.
     """
 
     def try_split(self, fraction_of_remainder: float):
@@ -33,19 +33,19 @@ class Segments(beam.transforms.core.RestrictionProvider):
         return OffsetRange(0, element.segments)
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
-        """A tracker that hands out the restriction's segments one by one."""
+        """Creates the tracker of a worker's segments."""
         return UnsplittableSegments(restriction)
 
     def restriction_size(self, element: WorkerSpec, restriction: OffsetRange) -> int:
-        """Segments left."""
+        """Number of segments."""
         return restriction.size()
 
 
 def claimed(tracker, finished: Callable[[], bool]) -> Iterator[int]:
-    """Claims and yields segment after segment, until none is left or `finished()`.
+    """Claims and yields segments until all are claimed or `finished()`.
 
-    When it ends early it claims the end of the restriction, which is how a splittable DoFn says
-    that nothing is left to do.
+    If finished early, it claims the end of the restriction: a splittable DoFn thereby declares its
+    work done.
     """
     segment = tracker.current_restriction().start
     while not finished() and tracker.try_claim(segment):

@@ -1,4 +1,4 @@
-"""One job of workers: their numbers in, work done in the servers out; the same for every kind."""
+"""A job of workers of one kind: worker numbers in, work on the servers out."""
 
 import apache_beam as beam
 
@@ -9,10 +9,10 @@ from pipelines.workers.spec import Submission
 
 
 class Work(beam.DoFn):
-    """Runs one worker until the run's budget is reached; its elements are `WorkerSpec`s.
+    """Runs a worker (`WorkerSpec`) until the run's budget is reached.
 
     Attributes:
-      learns: whether the worker computes gradients.
+      learns: whether it computes gradients.
     """
 
     learns = True
@@ -31,9 +31,9 @@ class Work(beam.DoFn):
 
 
 class Workers(beam.PTransform):
-    """Parallel workers of one kind (paper, section 4.1).
+    """Runs parallel workers of one kind (paper, section 4.1).
 
-    Input: a pipeline's root. Output: nothing; the DoFn's counters count.
+    Input: a pipeline. Output: none but the DoFn's counters.
     """
 
     def __init__(self, work: Work, submission: Submission):
@@ -45,6 +45,6 @@ class Workers(beam.PTransform):
         return (
             pipeline
             | 'Workers' >> beam.Create(self._submission.specs(self._work.segments))
-            | 'Spread' >> beam.Reshuffle()  # prevents fusion: each worker has a process of its own
+            | 'Spread' >> beam.Reshuffle()  # prevents fusion: each worker has its own process
             | type(self._work).__name__ >> beam.ParDo(self._work)
         )
