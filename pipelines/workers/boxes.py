@@ -1,7 +1,6 @@
-"""What runs inside a worker process: a box opened from the configuration, driven by segments.
+"""Actors and learners in a worker process: experiment and addresses in, an open worker out.
 
-In: the experiment, the servers' addresses, a worker's number. Out: work done in the servers, and
-telemetry. Everything a worker opens is closed by the `with` that opened it.
+A worker runs in segments. The `with` that opens a worker closes everything it uses.
 """
 
 import contextlib
@@ -35,17 +34,17 @@ if TYPE_CHECKING:
 
 
 SERVER_SECONDS = 90.0
-"""A worker waits so long for a parameter shard: a restart imports TensorFlow, on a busy machine."""
+"""How long a worker waits for a parameter shard, whose restart imports TensorFlow."""
 
 REPLAY_SECONDS = 600.0
-"""An actor waits so long for the replay: learners may all be away, a shard may checkpoint."""
+"""How long an actor waits for the replay: all learners may be down, a shard may be saving."""
 
-# Names of random streams: the same number must never seed two different things.
+# Each random stream needs its own number.
 _ENVIRONMENT_STREAM, _EXPLORATION_STREAM = 1, 2
 
 
 class ActorWorker:
-    """An actor that acts in segments and reports its episodes."""
+    """Runs an actor in segments and reports its episodes."""
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class ActorWorker:
         telemetry: 'Telemetry',
         replay: 'StatusReader | None' = None,
     ):
-        """`seeds`: of its exploration; `replay`: a bundle's own, which nobody else can ask."""
+        """`seeds` are those of exploration; `replay` is a bundle's own, whose status it reports."""
         self._actor = actor
         self._config = config
         self._telemetry = telemetry
@@ -66,11 +65,11 @@ class ActorWorker:
         self._seeds = seeds
 
     def finished(self) -> bool:
-        """Whether the run's budget is reached, or it is being stopped."""
+        """Whether the run's budget is reached or the run is being stopped."""
         return self._budget_reached(self._actor.clock)
 
     def run(self, segment: int, agent_steps: int) -> int:
-        """Acts for `agent_steps` decisions, or until the run is finished; returns how many."""
+        """Acts for `agent_steps`, or until the run is finished; returns the steps made."""
         rng = np.random.default_rng([*self._seeds, segment])
         made = 0
         while made < agent_steps and not self.finished():
@@ -82,16 +81,16 @@ class ActorWorker:
                     run_updates=self._actor.clock.updates,
                 )
             made += self._config.actor.envs_per_actor
-            self._status.tell(self._describe)
+            self._status.report(self._describe)
         return made
 
     def sync(self) -> None:
-        """Reports the agent steps made, and gets the newest parameters."""
+        """Reports agent steps and pulls newer parameters."""
         self._actor.sync()
 
     def wait(self) -> bool:
-        """Called while the replay takes nothing: keeps reporting; whether to give up waiting."""
-        self._status.tell(self._describe)
+        """Keeps reporting while the replay accepts nothing; returns whether to stop waiting."""
+        self._status.report(self._describe)
         now = time.monotonic()
         if now >= self._sync_due:
             self._sync_due = now + STATUS_SECONDS
@@ -104,41 +103,41 @@ class ActorWorker:
 
 
 class LearnerWorker:
-    """A learner that learns in segments and reports its losses."""
+    """Runs a learner in segments and reports its losses."""
 
     def __init__(self, learner: 'Learner', config: ExperimentConfig, telemetry: 'Telemetry'):
         self._learner = learner
-        # A bundle's learner shares its thread with the actor that it would wait for.
+        # A bundle's learner shares its thread with its actor, so it must not wait for data.
         self._patient = config.run.topology == 'separate'
         self._status = Status(telemetry, 'learner')
         self._budget_reached = budget_reached(config)
 
     def finished(self) -> bool:
-        """Whether the run's budget is reached, or it is being stopped."""
+        """Whether the run's budget is reached or the run is being stopped."""
         return self._budget_reached(self._learner.clock)
 
     def sync(self, agent_steps: int = 0) -> Any:
-        """Reports agent steps, and gets the newest parameters; returns the clock."""
+        """Reports agent steps, pulls newer parameters and returns the clock."""
         return self._learner.sync(agent_steps)
 
     def run(self, updates: int) -> int:
-        """Computes `updates` gradients, or fewer when the run is finished before; how many."""
+        """Computes up to `updates` gradients, fewer if the run ends; returns their number."""
         made = 0
         while made < updates and not self.finished():
             try:
                 self._learner.update()
                 made += 1
-            except ReplayError:  # the actors are not that far, or a shard restarts: ask how it goes
+            except ReplayError:  # too few transitions, or a shard restarts: check for the run's end
                 self._learner.sync()
                 if not self._patient:
                     break
-            self._status.tell(self._describe)
+            self._status.report(self._describe)
         self._learner.finish_push()
         return made
 
     def report(self) -> None:
-        """Tells the last figures."""
-        self._status.tell_now(self._describe)
+        """Reports the last figures."""
+        self._status.report_now(self._describe)
 
     def _describe(self) -> dict[str, Any]:
         counters = self._learner.counters
@@ -153,14 +152,13 @@ class LearnerWorker:
 
 @dataclasses.dataclass(frozen=True)
 class Enlisted:
-    """A worker that the run knows of.
+    """A worker that is registered at the parameter server.
 
     Attributes:
       spec: its element.
-      begun_before: how often the parameter server has seen it begin before.
-      telemetry: takes its statistics.
-      network: its copy of the parameters: a `GreedyPolicy` or, where gradients are computed, an
-        `AgentGradient`.
+      begun_before: how often it has registered before.
+      telemetry: receives its statistics.
+      network: a `GreedyPolicy` or, if the worker learns, an `AgentGradient`.
       parameters: a client of the initialised parameter server.
     """
 
@@ -179,14 +177,9 @@ def enlisted(
     kind: str,
     build: Callable[[], 'AgentGradient | GreedyPolicy'],
 ) -> Iterator[Enlisted]:
-    """A worker with its network and the connections that every kind of worker has.
+    """Opens a worker's telemetry, network and parameter client.
 
-    Args:
-      config: the experiment.
-      addresses: the run's servers.
-      spec: the worker.
-      kind: what the run calls it: 'actor', 'learner' or 'bundle'.
-      build: makes its network.
+    `kind` is 'actor', 'learner' or 'bundle'; `build` creates the network.
     """
     from infra.parameter_server.client import ParameterClient
     from infra.telemetry import Telemetry
@@ -198,7 +191,7 @@ def enlisted(
         telemetry = stack.enter_context(
             Telemetry(addresses.telemetry, kind, spec.worker, submission=spec.submission)
         )
-        beat(telemetry)  # tells the process id before the slow parts of the start
+        beat(telemetry)  # reports the process ID before the slow part of the start
         network = build()
         parameters = stack.enter_context(
             ParameterClient(
@@ -206,7 +199,7 @@ def enlisted(
                 builders.layout_of(network),
                 wire_dtype=server.wire_dtype,
                 shared_memory=server.shared_memory,
-                copy_parts=False,  # the network takes them at once
+                copy_parts=False,  # the network copies them at once
                 timeout_seconds=SERVER_SECONDS,
                 tls_roots=addresses.tls_roots,
             )
@@ -218,7 +211,7 @@ def enlisted(
 
 
 def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvironment':
-    """The games of one actor."""
+    """The environments of one actor."""
     from agents.environment import AtariEnvironment
 
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
@@ -229,7 +222,7 @@ def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvi
 def open_actor(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
 ) -> Iterator[ActorWorker]:
-    """An actor with its environments, policy, adder and connections."""
+    """Opens an actor with its environments, policy, adder and connections."""
     from pipelines.experiment import builders
 
     with contextlib.ExitStack() as stack:
@@ -248,14 +241,9 @@ def acting(
     policy: 'GreedyPolicy',
     parameters: Any,
 ) -> Iterator[ActorWorker]:
-    """The actor of a worker, with its environments and adder.
+    """Opens a worker's actor with its environments and adder.
 
-    Args:
-      config: the experiment.
-      replay: addresses of the replay shards.
-      worker: the worker.
-      policy: what it acts by.
-      parameters: what the actor pulls from.
+    It acts by `policy`, writes to the shards at `replay` and pulls from `parameters`.
     """
     from agents.actor import Actor
     from infra.replay.adder import Adder
@@ -286,7 +274,7 @@ def acting(
 
 
 def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayDataset':
-    """Batches of the replay shards at these addresses."""
+    """Batches from the replay shards at these addresses."""
     from infra.replay.dataset import sample_dataset
     from pipelines.experiment import builders
 
@@ -295,7 +283,7 @@ def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayData
         builders.trajectory_spec(config),
         config.learner.batch_size,
         config.agent.discount,
-        timeout_seconds=STATUS_SECONDS,  # then the learner asks whether the run is over
+        timeout_seconds=STATUS_SECONDS,  # then the learner checks whether the run is over
     )
 
 
@@ -303,7 +291,7 @@ def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayData
 def open_learner(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
 ) -> Iterator[LearnerWorker]:
-    """A learner with its network, sample stream and connections."""
+    """Opens a learner with its network, sample stream and connections."""
     shards = addresses.replay
     if config.replay.replay_mode == 'local':
         shards = (shards[shard_of_worker(spec.worker, len(shards))],)
@@ -315,7 +303,7 @@ def open_learner(
 
 
 def learners_network(config: ExperimentConfig, spec: WorkerSpec) -> 'AgentGradient':
-    """The network of a worker that learns, on its device."""
+    """The network of a learning worker, on its device."""
     from agents import device
     from pipelines.experiment import builders
 
@@ -326,14 +314,7 @@ def learners_network(config: ExperimentConfig, spec: WorkerSpec) -> 'AgentGradie
 def learning(
     config: ExperimentConfig, replay: tuple[str, ...], worker: Enlisted, samples: Iterator['Sample']
 ) -> Iterator[LearnerWorker]:
-    """The learner of a worker.
-
-    Args:
-      config: the experiment.
-      replay: addresses of the replay shards that the samples are from.
-      worker: the worker; its network computes gradients.
-      samples: of the replay.
-    """
+    """Opens a worker's learner, which learns from `samples` of the shards at `replay`."""
     from agents.gradient_pipeline import InTurn, stream_on
     from agents.learner import Learner
     from infra.replay.priorities import PriorityWriter
@@ -341,7 +322,7 @@ def learning(
     with contextlib.ExitStack() as stack:
         prioritized = config.replay.prioritized
         priorities = stack.enter_context(PriorityWriter(replay)) if prioritized else None
-        # A gradient begun ahead of time would be as old as the turn of a bundle's actor.
+        # A gradient computed ahead would be as old as a turn of the bundle's actor.
         stream = InTurn if config.run.topology == 'bundled' else stream_on(worker.network.device)
         network, parameters = worker.network, worker.parameters
         learner = Learner(config.learner, network, samples, parameters, priorities, stream)

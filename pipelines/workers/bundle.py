@@ -1,4 +1,4 @@
-"""A bundle opened in its worker: an actor, its own replay and a learner that take turns."""
+"""A bundle in its worker: experiment and addresses in; actor, replay and learner in turn out."""
 
 import contextlib
 import dataclasses
@@ -18,9 +18,9 @@ class Bundle:
     """An actor and a learner that take turns, with one network and one connection.
 
     Attributes:
-      actor: feeds the bundle's replay.
+      actor: fills the bundle's replay.
       learner: learns from it.
-      owed: how many updates are due.
+      owed: counts the updates that are due.
     """
 
     actor: ActorWorker
@@ -28,13 +28,13 @@ class Bundle:
     owed: 'UpdatesOwed'
 
     def learn(self, agent_steps: int) -> int:
-        """Makes the updates that `agent_steps` more decisions call for; returns how many."""
+        """Makes the updates due after `agent_steps` more steps; returns their number."""
         updates = self.owed.after(agent_steps)
         if not updates:
             return 0
-        self.actor.sync()  # the first gradient is not to be as old as the actor's turn
+        self.actor.sync()  # else the first gradient would be as old as the actor's turn
         made = self.learner.run(updates)
-        self.owed.carry(updates - made)  # on a busy machine a batch may come too late
+        self.owed.carry(updates - made)  # a batch may be late on a busy machine
         return made
 
 
@@ -42,7 +42,7 @@ class Bundle:
 def open_bundle(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
 ) -> Iterator[Bundle]:
-    """A bundle with its replay, environments, network and connections."""
+    """Opens a bundle with its replay, environments, network and connections."""
     from agents.policy import GreedyPolicy
 
     own = bundle_config(config)
@@ -61,28 +61,27 @@ def open_bundle(
 
 
 class Pulled(NamedTuple):
-    """What a pull brings an actor whose network is its learner's."""
+    """Result of a pull by an actor that shares its learner's network."""
 
     clock: Any
-    parts: None = None  # the learner has set them
+    parts: None = None  # the learner has already applied them
 
 
 class LearnersParameters:
-    """What an actor that acts with its learner's network asks for parameters: the learner."""
+    """Parameter client of an actor that shares its learner's network."""
 
     def __init__(self, learner: LearnerWorker):
         self._learner = learner
 
     def pull(self, agent_steps: int = 0) -> Pulled:
-        """Reports agent steps, and gets newer parameters if there are any."""
+        """Reports agent steps and pulls newer parameters."""
         return Pulled(self._learner.sync(agent_steps))
 
 
 class Later:
     """An iterator that is opened at the first `next`.
 
-    What a bundle's samples drew and kept ready before the replay is filled would be its first few
-    transitions again and again.
+    Samples prefetched before a bundle's replay is filled would only repeat its first transitions.
     """
 
     def __init__(self, opener: Callable[[], Iterator[Any]]):
@@ -98,7 +97,7 @@ class Later:
 
 
 class UpdatesOwed:
-    """Turns agent steps into updates at the configured ratio, from the minimum replay size on."""
+    """Converts agent steps to updates at the configured ratio, from the minimum replay size on."""
 
     def __init__(self, min_replay_size: int, agent_steps_per_update: float):
         self._unlearned = min_replay_size
@@ -107,11 +106,11 @@ class UpdatesOwed:
         self._carried = 0
 
     def carry(self, updates: int) -> None:
-        """Takes back updates that were due and could not be made: they are due next time."""
+        """Defers updates that could not be made to the next turn."""
         self._carried += updates
 
     def after(self, agent_steps: int) -> int:
-        """Updates due after `agent_steps` more decisions; with no ratio one each segment."""
+        """Updates due after `agent_steps` more steps; without a ratio one a segment."""
         waiting = min(self._unlearned, agent_steps)
         self._unlearned -= waiting
         self._steps += agent_steps - waiting
@@ -126,10 +125,9 @@ class UpdatesOwed:
 
 
 def bundle_config(config: ExperimentConfig) -> ExperimentConfig:
-    """The experiment as one bundle sees it: its share of the replay, and no limiter's ratio.
+    """The experiment of one bundle: its share of the replay, no ratio of the rate limiter.
 
-    The bundle itself keeps the ratio by taking turns; a limiter that blocked its only thread would
-    block it for ever.
+    The bundle keeps the ratio by taking turns; a limiter would block its only thread for ever.
     """
     bundles = config.run.num_actors
     replay = dataclasses.replace(
@@ -145,10 +143,10 @@ def bundle_config(config: ExperimentConfig) -> ExperimentConfig:
 
 @contextlib.contextmanager
 def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
-    """A replay server in this process, for this process; yields its address.
+    """Runs a replay server in this process; yields its address.
 
-    Its table opens with the first transition: `UpdatesOwed` waits for the minimum size. The table's
-    own minimum counts confirmed transitions, which lag behind the steps.
+    Sampling starts with the first transition, since `UpdatesOwed` waits for the minimum size; a
+    table would count only confirmed transitions, which lag behind the steps.
     """
     from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
     from pipelines.experiment import builders
@@ -163,4 +161,4 @@ def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
     try:
         yield f'127.0.0.1:{server.port}'
     finally:
-        stop_server(server)  # the bundle's learner may still be connected
+        stop_server(server)  # the learner may still be connected

@@ -1,17 +1,16 @@
-"""Which workers a job has: the elements of its pipeline."""
+"""The workers of a job, which are the elements of its pipeline."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSpec:
-    """One element of a job: a worker and the most segments it may ever need.
+    """One element of a job: a worker.
 
     Attributes:
       worker: number of the actor, learner or bundle, from 0.
-      submission: number of the submission it came with: a worker that replaces a dead one must
-        not play the same games again. Nor must one that the engine itself replaces, with the same
-        submission: the parameter server tells it how often it was begun before.
+      submission: number of its job; a restarted worker must not replay its predecessor's games. If
+        the engine restarts it within a job, the parameter server's count distinguishes the two.
       segments: upper bound; the run's global budget usually ends the worker sooner.
     """
 
@@ -21,7 +20,7 @@ class WorkerSpec:
 
     @property
     def name(self) -> str:
-        """What the parameter server knows it by."""
+        """Its name at the parameter server."""
         return f'{self.worker} of submission {self.submission}'
 
 
@@ -31,12 +30,12 @@ class Submission:
 
     Attributes:
       workers: their numbers.
-      number: how many jobs of the run were submitted before this one, over all resumptions.
+      number: of the job, counted over all resumptions of the run.
     """
 
     workers: tuple[int, ...]
     number: int
 
     def specs(self, segments: int) -> list[WorkerSpec]:
-        """The job's elements, each with at most `segments` segments."""
+        """The job's elements."""
         return [WorkerSpec(worker, self.number, segments) for worker in self.workers]
