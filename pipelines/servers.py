@@ -1,9 +1,9 @@
-"""Servers by themselves: `python pipelines/servers.py --host 10.0.0.1 ...`, for runs to attach to.
+"""Run the servers of a run to attach to: `python pipelines/servers.py --host 10.0.0.1 ...`.
 
-In: the flags that the run will be given. Out: replay and parameter shards on this machine until
-a signal, and the flags that lead a run to them. One start serves one run; a shard that
-dies is started again from the state that it keeps. With `--config_dir DIR` only the shards' own
-configurations are written, for whoever else starts them (infra/kubernetes, infra/systemd).
+In: the run's flags. Out: replay and parameter shards on this machine until a signal, and the flags
+with which the run attaches. Servers are for one run; a shard that dies restarts from its saved
+state. With `--config_dir DIR` it only writes the shards' configurations, for another supervisor to
+start them (infra/kubernetes, infra/systemd).
 """
 
 import dataclasses
@@ -39,30 +39,31 @@ _POLL_SECONDS = 0.5
 
 
 def serve(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> int:
-    """Serves until a signal comes; returns the exit code.
+    """Runs servers until a signal arrives; returns the exit code.
 
     Raises:
-      ClusterError: a server cannot be started, or not be kept alive.
-      UsageError: there is no temporary directory.
+      ClusterError: a server does not start or fails again and again.
+      UsageError: no temporary directory exists.
     """
     print(f'starting servers, logs in {directory / "logs"} ...', file=sys.stderr, flush=True)
     try:
-        servers = cluster_config(config, launch, directory)
-        own = dataclasses.replace(servers, state_directory=directory / 'servers' / 'state')
-        with handled(raise_ended), temporary_files(), Cluster(own) as cluster:
-            print(_attaching_flags(cluster), flush=True)
-            while True:
-                cluster.check()
-                for text in cluster.news():
-                    print(f'servers.py: {text}', file=sys.stderr, flush=True)
-                time.sleep(_POLL_SECONDS)
+        with handled(raise_ended), temporary_files():
+            servers = cluster_config(config, launch, directory)
+            own = dataclasses.replace(servers, state_directory=directory / 'servers' / 'state')
+            with Cluster(own) as cluster:
+                print(_attaching_flags(cluster), flush=True)
+                while True:
+                    cluster.check()
+                    for text in cluster.news():
+                        print(f'servers.py: {text}', file=sys.stderr, flush=True)
+                    time.sleep(_POLL_SECONDS)
     except Ended:
         return 0
 
 
 def _attaching_flags(cluster: Cluster) -> str:
-    """The flags that lead a run to the servers."""
-    # With bundles the telemetry's server alone, which a run is given as its replay.
+    """The flags with which a run attaches."""
+    # With bundles the telemetry's server is the only one; a run names it as its replay.
     replay = cluster.replay_addresses or (cluster.telemetry_address,)
     return (
         f'--parameter_addresses={",".join(cluster.parameter_addresses)}'
@@ -71,7 +72,7 @@ def _attaching_flags(cluster: Cluster) -> str:
 
 
 def write_configurations(config: ExperimentConfig, launch: Launch, directory: pathlib.Path) -> None:
-    """Writes `replay.json` and `parameter_server.json`, and tells where.
+    """Writes `replay.json` and `parameter_server.json` and prints their paths.
 
     Raises:
       UsageError: the directory cannot be written.
@@ -88,24 +89,24 @@ def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:
     """Reads and checks the command line.
 
     Raises:
-      UsageError: a flag or a value is wrong, or it is one of a run's that this is not.
+      UsageError: a flag or value is invalid, or has a meaning for runs only.
     """
     launch, preset, values = command_line.parse(argv)
     if launch.resume or launch.parameter_addresses or launch.replay_addresses:
         raise UsageError(
-            '--resume, --parameter_addresses and --replay_addresses are for run.py: here new'
-            ' servers are started.'
+            '--resume, --parameter_addresses, --replay_addresses: for run.py only. Fix: leave them'
+            ' out; servers.py starts new servers.'
         )
     if is_remote(launch.run_dir or ''):
         raise UsageError(
-            f'--run_dir {launch.run_dir}: servers need a directory of this machine, for their state'
-            ' and logs.'
+            f'--run_dir {launch.run_dir}: not on this machine. Fix: name a local directory for the'
+            " servers' state and logs."
         )
     return command_line.experiment(preset, values), launch
 
 
 def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The one flag that is not a run's, and the others; a call for help shows both."""
+    """Splits off the one flag that run.py lacks; prints its help before that of run.py."""
     parser = Parser(prog='servers.py', description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument(
         '--config_dir', help='directory for replay.json and parameter_server.json; nothing starts'
@@ -117,12 +118,12 @@ def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Starts the servers of an experiment and keeps them; returns the exit code."""
+    """Runs the servers of an experiment; returns the exit code."""
     try:
         config_dir, argv = _config_dir(argv)
         config, launch = _prepare(argv)
         if config_dir == '':
-            raise UsageError('--config_dir is empty; name a directory.')
+            raise UsageError('--config_dir: empty. Fix: name a directory.')
         if config_dir is not None:
             launch = dataclasses.replace(launch, parameter_ports=(), replay_ports=())
             write_configurations(config, launch, pathlib.Path(config_dir))

@@ -103,6 +103,14 @@ def test_a_signal_while_they_start_ends_them_at_once(start):
     assert eventually(lambda: all(has_ended(pid) for pid in pids if pid != process.pid))
 
 
+def test_a_signal_before_the_first_server_starts_ends_them_too(tmp_path, monkeypatch):
+    def import_tensorflow(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(servers, 'cluster_config', import_tensorflow)
+    assert servers.serve(*servers._prepare([]), tmp_path) == 0
+
+
 @pytest.mark.parametrize('flag', ['--resume', '--parameter_addresses=127.0.0.1:1'])
 def test_what_only_a_run_can_do_is_refused(flag, tmp_path, capsys):
     assert servers.main([flag, f'--run_dir={tmp_path / "servers"}']) == 2
@@ -111,12 +119,12 @@ def test_what_only_a_run_can_do_is_refused(flag, tmp_path, capsys):
 
 def test_an_empty_name_for_the_configurations_is_refused(capsys):
     assert servers.main(['--config_dir=']) == 2
-    assert '--config_dir is empty' in capsys.readouterr().err
+    assert '--config_dir: empty' in capsys.readouterr().err
 
 
 def test_a_remote_directory_is_refused(capsys):
     assert servers.main(['--run_dir=gs://bucket/servers']) == 2
-    assert 'need a directory of this machine' in capsys.readouterr().err
+    assert 'not on this machine. Fix: name a local' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('flag', ['--config_dir', '--run_dir'])
