@@ -1,8 +1,7 @@
-"""The verbs: what runs, and on which engine.
+"""The commands, and all that knows Beam.
 
-Importing it quietens the libraries below, whose notices are not about this project: TensorFlow's
-about accelerators it did not find, Google's about Python versions to come, Beam's about a package
-for checksums on Google's storage.
+Importing it silences notices that do not concern this project: TensorFlow's on missing
+accelerators, Google's on future Python versions, Beam's on a checksum package for Cloud Storage.
 """
 
 import logging

@@ -7,8 +7,8 @@
         summary = train(experiment('laptop', game='breakout', seed=seed), run_dir)
         print(summary['mean_return_100'], evaluate(run_dir, episodes=100)['mean'])
 
-A run is a process of its own, as of the command line: the checks, the errors and the files are
-those of `run.py`, and signals, logging and TensorFlow of this process stay as they are.
+A run is a separate process of `run.py`, with the same checks, errors and files; it leaves signals,
+logging and TensorFlow of this process alone.
 """
 
 import collections
@@ -38,11 +38,11 @@ _LAST_LINES = 20
 
 
 class RunFailedError(RuntimeError):
-    """A run failed; the message holds the last lines that it printed."""
+    """A run failed; the message holds its last lines of output."""
 
 
 def experiment(preset: str = presets.DEFAULT, **settings: Any) -> ExperimentConfig:
-    """Returns the preset with these settings replaced; their names are those of run.py's flags.
+    """Returns the preset with these settings replaced; they are named like run.py's flags.
 
     Raises:
       UsageError: the preset or a setting is unknown, or a value is invalid or has no effect.
@@ -64,16 +64,16 @@ def train(
 
     Args:
       experiment: see `experiment`; None: that of the run to resume.
-      run_dir: as `--run_dir`, here or at gs://; None: a new directory below `runs/`.
-      runner: the engine, as `--runner`.
-      resume: continue from the last checkpoint in `run_dir`.
-      flags: further flags of run.py or of Beam, such as `--host=10.0.0.1`.
-      progress: takes each line that the run prints.
+      run_dir: like `--run_dir`, local or at gs://; None: a new directory in `runs/`.
+      runner: the engine, like `--runner`.
+      resume: whether to continue from the last checkpoint in `run_dir`.
+      flags: further flags of run.py or Beam, such as `--host=10.0.0.1`.
+      progress: receives each line that the run prints.
 
     Raises:
       UsageError: run.py refuses the experiment, a flag or this machine.
-      RunFailedError: the run failed, or was stopped before it had learned anything.
-      KeyboardInterrupt: after Ctrl-C, once the run has ended.
+      RunFailedError: the run failed, or was stopped before its first frame.
+      KeyboardInterrupt: Ctrl-C was pressed, and the run has ended.
     """
     if experiment is None and not (resume and run_dir):
         raise UsageError('experiment: None. Fix: pass an experiment, or resume=True and run_dir.')
@@ -96,16 +96,16 @@ def evaluate(
     seed: int | None = None,
     output: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Plays games by a run's newest checkpoint, in this process; returns the result.
+    """Evaluates a run's newest checkpoint in this process; returns the result.
 
     Args:
       run_dir: directory of the run, or gs://...
-      episodes, epsilon, seed: as of evaluate.py; None: the run's own.
+      episodes, epsilon, seed: like those of evaluate.py; None: the run's own.
       output: JSON file for the result; None: a new one in `run_dir`.
 
     Raises:
-      UsageError: what evaluate.py refuses.
-      OSError: the parent directory of `output` cannot be made.
+      UsageError: evaluate.py refuses an argument or the run.
+      OSError: the parent directory of `output` cannot be created.
     """
     overrides = overrides_of(episodes, epsilon, seed)
     file = os.fspath(output) if output else None
@@ -113,23 +113,27 @@ def evaluate(
 
 
 def _summary(run_dir: str, since: float, lines: Sequence[str]) -> dict[str, Any]:
-    """The summary that a run which ended in good order has written since then."""
+    """The summary, if the run has written it since then.
+
+    Raises:
+      RunFailedError: it has not.
+    """
     if is_remote(run_dir):
         from pipelines.storage.object_store import read_bytes  # imports Beam
 
         return parse_object(read_bytes(f'{run_dir}/summary.json'))
     file = pathlib.Path(run_dir, 'summary.json')
-    if not file.exists() or file.stat().st_mtime < since - 1.0:  # a clock may be coarse
-        raise RunFailedError('\n'.join(lines))  # stopped before it learned anything
+    if not file.exists() or file.stat().st_mtime < since - 1.0:  # file times may be coarse
+        raise RunFailedError('\n'.join(lines))  # stopped before its first frame
     return parse_object(file.read_bytes())
 
 
 def _settings(experiment: ExperimentConfig | None, resume: bool) -> Iterator[str]:
-    """The flags that make run.py's experiment this one."""
+    """The flags from which run.py builds this experiment."""
     if experiment is None:
         return
     yield f'--preset={experiment.preset}'
-    # A resumed run may have had other values than its preset's.
+    # A resumed run's values may differ from its preset's.
     base = None if resume else presets.experiment(experiment.preset, {})
     for name, (group, _) in config_lib.fields().items():
         value = getattr(getattr(experiment, group), name)
@@ -142,9 +146,9 @@ def _settings(experiment: ExperimentConfig | None, resume: bool) -> Iterator[str
 
 
 def _run(argv: Sequence[str], progress: Callable[[str], None]) -> tuple[int, list[str]]:
-    """Runs run.py of this checkout; returns its exit code and the last lines it printed.
+    """Runs run.py of this checkout; returns its exit code and last lines of output.
 
-    It ends in good order when this process is interrupted, or dies.
+    run.py writes its last checkpoint even if this process is interrupted or dies.
     """
     last: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
@@ -159,7 +163,7 @@ def _run(argv: Sequence[str], progress: Callable[[str], None]) -> tuple[int, lis
             **own_code(os.environ.get('PYTHONPATH', '')),
             LAUNCHER_VARIABLE: str(os.getpid()),
         },
-        start_new_session=True,  # a terminal's Ctrl-C must reach it once, and from here
+        start_new_session=True,  # Ctrl-C in the terminal must reach it only through this process
     )
     raised: BaseException | None = None
     with process:
@@ -171,7 +175,7 @@ def _run(argv: Sequence[str], progress: Callable[[str], None]) -> tuple[int, lis
                         progress(last[-1])
                 code = process.wait()
                 break
-            except BaseException as error:  # Ctrl-C: a second one ends the run at once, as there
+            except BaseException as error:  # Ctrl-C; a second one ends the run at once
                 raised = raised or error
                 process.send_signal(signal.SIGINT)
     if raised is not None:

@@ -1,7 +1,7 @@
-"""What the launcher of the Flex Template runs: the template's parameters in, one job submitted.
+"""Entry point of the Flex Template's launcher: the template's parameters in, one job out.
 
-The launcher appends Beam's own flags, `--template_location` among them, upon which Beam writes the
-job for the service to start, and waits for nothing.
+The launcher appends Beam's own flags. One of them, `--template_location`, makes Beam write the job
+for the service to start, without waiting for it.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from infra.output import protect_output
 from pipelines import job
 
 DEFAULTS = ('--runner=DataflowRunner', '--replay_addresses=')
-"""Flags in front of the template's: of one given twice the last counts."""
+"""Precede the template's flags: the last value of a flag counts."""
 
 if __name__ == '__main__':
     protect_output()

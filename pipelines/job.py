@@ -1,7 +1,7 @@
-"""One Beam job in a process of its own: which workers to run in, their pipeline run to its end.
+"""Runs one Beam job: worker numbers and addresses in, their pipeline run to its end.
 
-The launcher (pipelines/run.py) starts it as `python -m pipelines.job`; actors and learners are two
-jobs since one pipeline's stages run in turn.
+The launcher starts it as `python -m pipelines.job`. Actors and learners are separate jobs, since
+the stages of one pipeline run in turn.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WORK: Mapping[str, type[Work]] = {
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog='python -m pipelines.job', allow_abbrev=False)
-    parser.add_argument('--kind', choices=WORK, required=True, help='what the workers are')
+    parser.add_argument('--kind', choices=WORK, required=True, help='kind of the workers')
     parser.add_argument('--workers', required=True, help='their numbers, separated by commas')
     parser.add_argument('--submission', type=int, required=True, help='number of this submission')
     parser.add_argument('--config', required=True, help='config.json, here or at gs://...')
@@ -50,7 +50,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--replay_addresses', required=True, help='host:port,... or empty')
     parser.add_argument('--telemetry_address', required=True, help='host:port')
     parser.add_argument('--tls_roots', help='PEM file, if the parameter shards speak TLS')
-    parser.add_argument('--state_file', type=pathlib.Path, help="is kept to say the job's state")
+    parser.add_argument('--state_file', type=pathlib.Path, help="receives the job's state")
     parser.add_argument('--runner', required=True, help='engine')
     return parser.parse_known_args(argv)
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         telemetry=arguments.telemetry_address,
         tls_roots=read_roots(arguments.tls_roots) if arguments.tls_roots else None,
     )
-    reach_directly(addresses.all)  # and Beam's own workers, which it reaches by loopback
+    reach_directly(addresses.all)  # and Beam's own workers, by loopback
     workers = tuple(int(worker) for worker in arguments.workers.split(','))
     _end_with_workers(len(workers))
     work = WORK[arguments.kind](_config(arguments.config), addresses)
@@ -86,10 +86,10 @@ def _config(path: str) -> config_lib.ExperimentConfig:
 
 
 def _end_with_workers(count: int) -> None:
-    """Ends this process when so many worker processes that Beam's local runner started have failed.
+    """Ends this process after `count` worker processes of Beam's local runner have failed.
 
-    It would wait without end for those that end before they have connected. The thread in which it
-    waits for such a process raises an error then.
+    The runner waits for ever for a process that fails before it connects; only the thread that
+    watches the process raises an error.
     """
     failed: list[str] = []
     otherwise = threading.excepthook
@@ -112,7 +112,7 @@ def _run(
     engine: catalog.Engine,
     state_file: pathlib.Path | None,
 ) -> None:
-    """Runs a job to its end; where it would outlive this process, SIGTERM ends it too."""
+    """Runs a job to its end; SIGTERM also ends a job that would outlive this process."""
     if not engine.outlives_submitter:
         pipeline.run().wait_until_finish()
         return
@@ -124,8 +124,9 @@ def _run(
         if noted:
             raise_ended()
         if engine.follow is not None and state_file is not None:
-            told = (result, options, functools.partial(write_atomically, state_file))
-            threading.Thread(target=engine.follow, args=told, daemon=True).start()
+            report = functools.partial(write_atomically, state_file)
+            follow = functools.partial(engine.follow, result, options, report)
+            threading.Thread(target=follow, daemon=True).start()
         result.wait_until_finish()
     except Ended:
         print('ending the job ...', flush=True)

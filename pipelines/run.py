@@ -20,20 +20,20 @@ from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
 from pipelines.storage.run_directory import RunDirectory, command, default_path
 
-# Beam and TensorFlow take seconds to import: below, where signals are watched and flags are right.
+# Beam and TensorFlow take seconds to import: functions do it, under `StartUp`, after the checks.
 if TYPE_CHECKING:
     from pipelines.experiment.launch import Launch
 
-_END_SECONDS = 400.0  # for the last checkpoint, when the process that started the run is gone
+_END_SECONDS = 400.0  # for the last checkpoint after the process that started the run is gone
 
 
 def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, 'Launch']:
     """Reads the command line and checks everything that can be checked before a file is written.
 
-    Of a remote run the place is claimed, and the run to go on with fetched.
+    Claims a remote place, and fetches a run to resume from it.
 
     Raises:
-      UsageError: a flag, a value, or the machine is unfit; the message names it and the remedy.
+      UsageError: a flag or value is invalid or the machine unfit; the message names the remedy.
     """
     from pipelines.experiment import command_line
     from pipelines.preflight import checklist
@@ -41,7 +41,7 @@ def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, '
     launch, preset, values = command_line.parse(argv)
     reach_directly((*launch.parameter_addresses, *launch.replay_addresses), launch.host)
     checklist.require_restorable(launch)
-    # Before the place of a new run is claimed; a run to go on with must be fetched first.
+    # Checked before a new run claims its remote place; a run to resume must be fetched first.
     new = None if launch.resume else command_line.experiment(preset, values)
     launch = start_up.localized(launch)
     config = new
@@ -54,19 +54,19 @@ def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, '
 
 
 def _before(launch: 'Launch') -> ExperimentConfig:
-    """The experiment of the run to go on with.
+    """The experiment of the run to resume.
 
     Raises:
-      UsageError: there is none, or it cannot be read.
+      UsageError: the run does not exist or cannot be read.
     """
     return config_lib.load(RunDirectory.existing(launch.run_dir or '').config_file)
 
 
 def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:
-    """Writes `config.json`; that of a run which cannot go on stays as it is.
+    """Writes `config.json`, unless the run cannot resume.
 
     Raises:
-      UsageError: it cannot be written, no checkpoint can be read, or nothing is left to do.
+      UsageError: the file is not writable, no checkpoint readable, or nothing left to train.
     """
     try:
         if resume:
@@ -77,11 +77,11 @@ def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: boo
 
 
 def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
-    """Appends to `resumptions.jsonl` when and where the run goes on, and with which new values.
+    """Appends time, progress and changed values of a resumption to `resumptions.jsonl`.
 
     Raises:
-      UsageError: no checkpoint can be read, or nothing is left to do.
-      OSError: it cannot be written.
+      UsageError: no checkpoint is readable, or nothing is left to train.
+      OSError: the file cannot be written.
     """
     from pipelines.storage.checkpoints import readable_counters
 
@@ -102,8 +102,8 @@ def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a training from flags to summary; returns the exit code."""
-    exit_with_launcher(_END_SECONDS)  # when Python started it: see pipelines/api.py
+    """Trains from flags to summary; returns the exit code."""
+    exit_with_launcher(_END_SECONDS)  # if pipelines/api.py started it
     try:
         with StartUp() as start_up:
             config, launch = prepare(argv, start_up)
