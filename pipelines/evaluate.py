@@ -25,7 +25,7 @@ from infra.flags import Parser, integer, nonempty_path
 from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
 from pipelines.storage.checkpoints import read_newest
 from pipelines.storage.evaluations import progress_file
@@ -177,6 +177,7 @@ def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) 
     return values
 
 
+@one_line_errors('evaluate.py', OSError)
 def main(argv: Sequence[str]) -> int:
     """Evaluates the newest checkpoint of a run; returns the exit code."""
     arguments = _parser().parse_args(argv)
@@ -185,9 +186,6 @@ def main(argv: Sequence[str]) -> int:
         overrides = overrides_of(arguments.episodes, arguments.epsilon, arguments.seed)
         with temporary_files():
             result, written = evaluate_run(arguments.run_dir, overrides, arguments.output)
-    except (UsageError, OSError) as error:
-        print(f'evaluate.py: {error}', file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print('evaluate.py: interrupted; no result written.', file=sys.stderr)
         return 130

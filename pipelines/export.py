@@ -19,7 +19,7 @@ from infra.flags import Parser, nonempty_path
 from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
 from pipelines.storage.checkpoints import read_newest
 from pipelines.storage.reading import readable
@@ -57,6 +57,7 @@ def _quiet_saving() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@one_line_errors('export.py', OSError)
 def main(argv: Sequence[str]) -> int:
     """Exports the newest checkpoint of a run; returns the exit code."""
     parser = Parser(
@@ -77,9 +78,6 @@ def main(argv: Sequence[str]) -> int:
             directory = RunDirectory.existing(path)
             output = _output(arguments.output) if arguments.output else directory.policy
             updates = _export_newest(directory, output)
-    except (UsageError, OSError) as error:
-        print(f'export.py: {error}', file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f'export.py: interrupted; {target} is unchanged.', file=sys.stderr)
         return 130

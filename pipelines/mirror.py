@@ -10,7 +10,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
 from infra.disk import read_json
 from infra.flags import Parser, nonempty_path
 from infra.output import protect_output
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.object_store import RemoteError
 from pipelines.storage.remote_run import MARK_FILE, RemoteRun, TakenOverError
@@ -42,6 +42,7 @@ def send_again(path: str) -> RemoteRun:
     return remote
 
 
+@one_line_errors('mirror.py')
 def main(argv: Sequence[str]) -> int:
     """Uploads a local copy; returns the exit code."""
     parser = Parser(
@@ -49,11 +50,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument('--run_dir', type=nonempty_path, required=True, help='the local copy')
     arguments = parser.parse_args(argv)
-    try:
-        remote = send_again(arguments.run_dir)
-    except UsageError as error:
-        print(f'mirror.py: {error}', file=sys.stderr)
-        return 2
+    remote = send_again(arguments.run_dir)
     print(f'{remote.url}: has everything in {remote.local}')
     return 0
 

@@ -23,7 +23,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
 from infra.flags import Parser, integer, positive_number
 from infra.parameter_server.config import ParameterServerConfig
 from infra.sealed import parse_object
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 
 COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
 """Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
@@ -206,15 +206,12 @@ def describe(
     return {**result, 'costs': dataclasses.asdict(costs)}
 
 
+@one_line_errors('plan.py')
 def main(argv: Sequence[str]) -> int:
     """Prints a plan as JSON; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        costs = read_costs(arguments.costs)
-        found = plan(costs, _steps_per_second(arguments), arguments.agent_steps_per_update)
-    except UsageError as error:
-        print(f'plan.py: {error}', file=sys.stderr)
-        return 2
+    costs = read_costs(arguments.costs)
+    found = plan(costs, _steps_per_second(arguments), arguments.agent_steps_per_update)
     for line in warnings(found, arguments.machine_cores, arguments.machine_gbit_per_second):
         print(f'plan.py: {line}', file=sys.stderr)
     result = describe(found, costs, arguments.machine_cores, arguments.price_per_hour)

@@ -14,7 +14,7 @@ from infra.addresses import reach_directly
 from infra.disk import write_atomically
 from infra.output import protect_output
 from infra.process import exit_with_launcher
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
@@ -101,23 +101,20 @@ def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
     write_atomically(file, f'{before}{json.dumps({**row, "changed": changed})}\n')
 
 
+@one_line_errors('run.py')
 def main(argv: Sequence[str]) -> int:
     """Trains from flags to summary; returns the exit code."""
     exit_with_launcher(_END_SECONDS)  # if pipelines/api.py started it
-    try:
-        with StartUp() as start_up:
-            config, launch = prepare(argv, start_up)
-            path = launch.run_dir or default_path(config.environment.game, config.preset)
-            with RunDirectory.open(path, launch.resume) as directory:
-                start_up.directory = directory
-                _write_config(config, directory, launch.resume)
-                print(f'run directory: {directory.path}', flush=True)
-                from pipelines.launch import launcher
+    with StartUp() as start_up:
+        config, launch = prepare(argv, start_up)
+        path = launch.run_dir or default_path(config.environment.game, config.preset)
+        with RunDirectory.open(path, launch.resume) as directory:
+            start_up.directory = directory
+            _write_config(config, directory, launch.resume)
+            print(f'run directory: {directory.path}', flush=True)
+            from pipelines.launch import launcher
 
-                return launcher.launch(config, launch, directory, start_up.remote)
-    except UsageError as error:
-        print(f'run.py: {error}', file=sys.stderr)
-        return 2
+            return launcher.launch(config, launch, directory, start_up.remote)
 
 
 if __name__ == '__main__':

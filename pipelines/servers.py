@@ -25,7 +25,7 @@ from infra.cluster import (
 from infra.disk import is_remote
 from infra.flags import Parser
 from infra.output import protect_output
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import command_line
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -117,6 +117,7 @@ def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return own.config_dir, others
 
 
+@one_line_errors('servers.py')
 def main(argv: Sequence[str]) -> int:
     """Runs the servers of an experiment; returns the exit code."""
     try:
@@ -134,9 +135,9 @@ def main(argv: Sequence[str]) -> int:
         path = launch.run_dir or default_path('servers', config.preset)
         with RunDirectory.open(path, False) as directory:
             return serve(config, launch, directory.path)
-    except (UsageError, ClusterError) as error:
+    except ClusterError as error:
         print(f'servers.py: {error}', file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 1
 
 
 if __name__ == '__main__':

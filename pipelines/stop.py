@@ -18,7 +18,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
 from infra.disk import is_remote, read_json
 from infra.flags import Parser, nonempty_path, positive_number
 from infra.output import protect_output
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.storage.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.5
@@ -68,6 +68,7 @@ def _outcome(directory: RunDirectory) -> str:
     return f'ended; to continue, {resume}'
 
 
+@one_line_errors('stop.py', OSError)
 def main(argv: Sequence[str]) -> int:
     """Stops a run; returns the exit code."""
     parser = Parser(
@@ -84,18 +85,14 @@ def main(argv: Sequence[str]) -> int:
         help=f'how long to wait [{STOP_SECONDS:g}]',
     )
     arguments = parser.parse_args(argv)
-    try:
-        if is_remote(arguments.run_dir):
-            raise UsageError(
-                f'{arguments.run_dir}: remote, but only a local process can be signalled. Fix: name'
-                ' the local copy, on its machine; both are in'
-                f' {arguments.run_dir.rstrip("/")}/owner.json.'
-            )
-        directory = RunDirectory.existing(arguments.run_dir)
-        ended = stop(directory, arguments.timeout_seconds)
-    except (UsageError, OSError) as error:  # the run is not readable
-        print(f'stop.py: {error}', file=sys.stderr)
-        return 2
+    if is_remote(arguments.run_dir):
+        raise UsageError(
+            f'{arguments.run_dir}: remote, but only a local process can be signalled. Fix: name'
+            ' the local copy, on its machine; both are in'
+            f' {arguments.run_dir.rstrip("/")}/owner.json.'
+        )
+    directory = RunDirectory.existing(arguments.run_dir)
+    ended = stop(directory, arguments.timeout_seconds)
     if not ended:
         print(
             f'stop.py: {arguments.run_dir}: not ended within {arguments.timeout_seconds:g} s. Fix:'
