@@ -63,7 +63,7 @@ class _Job:
       submitted: time of the submission.
       start_seconds: time within which each worker must send its first heartbeat.
       state_file: the engine's report on the job; may not exist.
-      told: the last report shown.
+      report: the last one shown.
       heard: each worker's last heartbeat and its arrival, by number.
       lost: numbers of workers given up while others of the job continue.
       gone_since: when a worker's process was first found gone, by number.
@@ -76,7 +76,7 @@ class _Job:
     submitted: float
     start_seconds: float
     state_file: pathlib.Path
-    told: str = ''
+    report: str = ''
     heard: dict[int, tuple[Heartbeat, float]] = dataclasses.field(default_factory=dict)
     lost: set[int] = dataclasses.field(default_factory=set)
     gone_since: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -177,10 +177,9 @@ class Jobs:
         """Restarts dead workers.
 
         Args:
-          now: measures silence. Its clock pauses while workers cannot be heard, or wait for a
-            server in silence.
-          own: measures missing processes and back-offs. Its clock pauses only while this process
-            does; None: `now`.
+          now: measures silence, by a clock that pauses while no heartbeat can arrive.
+          own: measures missing processes and back-offs, by a clock that pauses only while this
+            process does; None: `now`.
 
         Raises:
           WorkersFailedError: a worker failed `MAX_FAILURES` times in a row.
@@ -215,8 +214,8 @@ class Jobs:
                     state = file.read(_STATE_CHARACTERS)
             except OSError:
                 continue
-            if state != job.told:
-                job.told = state
+            if state != job.report:
+                job.report = state
                 news.append(f'{job.process.spec.name}: {state}')
         return news
 

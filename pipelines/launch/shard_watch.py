@@ -36,7 +36,7 @@ class Replay:
 
 
 class ServerWatch:
-    """Tracks servers that do not answer; kills those that hang, ends the run for attached ones.
+    """Tracks servers that do not answer: kills the run's own; an attached one ends the run.
 
     Attributes:
       parameters: parameter shards that do not answer.
@@ -115,21 +115,21 @@ class ServerWatch:
     def _handle(
         self, silences: Silences, error: Exception, address: str, bound_seconds: float | None
     ) -> None:
-        """Handles a server that does not answer. `bound_seconds`: None for the run's own."""
+        """Kills a server that hangs, or raises `error` for an attached one after `bound_seconds`."""
         now = self._own_time.look()
         silent = silences.see(address, False, now)
         if bound_seconds is not None:
             if silent > bound_seconds:
                 raise error
         elif silent > HUNG_SECONDS:
-            if silences is self.replays and _answers_anew(address):
+            if silences is self.replays and _answers_new_channel(address):
                 silences.restart(address, now)  # only old channels to it are still down
             elif self._cluster.kill_hung(address, HUNG_SECONDS):
                 self._tell(f'{address}: no answer for {silent:.0f} s, killed to restart it')
                 silences.restart(address, now)
 
 
-def _answers_anew(address: str) -> bool:
+def _answers_new_channel(address: str) -> bool:
     """Whether a replay shard answers over a new channel, outside Reverb's pool."""
     try:
         ask_replay_shard(address, ASK_SECONDS)

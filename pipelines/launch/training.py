@@ -108,7 +108,7 @@ class Training:
         self._parameters_due = Due(_PARAMETERS_SECONDS)
         self._checkpoint_due = Due(self.config.run.checkpoint_period_seconds)
         self._own_time = OwnTime()
-        self._hearing = OwnTime()  # pauses while workers cannot be heard or wait in silence
+        self._hearing = OwnTime()  # pauses while no heartbeat can arrive
         self._servers = ServerWatch(
             self.cluster, self.client, self.reader, self.replay, self.display.message
         )
