@@ -35,19 +35,27 @@ class EnvironmentConfig:
     """The Atari game and its preprocessing (Mnih et al. 2015, Methods)."""
 
     game: str = described(
-        'pong', 'Atari game: pong, space_invaders, ...; or its id in gymnasium: ALE/Pong-v5'
+        'pong',
+        'Atari game, such as pong or space_invaders, or its Gymnasium ID, such as ALE/Pong-v5.',
     )
-    action_repeat: int = described(4, 'emulator frames per agent step (Mnih et al. 2015)')
-    frame_stack: int = described(4, 'frames in one observation (Mnih et al. 2015)')
-    max_noops: int = described(30, 'at most this many no-ops start a game (Mnih et al. 2015)')
+    action_repeat: int = described(4, 'Emulator frames per agent step (Mnih et al. 2015: 4).')
+    frame_stack: int = described(4, 'Frames per observation (Mnih et al. 2015: 4).')
+    max_noops: int = described(
+        30,
+        'Maximum number of no-ops at the start of a game (Mnih et al. 2015: 30).',
+    )
     max_episode_frames: int = described(
-        108_000, 'emulator frames after which a game is cut (30 minutes; Mnih et al. 2015)'
+        108_000,
+        'Emulator frames after which a training game is cut off (Mnih et al. 2015: 108,000,'
+        ' 30 minutes).',
     )
     sticky_action_probability: float = described(
-        0.0, 'probability that the emulator repeats the last action (the paper: 0)'
+        0.0,
+        'Probability that the emulator repeats the previous action (paper: 0).',
     )
     life_loss_ends_episode: bool = described(
-        True, 'the loss of a life ends a training episode (paper, section 5)'
+        True,
+        'The loss of a life ends a training episode (paper, section 5).',
     )
 
     def __post_init__(self) -> None:
@@ -62,15 +70,18 @@ class NetworkConfig:
     """The Q-network."""
 
     torso: str = described(
-        'nature', "convolutions and dense layer: 'nature' (Mnih et al. 2015) or 'dqn2013'"
+        'nature',
+        "Convolutions and dense layer: 'nature' (Mnih et al. 2015) or the smaller 'dqn2013'"
+        ' (Mnih et al. 2013).',
     )
     center_input: bool = described(
         False,
-        "subtract each observation's mean: a plain background otherwise hides motion early in"
-        ' training (not in the papers)',
+        "Subtract each observation's mean, because a plain background hides motion early in"
+        ' training (not in the papers).',
     )
     dueling: bool = described(
-        False, 'streams for the value of a state and for advantages (Wang et al. 2016)'
+        False,
+        'Separate streams for state value and advantages (Wang et al. 2016).',
     )
 
     def __post_init__(self) -> None:
@@ -83,20 +94,35 @@ class AgentConfig:
 
     agent: str = described(
         'dqn',
-        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al. 2018), or"
-        " module:function, a factory of the user's own TF-Agents agent (see docs/tf_agents.md)",
+        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al."
+        ' 2018), or module:function, a factory of your own TF-Agents agent (see'
+        ' docs/tf_agents.md).',
     )
-    discount: float = described(0.99, 'discount per agent step (Mnih et al. 2015)')
-    n_step: int = described(1, 'agent steps of reward before the bootstrap')
+    discount: float = described(0.99, 'Discount per agent step (Mnih et al. 2015: 0.99).')
+    n_step: int = described(
+        1,
+        'Agent steps of reward before the bootstrap (Horgan et al. 2018: 3).',
+    )
     double_dqn: bool = described(
-        False, 'the network chooses the best next action, the target judges it (van Hasselt 2016)'
+        False,
+        'The online network selects the next action and the target network evaluates it'
+        ' (van Hasselt et al. 2016).',
     )
-    loss: str = described('huber', "of 'dqn': 'huber' (clipped, Mnih et al. 2015) or 'squared'")
-    num_atoms: int = described(51, "returns that 'c51' distinguishes (Bellemare et al. 2017)")
-    v_min: float = described(-10.0, "least return of 'c51' (Bellemare et al. 2017)")
-    v_max: float = described(10.0, "largest return of 'c51' (Bellemare et al. 2017)")
-    num_quantiles: int = described(200, "quantiles of 'qr_dqn' (Dabney et al. 2018)")
-    gradient_clip_norm: float = described(10.0, 'global norm of the gradient; 0: not clipped')
+    loss: str = described(
+        'huber',
+        "Loss of 'dqn': 'huber' (error clipped, Mnih et al. 2015) or 'squared'.",
+    )
+    num_atoms: int = described(
+        51,
+        "Atoms of the return distribution of 'c51' (Bellemare et al. 2017: 51).",
+    )
+    v_min: float = described(-10.0, "Smallest return of 'c51' (Bellemare et al. 2017: -10).")
+    v_max: float = described(10.0, "Largest return of 'c51' (Bellemare et al. 2017: 10).")
+    num_quantiles: int = described(200, "Quantiles of 'qr_dqn' (Dabney et al. 2018: 200).")
+    gradient_clip_norm: float = described(
+        10.0,
+        'Maximum global norm of a gradient; 0 disables clipping.',
+    )
 
     def __post_init__(self) -> None:
         require_fraction(self, 'discount')
@@ -116,32 +142,41 @@ class AgentConfig:
 class ActorConfig:
     """Acting: number of environments, exploration, freshness of parameters."""
 
-    envs_per_actor: int = described(8, 'environments stepped as one batch by an actor')
-    actor_pull_period: int = described(
-        16, 'agent steps of one environment between two syncs with the parameter server'
+    envs_per_actor: int = described(
+        8,
+        'Environments that an actor steps as one batch (paper: 1). More need less CPU time'
+        ' per step.',
     )
-    epsilon_start: float = described(1.0, 'epsilon before the first update (paper, section 5)')
-    epsilon_end: float = described(0.1, 'epsilon after the annealing (paper, section 5)')
+    actor_pull_period: int = described(
+        16,
+        'Agent steps of one environment between syncs with the parameter server. Raise it'
+        ' to reduce traffic.',
+    )
+    epsilon_start: float = described(1.0, 'Epsilon before the first update (paper, section 5: 1).')
+    epsilon_end: float = described(0.1, 'Epsilon after annealing (paper, section 5: 0.1).')
     epsilon_updates: int = described(
-        1_000_000, 'global updates over which epsilon falls linearly (paper, section 5)'
+        1_000_000,
+        'Global updates over which epsilon falls linearly (paper, section 5: 1,000,000).',
     )
     epsilon_ladder: bool = described(
         False,
-        'each environment i of all N has a fixed epsilon, ladder_epsilon^(1 + i/(N-1)'
-        ' ladder_exponent) (Horgan et al. 2018, section 4.1), instead of annealing',
+        'Fix the epsilon of environment i of N at ladder_epsilon^(1 + i/(N-1)'
+        ' ladder_exponent) instead of annealing (Horgan et al. 2018, section 4.1).',
     )
     ladder_epsilon: float = described(
-        0.4, 'largest of the ladder of epsilons (Horgan et al. 2018, section 4.1)'
+        0.4,
+        'Largest epsilon of the ladder (Horgan et al. 2018, section 4.1: 0.4).',
     )
     ladder_exponent: float = described(
-        7.0, 'alpha of the ladder of epsilons (Horgan et al. 2018, section 4.1)'
+        7.0,
+        'Exponent alpha of the ladder (Horgan et al. 2018, section 4.1: 7).',
     )
     actor_priorities: bool = described(
         True,
-        "a new transition's priority is the actor's own error (Horgan et al. 2018), else 1"
-        ' (Schaul et al. 2016: the largest so far, which no process here knows)',
+        'Actors compute the first priority of a transition from its error (Horgan et al.'
+        ' 2018); otherwise it is 1 (Schaul et al. 2016: the largest so far).',
     )
-    clip_reward: bool = described(True, 'rewards are clipped to [-1, 1] in training (paper)')
+    clip_reward: bool = described(True, 'Clip training rewards to [-1, 1] (paper).')
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 4096, 'envs_per_actor')
@@ -154,41 +189,49 @@ class ActorConfig:
 class LearnerConfig:
     """Learning: the batch, the freshness of parameters, the outlier test."""
 
-    batch_size: int = described(32, 'transitions in a gradient (Mnih et al. 2015)')
+    batch_size: int = described(32, 'Transitions per gradient (Mnih et al. 2015: 32).')
     learner_pull_period: int = described(
-        1, "updates between two refreshes of a learner's parameters (paper: not stated)"
+        1,
+        'Updates between parameter pulls of a learner (paper: not stated). Raise it to'
+        ' reduce traffic, at the cost of staleness.',
     )
     overlap_push: bool = described(
-        True, 'send a gradient while the next is computed (one more update of staleness)'
+        True,
+        'Push each gradient while the next is computed. Faster, but adds one update of staleness.',
     )
     learner_device: str = described(
         'auto',
-        "where gradients are computed: 'auto' (a GPU if the learner sees one), 'cpu', 'gpu' (those"
-        " of a machine in turn), 'gpu:N'",
+        "Device that computes gradients: 'auto' (a GPU if the learner sees one), 'cpu',"
+        " 'gpu' (learners take a machine's GPUs in turn) or 'gpu:N'.",
     )
     outlier_deviations: float = described(
         6.0,
-        'standard deviations above the mean loss at which a gradient is dropped; 0: never'
-        ' (paper, section 4.3: "several")',
+        'Standard deviations above the mean loss at which a gradient is dropped (paper,'
+        ' section 4.3: "several"); 0 disables the test.',
     )
     outlier_rule: str = described(
         'lone',
-        "which outliers are dropped: 'lone', those without another in the last 1 / (1 -"
-        ' outlier_decay) updates, and of these every other one, so that a rare reward is learned;'
-        " 'every' (paper, section 4.3), which can hide it for ever",
+        "'every' drops each outlier (paper, section 4.3), which can hide a rare reward for"
+        " ever; 'lone' drops one only if the previous one was kept and lies more than 1 /"
+        ' (1 - outlier_decay) losses back.',
     )
     outlier_decay: float = described(
-        0.999, 'decay per update of the running mean and deviation of the loss (not in the paper)'
+        0.999,
+        'Decay per update of the running mean and deviation of the loss (not in the paper).',
     )
 
     importance_exponent_start: float = described(
-        0.4, 'beta of the importance weights before the first update (Schaul et al. 2016)'
+        0.4,
+        'Exponent beta of the importance weights before the first update (Schaul et al.'
+        ' 2016: 0.4).',
     )
     importance_exponent_end: float = described(
-        1.0, 'beta of the importance weights after the annealing (Schaul et al. 2016)'
+        1.0,
+        'Exponent beta of the importance weights after annealing (Schaul et al. 2016: 1).',
     )
     importance_updates: int = described(
-        1_000_000, 'global updates over which beta rises linearly (Schaul et al. 2016: the run)'
+        1_000_000,
+        'Global updates over which beta rises linearly (Schaul et al. 2016: the whole run).',
     )
 
     def __post_init__(self) -> None:

@@ -1,11 +1,10 @@
-"""How many boxes a target takes: `python pipelines/plan.py --target_fps 20000`.
+"""Sizes a run for a target rate: `python pipelines/plan.py --target_fps 20000`.
 
-In: CPU time of each box per agent step and per update, as tests/benchmarks/benchmark_run.py
-measured them, and the target. Out: actors, learners, shards, cores, network, and the price.
+In: the target, and each component's CPU time per agent step and per update as measured by
+tests/benchmarks/benchmark_run.py. Out: actors, learners, shards, cores, network load and price.
 
-Everything grows in proportion to the rates: a second learner costs what the first one does. What
-that leaves out: learners that wait for a far parameter server (docs/performance.md), and gradients
-that grow stale with the number of learners.
+Assumes that cost is proportional to rate. Ignores learners that wait for a distant parameter
+server (docs/performance.md) and staleness that grows with the number of learners.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+if __name__ == '__main__':  # import from this checkout, whatever PYTHONPATH says
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.flags import Parser, integer, positive_number
@@ -29,23 +28,22 @@ COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.jso
 """Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
 
 UTILISATION = 0.8
-"""Share of a core or a network that is planned for: the rest takes up peaks, checkpoints and
-restarts."""
+"""Planned load of a core or a network; the rest absorbs peaks, checkpoints and restarts."""
 
 MEASURED_UPDATES_PER_SECOND = 106.6
-"""Most that servers of this project were seen to carry (docs/performance.md)."""
+"""Highest rate measured with these servers (docs/performance.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What was measured.
+    """Measured costs.
 
     Attributes:
-      actor_ms, replay_ms: CPU milliseconds per agent step; the replay's hold the samples drawn at
-        the ratio of steps to updates that was measured.
+      actor_ms, replay_ms: CPU milliseconds per agent step; replay_ms includes sampling at the
+        measured ratio of steps to updates.
       learner_ms, parameter_server_ms: CPU milliseconds per update.
-      parameters: of the network.
-      pulls_per_step: of actors, per agent step.
+      parameters: number of network parameters.
+      pulls_per_step: parameter pulls of actors per agent step.
     """
 
     actor_ms: float
@@ -58,13 +56,14 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a target takes.
+    """Resources for a target.
 
     Attributes:
       agent_steps_per_second, updates_per_second: the target.
-      actors, learners, parameter_shards, replay_shards: processes, of one core each at most.
-      cores: that they all keep busy, at `UTILISATION`.
-      parameter_gbit_per_second: parameters and gradients, if no two processes share a host.
+      actors, learners, parameter_shards, replay_shards: processes, each using at most one core.
+      cores: cores that all of them need at `UTILISATION`.
+      parameter_gbit_per_second: traffic of parameters and gradients if each process has its own
+        host.
     """
 
     agent_steps_per_second: float
@@ -78,10 +77,10 @@ class Plan:
 
 
 def read_costs(path: pathlib.Path) -> Costs:
-    """Costs from the JSON that benchmark_run.py printed.
+    """Reads the JSON that benchmark_run.py prints.
 
     Raises:
-      UsageError: it is not that.
+      UsageError: the file is not readable or not such JSON.
     """
     try:
         measured = parse_object(path.read_bytes())
@@ -96,13 +95,13 @@ def read_costs(path: pathlib.Path) -> Costs:
         )
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UsageError(
-            f'--costs {path}: not what tests/benchmarks/benchmark_run.py prints'
-            f' ({type(error).__name__}: {error}).'
+            f'--costs {path}: no valid costs ({type(error).__name__}: {error}).'
+            ' Fix: name a file with the JSON that tests/benchmarks/benchmark_run.py prints.'
         ) from error
 
 
 def plan(costs: Costs, agent_steps_per_second: float, steps_per_update: float) -> Plan:
-    """The processes and cores that reach a target."""
+    """Computes the processes and cores for a target."""
     updates = agent_steps_per_second / steps_per_update
     cores = {
         'actors': agent_steps_per_second * costs.actor_ms / 1e3 / UTILISATION,
@@ -111,9 +110,9 @@ def plan(costs: Costs, agent_steps_per_second: float, steps_per_update: float) -
         'replay_shards': agent_steps_per_second * costs.replay_ms / 1e3 / UTILISATION,
     }
     counts = {name: max(1, math.ceil(busy)) for name, busy in cores.items()}
-    # A run has no more replay shards than actors: one would stay empty.
+    # A replay shard without an actor would stay empty.
     counts['actors'] = max(counts['actors'], counts['replay_shards'])
-    # An update is a gradient and parameters; an actor's pull is parameters.
+    # An update transfers a gradient and parameters, an actor's pull only parameters.
     vectors = 2 * updates + agent_steps_per_second * costs.pulls_per_step
     return Plan(
         agent_steps_per_second,
@@ -125,61 +124,78 @@ def plan(costs: Costs, agent_steps_per_second: float, steps_per_update: float) -
 
 
 def warnings(found: Plan, machine_cores: int, machine_gbit_per_second: float) -> list[str]:
-    """What speaks against a plan: a line for each, with its remedy."""
+    """Problems of a plan, one line each."""
     lines = []
     usable = machine_gbit_per_second * UTILISATION
     if found.cores > machine_cores and found.parameter_gbit_per_second > usable:
         machines = math.ceil(found.parameter_gbit_per_second / usable)
         lines.append(
-            f'network: parameters and gradients take {found.parameter_gbit_per_second:.3g} Gbit/s,'
-            f' a machine has {machine_gbit_per_second:g}. Fix: spread at least {machines} parameter'
-            f' shards over {machines} machines; --wire_dtype bfloat16 halves it, and fewer updates'
-            ' of larger batches take less.'
+            f'network: parameters and gradients need {found.parameter_gbit_per_second:.3g} Gbit/s'
+            f' (a machine has {machine_gbit_per_second:g}). Fix: spread at least {machines}'
+            f' parameter shards over {machines} machines, halve the traffic with --wire_dtype'
+            ' bfloat16, or make fewer updates of larger batches.'
         )
     bound = ParameterServerConfig().max_staleness
     if found.learners > bound:
         lines.append(
-            f'staleness: a gradient is about as many updates old as there are learners'
-            f' ({found.learners}), and a run refuses what is older than --max_staleness ({bound}).'
-            ' Fix: raise that, or make fewer updates of larger batches.'
+            f'staleness: gradients are about {found.learners} updates old, one per learner, which'
+            f' exceeds the default --max_staleness {bound}. Fix: raise it, or make fewer updates of'
+            ' larger batches.'
         )
     if found.updates_per_second > MEASURED_UPDATES_PER_SECOND:
         lines.append(
-            f'rate: {found.updates_per_second:.6g} updates/s are reckoned, not measured (at most'
-            f' {MEASURED_UPDATES_PER_SECOND}). Fix: try a part of it with benchmark_load first.'
+            f'rate: {found.updates_per_second:.6g} updates/s is an extrapolation (highest measured:'
+            f' {MEASURED_UPDATES_PER_SECOND}). Fix: try a smaller target with benchmark_load first.'
         )
     return lines
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog='plan.py', description='Actors, learners, shards and machines for a target.'
+        prog='plan.py', description='Computes actors, learners, shards and machines for a target.'
     )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument('--target_fps', type=float, help='emulator frames a second')
-    target.add_argument('--target_ups', type=float, help='updates a second')
-    parser.add_argument(
-        '--agent_steps_per_update', type=float, default=4.0, help='ratio of the run [4]'
+    target.add_argument(
+        '--target_fps', type=float, help='Emulator frames per second of all actors.'
     )
-    parser.add_argument('--action_repeat', type=integer, default=4, help='frames an agent step [4]')
+    target.add_argument('--target_ups', type=float, help='Updates per second.')
     parser.add_argument(
-        '--costs', type=pathlib.Path, default=COSTS, help=f'JSON of benchmark_run.py [{COSTS.name}]'
+        '--agent_steps_per_update',
+        type=float,
+        default=4.0,
+        help='Agent steps of all actors per update, as of the run. Default: 4.',
     )
-    parser.add_argument('--machine_cores', type=integer, default=4, help='cores of a machine [4]')
+    parser.add_argument(
+        '--action_repeat',
+        type=integer,
+        default=4,
+        help='Emulator frames per agent step. Default: 4.',
+    )
+    parser.add_argument(
+        '--costs',
+        type=pathlib.Path,
+        default=COSTS,
+        help=f'JSON printed by benchmark_run.py; measure your own machines. Default: {COSTS.name}.',
+    )
+    parser.add_argument(
+        '--machine_cores', type=integer, default=4, help='Cores per machine. Default: 4.'
+    )
     parser.add_argument(
         '--machine_gbit_per_second',
         type=positive_number,
         default=10.0,
-        help="of a machine's network [10]",
+        help='Network bandwidth of a machine in Gbit/s. Default: 10.',
     )
     parser.add_argument(
-        '--price_per_hour', type=float, help='of such a machine, in any currency; without: no price'
+        '--price_per_hour',
+        type=float,
+        help='Price of a machine per hour, in any currency. Default: no price is printed.',
     )
     return parser
 
 
 def _steps_per_second(arguments: argparse.Namespace) -> float:
-    """The target in agent steps.
+    """Converts the target to agent steps per second.
 
     Raises:
       UsageError: a value is not positive.
@@ -195,7 +211,7 @@ def _steps_per_second(arguments: argparse.Namespace) -> float:
 def describe(
     found: Plan, costs: Costs, machine_cores: int, price_per_hour: float | None
 ) -> Mapping[str, Any]:
-    """The plan, the costs it rests on, and the machines."""
+    """The plan, its costs and the machines, for JSON."""
     machines = math.ceil(found.cores / machine_cores)
     result: dict[str, Any] = {**dataclasses.asdict(found), 'machines': machines}
     if price_per_hour is not None:

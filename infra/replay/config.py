@@ -13,40 +13,45 @@ REPLAY_MODES = ('local', 'global')
 class ReplayConfig:
     """Size, sharing and rate limits of the replay. Sizes are totals over all shards."""
 
-    num_replay_shards: int = described(1, 'replay servers (paper: one per bundle)')
+    num_replay_shards: int = described(
+        1,
+        'Replay servers, at most one per actor (paper: one per bundle). Add some when one'
+        ' uses a whole core.',
+    )
     replay_mode: str = described(
         'global',
-        "'local': actor i and learner i use shard i; 'global': learners mix all shards"
-        ' (paper, section 4.1)',
+        "'global': learners sample all shards (paper, section 4.1); 'local': actor i and"
+        ' learner i use shard i.',
     )
     replay_capacity: int = described(
-        250_000, 'transitions kept, over all shards (paper: 1,000,000 frames per bundle)'
+        250_000,
+        'Transitions stored, over all shards (paper: 1,000,000 frames per bundle). Each'
+        ' takes about 3 kB of memory.',
     )
     min_replay_size: int = described(
         5_000,
-        'transitions stored, over all shards, before the first is sampled'
-        ' (Mnih et al. 2015: 50,000)',
+        'Transitions stored, over all shards, before learning starts (Mnih et al. 2015: 50,000).',
     )
     agent_steps_per_update: float = described(
         4.0,
-        'agent steps of all actors per batch that the learners draw, whether its gradient is'
-        ' applied or not (Mnih et al. 2015); 0: no ratio',
+        'Agent steps of all actors per batch that learners sample, whether or not its'
+        ' gradient is applied (Mnih et al. 2015: 4); 0 sets no ratio.',
     )
     sample_insert_tolerance: float = described(
         2_000.0,
-        'transitions that sampling may run ahead of, or lag behind, the ratio before one'
-        ' side waits, over all shards; smaller keeps the ratio tighter, larger lets acting and'
-        ' learning overlap (2,000: 62 updates of 32)',
+        'Transitions, over all shards, by which sampling may lead or lag that ratio before'
+        ' one side waits. Lower keeps the ratio tighter; higher lets acting and learning'
+        ' overlap more.',
     )
     priority_exponent: float = described(
         0.0,
-        'transitions are drawn in proportion to priority^exponent (Schaul et al. 2016: 0.6); 0:'
-        ' uniformly',
+        'Transitions are sampled in proportion to priority^exponent (Schaul et al. 2016:'
+        ' 0.6); 0 samples uniformly.',
     )
     max_in_flight_items: int = described(
         49,
-        "transitions of eight environments sent but not yet confirmed; bounds an actor's memory"
-        ' (Reverb warns from 50 on)',
+        "Unconfirmed transitions per eight environments; bounds an actor's memory (Reverb"
+        ' warns from 50).',
     )
 
     def __post_init__(self):

@@ -1,7 +1,6 @@
-"""The engines that run jobs: which there are, and Beam's flags for each.
+"""The engines: the value of --runner and the user's flags in, the Beam flags of a job out.
 
-In: the value of --runner and the user's own flags. Out: the flags of one job. All that differs from
-engine to engine is in the table `ENGINES`.
+The table `ENGINES` holds everything that differs between engines.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from infra.flags import value_of
 from pipelines.engines import dataflow
 from pipelines.errors import UsageError
 
-_END_SECONDS = 30.0  # a request to a service far away, repeated once or twice
+_END_SECONDS = 30.0  # a request to a remote service and one or two retries
 
 
 def _placed_by_dask(options: Any) -> contextlib.AbstractContextManager:
@@ -69,20 +68,20 @@ class Engine:
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def job_flags(self, kind: str, num_workers: int, extra: Sequence[str]) -> list[str]:
-        """Beam's flags for a job of `num_workers` workers; of one given twice the last counts."""
+        """Beam flags of a job with `num_workers` workers; the last of two equal flags counts."""
         defaults = self.defaults(kind, num_workers, extra)
         count = [f'{self.count_flag}={num_workers}'] if self.count_flag else []
         return [*defaults, *extra, f'--runner={self.beam_runner}', *self.flags, *count]
 
     def register_flags(self) -> None:
-        """Makes Beam know the engine's own flags."""
+        """Registers the engine's own flags with Beam."""
         if self.options_module:
             importlib.import_module(self.options_module)
 
 
 ENGINES: Mapping[str, Engine] = {
-    # Beam's in-process FnApiRunner with a process a worker, chosen by name: as `DirectRunner` Beam
-    # looks for Prism first and then ignores the `direct_*` flags.
+    # Beam's in-process FnApiRunner with one process per worker. The name `DirectRunner` would make
+    # Beam try Prism first and ignore the `direct_*` flags.
     'DirectRunner': Engine(
         'FnApiRunner',
         flags=('--direct_running_mode=multi_processing',),
@@ -93,7 +92,7 @@ ENGINES: Mapping[str, Engine] = {
     ),
     'DaskRunner': Engine(
         'apache_beam.runners.dask.dask_runner.DaskRunner',
-        count_flag='--dask_npartitions',  # otherwise 128 elements a partition, which run in turn
+        count_flag='--dask_npartitions',  # the default runs 128 elements in turn
         reserved_flags=('--dask_npartitions', '--dask_partition_size'),
         required=(('--dask_client_address', '--dask_scheduler_file'),),
         example='--dask_client_address=tcp://HOST:8786',
@@ -103,7 +102,7 @@ ENGINES: Mapping[str, Engine] = {
     'PrismRunner': Engine('PrismRunner', runs_locally=True, launcher_restarts_workers=True),
     'PortableRunner': Engine(
         'PortableRunner',
-        # Without the second Beam starts containers, which lack this project.
+        # Without --environment_type Beam starts containers, which lack this project.
         required=(('--job_endpoint',), ('--environment_type',)),
         example='--job_endpoint=HOST:8099 --environment_type=EXTERNAL'
         ' --environment_config=HOST:50000 (see docs/engines.md)',
@@ -128,7 +127,7 @@ ENGINES: Mapping[str, Engine] = {
             ('--sdk_container_image',),
         ),
         example='--project=P --region=R --temp_location=gs://BUCKET/tmp'
-        ' --sdk_container_image=IMAGE (with this project and Beam in it)',
+        ' --sdk_container_image=IMAGE (see docs/deploy/images.md)',
         always_remote=True,
         outlives_submitter=True,
         end=dataflow.end,
@@ -139,25 +138,25 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def engine(runner: str) -> Engine:
-    """The engine that --runner names.
+    """Returns the engine that --runner names.
 
     Raises:
-      UsageError: there is none of that name.
+      UsageError: no engine has that name.
     """
     if runner not in ENGINES:
-        raise UsageError(f'--runner {runner}: no such engine; use one of {", ".join(ENGINES)}.')
+        raise UsageError(f'--runner {runner}: unknown. Fix: choose one of {", ".join(ENGINES)}.')
     return ENGINES[runner]
 
 
 def require_free(runner: str, flags: Sequence[str]) -> None:
-    """Checks that the user sets nothing that is this project's to set.
+    """Rejects Beam flags that this project sets itself.
 
     Raises:
-      UsageError: there is no such engine, or a flag is ours.
+      UsageError: the engine is unknown, or a flag is reserved.
     """
     for flag in engine(runner).reserved_flags:
         if value_of(flag, flags) is not None:
             raise UsageError(
-                f'{flag}: leave it out; --num_actors and --num_learners decide how many workers'
-                ' there are, and each gets a place of its own.'
+                f'{flag}: reserved, since --num_actors and --num_learners determine it.'
+                ' Fix: omit it.'
             )

@@ -1,29 +1,29 @@
-"""Dask: where a job's elements may run, and how often one that failed runs again."""
+"""Dask: hosts on which a job's elements may run, retries of failed elements."""
 
 import argparse
 import contextlib
 
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.dask.dask_runner import DaskOptions  # noqa: F401  (Beam learns its flags)
+from apache_beam.runners.dask.dask_runner import DaskOptions  # noqa: F401  (registers its flags)
 
 RETRIES = 5
-"""So often Dask runs an element again that has raised an error; of killed ones it counts itself."""
+"""Times that Dask reruns an element that raised; its `allowed-failures` limits killed ones."""
 
 
 class PlacementOptions(PipelineOptions):
-    """Where a job's workers may run; given for one job by `--actor_flags` or `--learner_flags`."""
+    """Hosts of a job's workers; `--actor_flags` or `--learner_flags` set them for one job."""
 
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             '--dask_hosts',
             default='',
-            help='hosts, separated by commas, whose Dask workers may run the job (default: all)',
+            help='Comma-separated hosts whose Dask workers may run the job. Default: all.',
         )
 
 
 def placed(options: PipelineOptions) -> contextlib.AbstractContextManager:
-    """In it, a job's elements go to the hosts asked for, and only a failed one is run again."""
+    """Within the context, elements run on the requested hosts and are retried on failure."""
     import dask
 
     hosts = host_names(options.view_as(PlacementOptions).dask_hosts)
@@ -31,5 +31,5 @@ def placed(options: PipelineOptions) -> contextlib.AbstractContextManager:
 
 
 def host_names(text: str | None) -> list[str]:
-    """The hosts in the value of `--dask_hosts`; none: all."""
+    """Hosts in a value of `--dask_hosts`; an empty list means all."""
     return [host.strip() for host in (text or '').split(',') if host.strip()]

@@ -1,7 +1,6 @@
-"""Dataflow: one job's flags from the run's, and the end of a job that is not to go on.
+"""Dataflow: a job's workers and the user's flags in, the job's flags, state changes and end out.
 
-In: which workers a job has and the user's flags. Out: flags that give each worker a process of its
-own on machines of a fixed number; what becomes of a job; requests to cancel or drain.
+The flags give each worker its own process, on a fixed number of machines.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 DRAIN_SECONDS = 30.0
-"""A streaming job that has not drained within is cancelled."""
+"""After this time a draining streaming job is cancelled."""
 
 _POLL_SECONDS = 2.0
 _FOLLOW_SECONDS = 10.0
@@ -29,11 +28,11 @@ _PROCESSORS = re.compile(r'-(\d+)(?=-|$)')
 
 
 def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
-    """Flags of a job; the user's own, behind them, count where both give one.
+    """Default flags of a job; the user's flags follow and override them.
 
-    Dataflow starts a process for each virtual processor of a machine; with one thread a process no
-    two workers of ours share one. A machine with an accelerator gets one process, for one learner,
-    unless Nvidia's MPS lets several share it.
+    Dataflow starts one process per virtual processor; with one thread per process, each of our
+    workers has its own. A machine with an accelerator runs one process, for one learner, unless
+    Nvidia's MPS shares the accelerator.
     """
     options = PipelineOptions(list(flags))
     service = options.view_as(GoogleCloudOptions).dataflow_service_options or []
@@ -48,26 +47,26 @@ def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
         '--autoscaling_algorithm=NONE',
         '--number_of_worker_harness_threads=1',
         *(['--experiments=no_use_multiple_sdk_containers'] if accelerated else []),
-        '--sdk_location=container',  # the image has Beam, and this project
+        '--sdk_location=container',  # the image contains Beam and this project
         '--no_save_main_session',
         f'--labels=gorila={kind}',
     ]
 
 
 def processors(machine_type: str | None) -> int:
-    """Virtual processors of a machine type, such as 4 of n2-standard-4; 1 if it does not say."""
+    """Virtual processors of a machine type, such as 4 for n2-standard-4; 1 if its name has none."""
     match = _PROCESSORS.search(machine_type or '')
     return max(1, int(match[1])) if match else 1
 
 
 def end(result: Any, options: Any) -> None:
-    """Drains a streaming job, and cancels it if that takes long; cancels a batch job at once.
+    """Cancels a batch job; drains a streaming job for `DRAIN_SECONDS`, then cancels it.
 
-    Its workers may be beyond help, their servers gone: then a drain would wait for them for ever.
+    A drain never completes if the workers hang because their servers are gone.
     """
     from apache_beam.runners.dataflow.internal import apiclient
 
-    # Of its own: the result's client is in use by the thread that follows the job.
+    # A new client, because the result's client is used by the thread that runs `follow`.
     client, job = apiclient.DataflowApplicationClient(options), result.job_id()
     if options.view_as(StandardOptions).streaming:
         client.modify_job_state(job, 'JOB_STATE_DRAINING')
@@ -78,10 +77,10 @@ def end(result: Any, options: Any) -> None:
         client.modify_job_state(job, 'JOB_STATE_CANCELLED')
 
 
-def follow(result: Any, options: Any, tell: Callable[[str], None]) -> None:
-    """Tells where the job can be seen, and its state whenever that changes, until it has ended.
+def follow(result: Any, options: Any, notify: Callable[[str], None]) -> None:
+    """Reports each state change of the job and its console page until it has ended.
 
-    For a thread of its own; an answer that does not come is asked for again.
+    Blocks, so run it in a thread. Failed requests are retried.
     """
     from apache_beam.runners.dataflow.internal import apiclient
 
@@ -89,10 +88,10 @@ def follow(result: Any, options: Any, tell: Callable[[str], None]) -> None:
     page = f'{_CONSOLE}/{google.region}/{job}?project={google.project}'
     client, state = apiclient.DataflowApplicationClient(options), ''
     while state not in _ENDED:
-        with contextlib.suppress(Exception):  # whatever the network brings: nothing depends on it
+        with contextlib.suppress(Exception):  # network errors: only the display depends on this
             before, state = state, str(client.get_job(job).currentState)
             if state != before:
-                tell(f'{state.removeprefix("JOB_STATE_").lower()}, {page}')
+                notify(f'{state.removeprefix("JOB_STATE_").lower()}, {page}')
         time.sleep(_FOLLOW_SECONDS)
 
 

@@ -1,7 +1,7 @@
-"""Command-line flags in, one frozen experiment out: `run.py` reads the options here, once.
+"""Command-line flags in, frozen `Launch` and `ExperimentConfig` out.
 
-Each field of the configuration dataclasses is a flag of the same name; Beam's own flags are
-accepted beside them; any other flag is an error.
+Each field of the configuration dataclasses is a flag of the same name. Beam's own flags are
+accepted too; any other flag is an error.
 """
 
 import argparse
@@ -33,29 +33,28 @@ _EPILOG = """examples:
   python pipelines/run.py --topology bundled --num_actors 2 --num_learners 2
   python pipelines/run.py --run_dir runs/breakout --resume
 
-Frames are emulator frames (4 an agent step); updates are gradients applied at the parameter server.
-A flag without a value of yours takes the preset's; in brackets: those of the preset `{preset}`.
-Beam's own flags are accepted too: see `--help_beam`.
+A frame is an emulator frame, an update a gradient that the parameter server has applied.
+Defaults are those of the preset `{preset}`. `--preset NAME --help` shows those of another.
+Beam's own flags are accepted too; `--help_beam` lists them.
 """
 
 _TLS_HELP = {
-    'tls_certificate': 'PEM file: with it the parameter shards that are started speak TLS; for the'
-    ' name or address in --host',
-    'tls_key': "PEM file, the certificate's key; it stays on this machine",
-    'tls_roots': 'PEM file: what the certificates of the parameter shards are signed by'
-    ' [--tls_certificate itself]; travels to the workers',
+    'tls_certificate': 'PEM certificate for --host; makes the parameter shards that the run starts'
+    ' use TLS (see docs/training.md). Default: no TLS.',
+    'tls_key': 'PEM private key of --tls_certificate; never leaves this machine.',
+    'tls_roots': 'PEM root certificates that verify the parameter shards; sent to the workers.'
+    ' Default: --tls_certificate.',
 }
 _KINDS = ('actor', 'learner')
 _EXTRA: Mapping[type, Mapping[str, Any]] = {
     bool: {'action': argparse.BooleanOptionalAction},
-    int: {'type': integer},
-    float: {'type': float},
-    str: {},
+    int: {'type': integer, 'metavar': 'N'},
+    float: {'type': float, 'metavar': 'X'},
+    str: {'metavar': 'NAME'},
 }
-"""How a field's flag is read, by the field's type."""
+"""Arguments of `add_argument`, by a field's type."""
 
-# Values that a resumed run may change: they decide how long and with whom it goes on, not what
-# was learned so far.
+# Settings that --resume may change, because they do not invalidate what was learned.
 RESUMABLE = frozenset(
     {
         'max_frames',
@@ -81,27 +80,33 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     launch = parser.add_argument_group('launch')
     launch.add_argument(
         '--preset',
-        help=f'set of values to start from: {", ".join(presets.PRESETS)} [{presets.DEFAULT}]',
+        metavar='NAME',
+        help='Named set of values, which other flags override (see docs/algorithms.md):'
+        f' {", ".join(presets.PRESETS)}. Default: {presets.DEFAULT}.',
     )
     launch.add_argument(
         '--run_dir',
-        help="directory of the run's outputs (runs/<game>-...), or gs://bucket/path, or another"
-        ' place that Beam knows: the run works in a local copy and keeps the place up to date',
+        metavar='DIR',
+        help='Output directory, or a URL that Beam can write, such as gs://bucket/path: the run'
+        ' then works in a local copy and mirrors it there (see docs/gcs.md).'
+        ' Default: runs/<game>-<preset>-<time>.',
     )
     launch.add_argument(
         '--work_dir',
-        help='local copy of a remote --run_dir (runs/<last part of it>, with a number behind it'
-        ' when that is something else)',
+        metavar='DIR',
+        help='Local copy of a remote --run_dir. Default: runs/<its last part>, numbered if another'
+        ' run uses that name.',
     )
     launch.add_argument(
-        '--resume', action='store_true', help='go on from the last checkpoint in --run_dir'
+        '--resume', action='store_true', help='Continue from the last checkpoint in --run_dir.'
     )
     for kind in _KINDS:
         launch.add_argument(
             f'--{kind}_flags',
             default='',
-            help=f"Beam's flags for the {kind}s' job only, such as"
-            f" --{kind}_flags='--worker_machine_type=n2-standard-4'",
+            metavar='FLAGS',
+            help=f"Beam flags of the {kind}s' job only, such as"
+            f' --{kind}_flags=--worker_machine_type=n2-standard-4.',
         )
 
 
@@ -109,27 +114,32 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     servers = parser.add_argument_group('servers')
     servers.add_argument(
         '--parameter_addresses',
-        help='host:port,... of running parameter shards to attach to, in their order',
+        metavar='HOST:PORT,...',
+        help='Running parameter shards to attach to, in shard order. Default: start new ones.',
     )
     servers.add_argument(
-        '--replay_addresses', help='host:port,... of running replay shards, in their order'
+        '--replay_addresses',
+        metavar='HOST:PORT,...',
+        help='Running replay shards to attach to, in shard order. Default: start new ones.',
     )
     for kind in ('parameter', 'replay'):
         servers.add_argument(
-            f'--{kind}_ports', help=f'ports of the {kind} shards to start (default: free ones)'
+            f'--{kind}_ports',
+            metavar='PORT,...',
+            help=f'Ports of the {kind} shards that the run starts. Default: free ones.',
         )
     for name, text in _TLS_HELP.items():
-        servers.add_argument(f'--{name}', help=text)
+        servers.add_argument(f'--{name}', metavar='FILE', help=text)
     servers.add_argument(
         '--host',
         default=LOOPBACK,
-        help='address of this machine at which workers on others reach the servers to start'
-        f' [{LOOPBACK}: workers are on this machine]',
+        help='Address of this machine at which workers reach the servers that the run starts; set'
+        f' it if workers run on other machines. Default: {LOOPBACK}.',
     )
 
 
 class GorilaOptions(PipelineOptions):
-    """The project's flags, one for each field of the configuration."""
+    """The project's flags."""
 
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -137,7 +147,7 @@ class GorilaOptions(PipelineOptions):
 
 
 def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
-    """Adds every flag of ours; its help says the preset's value."""
+    """Adds the project's flags, with the preset's values in their help texts."""
     _add_launch_arguments(parser)
     _add_server_arguments(parser)
     default = presets.experiment(preset, {})
@@ -146,15 +156,16 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
         kinds = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
             value = getattr(getattr(default, group), field.name)
-            text = f'{field.metadata["help"]} [{value}]'.replace('%', '%%')
+            text = f'{field.metadata["help"]} Default: {value}.'.replace('%', '%%')
             extra = _EXTRA[kinds[field.name]]
             arguments.add_argument(f'--{field.name}', default=None, help=text, **extra)
 
 
 def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentParser:
-    """A strict parser of our flags, and of Beam's unless `own_only`."""
+    """Builds a strict parser of the project's flags, and of Beam's unless `own_only`."""
     parser = argparse.ArgumentParser(
         prog='run.py',
+        usage='run.py [flags]',
         description='Train an Atari agent with parallel actors, parallel learners, a sharded'
         ' replay and a sharded parameter server.',
         epilog=_EPILOG.format(preset=preset),
@@ -171,15 +182,17 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
         parser.add_argument(
             '--runner',
             default='DirectRunner',
-            help=f'engine: {", ".join(catalog.ENGINES)} [DirectRunner]',
+            metavar='NAME',
+            help='Engine that runs the workers (see docs/engines.md):'
+            f' {", ".join(catalog.ENGINES)}. Default: DirectRunner.',
         )
-        parser.add_argument('--help_beam', action='store_true', help="Beam's own flags")
+        parser.add_argument('--help_beam', action='store_true', help='Also list the flags of Beam.')
     _add_arguments(parser, preset)
     return parser
 
 
 class _BeamArguments:
-    """Beam's option classes add their arguments to its own parser class; this adapts ours."""
+    """Adapts an argparse parser to the parser class that Beam's option classes expect."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         self._parser = parser
@@ -194,9 +207,9 @@ class _BeamArguments:
 def _refuse_unknown(
     unknown: Sequence[str], parser: argparse.ArgumentParser, engine: catalog.Engine
 ) -> None:
-    """Raises UsageError naming a flag of `unknown` and the flags that look like it.
+    """Raises UsageError for an unknown flag and suggests similar ones.
 
-    A job server may know flags that Beam does not: those that look like none of ours go on to it.
+    If the engine forwards flags to a job server, only flags similar to known ones are rejected.
     """
     for text in unknown:
         flag = text.split('=')[0]
@@ -204,12 +217,12 @@ def _refuse_unknown(
         if engine.forwards and not difflib.get_close_matches(flag, known, cutoff=0.8):
             continue
         near = difflib.get_close_matches(flag, known, n=3)
-        hint = f' Did you mean {", ".join(near)}?' if near else ' See --help.'
-        raise UsageError(f'{text}: unknown flag.{hint}')
+        hint = f'Did you mean {", ".join(near)}?' if near else 'See --help.'
+        raise UsageError(f'{text}: unknown flag. {hint}')
 
 
 def _addresses(kind: str, text: str | None) -> tuple[str, ...]:
-    """The host:port pairs of a comma-separated flag."""
+    """Parses a comma-separated list of host:port."""
     addresses = tuple(part.strip() for part in (text or '').split(',') if part.strip())
     for address in addresses:
         try:
@@ -220,32 +233,34 @@ def _addresses(kind: str, text: str | None) -> tuple[str, ...]:
 
 
 def _split(kind: str, text: str) -> tuple[str, ...]:
-    """Beam's flags in the value of one of ours."""
+    """Splits the value of --actor_flags or --learner_flags into Beam flags."""
     try:
         flags = tuple(shlex.split(text))
     except ValueError as error:
-        raise UsageError(f'--{kind}_flags {text!r}: {error}; close the quotes.') from error
+        raise UsageError(f'--{kind}_flags {text!r}: {error}. Fix: close the quotes.') from error
     beams = _parser(own_only=True).parse_known_args(flags)[1]
     for flag in flags:
         if flag not in beams:
-            raise UsageError(f"--{kind}_flags: {flag} is none of Beam's; give it by itself.")
+            raise UsageError(
+                f'--{kind}_flags: {flag} is not a Beam flag. Fix: pass it directly to run.py.'
+            )
     return flags
 
 
 def _ports(kind: str, text: str | None) -> tuple[int, ...]:
-    """The ports of a comma-separated flag."""
+    """Parses a comma-separated list of ports."""
     parts = [part.strip() for part in (text or '').split(',') if part.strip()]
     for part in parts:
         if not is_port(part):
-            raise UsageError(f'--{kind}_ports {text}: {part!r} is no port; write 1 to 65535.')
+            raise UsageError(f'--{kind}_ports {text}: {part!r} is not a port. Fix: use 1 to 65535.')
     return tuple(int(part) for part in parts)
 
 
 def _game(text: str) -> str:
-    """The ROM that `text` names; says what an id of gymnasium means beside it.
+    """Returns the ROM that `text` names; prints a note on Gymnasium IDs.
 
     Raises:
-      UsageError: there is no such game, or it cannot be played.
+      UsageError: the game is unknown or cannot be played.
     """
     try:
         game = rom_id(text)
@@ -257,13 +272,13 @@ def _game(text: str) -> str:
 
 
 def _tls(known: argparse.Namespace) -> tuple[str, str] | None:
-    """Files of certificate and key.
+    """Returns the files of certificate and key, or None without TLS.
 
     Raises:
-      UsageError: one is missing, unreadable or not what it should be.
+      UsageError: a file is missing, unreadable or invalid.
     """
     if bool(known.tls_certificate) != bool(known.tls_key):
-        raise UsageError('--tls_certificate and --tls_key go together; give both, or none.')
+        raise UsageError('--tls_certificate and --tls_key go together. Fix: pass both or neither.')
     try:
         if known.tls_roots:
             read_roots(known.tls_roots)
@@ -276,11 +291,11 @@ def _tls(known: argparse.Namespace) -> tuple[str, str] | None:
 
 
 def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, ...]]:
-    """Beam's flags of single jobs, checked together with `rest`, those of all; by `_KINDS`.
+    """Returns the Beam flags of each kind of job, in the order of `_KINDS`; checks `rest` too.
 
     Raises:
-      UsageError, argparse.ArgumentError: one is unknown, or not the user's to give.
-      SystemExit: help was asked for, and printed.
+      UsageError, argparse.ArgumentError: a flag is unknown or reserved.
+      SystemExit: --help_beam was printed.
     """
     engine = catalog.engine(known.runner)
     engine.register_flags()
@@ -296,12 +311,11 @@ def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple
 
 
 def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
-    """Reads the command line: how to launch, the preset named (or None), values overridden.
+    """Parses the command line into launch, preset name (None if not given) and overridden values.
 
     Raises:
-      UsageError: a flag is unknown, misses its value, has one of the wrong type or one that is
-        not supported.
-      SystemExit: `--help` was asked for.
+      UsageError: a flag is unknown, or its value missing or invalid.
+      SystemExit: help was printed.
     """
     try:
         preset = value_of('--preset', argv) or presets.DEFAULT
@@ -337,28 +351,32 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
 
 
 def _require_directories(launch: Launch) -> None:
-    """Raises UsageError when a directory is missing, or one that means nothing is given."""
+    """Raises UsageError if --run_dir, --resume and --work_dir do not fit together."""
     if launch.run_dir == '':
-        raise UsageError('--run_dir is empty; name a directory, or leave the flag out.')
+        raise UsageError('--run_dir: empty. Fix: name a directory, or omit the flag.')
     if launch.resume and launch.run_dir is None:
-        raise UsageError('--resume needs --run_dir: the directory of the run to go on with.')
-    if launch.work_dir is not None and not (launch.work_dir and is_remote(launch.run_dir or '')):
-        raise UsageError('--work_dir is the local copy of a remote --run_dir, such as gs://...')
+        raise UsageError('--resume: no run given. Fix: name the directory of the run in --run_dir.')
+    if launch.work_dir is not None and not is_remote(launch.run_dir or ''):
+        raise UsageError(
+            '--work_dir: --run_dir is not remote, so the run needs no local copy. Fix: omit it.'
+        )
+    if launch.work_dir == '':
+        raise UsageError('--work_dir: empty. Fix: name a directory, or omit the flag.')
 
 
 def _attached_shards(launch: Launch, values: Mapping[str, Any]) -> dict[str, int]:
-    """How many shards there are, by their setting, of the kinds that the run attaches to.
+    """Settings for the numbers of attached shards, from the addresses.
 
     Raises:
-      UsageError: a flag says another number.
+      UsageError: a flag contradicts the number of addresses.
     """
     found = {}
     for kind in ('parameter', 'replay'):
         count, setting = len(getattr(launch, f'{kind}_addresses')), f'num_{kind}_shards'
         if count and values.get(setting, count) != count:
             raise UsageError(
-                f'--{setting} {values[setting]} contradicts --{kind}_addresses, which names'
-                f' {count}; leave the flag out.'
+                f'--{setting} {values[setting]}: contradicts --{kind}_addresses, which names'
+                f' {count}. Fix: omit --{setting}.'
             )
         if count:
             found[setting] = count
@@ -366,11 +384,11 @@ def _attached_shards(launch: Launch, values: Mapping[str, Any]) -> dict[str, int
 
 
 def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.ExperimentConfig:
-    """The experiment of a new run.
+    """Returns the experiment of a new run.
 
     Raises:
-      UsageError: an unknown preset, or values that are wrong, contradict each other or would
-        change nothing; or the game cannot be played.
+      UsageError: the preset is unknown; the game cannot be played; or values are invalid,
+        contradictory or without effect.
     """
     if isinstance(values.get('game'), str):
         values = {**values, 'game': _game(values['game'])}
@@ -382,24 +400,23 @@ def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.Experim
 def resumed(
     before: config_lib.ExperimentConfig, preset: str | None, values: dict[str, Any]
 ) -> config_lib.ExperimentConfig:
-    """The experiment of a run that goes on from `before`.
+    """Returns the experiment of a resumed run.
 
     Raises:
-      UsageError: a flag would change what the run has learned with so far, or the game cannot be
-        played here.
+      UsageError: a flag would change a value that a run must keep, or the game cannot be played.
     """
     if preset not in (None, before.preset):
         raise UsageError(
-            f'--preset {preset} contradicts --resume: the run was started with {before.preset};'
-            ' leave the flag out, or start a new run.'
+            f'--preset {preset}: contradicts --resume, since the run was started with'
+            f' {before.preset}. Fix: omit --preset, or start a new run.'
         )
     for name, value in values.items():
         group, _ = config_lib.fields()[name]
         old = getattr(getattr(before, group), name)
         if value != old and name not in RESUMABLE:
             raise UsageError(
-                f'--{name} {value} contradicts --resume: the run was started with {old};'
-                ' leave the flag out, or start a new run.'
+                f'--{name} {value}: contradicts --resume, since the run was started with {old}.'
+                f' Fix: omit --{name}, or start a new run.'
             )
     _game(before.environment.game)
     return config_lib.replace(before, values)

@@ -35,22 +35,42 @@ class RunConfig:
 
     topology: str = described(
         'separate',
-        "'separate': actors and learners are two Beam jobs that share a replay; 'bundled':"
-        ' one job of bundles, each an actor, its own replay and a learner (paper, section 4)',
+        "'separate': two Beam jobs, actors and learners, share a replay; 'bundled': one"
+        ' Beam job of bundles, each an actor with its own replay and a learner (paper,'
+        ' section 4).',
     )
-    num_actors: int = described(1, 'actors, each a worker process of its own')
-    num_learners: int = described(2, 'learners, each a worker process of its own')
+    num_actors: int = described(
+        1,
+        'Actors, one worker process each. Add some when learners wait for data.',
+    )
+    num_learners: int = described(
+        2,
+        'Learners, one worker process each. Add some when actors wait for learners.',
+    )
     worker_threads: int = described(
-        1, 'TensorFlow threads of an actor or learner; another learner uses a core better'
+        1,
+        'TensorFlow threads per worker. Another learner uses a spare core better than'
+        ' another thread.',
     )
-    max_frames: int = described(4_000_000, 'emulator frames, over all actors, that end the run')
-    seed: int = described(1, 'seed of parameters, environments and exploration')
-    checkpoint_period_seconds: float = described(900.0, 'seconds between two checkpoints')
-    checkpoint_replay: bool = described(True, 'checkpoints hold the replay too')
-    evaluation_episodes: int = described(30, 'episodes of the final evaluation (paper: 30)')
-    evaluation_epsilon: float = described(0.05, 'epsilon of the final evaluation (paper: 0.05)')
+    max_frames: int = described(
+        4_000_000,
+        'Emulator frames of all actors after which the run ends.',
+    )
+    seed: int = described(1, 'Seed of parameters, environments and exploration.')
+    checkpoint_period_seconds: float = described(
+        900.0,
+        'Seconds between checkpoints. Lower it to lose less when the launcher dies.',
+    )
+    checkpoint_replay: bool = described(
+        True,
+        'Include the replay in checkpoints. Disable it to save disk space; a resumed run'
+        ' then refills its replay.',
+    )
+    evaluation_episodes: int = described(30, 'Games of the final evaluation (paper: 30).')
+    evaluation_epsilon: float = described(0.05, 'Epsilon of the final evaluation (paper: 0.05).')
     evaluation_max_frames: int = described(
-        18_000, 'emulator frames of one evaluation episode at most (paper: 5 minutes)'
+        18_000,
+        'Emulator frames after which an evaluation game is cut off (paper: 18,000, 5 minutes).',
     )
 
     def __post_init__(self) -> None:
