@@ -293,25 +293,46 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     places = parser.add_subparsers(dest='place', required=True)
-    cluster = places.add_parser('kubernetes', help='StatefulSets of infra/kubernetes')
-    cluster.add_argument('file', nargs='?', help='their JSON or YAML [standard input]')
-    cluster.add_argument('--namespace', help='the only one to search')
-    cluster.add_argument('--domain', default='cluster.local', help="cluster's [cluster.local]")
-    cluster.add_argument(
-        '--external', action='store_true', help='addresses of load balancers, for workers outside'
+    cluster = places.add_parser(
+        'kubernetes', help='Addresses of the StatefulSets of infra/kubernetes.'
     )
-    hosts = places.add_parser('hosts', help='units of infra/systemd')
+    cluster.add_argument(
+        'file', nargs='?', help='JSON or YAML of the objects. Default: standard input.'
+    )
+    cluster.add_argument('--namespace', help='Namespace to search. Default: all.')
+    cluster.add_argument(
+        '--domain', default='cluster.local', help='Domain of the cluster. Default: cluster.local.'
+    )
+    cluster.add_argument(
+        '--external',
+        action='store_true',
+        help='Print addresses of load balancers, for workers outside the cluster.',
+    )
+    hosts = places.add_parser('hosts', help='Addresses of the units of infra/systemd.')
     for kind in KINDS:
-        hosts.add_argument(f'--{kind}_hosts', required=True, help='a,b,...: shards go round them')
-        hosts.add_argument(f'--{kind}_shards', type=integer, default=1, help='how many [1]')
+        hosts.add_argument(
+            f'--{kind}_hosts',
+            required=True,
+            metavar='A,B,...',
+            help=f'Hosts that take the {kind} shards in turn.',
+        )
+        hosts.add_argument(
+            f'--{kind}_shards',
+            type=integer,
+            default=1,
+            metavar='N',
+            help=f'Number of {kind} shards. Default: 1.',
+        )
         hosts.add_argument(
             f'--{kind}_port',
             type=integer,
             default=FIRST_PORTS[kind],
-            help=f'of shard 0 [{FIRST_PORTS[kind]}]; shard I has the I-th after it',
+            metavar='N',
+            help=f'Port of {kind} shard 0; shard I uses the I-th port after it.'
+            f' Default: {FIRST_PORTS[kind]}.',
         )
     hosts.add_argument(
-        '--units', action='store_true', help='print which units each host runs instead'
+        '--units', action='store_true', help='Print the units of each host instead of addresses.'
     )
     return parser.parse_args(arguments)
 
@@ -351,8 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyError, TypeError, AttributeError) as error:
         print(
-            f'deployment: no objects as Kubernetes has them ({error!r}); give the output of'
-            ' `kubectl get statefulsets -o json`, or of `kubectl kustomize`',
+            f'deployment: not valid Kubernetes objects ({error!r}). Fix: pass the output of'
+            ' `kubectl get statefulsets -o json` or `kubectl kustomize`.',
             file=sys.stderr,
         )
         return 2

@@ -25,11 +25,11 @@ def value_of(flag: str, flags: Sequence[str]) -> str | None:
 def add_state_flags(
     parser: argparse.ArgumentParser, otherwise: str, text: str, period_seconds: float
 ) -> None:
-    """Adds the flags of a shard that keeps its own state.
+    """Adds the flags of a shard that saves its own state.
 
     Args:
       parser: of the shard's command line.
-      otherwise: the flag that excludes them, for a shard whose state a run keeps.
+      otherwise: alternative flag, for a shard whose state a run saves.
       text: help text of `otherwise`.
       period_seconds: default time between two states.
     """
@@ -37,14 +37,16 @@ def add_state_flags(
     place.add_argument(otherwise, help=text)
     place.add_argument(
         '--state_dir',
-        help='directory of this shard alone: it starts from the newest state there and writes one'
-        ' periodically and at SIGTERM; for a shard that a supervisor restarts',
+        metavar='DIR',
+        help='Directory for the state of this shard only: the shard starts from the newest state in'
+        ' it and saves its state periodically and at SIGTERM. Use it under a supervisor.',
     )
     parser.add_argument(
         '--state_period_seconds',
         type=positive_number,
         default=period_seconds,
-        help=f'between two states [{period_seconds:g}]',
+        metavar='X',
+        help=f'Seconds between states with --state_dir. Default: {period_seconds:g}.',
     )
 
 
@@ -58,7 +60,7 @@ def integer(text: str) -> int:
         number = decimal.Decimal(text)  # exact where a float is not
         if -(2**63) <= number < 2**63 and number == number.to_integral_value():
             return int(number)
-    raise argparse.ArgumentTypeError(f'{text!r} is no whole number of 64 bits')
+    raise argparse.ArgumentTypeError(f'{text!r} is not a 64-bit integer')
 
 
 def positive_number(text: str) -> float:
@@ -70,7 +72,7 @@ def positive_number(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (number := float(text)) < math.inf:
             return number
-    raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
+    raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
 
 
 def nonempty_path(text: str) -> str:

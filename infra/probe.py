@@ -108,21 +108,25 @@ def _one_line(error: object) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog='python -m infra.probe', description=__doc__, allow_abbrev=False)
-    parser.add_argument('kind', choices=sorted(QUESTIONS))
-    parser.add_argument('addresses', help='host:port of a shard, or of several: a:1,b:2')
+    parser.add_argument('kind', choices=sorted(QUESTIONS), help='Kind of the shards.')
+    parser.add_argument('addresses', metavar='HOST:PORT,...', help='Addresses of the shards.')
     parser.add_argument(
         '--timeout_seconds',
         type=positive_number,
         default=_TIMEOUT_SECONDS,
-        help=f'for one answer of one shard [{_TIMEOUT_SECONDS:g}]',
+        metavar='X',
+        help=f'Seconds to wait for one answer. Default: {_TIMEOUT_SECONDS:g}.',
     )
     parser.add_argument(
         '--wait_seconds',
         type=positive_number,
         default=0.0,
-        help='ask again until this time is over [one question only]',
+        metavar='X',
+        help='Seconds for which to retry. Default: ask once.',
     )
-    parser.add_argument('--tls', action='store_true', help='the parameter shard has a certificate')
+    parser.add_argument(
+        '--tls', action='store_true', help='Connect to parameter shards that use TLS.'
+    )
     return parser.parse_args(arguments)
 
 

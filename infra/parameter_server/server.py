@@ -464,17 +464,40 @@ def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument('--config', required=True, help='JSON file: ParameterServerConfig')
-    parser.add_argument('--shard', required=True, type=integer, help='index of this shard, from 0')
-    parser.add_argument('--port', type=integer, default=0, help='0: any free port')
-    parser.add_argument('--ready_file', help='written with {"port", "pid"} when it is ready')
-    parser.add_argument('--host', default='127.0.0.1', help='address to listen on')
     parser.add_argument(
-        '--checkpoint_root', help='directory below which clients may have checkpoints written'
+        '--config',
+        required=True,
+        metavar='FILE',
+        help='JSON file that servers.py --config_dir writes.',
     )
-    add_state_flags(parser, '--restore', 'checkpoint directory to start from', _STATE_SECONDS)
-    parser.add_argument('--tls_certificate', help='PEM, for the host name that clients use')
-    parser.add_argument('--tls_key', help="PEM, the certificate's")
+    parser.add_argument(
+        '--shard', required=True, type=integer, metavar='N', help='Index of this shard, from 0.'
+    )
+    parser.add_argument(
+        '--port',
+        type=integer,
+        default=0,
+        metavar='N',
+        help='Port to listen on. Default: any free port.',
+    )
+    parser.add_argument(
+        '--ready_file', metavar='FILE', help='JSON file to write when ready: {"port", "pid"}.'
+    )
+    parser.add_argument(
+        '--host', default='127.0.0.1', help='Address to listen on. Default: 127.0.0.1.'
+    )
+    parser.add_argument(
+        '--checkpoint_root',
+        metavar='DIR',
+        help='Directory below which clients may request checkpoints.',
+    )
+    add_state_flags(parser, '--restore', 'Checkpoint directory to start from.', _STATE_SECONDS)
+    parser.add_argument(
+        '--tls_certificate',
+        metavar='FILE',
+        help='PEM certificate for the host name that clients use; enables TLS.',
+    )
+    parser.add_argument('--tls_key', metavar='FILE', help='PEM private key of --tls_certificate.')
     parser.add_argument(
         '--message_memory_mib',
         type=positive_number,
@@ -483,7 +506,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if bool(options.tls_certificate) != bool(options.tls_key):
-        parser.error('--tls_certificate and --tls_key go together; give both, or none')
+        parser.error('--tls_certificate and --tls_key go together. Fix: pass both or neither.')
     return options
 
 

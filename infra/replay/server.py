@@ -326,19 +326,36 @@ def stop_server(server: 'reverb.Server') -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog='python -m infra.replay.server', description=__doc__)
-    parser.add_argument('--config', required=True, help='JSON file: ShardConfig as a dict')
-    parser.add_argument('--shard', type=integer, required=True, help='number of this shard, from 0')
-    parser.add_argument('--port', type=integer, default=0, help='0: any free port')
     parser.add_argument(
-        '--host', help='accepted for uniformity: Reverb listens on every interface of the host'
+        '--config',
+        required=True,
+        metavar='FILE',
+        help='JSON file that servers.py --config_dir writes.',
     )
-    parser.add_argument('--ready_file', help='written with {"port", "pid"} when it is ready')
-    where = 'directory for checkpoints that a run requests'
+    parser.add_argument(
+        '--shard', type=integer, required=True, metavar='N', help='Index of this shard, from 0.'
+    )
+    parser.add_argument(
+        '--port',
+        type=integer,
+        default=0,
+        metavar='N',
+        help='Port to listen on. Default: any free port.',
+    )
+    parser.add_argument('--host', help='No effect: Reverb listens on every interface.')
+    parser.add_argument(
+        '--ready_file', metavar='FILE', help='JSON file to write when ready: {"port", "pid"}.'
+    )
+    where = 'Directory for checkpoints that a run requests.'
     add_state_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
-    parser.add_argument('--restore', help='with --checkpoint_dir: a checkpoint to start from')
+    parser.add_argument(
+        '--restore', metavar='DIR', help='Checkpoint to start from, with --checkpoint_dir.'
+    )
     options = parser.parse_args(arguments)
     if options.restore and options.state_dir:
-        parser.error('--restore contradicts --state_dir, which says what to start from')
+        parser.error(
+            '--restore contradicts --state_dir, which starts from its newest state. Fix: omit one.'
+        )
     return options
 
 

@@ -1,10 +1,9 @@
-"""The agent of an experiment: configuration in, model, gradient, policy and behaviour out."""
+"""Experiment configuration in; model, gradient, policy and behaviour out."""
 
 import numpy as np
 import tensorflow as tf
 
-from agents import custom_agent, device, dqn, model, py_environment
-from agents import exploration as behaviour_lib
+from agents import custom_agent, device, dqn, exploration, model, py_environment
 from agents.actor_priorities import InitialPriorities
 from agents.config import FACTORY
 from agents.custom_loss import no_graph
@@ -19,13 +18,12 @@ from pipelines.experiment.config import ExperimentConfig
 
 
 def build_model(config: ExperimentConfig) -> Model:
-    """The agent of `config`, its first parameters given by the experiment's seed.
+    """Builds the agent, with initial parameters determined by the experiment's seed.
 
-    Every process that builds it gets the same parameters, so whoever initialises the parameter
-    server first writes what any other would have written.
+    All processes build equal parameters, so any of them may initialise the parameter server.
 
     Raises:
-      ForeignAgentError: it is somebody else's, and does not qualify.
+      ForeignAgentError: the custom agent is not supported.
     """
     with AtariEnvironment(config.environment, num_environments=1, seed=0) as environment:
         num_actions = environment.num_actions
@@ -41,7 +39,7 @@ def build_model(config: ExperimentConfig) -> Model:
 
 
 def try_agent(config: ExperimentConfig) -> None:
-    """Calls once what learners and actors will call, on a batch of nothing.
+    """Runs the calls of learners and actors once on a dummy batch.
 
     Raises:
       ForeignAgentError: the agent cannot be built, its loss or policy cannot be traced, or its
@@ -58,24 +56,24 @@ def try_agent(config: ExperimentConfig) -> None:
         gradient, _, _ = learner.gradient(transition, numbers if weighted else None)
         learner.set_target(learner.parameters())
         GreedyPolicy(model).act(frames)
-    except Exception as error:  # whatever the agent's own code raises
+    except Exception as error:  # custom code may raise anything
         raise custom_agent.ForeignAgentError(f'{config.agent.agent}: {no_graph(error)}') from error
     if not np.isfinite(gradient).all():
         raise custom_agent.ForeignAgentError(
-            f'{config.agent.agent}: its first gradient is not finite, which the parameter server'
-            ' would refuse'
+            f'{config.agent.agent}: the first gradient is not finite, so the parameter server would'
+            ' reject it'
         )
 
 
 def build_learner(config: ExperimentConfig, device_name: str = device.HOST) -> AgentGradient:
-    """What computes a learner's gradients, on that device."""
+    """Builds the gradient computation of a learner on the named device."""
     weighted = config.replay.prioritized
     with tf.device(device_name):
         return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)
 
 
 def build_policy(config: ExperimentConfig) -> GreedyPolicy:
-    """What chooses greedy actions, on the host: eight rows at a time are no work for a GPU."""
+    """Builds the greedy policy, on the host: batches of eight are too small for a GPU."""
     with tf.device(device.HOST):
         return GreedyPolicy(build_model(config))
 
@@ -83,12 +81,12 @@ def build_policy(config: ExperimentConfig) -> GreedyPolicy:
 def build_behaviour(
     config: ExperimentConfig, policy: GreedyPolicy, actor: int, num_actions: int
 ) -> Behaviour:
-    """What chooses the actions of actor number `actor`."""
+    """Builds the behaviour of actor number `actor`."""
     acting = config.actor
     if acting.epsilon_ladder:
-        epsilon = behaviour_lib.ladder(acting, actor, config.run.num_actors)
+        epsilon = exploration.ladder(acting, actor, config.run.num_actors)
     else:
-        epsilon = behaviour_lib.annealed(acting)
+        epsilon = exploration.annealed(acting)
     head = policy.model.head
     priorities = None
     if config.replay.prioritized and acting.actor_priorities and head is not None:
@@ -97,10 +95,10 @@ def build_behaviour(
 
 
 def layout_of(network: AgentGradient | GreedyPolicy) -> Layout:
-    """The order in which the parameter server holds the network's variables."""
+    """Layout of the network's variables on the parameter server."""
     return Layout.from_variables(network.variables)
 
 
 def trajectory_spec(config: ExperimentConfig) -> TrajectorySpec:
-    """The shape of what the replay stores."""
+    """Shape of a replay item."""
     return TrajectorySpec(frame_stack=config.environment.frame_stack, n_step=config.agent.n_step)

@@ -1,4 +1,4 @@
-"""The whole experiment as one frozen value: what `config.json` holds and every worker is given."""
+"""The frozen configuration of an experiment, as stored in `config.json` and sent to workers."""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from agents.config import (
 from infra.fields import (
     described,
     require_at_least,
+    require_choice,
     require_fraction,
     require_from_to,
     require_positive,
@@ -31,7 +32,7 @@ TOPOLOGIES = ('separate', 'bundled')
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How many workers, for how long, with which outputs."""
+    """Workers, budget, checkpoints and evaluation of a run."""
 
     topology: str = described(
         'separate',
@@ -74,8 +75,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.topology not in TOPOLOGIES:
-            raise ValueError(f'--topology {self.topology!r}: choose one of {TOPOLOGIES}.')
+        require_choice(self, 'topology', TOPOLOGIES)
         counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes')
         require_at_least(self, 1, *counts, 'evaluation_max_frames')
         require_from_to(self, 0, 2**63 - 1, 'seed')
@@ -85,7 +85,7 @@ class RunConfig:
 
     @property
     def workers(self) -> dict[str, int]:
-        """How many workers of each kind the topology has; each kind is a job."""
+        """Number of workers by kind; each kind is one Beam job."""
         if self.topology == 'bundled':
             return {'bundle': self.num_actors}
         return {'actor': self.num_actors, 'learner': self.num_learners}
@@ -93,10 +93,10 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Every value that decides what a run computes.
+    """All settings of an experiment.
 
     Raises:
-      ValueError: values that contradict each other; the message names them and the remedy.
+      ValueError: settings contradict each other.
     """
 
     preset: str = 'laptop'
@@ -113,44 +113,45 @@ class ExperimentConfig:
         run, replay = self.run, self.replay
         if run.topology == 'bundled' and run.num_actors != run.num_learners:
             raise ValueError(
-                f'--num_actors {run.num_actors} and --num_learners {run.num_learners} contradict'
-                ' --topology bundled: a bundle is one actor and one learner, make them equal.'
+                f'--topology bundled: a bundle is one actor and one learner (--num_actors'
+                f' {run.num_actors}, --num_learners {run.num_learners}). Fix: make them equal.'
             )
         if run.topology == 'separate' and replay.replay_mode == 'local':
             shards = replay.num_replay_shards
             if shards != run.num_actors or shards != run.num_learners:
                 raise ValueError(
-                    f'--replay_mode local needs as many actors ({run.num_actors}), learners'
-                    f' ({run.num_learners}) and replay shards ({shards}): make them equal.'
+                    '--replay_mode local: actors, learners and shards form triples (--num_actors'
+                    f' {run.num_actors}, --num_learners {run.num_learners}, --num_replay_shards'
+                    f' {shards}). Fix: make them equal.'
                 )
         elif replay.num_replay_shards > run.num_actors and run.topology == 'separate':
             raise ValueError(
-                f'--num_replay_shards {replay.num_replay_shards} exceeds --num_actors'
-                f' {run.num_actors}: a shard would stay empty; use fewer shards or more actors.'
+                f'--num_replay_shards {replay.num_replay_shards}: a shard would stay empty'
+                f' (--num_actors {run.num_actors}). Fix: use fewer shards or more actors.'
             )
 
         if self.max_agent_steps <= replay.min_replay_size:
             raise ValueError(
-                f'--max_frames {run.max_frames} ({self.max_agent_steps} agent steps) end before'
-                f' learning begins, behind --min_replay_size {replay.min_replay_size}; raise the'
-                ' first or lower the second.'
+                f'--max_frames {run.max_frames}: the run ends before learning starts'
+                f' ({self.max_agent_steps} agent steps, --min_replay_size'
+                f' {replay.min_replay_size}). Fix: raise the first or lower the second.'
             )
 
     @property
     def max_agent_steps(self) -> int:
-        """Agent steps, over all actors, that end the run."""
+        """Agent steps of all actors after which the run ends."""
         return -(-self.run.max_frames // self.environment.action_repeat)
 
 
 def groups() -> Iterator[tuple[str, type]]:
-    """Name and dataclass of each group of an experiment's configuration."""
+    """Yields the name and dataclass of each group of settings."""
     for field in dataclasses.fields(ExperimentConfig):
         if dataclasses.is_dataclass(field.type):
             yield field.name, field.type
 
 
 def fields() -> dict[str, tuple[str, dataclasses.Field]]:
-    """Every value's group and field by the value's name, which is also its flag's."""
+    """Group and field of each setting, by the setting's name."""
     return {
         field.name: (group, field)
         for group, config in groups()
@@ -159,16 +160,16 @@ def fields() -> dict[str, tuple[str, dataclasses.Field]]:
 
 
 def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentConfig:
-    """`config` with the named values replaced, wherever in it they stand.
+    """Returns a copy of `config` with the named settings replaced.
 
     Raises:
-      UsageError: an unknown name, or values that are out of range or contradict each other.
+      UsageError: a name is unknown, or values are invalid or contradictory.
     """
     known = fields()
     grouped: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if name not in known:
-            raise UsageError(f'{name}: no such setting.')
+            raise UsageError(f'{name}: unknown setting. Fix: see `run.py --help`.')
         grouped.setdefault(known[name][0], {})[name] = value
     try:
         for group, group_values in grouped.items():
@@ -185,7 +186,7 @@ def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentCo
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> dict[str, list[Any]]:
-    """[before, after] of each value that differs, by its name."""
+    """[before, after] of each setting that differs, by its name."""
     values = {
         name: [getattr(getattr(config, group), name) for config in (before, after)]
         for name, (group, _) in fields().items()
@@ -194,22 +195,22 @@ def changes(before: ExperimentConfig, after: ExperimentConfig) -> dict[str, list
 
 
 def to_json(config: ExperimentConfig) -> str:
-    """The text of `config.json`: sealed, so a value that was changed by a disk is noticed."""
+    """Encodes `config.json`, sealed by a checksum so that disk corruption is detected."""
     return json.dumps(seal(dataclasses.asdict(config)), indent=2, allow_nan=False) + '\n'
 
 
 def from_json(text: str | bytes) -> ExperimentConfig:
-    """The experiment that `to_json` wrote.
+    """Decodes what `to_json` encoded.
 
     Raises:
-      UsageError: the text is not an experiment of this version; the message says what is wrong.
+      UsageError: the text is damaged or of another version.
     """
     try:
         values = unseal(parse_object(text))
         preset = values.pop('preset')
         types = dict(groups())
         if missing := types.keys() - values.keys():
-            raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+            raise ValueError(f'missing: {", ".join(sorted(missing))}')
         for (group_name, name), value in _ADDED.items():
             values[group_name].setdefault(name, value)
         for name, group in types.items():
@@ -219,40 +220,39 @@ def from_json(text: str | bytes) -> ExperimentConfig:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f'config.json is damaged or of another version: {error}; restore it from a copy, remove'
-            ' its seal and checksum if you changed it, or start a new run in another --run_dir.'
+            f'config.json: damaged or of another version ({error}). Fix: restore a copy, remove its'
+            ' seal and checksum if you edited it, or start a new run in another --run_dir.'
         ) from error
 
 
 _ADDED = {('learner', 'outlier_rule'): 'every'}
-"""Fields (group, name) that a run of an earlier version lacks, and the values that held then."""
+"""Settings (group, name) that earlier versions lack, and the values that they used."""
 
 
 def _check_types(name: str, group: type, values: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `values` has every field of `group`, each of the field's type."""
+    """Raises ValueError unless `values` has every field of `group`, with its type."""
     kinds = typing.get_type_hints(group)
     if missing := {field.name for field in dataclasses.fields(group)} - values.keys():
-        raise ValueError(f'{name} lacks {", ".join(sorted(missing))}')
-    for field, value in values.items():
-        # An unknown field the dataclass itself refuses.
+        raise ValueError(f'missing in {name}: {", ".join(sorted(missing))}')
+    for field, value in values.items():  # the dataclass itself rejects unknown fields
         _check_type(f'{name}: {field}', value, kinds.get(field, object))
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:
-    """Raises ValueError unless `value` is of the type of a field, and in 64 bits."""
-    # JSON may write 4.0 as 4; and to Python True is an integer too.
+    """Raises ValueError unless `value` has the type `kind` and, if an integer, fits 64 bits."""
+    # JSON may write 4.0 as 4, and in Python a bool is an int.
     allowed = (float, int) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f'{name} is {value!r}, no {kind.__name__}')
+        raise ValueError(f'{name} {value!r}: must be of type {kind.__name__}')
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f'{name} is {value!r:.40}, no whole number of 64 bits')
+        raise ValueError(f'{name} {value!r:.40}: must be a 64-bit integer')
 
 
 def load(path: pathlib.Path) -> ExperimentConfig:
-    """The experiment in the file `path`.
+    """Reads the experiment in the file `path`.
 
     Raises:
-      UsageError: no such file, or not an experiment.
+      UsageError: the file is not readable or not an experiment.
     """
     try:
         return from_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""How a run is launched: runner, directory and servers in one frozen value, all defaults."""
+"""How a run is launched and where its servers are, as frozen values."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ LOOPBACK = '127.0.0.1'
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How to launch: what is not part of the experiment itself."""
+    """Settings of a launch that are not part of the experiment."""
 
     runner: str
     run_dir: str | None
@@ -21,30 +21,30 @@ class Launch:
     beam_flags: tuple[str, ...]
     host: str = LOOPBACK
     work_dir: str | None = None
-    tls: tuple[str, str] | None = None  # files of certificate and key, of servers that are started
+    tls: tuple[str, str] | None = None  # certificate and key files of servers to start
     tls_roots: str | None = None  # file
     actor_flags: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
 
     def flags_of(self, kind: str) -> tuple[str, ...]:
-        """Beam's flags of one job only; a bundle is above all a learner."""
+        """Beam flags of one kind of job; bundles take the learners' flags."""
         return self.actor_flags if kind == 'actor' else self.learner_flags
 
     @property
     def engine(self) -> catalog.Engine:
-        """What runs the jobs."""
+        """The engine that runs the jobs."""
         return catalog.engine(self.runner)
 
 
 @dataclasses.dataclass(frozen=True)
 class Addresses:
-    """Where the servers are, each `host:port`.
+    """Addresses of the servers, each `host:port`.
 
     Attributes:
       parameters: parameter shards, in order.
-      replay: replay shards, in order; none in the bundled topology.
+      replay: replay shards, in order; empty in the bundled topology.
       telemetry: the Reverb server with the telemetry queue.
-      tls_roots: PEM, what the certificates of the parameter shards are signed by; None: no TLS.
+      tls_roots: PEM root certificates of the parameter shards; None disables TLS.
     """
 
     parameters: tuple[str, ...]
@@ -54,5 +54,5 @@ class Addresses:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Every one of them."""
+        """All addresses."""
         return (*self.parameters, *self.replay, self.telemetry)

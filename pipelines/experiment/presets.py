@@ -1,9 +1,9 @@
-"""Named sets of values: a preset is data over the defaults, and any flag overrides it.
+"""Presets: named values that override the defaults and that flags override.
 
 Sources: [G] Nair et al. 2015 (the paper), [N] Mnih et al. 2015 (Nature DQN, extended data table 1),
 [DQN 3.0] the program published with it, [Zoo] DeepMind's DQN Zoo, [A] Horgan et al. 2018 (Ape-X,
 section 4.1 and appendix C), [R] Hessel et al. 2018 (Rainbow, table 1 and "Evaluation
-Methodology"), [here] not stated in a paper, or chosen by experiment.
+Methodology"), [here] not stated in a paper, chosen by us.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ PREPROCESSING: Mapping[str, Any] = {
     'max_noops': 30,  # [N]
     'life_loss_ends_episode': True,  # [G] 5
     'clip_reward': True,  # [N]: to [-1, 1], in training only
-    'sticky_action_probability': 0.0,  # both papers came before sticky actions
+    'sticky_action_probability': 0.0,  # both papers predate sticky actions
 }
 
 EVALUATION: Mapping[str, Any] = {
@@ -33,7 +33,7 @@ LATER_EVALUATION: Mapping[str, Any] = {
 }
 
 PAPER: Mapping[str, Any] = {
-    'topology': 'bundled',  # [G] 5: the mode of all published results
+    'topology': 'bundled',  # [G] 5: topology of all published results
     'num_actors': 100,  # [G] 5
     'num_learners': 100,  # [G] 5
     'num_parameter_shards': 31,  # [G] 5
@@ -43,37 +43,37 @@ PAPER: Mapping[str, Any] = {
     'loss': 'huber',  # [N]: the error is clipped to [-1, 1]
     'discount': 0.99,  # [N]
     'optimizer': 'adagrad',  # [G] 5
-    # [here] Neither is stated. On Pong, at first, a parameter with a gradient has a mean square of
-    # some 1e-9: an accumulator of 0.1 outweighs 1e8 updates, one of 1e-6 a thousand. Ten pairs of
-    # rates from 0.003 to 0.03 and accumulators from 1e-8 to 0.1 were tried for 4,000 updates on
-    # 20,000 transitions of random play (network of 2013, centered input): this pair lowered the
-    # loss most, from 0.012 to 0.0018; 0.01 with 0.1, and 0.03 with any, lowered it hardly.
+    # [here] The paper states neither. Early on Pong, squared gradients average about 1e-9, so an
+    # accumulator of 0.1 outweighs 1e8 updates and one of 1e-6 a thousand. Of ten pairs (rates 0.003
+    # to 0.03, accumulators 1e-8 to 0.1), each trained for 4,000 updates on 20,000 transitions of
+    # random play (network of 2013, centered input), this one reduced the loss most, from 0.012 to
+    # 0.0018; 0.01 with 0.1, and 0.03 with any, barely reduced it.
     'learning_rate': 0.01,
     'adagrad_initial_accumulator': 1e-6,
     'gradient_clip_norm': 0.0,  # [N] clips the error (Huber), not the gradient
     'batch_size': 32,  # [N]
     'replay_capacity': 100_000_000,  # [G] 5: 1 M frames a bundle, 100 bundles
-    'min_replay_size': 5_000_000,  # [N] 50,000 a replay memory
+    'min_replay_size': 5_000_000,  # [N] 50,000 per replay memory
     'agent_steps_per_update': 4.0,  # [N] update frequency
     'target_update_period': 60_000,  # [G] 5: N global updates
     'epsilon_start': 1.0,  # [G] 5
     'epsilon_end': 0.1,  # [G] 5
     'epsilon_updates': 1_000_000,  # [G] 5: global updates
     'envs_per_actor': 1,  # [G] 4
-    'overlap_push': True,  # [here] one more update of age, where 100 learners bring about 100
-    'actor_pull_period': 1,  # [G] 4.1: up to before every step
+    'overlap_push': True,  # [here] adds one update of staleness to about 100
+    'actor_pull_period': 1,  # [G] 4.1: at most every step
     'learner_pull_period': 1,  # [G] 4.1
-    'max_staleness': 1_000,  # [here] "older than a maximum delay": ten a learner
+    'max_staleness': 1_000,  # [here] "maximum delay": ten per learner
     'outlier_deviations': 6.0,  # [here] "several"
-    'outlier_rule': 'every',  # [G] 4.3: all are discarded; the other presets keep what comes back
-    'max_frames': 20_000_000_000,  # [here] 200 M frames ([N]: 50 M agent steps) a bundle
+    'outlier_rule': 'every',  # [G] 4.3: discards all; other presets keep recurring ones
+    'max_frames': 20_000_000_000,  # [here] 200 M per bundle ([N]: 50 M agent steps)
     **PREPROCESSING,
     **EVALUATION,
 }
 
 NATURE: Mapping[str, Any] = {
     'topology': 'separate',
-    'num_actors': 1,  # [N]: one process; here one actor and one learner
+    'num_actors': 1,  # [N]: one process; ours: one actor, one learner
     'num_learners': 1,
     'torso': 'nature',
     'n_step': 1,
@@ -84,23 +84,23 @@ NATURE: Mapping[str, Any] = {
     'learning_rate': 0.00025,  # [N]
     'optimizer_decay': 0.95,  # [N]: gradient and squared gradient momentum
     'optimizer_momentum': 0.0,  # [N]: its "gradient momentum" is the decay of the mean
-    # [N]: min squared gradient 0.01, of a gradient summed over the batch; ours is its mean
+    # [N]: min squared gradient 0.01 for a gradient summed over the batch; ours is averaged.
     'optimizer_epsilon': 0.01 / 32**2,
     'gradient_clip_norm': 0.0,  # [N] clips the error, not the gradient
     'batch_size': 32,  # [N]
     'replay_capacity': 1_000_000,  # [N]
     'min_replay_size': 50_000,  # [N]
     'agent_steps_per_update': 4.0,  # [N]
-    # [N] contradicts itself: its table counts 10,000 updates, its algorithm 1 steps. The program
-    # that made its scores [DQN 3.0] and [Zoo] count 10,000 agent steps: 2,500 updates.
+    # [N] contradicts itself: its table counts 10,000 updates, its algorithm 1 counts steps. Its
+    # published program [DQN 3.0] and [Zoo] count 10,000 agent steps, which are 2,500 updates.
     'target_update_period': 2_500,
     'epsilon_start': 1.0,  # [N]
     'epsilon_end': 0.1,  # [N]
-    'epsilon_updates': 250_000,  # [N]: 1 M agent steps at 4 a update
+    'epsilon_updates': 250_000,  # [N]: 1 M agent steps, 4 per update
     'envs_per_actor': 1,  # [N]
-    'actor_pull_period': 4,  # [N]: acts with the newest parameters; 4 steps are one update
+    'actor_pull_period': 4,  # [N]: acts with the newest parameters; 4 steps per update
     'learner_pull_period': 1,
-    'overlap_push': False,  # [N]: each gradient is of the newest parameters
+    'overlap_push': False,  # [N]: gradients use the newest parameters
     'outlier_deviations': 0.0,  # [N]: no such test
     'max_frames': 200_000_000,  # [N]: 50 M agent steps
     **PREPROCESSING,
@@ -125,20 +125,20 @@ LAPTOP: Mapping[str, Any] = {
     'replay_capacity': 250_000,
     'min_replay_size': 5_000,
     'max_frames': 3_000_000,
-    'importance_updates': 187_500,  # the run, once a priority exponent is given
+    'importance_updates': 187_500,  # the whole run, if --priority_exponent is set
 }
 
 APEX: Mapping[str, Any] = {
     'topology': 'separate',
-    'num_actors': 1,  # [here] for two cores; [A]: 360 actors of one environment each
-    'envs_per_actor': 32,  # [here] the ladder of epsilons runs over all environments of all actors
+    'num_actors': 1,  # [here] for two cores; [A]: 360 actors with one environment each
+    'envs_per_actor': 32,  # [here] the epsilon ladder spans all environments of all actors
     'num_learners': 1,  # [A]
     'torso': 'nature',  # [A]
     'dueling': True,  # [A]
     'double_dqn': True,  # [A]
     'n_step': 3,  # [A]
     'discount': 0.99,  # [A]
-    'loss': 'squared',  # [A]: half of it; hence the factors below
+    'loss': 'squared',  # [A]: half of it; hence the factors 2 and 4 below
     'optimizer': 'rmsprop',  # [A]: centered
     'learning_rate': 0.00025 / 4,  # [A]
     'optimizer_decay': 0.95,  # [A]
@@ -148,7 +148,7 @@ APEX: Mapping[str, Any] = {
     'batch_size': 512,  # [A]
     'replay_capacity': 500_000,  # [here] 1.5 GB; [A]: 2 M, a soft limit
     'min_replay_size': 50_000,  # [A]
-    'agent_steps_per_update': 0.0,  # [A]: neither side waits for the other
+    'agent_steps_per_update': 0.0,  # [A]: no ratio
     'target_update_period': 2_500,  # [A]
     'epsilon_ladder': True,  # [A]
     'ladder_epsilon': 0.4,  # [A]
@@ -159,7 +159,7 @@ APEX: Mapping[str, Any] = {
     'actor_priorities': True,  # [A]
     'actor_pull_period': 100,  # [A]: every 400 frames
     'learner_pull_period': 1,
-    'overlap_push': False,  # [A]: the one learner's gradients are of its newest parameters
+    'overlap_push': False,  # [A]: gradients use the newest parameters
     'outlier_deviations': 0.0,  # [A]: no such test
     'max_frames': 22_800_000_000,  # [A]: table 1
     **PREPROCESSING,
@@ -168,9 +168,9 @@ APEX: Mapping[str, Any] = {
 }
 
 RAINBOW_LITE: Mapping[str, Any] = {
-    # [R] without noisy networks: exploration is epsilon-greedy, as in its own ablation. Nor is the
-    # gradient scaled where the dueling streams join. With two learners and overlapping pushes a
-    # gradient is some updates old, where [R] has one process.
+    # [R] without noisy networks (epsilon-greedy, as in its ablation) and without gradient scaling
+    # at the join of the dueling streams. With two learners and overlapping pushes, gradients are a
+    # few updates old; [R] uses one process.
     'topology': 'separate',
     'num_actors': 1,
     'num_learners': 2,  # [here] for two cores
@@ -219,12 +219,12 @@ DEFAULT = 'laptop'
 
 
 def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.ExperimentConfig:
-    """The experiment of `preset` with `overrides` (setting's name to value) on top.
+    """Returns the experiment of `preset` with `overrides` (setting name to value).
 
     Raises:
-      UsageError: an unknown preset or setting, or values that are wrong or contradict each other.
+      UsageError: a preset or setting is unknown, or values are invalid or contradictory.
     """
     if preset not in PRESETS:
-        raise UsageError(f'--preset {preset!r}: choose one of {", ".join(sorted(PRESETS))}.')
+        raise UsageError(f'--preset {preset}: unknown. Fix: choose one of {", ".join(PRESETS)}.')
     values = {**PRESETS[preset], **overrides}
     return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

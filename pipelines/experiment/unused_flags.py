@@ -1,8 +1,4 @@
-"""Flags that would change nothing beside the others: refused, since a user expects them to.
-
-In: the values given on the command line and the experiment that they make. Out: nothing, or an
-error that names the flag and what it goes with.
-"""
+"""Rejects flags that have no effect given the other settings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +8,7 @@ from pipelines.experiment.config import ExperimentConfig
 
 
 def _agents(*names: str) -> Callable[[ExperimentConfig], bool]:
-    """Whether the agent is one of these, or a user's own, which may read every value."""
+    """Whether the agent is one of `names`, or a custom agent, which may read any setting."""
     return lambda config: config.agent.agent in names or ':' in config.agent.agent
 
 
@@ -63,14 +59,14 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
 
 
 def require_effect(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
-    """Checks that each value given has something to act on.
+    """Checks that each of the given `values` has an effect in `config`.
 
     Raises:
-      UsageError: one has not.
+      UsageError: a value has no effect.
     """
     for name, value in values.items():
         needed, holds = _NEEDS.get(name, ('', lambda _: True))
         if not holds(config):
             raise UsageError(
-                f'--{name} {value} changes nothing without {needed}; add that, or leave it out.'
+                f'--{name} {value}: no effect without {needed}. Fix: add that, or omit --{name}.'
             )

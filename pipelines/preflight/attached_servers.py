@@ -1,8 +1,6 @@
-"""Servers that a run attaches to, checked before anything is written: do they fit, are they new?
+"""Checks that attached servers fit the experiment and are new or hold the state of this run.
 
-In: addresses and an experiment. Out: nothing, or an error that names the address and the remedy. A
-server that was started with other values, or that holds what another run has learned, would make
-`config.json` and `summary.json` untrue.
+Otherwise `config.json` and `summary.json` would not describe what the run computes.
 """
 
 import functools
@@ -22,18 +20,21 @@ from pipelines.experiment.launch import Launch
 
 _CONNECT_SECONDS = 5.0
 _REASON_CHARACTERS = 300
-# What each client may choose for itself.
-_CLIENTS_OWN = frozenset({'wire_dtype', 'shared_memory'})
-_ANEW = 'start it anew, or another one in its place'
+_CLIENT_SETTINGS = frozenset({'wire_dtype', 'shared_memory'})  # may differ from the server's
+_RESTART = 'restart it, or attach to another one'
+_OMIT_ADDRESSES = (
+    'to resume from the checkpoint with new servers, omit --parameter_addresses and'
+    ' --replay_addresses'
+)
 
 
 def require_servers(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that a server of its kind, and of this experiment, answers at each address.
+    """Checks that a shard of this experiment answers at each address.
 
-    It must be fresh, or, for a run to go on with, have the state of that very run.
+    A new run needs new servers; a resumed run needs servers with its state.
 
     Raises:
-      UsageError: nobody listens there, or something else, or a server that does not fit.
+      UsageError: a server is unreachable, of another kind, or does not fit.
     """
     run = str(pathlib.Path(launch.run_dir).absolute()) if launch.run_dir else ''
     for address in launch.parameter_addresses + launch.replay_addresses:
@@ -56,22 +57,22 @@ def _require_listener(address: str) -> None:
         socket.create_connection(split_address(address), _CONNECT_SECONDS).close()
     except OSError as error:
         raise UsageError(
-            f'{address}: no server answers ({error}); start it first, or correct the address.'
+            f'{address}: unreachable ({error}). Fix: start the server, or correct the address.'
         ) from error
 
 
 def _answer(address: str, kind: str, ask: Callable[[str], Any]) -> Any:
     try:
         return ask(address)
-    except Exception as error:  # gRPC, Flight and Reverb each raise kinds of their own
+    except Exception as error:  # gRPC, Flight and Reverb have no common class
         raise UsageError(
-            f'{address}: answers, but not as a {kind} ({_reason(error)}); correct the address, and'
-            ' give --tls_roots just when parameter shards speak TLS: their issuers.'
+            f'{address}: answers, but not as a {kind} ({_reason(error)}). Fix: correct the address;'
+            ' set --tls_roots if parameter shards use TLS, and omit it if not.'
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """An error's kind and first line, in which gRPC also tells what is wrong with a certificate."""
+    """Type and first line of an error, which includes gRPC's reason to reject a certificate."""
     lines = str(error).strip().splitlines() or ['']
     return f'{type(error).__name__}: {lines[0][:_REASON_CHARACTERS]}'
 
@@ -94,52 +95,48 @@ def _check_parameter_shard(
 ) -> None:
     if report['shard'] != shard:
         raise UsageError(
-            f'{address}: is parameter shard {report["shard"]}, but stands at place {shard} of'
-            ' --parameter_addresses; give all shards in their order.'
+            f'{address}: is parameter shard {report["shard"]}, but --parameter_addresses lists it'
+            f' as shard {shard}. Fix: list all shards in order.'
         )
     shards = report['config']['num_parameter_shards']
     if shards != config.parameter_server.num_parameter_shards:
         raise UsageError(
-            f'{address}: is one of {shards} parameter shards; name all of them, in order, in'
+            f'{address}: is one of {shards} parameter shards. Fix: list all of them, in order, in'
             ' --parameter_addresses.'
         )
     for name, value in report['config'].items():
         wanted = getattr(config.parameter_server, name)
-        if value != wanted and name not in _CLIENTS_OWN:
+        if value != wanted and name not in _CLIENT_SETTINGS:
             raise UsageError(
-                f'{address}: was started with --{name} {value}, this run asks for {wanted}; give'
-                f' --{name} {value}, or {_ANEW}.'
+                f'{address}: started with --{name} {value}, but this run uses {wanted}. Fix: add'
+                f' --{name} {value}, or {_RESTART}.'
             )
 
 
 def _check_owner(
     report: Mapping[str, Any], run: str, resume: bool, shard: int, address: str
 ) -> None:
-    """Checks that a shard has the state of `run`, which goes on, or is free for it to begin."""
+    """Checks that a shard holds the state of the resumed `run`, or is free for a new one."""
     owner = report['owner']
-    # A run takes the first shard at once, the others when it first asks for their counts.
-    theirs = owner == run or (shard > 0 and not owner)
-    if resume and not theirs:
+    # A run claims shard 0 immediately, the others when it first requests their counts.
+    owned = owner == run or (shard > 0 and not owner)
+    if resume and not owned:
         raise UsageError(
-            f'{address}: belongs to {owner or "no run"}, not to {run}; leave the addresses out to'
-            ' go on from its checkpoint with servers of its own.'
+            f'{address}: belongs to {owner or "no run"}, not to {run}. Fix: {_OMIT_ADDRESSES}.'
         )
     if resume and not report['initialised']:
-        raise UsageError(
-            f'{address}: holds nothing of {run} any more; leave the addresses out to go on from its'
-            ' checkpoint with servers of its own.'
-        )
+        raise UsageError(f'{address}: holds no state of {run}. Fix: {_OMIT_ADDRESSES}.')
     if not resume and run and owner == run and report['version']:
         raise UsageError(
-            f'{address}: belongs to this run, {run}, and is at update {report["version"]}; add'
-            ' --resume to go on with it.'
+            f'{address}: belongs to this run, {run} (update {report["version"]}). Fix: add --resume'
+            ' to continue it.'
         )
-    # This very run may have been told to go before it had learned anything.
+    # A run that was stopped before its first update may start again.
     fresh = not (report['initialised'] or report['stopping'] or owner)
     if not resume and not fresh and not (run and owner == run and not report['version']):
         raise UsageError(
-            f'{address}: belongs to another run, {owner or "which is not known"}, and is at update'
-            f' {report["version"]}; {_ANEW}.'
+            f'{address}: belongs to another run, {owner or "unknown"} (update'
+            f' {report["version"]}). Fix: {_RESTART}.'
         )
 
 
@@ -149,32 +146,32 @@ def _check_replay_shard(
     bundled = config.run.topology == 'bundled'
     if shard == 0 and TELEMETRY_TABLE not in tables:
         raise UsageError(
-            f'{address}: stands first in --replay_addresses but has no telemetry queue; name shard'
-            ' 0 first.'
+            f'{address}: is first in --replay_addresses, but has no telemetry queue. Fix: list'
+            ' shard 0 first.'
         )
     if bundled:
-        return  # each bundle has a replay of its own
+        return  # each bundle has its own replay
     if EXPERIENCE_TABLE not in tables:
         raise UsageError(
-            f'{address}: holds no table {EXPERIENCE_TABLE!r} (is it the server of a bundled run?);'
-            f' {_ANEW}.'
+            f'{address}: has no table {EXPERIENCE_TABLE!r} (is it the server of a bundled run?).'
+            f' Fix: {_RESTART}.'
         )
-    found, wanted = _described(tables[EXPERIENCE_TABLE]), _expected(config)
+    found, wanted = _found(tables[EXPERIENCE_TABLE]), _expected(config)
     for name, value in wanted.items():
         if found[name] != value:
             raise UsageError(
-                f'{address}: was started with {name} {found[name]}, this run asks for {value};'
-                f' give the flags it was started with, or {_ANEW}.'
+                f'{address}: started with {name} {found[name]}, but this run uses {value}. Fix: use'
+                f' the flags that it was started with, or {_RESTART}.'
             )
 
 
 def _require_empty(size: int, address: str) -> None:
     if size:
-        raise UsageError(f'{address}: holds {size} transitions of another run; {_ANEW}.')
+        raise UsageError(f'{address}: holds {size} transitions of another run. Fix: {_RESTART}.')
 
 
-def _described(table: Any) -> dict[str, Any]:
-    """What a replay shard's table says of itself."""
+def _found(table: Any) -> dict[str, Any]:
+    """Properties of a replay shard's table."""
     limiter = table.rate_limiter_info
     return {
         'rows and bytes of an item': list(table.signature['rows'].shape),
@@ -186,9 +183,9 @@ def _described(table: Any) -> dict[str, Any]:
 
 
 def _expected(config: ExperimentConfig) -> dict[str, Any]:
-    """What a replay shard's table of this experiment says of itself."""
+    """Properties that the table must have for this experiment."""
     spec = TrajectorySpec(frame_stack=config.environment.frame_stack, n_step=config.agent.n_step)
-    # A table without a ratio samples any number of times: Reverb calls that 1.
+    # Reverb reports 1 for a table without a ratio.
     ratio = config.replay.samples_per_insert(config.learner.batch_size) or 1.0
     return {
         'rows and bytes of an item': [spec.window, spec.row_bytes],

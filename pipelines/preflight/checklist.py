@@ -1,4 +1,4 @@
-"""Everything that is refused before a file is written, in order."""
+"""All checks of a run before it writes a file, in order."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from pipelines.preflight import attached_servers, engine, network, resources
 
 
 def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, Any]) -> None:
-    """Checks what this machine, the agent, the servers and the engine must be or have for a run.
+    """Checks that machine, agent, servers and engine can run the experiment.
 
     Args:
       config: the experiment.
-      launch: how it is launched, in a local directory.
+      launch: how it is launched, with a local run directory.
       values: settings given on the command line.
 
     Raises:
-      UsageError: something is unfit; the message names it and the remedy.
+      UsageError: a check fails.
     """
     require_device(config, launch)
     require_agent(config, values)
@@ -31,26 +31,26 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
 
 
 def require_restorable(launch: Launch) -> None:
-    """Checks that a run to go on with starts its servers itself, or attaches to all it had.
+    """Checks that a resumed run starts all its servers or attaches to all of them.
 
     Raises:
-      UsageError: it attaches to some, which cannot be given a checkpoint to start from.
+      UsageError: it attaches to one kind only.
     """
     given = [kind for kind in ('parameter', 'replay') if getattr(launch, f'{kind}_addresses')]
     if launch.resume and len(given) == 1:
         raise UsageError(
-            f'--{given[0]}_addresses alone contradicts --resume: a checkpoint cannot be restored'
-            ' into servers that already run; leave it out to go on from the checkpoint with servers'
-            ' of its own, or give --parameter_addresses and --replay_addresses of the servers that'
-            ' have kept the state of this run.'
+            f'--{given[0]}_addresses: contradicts --resume, since running servers cannot load a'
+            ' checkpoint. Fix: omit it to resume from the checkpoint with new servers, or pass both'
+            ' --parameter_addresses and --replay_addresses of servers that hold the state of this'
+            ' run.'
         )
 
 
 def require_engine(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that what is to run the jobs is there and fit.
+    """Checks that the engine can run the jobs.
 
     Raises:
-      UsageError: it is not.
+      UsageError: it cannot.
     """
     engine.require_jobs(config, launch)
     if launch.runner == 'DaskRunner':
@@ -60,10 +60,10 @@ def require_engine(config: ExperimentConfig, launch: Launch) -> None:
 
 
 def require_device(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that the accelerator asked for is on this machine, if the learners are.
+    """Checks that this machine has the requested GPU, if the learners run on it.
 
     Raises:
-      UsageError: it is not.
+      UsageError: the GPU does not exist.
     """
     if not (launch.engine.runs_locally and config.learner.learner_device.startswith('gpu')):
         return
@@ -76,22 +76,22 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
 
 
 def require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
-    """Checks an agent of the user's own, which takes seconds: TensorFlow and the agent are built.
+    """Checks a custom agent by building it, which takes seconds.
 
     Raises:
-      UsageError: it cannot be imported, or not be trained here, or one of the `values` given on the
-        command line is of this project's own networks.
+      UsageError: the agent cannot be imported or trained, or one of the `values` given on the
+        command line configures the built-in networks.
     """
     from agents.config import FACTORY, NetworkConfig
 
     if not FACTORY.fullmatch(config.agent.agent):
         return
-    of_networks = {field.name for field in dataclasses.fields(NetworkConfig)}
+    network_settings = {field.name for field in dataclasses.fields(NetworkConfig)}
     for name, value in values.items():
-        if name in of_networks or (name == 'actor_priorities' and value):
+        if name in network_settings or (name == 'actor_priorities' and value):
             raise UsageError(
-                f'--{name}: {config.agent.agent} brings a network of its own, to which this means'
-                ' nothing; leave it away.'
+                f'--{name}: no effect, since {config.agent.agent} has its own network. Fix: omit'
+                f' --{name}.'
             )
     print(f'trying {config.agent.agent} ...', flush=True)
     from agents.custom_agent import ForeignAgentError

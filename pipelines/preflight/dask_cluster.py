@@ -1,9 +1,4 @@
-"""A Dask cluster that a run is to use, checked before anything is written.
-
-In: the scheduler's address, a run's flags. Out: one line about the cluster, or an error: too few
-slots for the workers, workers without this project or with another version of it, workers that
-cannot reach the servers.
-"""
+"""Checks a Dask cluster before a run: enough slots, the same code, servers reachable."""
 
 import asyncio
 import collections
@@ -34,12 +29,12 @@ if TYPE_CHECKING:
 _CONNECT_SECONDS = 10.0
 _ATTEMPTS = 5
 _PACKAGES = ('agents', 'infra', 'pipelines')
-# What Beam takes from the same group of flags for something else than its client.
+# Options of Beam's Dask group that are not arguments of the Dask client.
 _NOT_OF_CLIENT = ('npartitions', 'partition_size')
 
 
 def _fingerprint() -> str:
-    """Hash of this project's code, as this process imports it."""
+    """Hash of this project's code as imported by this process."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         root = pathlib.Path(importlib.import_module(package).__path__[0])
@@ -49,7 +44,7 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-# When this module is imported, since a Dask worker keeps the modules that it has imported.
+# Computed at import, because a Dask worker keeps the modules that it has imported.
 _CODE = _fingerprint()
 
 
@@ -57,8 +52,8 @@ async def look_around(addresses: Sequence[str], dask_worker: Any = None) -> dict
     """Runs on a worker, in its event loop.
 
     Returns:
-      'code': version of its code; 'executing': elements that it runs, those included that their
-      client has left; 'unreachable': those of the addresses that it cannot reach.
+      'code': version of its code; 'executing': number of elements that it runs, including those
+      of disconnected clients; 'unreachable': addresses that it cannot reach.
     """
     reached = await asyncio.gather(*(_reaches(address) for address in addresses))
     return {
@@ -79,10 +74,10 @@ async def _reaches(address: str) -> bool:
 
 
 def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
-    """Checks that the cluster can run the workers; returns a line that says which it is.
+    """Checks that the cluster can run the workers; returns a line that describes it.
 
     Raises:
-      UsageError: it does not answer, is too small, or its workers are unfit.
+      UsageError: the cluster is unreachable, too small, or its workers are unfit.
     """
     with _connected(launch) as client, _probes(launch) as addresses:
         answers = _answers(client, addresses)
@@ -98,9 +93,9 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
 
 
 def _answers(client: 'distributed.Client', addresses: Sequence[str]) -> dict[str, Any]:
-    """What each worker found, or its error.
+    """Returns the report or the error of each worker.
 
-    The scheduler still lists a worker that has just left. Asking again leaves that one out.
+    Retries on OSError: for a moment the scheduler still lists a worker that has left.
     """
     for _ in range(_ATTEMPTS - 1):
         answers = client.run(look_around, addresses, on_error='return')
@@ -125,8 +120,8 @@ def _connected(launch: Launch) -> Iterator['distributed.Client']:
     except (OSError, ValueError) as error:
         where = arguments.get('address') or arguments.get('scheduler_file')
         raise UsageError(
-            f'no Dask scheduler answers at {where} ({error}); start one with `dask scheduler`, or'
-            ' correct the address.'
+            f'{where}: no Dask scheduler answers ({error}). Fix: run `dask scheduler`, or correct'
+            ' the address.'
         ) from error
     with client:
         yield client
@@ -134,7 +129,7 @@ def _connected(launch: Launch) -> Iterator['distributed.Client']:
 
 @contextlib.contextmanager
 def _probes(launch: Launch) -> Iterator[list[str]]:
-    """Addresses that every worker must reach: servers that run, and a listener in place of others.
+    """Addresses that every worker must reach: attached servers, and a listener for future ones.
 
     Raises:
       UsageError: --host is not an address of this machine.
@@ -147,7 +142,7 @@ def _probes(launch: Launch) -> Iterator[list[str]]:
         listener = socket.create_server((launch.host, 0))
     except OSError as error:
         raise UsageError(
-            f'--host {launch.host}: not an address of this machine ({error}).'
+            f'--host {launch.host}: not an address of this machine ({error}). Fix: use one.'
         ) from error
     with listener:
         yield [*given, f'{launch.host}:{listener.getsockname()[1]}']
@@ -160,9 +155,9 @@ def _require_slots(
     slots: Mapping[str, int],
     busy: Mapping[str, int],
 ) -> None:
-    """Checks that each job has slots enough on its hosts, and all together on all of theirs.
+    """Checks that there are enough free slots for each job on its hosts, and for all together.
 
-    A busy slot counts as taken: an element of another run keeps its for hours.
+    A busy slot is not free: an element of another run keeps it for hours.
     """
     allowed = {
         kind: host_names(value_of('--dask_hosts', [*launch.beam_flags, *launch.flags_of(kind)]))
@@ -179,33 +174,34 @@ def _require_slots(
         if total - taken < needed:
             where = f' on {", ".join(hosts)}' if hosts else ''
             raise UsageError(
-                f'{scheduler}: the Dask cluster has {total} worker slots{where}, {taken} of them'
-                f' busy; {name} need {needed}. Start more (`dask worker {scheduler} --nworkers'
-                f' {needed - total + taken} --nthreads 1`), or ask for fewer.'
+                f'{scheduler}: too few worker slots{where} ({total}, {taken} busy) for {name}. Fix:'
+                f' start more (`dask worker {scheduler} --nworkers {needed - total + taken}'
+                ' --nthreads 1`), or request fewer workers.'
             )
 
 
 def _require_fit(answers: Mapping[str, Any]) -> None:
-    """Checks what the workers found when they looked around."""
+    """Checks the workers' reports."""
     for worker, answer in answers.items():
         if isinstance(answer, BaseException):
             raise UsageError(
-                f'Dask worker {worker} cannot run this project ({type(answer).__name__}: {answer});'
-                " start it with the `dask` of this project's environment on its host, in a"
+                f'Dask worker {worker}: cannot run this project ({type(answer).__name__}:'
+                f' {answer}).'
+                " Fix: start it with the `dask` of this project's environment on its host, in a"
                 f' directory without another {" or ".join(_PACKAGES)}.'
             )
         if answer['code'] != _CODE:
             raise UsageError(
-                f'Dask worker {worker} has another version of this project ({answer["code"]}, here'
-                f' {_CODE}); bring its host up to date and start it anew.'
+                f'Dask worker {worker}: has another version of this project ({answer["code"]}, not'
+                f' {_CODE}). Fix: update its host and restart it.'
             )
     unreachable = collections.Counter(
         address for answer in answers.values() for address in answer['unreachable']
     )
     for address, count in unreachable.items():
-        remedy = 'open the way there'
+        remedy = 'open the network path'
         if split_address(address)[0] == LOOPBACK:
-            remedy = 'give an address of this machine that they reach, with --host'
+            remedy = 'set --host to an address of this machine that they reach'
         raise UsageError(
-            f'{count} of {len(answers)} Dask workers cannot reach {address}; {remedy}.'
+            f'{address}: unreachable for {count} of {len(answers)} Dask workers. Fix: {remedy}.'
         )

@@ -1,4 +1,4 @@
-"""What an engine must be given for the jobs of a run: flags, files and addresses, checked first."""
+"""Checks the flags, files and addresses that an engine needs for the jobs of a run."""
 
 import ipaddress
 import os
@@ -20,27 +20,30 @@ _CONNECT_SECONDS = 5.0
 
 
 def require_flags(runner: str, flags: Sequence[str]) -> None:
-    """Checks that the user has given the flags without which the engine cannot run a job.
+    """Checks that the flags required by the engine are set.
 
     Raises:
-      UsageError: one is missing.
+      UsageError: a required flag is missing.
     """
     chosen = engine(runner)
     for group in chosen.required:
         if not any(value_of(flag, flags) for flag in group):
-            raise UsageError(f'--runner {runner} needs {" or ".join(group)}: {chosen.example}')
+            raise UsageError(
+                f'--runner {runner}: {" or ".join(group)} is missing. Fix: add, for example,'
+                f' {chosen.example}.'
+            )
 
 
 def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
-    """Checks what the engine is given for each job of the run.
+    """Checks flags, files and addresses of each job of the run.
 
     Raises:
-      UsageError: a flag is missing or for a job that there is not; there is no such file; no server
-        listens at an address; workers on other machines are to reach servers on this one's own.
+      UsageError: a flag is missing or for a job of another topology; a file does not exist; an
+        address is unreachable; or remote workers would look for the servers on their own machines.
     """
     if launch.actor_flags and 'actor' not in config.run.workers:
         raise UsageError(
-            '--actor_flags: there is no such job in --topology bundled; give --learner_flags.'
+            '--actor_flags: no such job in --topology bundled. Fix: use --learner_flags.'
         )
     for kind in config.run.workers:
         flags = [*launch.beam_flags, *launch.flags_of(kind)]
@@ -49,33 +52,39 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
     attached = launch.parameter_addresses and launch.replay_addresses
     if launch.engine.always_remote and not attached and _means_this_machine(launch.host):
         raise UsageError(
-            f'--runner {launch.runner}: its workers do not reach servers on {launch.host}; give'
-            ' --host, an address of this machine that they reach, or --parameter_addresses and'
-            ' --replay_addresses of servers that run elsewhere.'
+            f'--runner {launch.runner}: workers cannot reach servers on {launch.host}. Fix: set'
+            ' --host to an address of this machine that they reach, or attach to servers with'
+            ' --parameter_addresses and --replay_addresses.'
         )
 
 
 def _means_this_machine(host: str) -> bool:
-    """Whether every machine takes the name or address for itself."""
+    """Whether the name or address means the local machine on every machine."""
     try:
         address = ipaddress.ip_address(socket.gethostbyname(host))
     except OSError:
-        return False  # not known here: what listens there fails, and says so
+        return False  # unknown here: a later bind reports it
     return address.is_loopback or address.is_unspecified
 
 
 def require_reachable(flags: Sequence[str]) -> None:
-    """Checks the files and addresses in Beam's own flags; the addresses are reached by no proxy.
+    """Checks the files and addresses in Beam's flags, and excludes the addresses from the proxy.
 
     Raises:
-      UsageError: there is no such file, or no server listens at an address.
+      UsageError: a file does not exist, or an address is unreachable.
     """
     scheduler = value_of('--dask_scheduler_file', flags)
-    if scheduler and not os.path.isfile(scheduler):  # Dask would wait for it for ever
-        raise UsageError(f'--dask_scheduler_file {scheduler}: no such file.')
+    if scheduler and not os.path.isfile(scheduler):  # Dask would wait for ever
+        raise UsageError(
+            f'--dask_scheduler_file {scheduler}: does not exist. Fix: start `dask scheduler'
+            f' --scheduler-file {scheduler}`, or correct the path.'
+        )
     prism = value_of('--prism_location', flags)
     if prism and '://' not in prism and not os.path.isfile(prism):
-        raise UsageError(f'--prism_location {prism}: no such file; see docs/engines/portable.md.')
+        raise UsageError(
+            f'--prism_location {prism}: does not exist. Fix: build Prism with `make prism` (see'
+            ' docs/engines/portable.md).'
+        )
     endpoint = value_of('--job_endpoint', flags)
     if endpoint and endpoint != 'embed':
         _require_listener('--job_endpoint', endpoint)
@@ -91,6 +100,7 @@ def _require_listener(flag: str, address: str) -> None:
         raise UsageError(f'{flag}: {error}') from error
     except OSError as error:
         raise UsageError(
-            f'{flag} {address}: nobody answers ({error}); start it first, or correct the address.'
+            f'{flag} {address}: unreachable ({error}). Fix: start the server, or correct the'
+            ' address.'
         ) from error
     reach_directly([address])

@@ -1,4 +1,4 @@
-"""Ports, the host and TLS of the servers to start, checked before anything is written."""
+"""Checks ports, host and TLS of the servers that a run starts."""
 
 import socket
 
@@ -9,17 +9,17 @@ from pipelines.experiment.launch import Launch
 
 
 def require_tls(launch: Launch) -> None:
-    """Checks that the parameter shards to start will be let speak TLS to their own clients.
+    """Checks that clients will accept the certificate of the parameter shards to start.
 
     Raises:
-      UsageError: there is no certificate, or it will not be accepted at --host.
+      UsageError: the certificate is missing, or not valid for --host.
     """
     if launch.parameter_addresses or launch.tls_roots is None:
         return
     if launch.tls is None:
         raise UsageError(
-            '--tls_roots: the parameter shards that are started speak no TLS; give'
-            ' --tls_certificate and --tls_key, or --parameter_addresses of shards that do.'
+            '--tls_roots: the parameter shards to start do not use TLS. Fix: add --tls_certificate'
+            ' and --tls_key, or --parameter_addresses of shards that use it.'
         )
     try:
         tls.require_accepted(launch.tls, launch.tls_roots, launch.host)
@@ -28,10 +28,10 @@ def require_tls(launch: Launch) -> None:
 
 
 def require_ports(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that ports asked for are free and as many as the shards, and the host this machine's.
+    """Checks that the ports are free and one per shard, and that --host is this machine's.
 
     Raises:
-      UsageError: a port is busy, their number is another than the shards', or `host` is wrong.
+      UsageError: a port is busy, the number of ports is wrong, or --host is invalid.
     """
     _require_host(launch)
     shards = {
@@ -40,29 +40,33 @@ def require_ports(config: ExperimentConfig, launch: Launch) -> None:
     }
     if both := set(launch.parameter_ports) & set(launch.replay_ports):
         raise UsageError(
-            f'--parameter_ports and --replay_ports both name {min(both)}: give each shard its own.'
+            f'--parameter_ports and --replay_ports: both contain {min(both)}. Fix: give each shard'
+            ' its own port.'
         )
     for kind, count in shards.items():
         ports = getattr(launch, f'{kind}_ports')
         if ports and getattr(launch, f'{kind}_addresses'):
             raise UsageError(
-                f'--{kind}_ports contradicts --{kind}_addresses: give ports to start servers, or'
-                ' addresses of servers that already run.'
+                f'--{kind}_ports: contradicts --{kind}_addresses. Fix: pass ports to start servers,'
+                ' or addresses to attach to running ones.'
             )
         if ports and not len(ports) == len(set(ports)) == count:
-            raise UsageError(f'--{kind}_ports {ports}: {count} different ones are needed.')
+            given = ','.join(map(str, ports))
+            raise UsageError(
+                f'--{kind}_ports {given}: wrong number of ports. Fix: list {count} different ones.'
+            )
         for port in ports:
             _require_free(kind, port)
 
 
 def _require_host(launch: Launch) -> None:
     if launch.parameter_addresses and launch.replay_addresses:
-        return  # nothing will listen
+        return  # starts no server
     try:
         socket.create_server((launch.host, 0)).close()
     except OSError as error:
         raise UsageError(
-            f'--host {launch.host}: not an IPv4 address of this machine ({error}).'
+            f'--host {launch.host}: not an IPv4 address of this machine ({error}). Fix: use one.'
         ) from error
 
 
@@ -73,6 +77,6 @@ def _require_free(kind: str, port: int) -> None:
             probe.bind(('', port))
         except OSError as error:
             raise UsageError(
-                f'--{kind}_ports: port {port} is busy ({error.strerror}); choose another, or leave'
-                ' the flag out.'
+                f'--{kind}_ports: port {port} is busy ({error.strerror}). Fix: choose another, or'
+                ' omit the flag.'
             ) from error

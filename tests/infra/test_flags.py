@@ -63,7 +63,7 @@ def test_a_whole_number_is_one_however_it_is_written(text, value):
     + ['1e999999999', '-1e999999999', '9' * 5000]
 )  # fmt: skip
 def test_anything_else_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match='is no whole number of 64 bits'):
+    with pytest.raises(argparse.ArgumentTypeError, match='is not a 64-bit integer'):
         integer(text)
 
 
@@ -72,7 +72,7 @@ def test_every_whole_number_of_a_run_may_be_written_with_an_exponent(setting):
     _, _, values = command_line.parse([f'--{setting}=1e2'])
     assert values == {setting: 100}
     assert type(values[setting]) is int
-    with pytest.raises(UsageError, match=f"--{setting}: '1.5' is no whole number"):
+    with pytest.raises(UsageError, match=f"--{setting}: '1.5' is not a 64-bit integer"):
         command_line.parse([f'--{setting}=1.5'])
 
 
@@ -85,7 +85,7 @@ def test_so_may_those_of_every_other_command_and_a_refusal_is_one_line(command, 
         parse([*needed, *others, f'--{flag}=1.5'])
     assert refused.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--{flag}: '1.5' is no whole number" in line
+    assert f"--{flag}: '1.5' is not a 64-bit integer" in line
 
 
 @pytest.mark.parametrize('seconds', ['0', '-1', 'nan', 'inf', 'soon'])
@@ -103,10 +103,12 @@ def test_help_beside_a_preset_shows_its_values(preset, capsys):
     text = ' '.join(capsys.readouterr().out.split())
     assert f'those of the preset `{preset}`' in text
     experiment = presets.experiment(preset, {})
-    assert f'over all actors, that end the run [{experiment.run.max_frames}]' in text
-    assert f"(Mnih et al. 2015) or 'dqn2013' [{experiment.network.torso}]" in text
+    assert f'after which the run ends. Default: {experiment.run.max_frames}.' in text
+    assert f"'dqn2013' (Mnih et al. 2013). Default: {experiment.network.torso}." in text
 
 
 def test_help_beside_a_preset_that_does_not_exist_names_those_that_do():
-    with pytest.raises(UsageError, match="--preset 'desktop': choose one of apex, laptop"):
+    with pytest.raises(
+        UsageError, match='--preset desktop: unknown. Fix: choose one of laptop, nature'
+    ):
         command_line.parse(['--preset=desktop', '--help'])

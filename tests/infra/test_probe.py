@@ -167,7 +167,7 @@ def test_a_shard_with_a_certificate_answers_over_tls_only(tmp_path):
         (('parameter', 'nowhere'), "'nowhere' is no address"),
         (('parameter', '127.0.0.1:7101,'), "'' is no address"),
         (('replay', '127.0.0.1:7001', '--tls'), 'speaks no TLS'),
-        (('replay', '127.0.0.1:7001', '--wait_seconds=-1'), 'no number above 0'),
+        (('replay', '127.0.0.1:7001', '--wait_seconds=-1'), 'not a positive number'),
         (('queue', '127.0.0.1:7001'), 'invalid choice'),
     ],
 )

@@ -207,4 +207,4 @@ class TestProcess:
         with ShardProcess(tmp_path, ONE, 0, *options) as shard:
             code, text = shard.wait_failed()
         assert code == 2
-        assert 'is no number above 0' in text
+        assert 'is not a positive number' in text

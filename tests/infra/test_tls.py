@@ -98,7 +98,7 @@ def test_a_certificate_that_workers_would_not_accept_is_refused(files, roots, ho
 
 def test_roots_without_a_server_that_speaks_tls_are_refused(files):
     launch, _, _ = command_line.parse([f'--tls_roots={files["roots"]}'])
-    with pytest.raises(UsageError, match='that are started speak no TLS'):
+    with pytest.raises(UsageError, match='do not use TLS'):
         network.require_tls(launch)
 
 

@@ -33,16 +33,16 @@ def test_the_flags_of_an_experiment_make_the_same_one(experiment, resume):
 @pytest.mark.parametrize(
     ('preset', 'settings', 'told'),
     [
-        ('laptop', {'nosuch': 1}, 'nosuch: no such setting'),
+        ('laptop', {'nosuch': 1}, 'nosuch: unknown setting'),
         ('nosuch', {}, 'nosuch'),
         ('laptop', {'learning_rate': float('inf')}, '--learning_rate inf: must be a finite'),
         ('laptop', {'num_atoms': 11}, '--num_atoms'),
-        ('laptop', {'num_actors': '2'}, "--num_actors is '2', no int"),
-        ('laptop', {'num_actors': 2.0}, '--num_actors is 2.0, no int'),
-        ('laptop', {'shared_memory': 'no'}, "shared_memory is 'no', no bool"),
-        ('laptop', {'seed': True}, '--seed is True, no int'),
-        ('laptop', {'max_frames': 10**400}, 'no whole number of 64 bits'),
-        ('laptop', {'game': 5}, 'game is 5, no str'),
+        ('laptop', {'num_actors': '2'}, "--num_actors '2': must be of type int"),
+        ('laptop', {'num_actors': 2.0}, '--num_actors 2.0: must be of type int'),
+        ('laptop', {'shared_memory': 'no'}, "shared_memory 'no': must be of type bool"),
+        ('laptop', {'seed': True}, '--seed True: must be of type int'),
+        ('laptop', {'max_frames': 10**400}, 'must be a 64-bit integer'),
+        ('laptop', {'game': 5}, 'game 5: must be of type str'),
         ('laptop', {'game': 'nosuch'}, "unknown game 'nosuch'"),
     ],
 )

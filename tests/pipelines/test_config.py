@@ -61,7 +61,7 @@ def test_a_value_of_another_type_in_config_json_is_named(setting, value):
     values = unseal(json.loads(config_lib.to_json(presets.experiment('laptop', {}))))
     group, _ = config_lib.fields()[setting]
     values[group][setting] = value
-    with pytest.raises(UsageError, match=f'{setting} is {value!r}'):
+    with pytest.raises(UsageError, match=f'{setting} {value!r}: must be of type'):
         config_lib.from_json(json.dumps(values))
 
 
@@ -89,8 +89,10 @@ def test_help_shows_the_default_presets_value(capsys):
     with pytest.raises(SystemExit):
         command_line.parse(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
-    assert 'convolutions and dense layer' in text
-    assert "or 'dqn2013' [dqn2013]" in text  # the default of the field itself is nature
+    assert 'Convolutions and dense layer' in text
+    assert (
+        "'dqn2013' (Mnih et al. 2013). Default: dqn2013." in text
+    )  # the default of the field itself is nature
 
 
 def test_paper_preset_has_the_papers_constants():

@@ -108,17 +108,17 @@ def test_flags_that_only_a_job_server_knows_go_on_to_it():
         (('--runner=PortableRunner',), '--job_endpoint'),
         (('--runner=PortableRunner', '--job_endpoint=127.0.0.1:1'), '--environment_type'),
         (('--topology=bundled', '--num_learners=1', '--actor_flags=--zone=z'), '--learner_flags'),
-        (('--runner=DaskRunner', '--dask_scheduler_file=/nowhere'), 'no such file'),
+        (('--runner=DaskRunner', '--dask_scheduler_file=/nowhere'), 'does not exist'),
         (('--host=192.0.2.1',), 'not an IPv4 address of this machine'),
         ((*DATAFLOW, '--host=localhost'), '--host'),
         (DATAFLOW[:-1], '--sdk_container_image'),
         (DATAFLOW, '--host'),
-        (('--runner=DaskRunner', '--dask_client_address=x', '--dask_npartitions=1'), 'leave it'),
-        (('--runner=PrismRunner', '--prism_location=/nowhere/prism'), 'no such file'),
-        ((*PORTABLE, '--job_endpoint=127.0.0.1:1'), 'nobody answers'),
+        (('--runner=DaskRunner', '--dask_client_address=x', '--dask_npartitions=1'), 'reserved'),
+        (('--runner=PrismRunner', '--prism_location=/nowhere/prism'), 'make prism'),
+        ((*PORTABLE, '--job_endpoint=127.0.0.1:1'), '127.0.0.1:1: unreachable'),
         ((*PORTABLE, '--job_endpoint=here'), 'host:port'),
         (("--actor_flags='",), 'close the quotes'),
-        (('--actor_flags=--num_actors=2',), "none of Beam's"),
+        (('--actor_flags=--num_actors=2',), 'not a Beam flag'),
         (('--learner_flags=--zoner=x',), '--zoner'),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_fit_dask_cluster_is_described(launch):
 
 
 def test_too_small_a_dask_cluster_is_refused_with_the_figures(launch):
-    with pytest.raises(UsageError, match='has 1 worker slots, 0 .* need 2.*--nworkers 1'):
+    with pytest.raises(UsageError, match=r'slots \(1, 0 busy\) for 2 bundle.*--nworkers 1'):
         require_cluster(bundles(2), launch)
 
 
@@ -179,7 +179,7 @@ def test_a_busy_slot_of_a_dask_cluster_counts_as_taken_even_when_its_client_is_g
         busy = client.submit(time.sleep, 6.0)
         assert eventually(lambda: any(client.processing().values()))
         del busy
-    with pytest.raises(UsageError, match='1 of them busy'):
+    with pytest.raises(UsageError, match=r'\(1, 1 busy\)'):
         require_cluster(bundles(1), launch)
 
     def free():
@@ -193,14 +193,14 @@ def test_a_busy_slot_of_a_dask_cluster_counts_as_taken_even_when_its_client_is_g
 
 def test_slots_are_counted_on_the_hosts_asked_for(launch):
     elsewhere = dataclasses.replace(launch, learner_flags=('--dask_hosts=192.0.2.1',))
-    with pytest.raises(UsageError, match=r'has 0 worker slots on 192\.0\.2\.1'):
+    with pytest.raises(UsageError, match=r'worker slots on 192\.0\.2\.1 \(0, 0 busy\)'):
         require_cluster(bundles(1), elsewhere)
     here = dataclasses.replace(launch, learner_flags=('--dask_hosts=127.0.0.1',))
     assert require_cluster(bundles(1), here)
     # One slot for the actor, one for the learner, and both may only have the same one.
     both = dataclasses.replace(launch, beam_flags=(*launch.beam_flags, '--dask_hosts=127.0.0.1'))
     experiment = presets.experiment('laptop', {'num_actors': 1, 'num_learners': 1})
-    with pytest.raises(UsageError, match=r'has 1 worker slots on 127\.0\.0\.1.* need 2'):
+    with pytest.raises(UsageError, match=r'slots on 127\.0\.0\.1 \(1, 0 busy\) for 1 actor'):
         require_cluster(experiment, both)
 
 
@@ -253,7 +253,7 @@ def test_dask_workers_that_cannot_reach_a_server_are_told_of(launch):
     with socket.create_server(('127.0.0.1', 0)) as closed:
         address = f'127.0.0.1:{closed.getsockname()[1]}'
     away = dataclasses.replace(launch, replay_addresses=(address,))
-    with pytest.raises(UsageError, match=f'1 of 1 Dask workers cannot reach {address}.*--host'):
+    with pytest.raises(UsageError, match=f'{address}: unreachable for 1 of 1 Dask workers.*--host'):
         require_cluster(bundles(1), away)
 
 
@@ -280,5 +280,5 @@ def test_dask_workers_with_other_code_are_refused(launch, monkeypatch):
 
 def test_a_dask_scheduler_that_does_not_answer_is_named(launch):
     flags = ('--dask_client_address=tcp://127.0.0.1:1', '--dask_connection_timeout=1')
-    with pytest.raises(UsageError, match=r'no Dask scheduler answers at tcp://127\.0\.0\.1:1'):
+    with pytest.raises(UsageError, match=r'tcp://127\.0\.0\.1:1: no Dask scheduler answers'):
         require_cluster(bundles(1), dataclasses.replace(launch, beam_flags=flags))

@@ -58,9 +58,9 @@ def test_a_plan_beyond_a_machines_network_says_how_many_machines_carry_it(costs_
     # 65 Gbit/s as above, of which a machine carries four fifths of 10.
     assert plan_lib.main(['--target_fps=16000', f'--costs={costs_file}']) == 0
     network, rate = capsys.readouterr().err.splitlines()
-    assert network.startswith('plan.py: network: parameters and gradients take 65 Gbit/s')
+    assert network.startswith('plan.py: network: parameters and gradients need 65 Gbit/s')
     assert 'at least 9 parameter shards over 9 machines' in network
-    assert 'rate: 1000 updates/s are reckoned, not measured (at most 106.6)' in rate
+    assert 'rate: 1000 updates/s is an extrapolation (highest measured: 106.6)' in rate
 
 
 @pytest.mark.parametrize('flag', ['--machine_gbit_per_second=100', '--machine_cores=96'])
@@ -69,10 +69,10 @@ def test_a_network_that_carries_it_or_one_machine_is_no_warning(costs_file, caps
     assert 'network' not in capsys.readouterr().err
 
 
-def test_more_learners_than_gradients_may_be_old_is_told(costs_file, capsys):
-    # 3000 updates/s x 40 ms / 0.8 = 150 learners; laptop refuses what is older than 100 updates.
+def test_more_learners_than_gradients_may_be_old_is_a_warning(costs_file, capsys):
+    # 3000 updates/s x 40 ms / 0.8 = 150 learners; the default rejects gradients older than 100 updates.
     assert plan_lib.main(['--target_ups=3000', f'--costs={costs_file}']) == 0
-    assert 'learners (150)' in capsys.readouterr().err
+    assert 'about 150 updates old' in capsys.readouterr().err
 
 
 def test_a_modest_plan_says_nothing(costs_file, capsys):
