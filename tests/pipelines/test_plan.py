@@ -70,7 +70,7 @@ def test_a_network_that_carries_it_or_one_machine_is_no_warning(costs_file, caps
 
 
 def test_more_learners_than_gradients_may_be_old_is_a_warning(costs_file, capsys):
-    # 3000 updates/s x 40 ms / 0.8 = 150 learners; the default rejects gradients older than 100 updates.
+    # 3000 updates/s x 40 ms / 0.8 = 150 learners; the default bound is 100 updates.
     assert plan_lib.main(['--target_ups=3000', f'--costs={costs_file}']) == 0
     assert 'about 150 updates old' in capsys.readouterr().err
 
