@@ -236,31 +236,28 @@ class Launcher:
         )
 
     def _evaluate(self) -> Outcome:
-        """Evaluates and exports the last checkpoint, in two parallel processes."""
-        file = self.directory.path / EVALUATION_FILE
-        children = [self._child('evaluate', f'--output={file}'), self._child('export')]
+        """Exports and evaluates the last checkpoint, in a process of its own."""
+        file, policy = self.directory.path / EVALUATION_FILE, self.directory.policy
+        before = _identity(file), _identity(policy)
+        child = self._finish(file)
         if not self.signals.received:
             try:
-                for child in children:
-                    child.start()
-                self._await(children, progress_file(file))
+                child.start()
+                self._await(child, progress_file(file))
             finally:
-                for child in children:
-                    child.terminate()
-        failed = [child for child in children if child.poll() != 0]
-        if not self.signals.received:
-            for child in failed:
-                self.display.message(child.describe_failure())
-        evaluated, exported = (child not in failed for child in children)
-        missing = [child.spec.name for child in failed]
+                child.terminate()
+        evaluated, exported = _identity(file) != before[0], _identity(policy) != before[1]
+        missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
+        if missing and not self.signals.received:
+            self.display.message(child.describe_failure())
         return Outcome(read_result(file) if evaluated else None, exported, missing)
 
-    def _await(self, children: Sequence[SupervisedProcess], progress: pathlib.Path) -> None:
-        """Shows the number of games until all children have ended, or a signal arrives."""
+    def _await(self, child: SupervisedProcess, progress: pathlib.Path) -> None:
+        """Shows the number of games until the child has ended, or a signal arrives."""
         deadline = time.monotonic() + _FINISH_SECONDS
         done, episodes = 0, self.config.run.evaluation_episodes
         progress.unlink(missing_ok=True)  # may remain from a killed evaluation
-        while any(child.poll() is None for child in children) and not self.signals.received:
+        while child.poll() is None and not self.signals.received:
             if time.monotonic() > deadline:
                 self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
                 return
@@ -268,18 +265,13 @@ class Launcher:
             self.display.phase(f'evaluating {done}/{episodes}')
             time.sleep(_POLL_SECONDS)
 
-    def _child(self, verb: str, *flags: str) -> SupervisedProcess:
+    def _finish(self, evaluation: pathlib.Path) -> SupervisedProcess:
+        run_dir = str(self.directory.path)
         return SupervisedProcess(
             ProcessSpec(
-                name=verb,
-                argv=[
-                    sys.executable,
-                    '-m',
-                    f'pipelines.{verb}',
-                    f'--run_dir={self.directory.path}',
-                    *flags,
-                ],
-                log_file=self.directory.logs / f'{verb}.log',
+                name='evaluation and export',
+                argv=[sys.executable, '-m', 'pipelines.finish', run_dir, str(evaluation)],
+                log_file=self.directory.logs / 'finish.log',
                 environment={
                     'TF_CPP_MIN_LOG_LEVEL': '2',
                     'TF_NUM_INTRAOP_THREADS': '1',
@@ -288,6 +280,15 @@ class Launcher:
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
+
+
+def _identity(path: pathlib.Path) -> tuple[int, int] | None:
+    """Differs once a file or directory has been replaced; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def exit_reason(reason: str, signal_name: str) -> str:
