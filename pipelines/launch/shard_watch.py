@@ -115,7 +115,7 @@ class ServerWatch:
     def _handle(
         self, silences: Silences, error: Exception, address: str, bound_seconds: float | None
     ) -> None:
-        """Kills a server that hangs, or raises `error` for an attached one after `bound_seconds`."""
+        """Kills a server that hangs; raises `error` for an attached one after `bound_seconds`."""
         now = self._own_time.look()
         silent = silences.see(address, False, now)
         if bound_seconds is not None:
