@@ -220,9 +220,9 @@ class Jobs:
         return news
 
     @property
-    def running(self) -> bool:
-        """Whether any job's process is running."""
-        return any(job.process.poll() is None for job in self._jobs)
+    def running(self) -> list[str]:
+        """The kind of each job whose process is running."""
+        return [job.kind for job in self._jobs if job.process.poll() is None]
 
     def end_stranded(self, now: float, own: float | None = None) -> None:
         """Ends jobs that only wait for dead, silent or unstarted workers.

@@ -85,6 +85,7 @@ class Training:
       owner: the run's name at the parameter server.
       interrupted: returns the name of the user's signal, empty before it.
       cluster, client, reader, jobs, monitor, saver, replay: the boxes.
+      hearing: a clock that pauses while no heartbeat can arrive.
     """
 
     config: ExperimentConfig
@@ -108,7 +109,7 @@ class Training:
         self._parameters_due = Due(_PARAMETERS_SECONDS)
         self._checkpoint_due = Due(self.config.run.checkpoint_period_seconds)
         self._own_time = OwnTime()
-        self._hearing = OwnTime()  # pauses while no heartbeat can arrive
+        self.hearing = OwnTime()
         self._servers = ServerWatch(
             self.cluster, self.client, self.reader, self.replay, self.display.message
         )
@@ -133,7 +134,7 @@ class Training:
         if self.interrupted():
             return self.interrupted()
         self.display.phase('starting workers')
-        self.jobs.start(self._hearing.look())
+        self.jobs.start(self.hearing.look())
         try:
             reason = self._watch()
         except FAILURES as error:
@@ -163,13 +164,13 @@ class Training:
 
     def _watch(self) -> str:
         while not (reason := self._reason()):
-            for act in (self._look, self.cluster.check, self._supervise, self._save_if_due):
+            for act in (self.look, self.cluster.check, self._supervise, self.save_if_due):
                 self._guard.attempt(act)
             time.sleep(_POLL_SECONDS)
         return reason
 
     def _supervise(self) -> None:
-        self.jobs.supervise(self._hearing.seconds, self._own_time.look())
+        self.jobs.supervise(self.hearing.seconds, self._own_time.look())
 
     def _attempt(self, act: Callable[[], object]) -> None:
         """Calls `act`; at the end of the run nothing it raises may prevent the last checkpoint."""
@@ -184,20 +185,20 @@ class Training:
             return
         self._drain()
         self._await_saver()
-        self._last_checkpoint()
+        self.write_last_checkpoint()
 
     def _reason(self) -> str:
         if signal := self.interrupted():
             return signal
         return 'max_frames' if self.monitor.frames >= self.config.run.max_frames else ''
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Collects statistics from workers and servers and shows them."""
         self._acknowledge()
         if self._status_due.take():
             self._ask()
         events = self.reader.drain(timeout_seconds=0.2)
-        now = self._hearing.look(counts=self._servers.hears_workers())
+        now = self.hearing.look(counts=self._servers.hears_workers())
         taken = self.monitor.fold(events)
         self.jobs.hear(heartbeats_in(taken), now)
         self._bundles.update(_bundle_replays(taken))
@@ -282,7 +283,8 @@ class Training:
                 self.display.message(f'{component} restarted')
             self._restarts[component] = count
 
-    def _save_if_due(self) -> None:
+    def save_if_due(self) -> None:
+        """Begins a checkpoint or saves the parameters alone, if due and all servers reply."""
         self.saver.ended()
         if self.saver.busy or self._servers.parameters or self._servers.replays:
             return  # a save would wait for them
@@ -306,10 +308,10 @@ class Training:
         while self.jobs.running and own_time.look() < _DRAIN_SECONDS:
             if ask.take():
                 self._attempt(self._ask_to_stop)
-            self._attempt(self._look)
+            self._attempt(self.look)
             self._attempt(self._end_stranded)
             time.sleep(_POLL_SECONDS)
-        for act in (self.jobs.stop, self._ask, self._look):
+        for act in (self.jobs.stop, self._ask, self.look):
             self._attempt(act)
 
     def _ask_to_stop(self) -> None:
@@ -317,7 +319,7 @@ class Training:
             self.client.request_stop(ASK_SECONDS)
 
     def _end_stranded(self) -> None:
-        self.jobs.end_stranded(self._hearing.seconds, self._own_time.look())
+        self.jobs.end_stranded(self.hearing.seconds, self._own_time.look())
 
     def _begin_checkpoint(self, replay: tuple[str, ...]) -> bool:
         counters = {**self.monitor.counters(), 'submissions': self.jobs.submissions}
@@ -326,7 +328,7 @@ class Training:
     def _await_saver(self) -> bool:
         """Waits for the save in progress, still supervising; returns whether it succeeded."""
         while self.saver.busy:
-            self._attempt(self._look)
+            self._attempt(self.look)
             time.sleep(_POLL_SECONDS)
         return self.saver.ended()
 
@@ -336,10 +338,10 @@ class Training:
         while self._servers.parameters or self._servers.replays:
             if self.cluster.abandoned or own_time.look() > _RETURN_SECONDS:
                 return
-            self._attempt(self._look)
+            self._attempt(self.look)
             time.sleep(_POLL_SECONDS)
 
-    def _last_checkpoint(self) -> None:
+    def write_last_checkpoint(self) -> None:
         """Writes the last checkpoint, without the replay if that fails.
 
         Raises:

@@ -39,14 +39,14 @@ def beating(run, address):
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
         workers = {
-            run.pid(worker, job): stack.enter_context(Telemetry(address, *worker, submission=job))
-            for worker, job in ALL
+            each: stack.enter_context(Telemetry(address, *each[0], submission=each[1]))
+            for each in ALL
         }
 
         def beat():
             while not stop.wait(0.3):
-                for pid, telemetry in workers.items():
-                    telemetry.record(HEARTBEAT, pid=pid)
+                for each, telemetry in workers.items():
+                    telemetry.record(HEARTBEAT, pid=run.pid(*each))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -77,8 +77,8 @@ def training(tmp_path, cluster, monkeypatch):
     monkeypatch.setattr(jobs_lib, 'SILENCE_SECONDS', _SILENCE_SECONDS)
     run = Run(tmp_path)
     run.directory.config_file.write_text('{}')
-    checkpoints = Checkpoints(run.directory, run.jobs._config)
-    display = PlainDisplay(io.StringIO())
+    checkpoints = Checkpoints(run.directory, run.config)
+    display = PlainDisplay(told := io.StringIO())
     with contextlib.ExitStack() as stack:
         stack.callback(run.directory.close)
         servers = stack.enter_context(cluster(checkpoints.restore))
@@ -92,7 +92,7 @@ def training(tmp_path, cluster, monkeypatch):
         stack.callback(run.jobs.stop)
         yield (
             Training(
-                config=run.jobs._config,
+                config=run.config,
                 display=display,
                 owner='run',
                 interrupted=str,
@@ -105,11 +105,12 @@ def training(tmp_path, cluster, monkeypatch):
                 replay=Replay(servers.replay_addresses, StatusReader(servers.replay_addresses)),
             ),
             run,
+            told,
         )
 
 
 def test_servers_that_hang_are_replaced_while_the_watch_goes_on_and_workers_live(training):
-    watch, run = training
+    watch, run, told = training
     looks: list[float] = []
     restarted: dict[str, float] = {}  # seconds from hanging, by component
 
@@ -120,7 +121,7 @@ def test_servers_that_hang_are_replaced_while_the_watch_goes_on_and_workers_live
             yield ''
         for name in ('replay_0', 'parameter_server_1'):
             pause(watch.cluster.pids[name])
-        watch._begin_checkpoint(())  # waits for one of them
+        watch.saver.save((), watch.monitor.counters())  # waits for one of them
         stopped = time.monotonic()
         while len(restarted) < 2:
             for component, count in watch.cluster.restarts.items():
@@ -129,24 +130,23 @@ def test_servers_that_hang_are_replaced_while_the_watch_goes_on_and_workers_live
             yield ''
         while watch.saver.busy or not watch.reader.hears:
             yield ''
-        heard = watch._hearing.seconds
-        while watch._hearing.seconds < heard + _SILENCE_SECONDS + 1.0:
+        heard = watch.hearing.seconds
+        while watch.hearing.seconds < heard + _SILENCE_SECONDS + 1.0:
             yield ''
 
     events, deadline = story(), time.monotonic() + _SECONDS
 
     def interrupted():
-        assert time.monotonic() < deadline, (restarted, watch.display._stream.getvalue())
+        assert time.monotonic() < deadline, (restarted, told.getvalue())
         looks.append(time.monotonic())
         return next(events, 'done')
 
     watch.interrupted = interrupted
-    watch.jobs.start(watch._hearing.look())
     with beating(run, watch.cluster.telemetry_address):
-        assert watch._watch() == 'done'
-    told = watch.display._stream.getvalue()
+        assert watch.run() == 'done'
+    text = told.getvalue()
     # The bound, a question every 2 s, a second for each of three answers, and the back-off.
-    assert max(restarted.values()) < _HUNG_SECONDS + 2 * (2.0 + 3.0) + 3.0, (restarted, told)
+    assert max(restarted.values()) < _HUNG_SECONDS + 2 * (2.0 + 3.0) + 3.0, (restarted, text)
     assert max(np.diff(looks)) < 6.0  # three such seconds, on a busy machine
-    assert told.count('killed to restart it') == 2
-    assert len(run.started) == 2, told  # nobody was submitted again
+    assert text.count('killed to restart it') == 2
+    assert len(run.started) == 2, text  # nobody was submitted again

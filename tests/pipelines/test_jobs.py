@@ -32,8 +32,9 @@ class Run:
         self.started: list[tuple[str, tuple[int, ...]]] = []
         self.scripts: dict[str, str] = {}  # by kind: what later jobs do in place of working
         self._path = path
+        self.config = presets.experiment('laptop', {'num_actors': 2, 'num_learners': 1})
         self.jobs = Jobs(
-            presets.experiment('laptop', {'num_actors': 2, 'num_learners': 1}),
+            self.config,
             Launch(runner, None, False, (), (), (), (), ()),
             Addresses(('ps:1',), ('replay:1',), 'telemetry:1'),
             self.directory,
@@ -59,6 +60,11 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: not is_alive(pid))
 
+    def kill_job(self, worker, submission):
+        """Kills the process of a worker's job, the worker's parent, and waits for its end."""
+        os.kill(os.getsid(self.pid(worker, submission)), signal.SIGKILL)
+        self.wait_for_end(worker[0])
+
     def hear(self, now, heard, ended=False):
         """Heartbeats of all of `heard` ((worker, submission) pairs) come."""
         self.jobs.hear([self.beat(worker, number, ended) for worker, number in heard], now)
@@ -75,8 +81,7 @@ class Run:
 
     def wait_for_end(self, kind):
         """Waits until no job of this kind runs."""
-        jobs = [job.process for job in self.jobs._jobs if job.kind == kind]
-        assert eventually(lambda: all(process.poll() is not None for process in jobs))
+        assert eventually(lambda: kind not in self.jobs.running)
 
 
 @pytest.fixture
@@ -194,8 +199,7 @@ def test_a_late_heartbeat_of_a_predecessor_is_none_of_its_successor(make_run):
     run.jobs.start(0.0)
     run.hear(1.0, ALL)
     late = run.beat(LEARNER, 1)
-    run.jobs._jobs[1].process.signal(signal.SIGKILL)
-    run.wait_for_end('learner')
+    run.kill_job(LEARNER, 1)
     run.supervise(2.0, ALL[:2])
     run.supervise(5.0, ALL[:2])
     assert run.started[2:] == [('learner', (0,))]
@@ -219,19 +223,14 @@ def over(make_run):
     return run
 
 
-def kinds_running(run):
-    """Of the jobs whose process runs."""
-    return [job.kind for job in run.jobs._jobs if job.process.poll() is None]
-
-
 def test_a_worker_killed_near_the_end_holds_the_end_up_for_seconds(over):
     over.kill(ACTORS[0], 0)
     over.jobs.end_stranded(2.0)
     over.jobs.end_stranded(2.0 + jobs_lib.GONE_SECONDS)
-    assert kinds_running(over) == ['actor', 'learner']  # the other actor is still at work
+    assert over.jobs.running == ['actor', 'learner']  # the other actor is still at work
     over.hear(8.0, ALL[1:], ended=True)
     over.jobs.end_stranded(8.0)
-    assert kinds_running(over) == ['learner']  # its only worker has ended: it follows by itself
+    assert over.jobs.running == ['learner']  # its only worker has ended: it follows by itself
     assert len(over.started) == 2
 
 
@@ -241,7 +240,7 @@ def test_a_worker_given_up_before_does_not_hold_the_end_up(over):
     over.supervise(2.0 + jobs_lib.GONE_SECONDS, ALL[1:])  # and submitted again later
     over.hear(8.0, ALL[1:], ended=True)
     over.jobs.end_stranded(8.0)
-    assert kinds_running(over) == ['learner']
+    assert over.jobs.running == ['learner']
 
 
 def test_workers_that_hang_or_start_hold_the_end_up_no_longer_than_it_takes_to_know(make_run):
@@ -249,11 +248,11 @@ def test_workers_that_hang_or_start_hold_the_end_up_no_longer_than_it_takes_to_k
     run.jobs.start(0.0)
     run.hear(1.0, ALL[:2])
     run.jobs.end_stranded(2.0)
-    assert kinds_running(run) == ['actor']  # the learner has done nothing yet
+    assert run.jobs.running == ['actor']  # the learner has done nothing yet
     run.jobs.end_stranded(1.0 + SILENCE_SECONDS)
-    assert kinds_running(run) == ['actor']
+    assert run.jobs.running == ['actor']
     run.jobs.end_stranded(2.0 + SILENCE_SECONDS)
-    assert kinds_running(run) == []
+    assert run.jobs.running == []
 
 
 def test_workers_of_a_job_that_failed_are_submitted_again(make_run):
@@ -360,9 +359,7 @@ def test_another_engine_replaces_silent_workers_itself_but_its_failed_job_counts
     run.jobs.supervise(10_000.0)
     run.jobs.supervise(10_100.0)
     assert len(run.started) == 2
-    (learner,) = (job for job in run.jobs._jobs if job.kind == 'learner')
-    learner.process.signal(signal.SIGKILL)
-    run.wait_for_end('learner')
+    run.kill_job(LEARNER, 1)
     run.jobs.supervise(10_200.0)
     run.jobs.supervise(10_203.0)
     assert run.started[2:] == [('learner', (0,))]

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from infra.guard import UnforeseenError
 from infra.own_time import OwnTime
+from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import ParameterServerUnavailable
 from infra.replay.errors import ReplayUnavailable
 from pipelines.experiment import presets
@@ -17,20 +19,22 @@ from pipelines.launch import training as training_lib
 from pipelines.launch.jobs import WorkersFailedError
 from pipelines.launch.launcher import exit_reason
 from pipelines.launch.saver import Saver
-from pipelines.launch.shard_watch import Replay
+from pipelines.launch.shard_watch import Replay, ServerWatch
 from pipelines.launch.training import Due, LastCheckpointError, Training
 from pipelines.monitoring.display import PlainDisplay
 from pipelines.monitoring.monitor import Monitor, MonitorConfig
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.run_directory import RunDirectory
 from tests.support import parameter_servers
+from tests.support.waiting import eventually
 
 MONITOR = MonitorConfig(game='pong', preset='laptop', seed=1, max_frames=1000)
 
 
 @pytest.fixture
-def training(tmp_path):
+def training(tmp_path, monkeypatch):
     """A training with initialised parameter shards and without workers; gives it and its output."""
+    monkeypatch.setattr(training_lib, '_STATUS_SECONDS', 0.0)  # each look asks the servers
     server = parameter_servers.config(num_parameter_shards=2)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(RunDirectory.open(tmp_path / 'run'))
@@ -70,6 +74,19 @@ def training(tmp_path):
         )
 
 
+def without_replay(run, directory):
+    """Has the run save nothing of its replay."""
+    checkpoints = Checkpoints(directory, run.config, replay_is_ours=False)
+    run.saver = Saver(checkpoints, run.client, run.display.message)
+
+
+def saves(saver, replay=()):
+    """Whether a checkpoint can be written."""
+    saver.save(replay, {})
+    assert eventually(lambda: not saver.busy)
+    return saver.ended()
+
+
 @pytest.fixture
 def dead_replay(monkeypatch):
     """No replay shard can write a checkpoint."""
@@ -82,7 +99,7 @@ def dead_replay(monkeypatch):
 
 def test_the_last_checkpoint_is_written_without_a_replay_that_cannot_be_had(training, dead_replay):
     run, told, directory = training
-    run._last_checkpoint()
+    run.write_last_checkpoint()
     (path,) = directory.latest_checkpoints()
     assert not (path / 'replay').exists()
     assert 'without the replay' in told.getvalue()
@@ -90,10 +107,10 @@ def test_the_last_checkpoint_is_written_without_a_replay_that_cannot_be_had(trai
 
 def test_a_run_that_saves_no_replay_does_not_try_again_without_it(training, monkeypatch):
     run, told, directory = training
-    run.saver._checkpoints = Checkpoints(directory, run.config, replay_is_ours=False)
-    monkeypatch.setattr(run.saver._client, 'save', lambda _: (_ for _ in ()).throw(OSError('full')))
+    without_replay(run, directory)
+    monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=OSError('full')))
     with pytest.raises(LastCheckpointError):
-        run._last_checkpoint()
+        run.write_last_checkpoint()
     assert told.getvalue().count('checkpoint: not written (full)') == 1
     assert 'without the replay' not in told.getvalue()
 
@@ -120,9 +137,8 @@ def test_the_last_checkpoint_waits_for_a_server_that_is_started_again(training, 
         monkeypatch.setattr(run.client, 'report', ask_parameters)
     else:
         run.replay.status.read = lambda: [{'size': 1} if next(answers, True) else {}]
-    run._status_due = Due(0.0)
-    run._ask()
-    run._last_checkpoint()
+    run.look()
+    run.write_last_checkpoint()
     assert next(answers, 'none') == 'none'
     assert saved == [('replay:1',)]
     assert len(directory.latest_checkpoints()) == 1
@@ -131,33 +147,29 @@ def test_the_last_checkpoint_waits_for_a_server_that_is_started_again(training, 
 
 def test_a_checkpoint_on_the_way_keeps_parameters_and_replay_together(training, dead_replay):
     run, told, directory = training
-    run._begin_checkpoint(run.replay.addresses)
-    assert not run._await_saver()
+    assert not saves(run.saver, run.replay.addresses)
     assert not directory.latest_checkpoints()  # the one before stays in force
     assert 'checkpoint: not written (replay shard replay:1' in told.getvalue()
 
 
 def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, monkeypatch):
     run, _, _ = training
-
-    def full(directory):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(run.saver._client, 'save', full)
+    full = OSError(28, 'No space left on device')
+    monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=full))
     with pytest.raises(LastCheckpointError, match='could not be saved'):
-        run._last_checkpoint()
+        run.write_last_checkpoint()
 
 
 def test_a_run_with_servers_of_others_has_a_checkpoint_from_its_first_update_on(training):
     run, _, directory = training
     run.cluster.config.parameter_addresses = ('host:1', 'host:2')
-    run.saver._checkpoints = Checkpoints(directory, run.config, replay_is_ours=False)
-    run._save_if_due()
+    without_replay(run, directory)
+    run.save_if_due()
     assert not directory.latest_checkpoints()  # nothing is learned yet
     run.monitor.clock(1, 1_600)
     for _ in range(2):
-        run._save_if_due()
-        run._await_saver()
+        run.save_if_due()
+        assert eventually(lambda: not run.saver.busy)
     (path,) = directory.latest_checkpoints()  # the next one is due in minutes
     assert not (path / 'replay').exists()
 
@@ -178,12 +190,12 @@ def hanging(training, monkeypatch):
 
 def test_a_shard_of_ours_that_hangs_is_killed_after_the_bound(hanging, monkeypatch):
     run, told, killed = hanging
-    run._ask()
+    run.look()
     assert 'parameter shard host:1: no answer' in told.getvalue()
     assert not killed  # it may be restarting
     monkeypatch.setattr(shard_watch, 'HUNG_SECONDS', 0.0)
-    run._ask()
-    run._ask()
+    run.look()
+    run.look()
     assert killed == ['host:1', 'host:1']  # once for each bound
 
 
@@ -203,9 +215,9 @@ def test_a_replay_shard_that_hangs_is_killed_but_not_for_its_checkpoint(
         run.replay.status.read = lambda: [{'size': 1}]
     hung = run.cluster.telemetry_address
     for run.saver.replay in ((hung,), (hung,), ()):
-        run._ask()
+        run.look()
         assert not killed
-    run._ask()
+    run.look()
     assert killed == [hung]
 
 
@@ -214,8 +226,8 @@ def test_silence_counts_for_no_worker_while_a_server_is_away_and_channels_to_it_
 ):
     run, _, _ = training
     world = [0.0]
-    watch = run._servers
-    watch._own_time = OwnTime(lambda: world[0])
+    monkeypatch.setattr(shard_watch, 'OwnTime', lambda: OwnTime(lambda: world[0]))
+    watch = ServerWatch(run.cluster, run.client, run.reader, run.replay, run.display.message)
 
     def hears(seconds, reader_hears=True):
         """What is said once a second."""
@@ -237,10 +249,10 @@ def test_silence_counts_for_no_worker_while_a_server_is_away_and_channels_to_it_
 def test_a_shard_of_others_that_stays_away_ends_the_run(hanging, monkeypatch):
     run, _, killed = hanging
     run.cluster.config.parameter_addresses = ('host:1',)
-    run._ask()
+    run.look()
     monkeypatch.setattr(shard_watch, 'AWAY_SECONDS', 0.0)
     with pytest.raises(ParameterServerUnavailable, match='host:1'):
-        run._ask()
+        run.look()
     assert not killed
 
 
@@ -248,34 +260,31 @@ def test_a_replay_shard_of_others_that_stays_away_ends_the_run(training, monkeyp
     run, _, _ = training
     run.cluster.config.replay_addresses = ('replay:1',)
     run.replay.status.read = lambda: [{}]
-    run._ask()
+    run.look()
     monkeypatch.setattr(shard_watch, 'REPLAY_AWAY_SECONDS', 0.0)
     with pytest.raises(ReplayUnavailable, match='replay shard replay:1: no answer'):
-        run._ask()
+        run.look()
 
 
 def test_nothing_is_saved_from_shards_that_are_away(hanging, monkeypatch):
     run, told, _ = hanging
-    run._ask()
+    run.look()
     monkeypatch.setattr(training_lib, '_RETURN_SECONDS', 1.0)
     with pytest.raises(LastCheckpointError):
-        run._last_checkpoint()
+        run.write_last_checkpoint()
     run.monitor.clock(1, 1_600)
-    run._checkpoint_due = Due(0.0)
-    run._save_if_due()
+    monkeypatch.setattr(Due, 'take', lambda _: True)
+    run.save_if_due()
     assert not run.saver.busy
     assert 'not written' not in told.getvalue()
 
 
 def test_a_run_that_fails_says_so_of_its_last_checkpoint_too(hanging, monkeypatch):
     run, _, _ = hanging
-    run._ask()
+    run.look()
     run.jobs.start = lambda now: None
-
-    def fail():
-        raise WorkersFailedError('actor 0 failed 5 times in a row')
-
-    monkeypatch.setattr(run, '_watch', fail)
+    run.jobs.supervise = Mock(side_effect=WorkersFailedError('actor 0 failed 5 times in a row'))
+    run.cluster.check = lambda: None
     with pytest.raises(WorkersFailedError) as failure:
         run.run()
     assert failure.value.__notes__ == [str(LastCheckpointError())]
@@ -297,7 +306,9 @@ def busy(training, monkeypatch):
     )
     run.cluster.check = lambda: None
     run.replay = Replay((), run.replay.status)
-    run.monitor.clock(1, 8)
+    run.client.push(np.zeros(run.client.layout.size, np.float32), 0)
+    run.client.pull(agent_steps=8)
+    run.look()
     monkeypatch.setattr(training_lib, '_POLL_SECONDS', 0.0)
     return training
 
@@ -348,7 +359,7 @@ def test_a_signal_while_the_workers_end_is_acknowledged_once(busy, monkeypatch):
         run.jobs.running = not run.interrupted()
         return []
 
-    monkeypatch.setattr(run, '_watch', lambda: 'max_frames')
+    monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
     monkeypatch.setattr(run.client, 'request_stop', ask_to_stop)
     monkeypatch.setattr(run.monitor, 'fold', fold)
     assert run.run() == 'max_frames'
@@ -358,13 +369,8 @@ def test_a_signal_while_the_workers_end_is_acknowledged_once(busy, monkeypatch):
 
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
     run, told, _ = training
-
-    def fail(directory):
-        raise KeyError('files')
-
-    monkeypatch.setattr(run.saver._client, 'save', fail)
-    run._begin_checkpoint(())
-    assert not run._await_saver()
+    monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=KeyError('files')))
+    assert not saves(run.saver)
     assert "checkpoint: not written (unexpected KeyError: 'files')" in told.getvalue()
 
 
@@ -383,8 +389,7 @@ def test_a_resumed_run_trains_when_its_clock_moves_and_not_before(training):
         shard = {'version': updates, 'agent_steps': agent_steps, 'reruns': {}, 'rollbacks': 0}
         run.client.report = lambda *_: {'shards': [{**shard, 'rejected': {}}]}
         run.replay.status.read = lambda: [{'size': held, 'inserts': held, 'samples': 0}]
-        run._ask()
-        run._look()
+        run.look()
         return told.getvalue()
 
     run.display.phase('starting workers')
@@ -403,10 +408,10 @@ def test_a_bundle_that_starts_late_does_not_shift_the_others_counts(training):
         status = {'size': inserts, 'inserts': inserts, 'samples': 0}
         event = {'kind': 'actor', 'component': 'bundle', 'worker': worker, 'replay': status}
         run.reader.drain = lambda timeout_seconds: [event]
-        run._look()
-        run._ask()
+        run.look()
 
     tell(1, 100)
     tell(0, 40)  # was taken for bundle 1's place before
     tell(1, 120)
+    run.look()
     assert run.monitor.counters()['inserts'] == 40 + 120
