@@ -192,9 +192,8 @@ def make_agent(
 ) -> DqnAgent:
     """Builds the agent of `config`; `seed` sets its first weights, which the target copies.
 
-    Specs may be array or tensor specs. The agent's own optimizer (SGD with rate 0) changes nothing,
-    because the parameter server owns the optimizer. The agent does not clip either: `AgentGradient`
-    clips the whole gradient to `config.gradient_clip_norm`, where TF-Agents clips each variable's.
+    Specs may be array or tensor specs. The agent's optimizer (SGD with rate 0) has no effect: the
+    parameter server owns the optimizer. `AgentGradient` clips, since TF-Agents clips per variable.
 
     Raises:
       ValueError: `config.agent` is not one of `dqn`, `c51` and `qr_dqn`.

@@ -293,12 +293,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     places = parser.add_subparsers(dest='place', required=True)
-    cluster = places.add_parser(
-        'kubernetes', help='Addresses of the StatefulSets of infra/kubernetes.'
-    )
-    cluster.add_argument(
-        'file', nargs='?', help='JSON or YAML of the objects. Default: standard input.'
-    )
+    cluster = places.add_parser('kubernetes', help='StatefulSets of infra/kubernetes.')
+    cluster.add_argument('file', nargs='?', help='Their JSON or YAML. Default: standard input.')
     cluster.add_argument('--namespace', help='Namespace to search. Default: all.')
     cluster.add_argument(
         '--domain', default='cluster.local', help='Domain of the cluster. Default: cluster.local.'
@@ -308,28 +304,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action='store_true',
         help='Print addresses of load balancers, for workers outside the cluster.',
     )
-    hosts = places.add_parser('hosts', help='Addresses of the units of infra/systemd.')
+    hosts = places.add_parser('hosts', help='Units of infra/systemd.')
     for kind in KINDS:
+        first = FIRST_PORTS[kind]
         hosts.add_argument(
             f'--{kind}_hosts',
             required=True,
-            metavar='A,B,...',
-            help=f'Hosts that take the {kind} shards in turn.',
+            help='Comma-separated hosts; shards take them in turn.',
         )
         hosts.add_argument(
-            f'--{kind}_shards',
-            type=integer,
-            default=1,
-            metavar='N',
-            help=f'Number of {kind} shards. Default: 1.',
+            f'--{kind}_shards', type=integer, default=1, help='Number of shards. Default: 1.'
         )
         hosts.add_argument(
             f'--{kind}_port',
             type=integer,
-            default=FIRST_PORTS[kind],
-            metavar='N',
-            help=f'Port of {kind} shard 0; shard I uses the I-th port after it.'
-            f' Default: {FIRST_PORTS[kind]}.',
+            default=first,
+            help=f'Port of shard 0; shard I uses the I-th after it. Default: {first}.',
         )
     hosts.add_argument(
         '--units', action='store_true', help='Print the units of each host instead of addresses.'

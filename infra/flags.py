@@ -22,22 +22,27 @@ def value_of(flag: str, flags: Sequence[str]) -> str | None:
     return parser.parse_known_args(list(flags))[0].value
 
 
-def add_state_flags(
+def add_shard_flags(
     parser: argparse.ArgumentParser, otherwise: str, text: str, period_seconds: float
 ) -> None:
-    """Adds the flags of a shard that saves its own state.
+    """Adds the flags that the servers of both kinds of shards share.
 
     Args:
-      parser: of the shard's command line.
-      otherwise: alternative flag, for a shard whose state a run saves.
+      parser: of the server's command line.
+      otherwise: alternative to --state_dir, for a shard whose state a run saves.
       text: help text of `otherwise`.
       period_seconds: default time between two states.
     """
+    parser.add_argument(
+        '--config', required=True, help='JSON file that `servers.py --config_dir` writes.'
+    )
+    parser.add_argument('--shard', type=integer, required=True, help='Index of this shard, from 0.')
+    parser.add_argument('--port', type=integer, default=0, help='Port. Default: any free one.')
+    parser.add_argument('--ready_file', help='JSON file to write when ready: {"port", "pid"}.')
     place = parser.add_mutually_exclusive_group()
     place.add_argument(otherwise, help=text)
     place.add_argument(
         '--state_dir',
-        metavar='DIR',
         help='Directory for the state of this shard only: the shard starts from the newest state in'
         ' it and saves its state periodically and at SIGTERM. Use it under a supervisor.',
     )
@@ -45,7 +50,6 @@ def add_state_flags(
         '--state_period_seconds',
         type=positive_number,
         default=period_seconds,
-        metavar='X',
         help=f'Seconds between states with --state_dir. Default: {period_seconds:g}.',
     )
 

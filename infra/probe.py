@@ -114,14 +114,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         '--timeout_seconds',
         type=positive_number,
         default=_TIMEOUT_SECONDS,
-        metavar='X',
         help=f'Seconds to wait for one answer. Default: {_TIMEOUT_SECONDS:g}.',
     )
     parser.add_argument(
         '--wait_seconds',
         type=positive_number,
         default=0.0,
-        metavar='X',
         help='Seconds for which to retry. Default: ask once.',
     )
     parser.add_argument(

@@ -155,9 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         prog='plan.py', description='Computes actors, learners, shards and machines for a target.'
     )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument(
-        '--target_fps', type=float, help='Emulator frames per second of all actors.'
-    )
+    target.add_argument('--target_fps', type=float, help='Emulator frames per second.')
     target.add_argument('--target_ups', type=float, help='Updates per second.')
     parser.add_argument(
         '--agent_steps_per_update',
@@ -166,10 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         help='Agent steps of all actors per update, as of the run. Default: 4.',
     )
     parser.add_argument(
-        '--action_repeat',
-        type=integer,
-        default=4,
-        help='Emulator frames per agent step. Default: 4.',
+        '--action_repeat', type=integer, default=4, help='Frames per agent step. Default: 4.'
     )
     parser.add_argument(
         '--costs',

@@ -59,7 +59,7 @@ def declared(file: pathlib.Path) -> frozenset[str]:
         if isinstance(node, ast.Call) and name.startswith('add_'):
             parts = [re.sub(r'\{[^}]*\}', r'\\w+', ast.unparse(part)) for part in node.args]
             found |= {part.strip("f'")[2:] for part in parts if part.strip("f'").startswith('--')}
-            if name == 'add_state_flags':
+            if name == 'add_shard_flags':
                 found |= declared(ROOT / 'infra' / 'flags.py')
     return frozenset(found - {r'\w+'})  # a pattern of any flag would hide a wrong one
 

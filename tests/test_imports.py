@@ -1,6 +1,6 @@
 """Imports point down, from commands to servers: no room knows one above it, no module a circle.
 
-Imports inside functions and for type checkers count as others do.
+Imports inside functions and for type checkers count as others do. Functions are short.
 """
 
 import ast
@@ -84,6 +84,17 @@ def test_few_arrows_lead_from_room_to_room():
     inside = [(box(a), box(b)) for a, b in ARROWS if a.startswith('pipelines.') and b in TREES]
     arrows = {(a, b) for a, b in inside if a != b and b.startswith('pipelines.')}
     assert len(arrows) <= 60, sorted(arrows)
+
+
+def test_no_function_is_longer_than_40_lines():
+    functions = [
+        (f'{module}: {node.name}', node.end_lineno - node.lineno + 1)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    ]
+    assert functions
+    assert not [(name, lines) for name, lines in functions if lines > 40]
 
 
 def test_the_rooms_themselves_import_nothing():

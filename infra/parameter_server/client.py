@@ -108,10 +108,8 @@ class ParameterClient:
           layout: of the network.
           wire_dtype: 'float32' or 'bfloat16'; tensors in shared memory are always float32.
           shared_memory: whether to exchange tensors with shards on this host in shared memory.
-          copy_parts: whether a snapshot owns its parts. If false, they may be views of memory that
-            the next call for parameters or target overwrites, which is faster.
-          timeout_seconds: approximate bound of a call; a push takes up to twice as long, since it
-            asks shard 0 before the others.
+          copy_parts: whether a snapshot owns its parts; if not, the next pull may overwrite them.
+          timeout_seconds: approximate bound of a call; a push has two steps and twice the bound.
           tls_roots: PEM roots of the shards' certificates; None for no TLS.
 
         Raises:
@@ -128,11 +126,10 @@ class ParameterClient:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
         self._outstanding: concurrent.futures.Future | None = None
         self._sequence = self._agent_steps = 0
-        # The latest clock that this client has seen; it never runs backwards.
-        self._clock = Clock(0, 0, False)
+        self._clock = Clock(0, 0, False)  # the latest seen; never runs backwards
         # The last parts of each shard; a shard sends its part only if it has changed.
-        nothing = [None] * len(addresses)
-        self._latest: dict[str, list[Any]] = {PARAMETERS: [*nothing], TARGET: [*nothing]}
+        nothing: list[Any] = [None] * len(addresses)
+        self._latest = {PARAMETERS: [*nothing], TARGET: [*nothing]}
 
     def __enter__(self) -> ParameterClient:
         return self

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from infra.flags import Parser, add_state_flags, integer, positive_number
+from infra.flags import Parser, add_shard_flags, positive_number
 from infra.memory import available_memory, bound_own_memory
 from infra.output import protect_output
 from infra.parameter_server import checkpoint, protocol
@@ -356,13 +356,11 @@ class ParameterServer:
         Args:
           config: of all shards.
           index: of this shard.
-          host: address to listen on.
-          port: 0 for any free one.
+          host, port: address to listen on; port 0 for any free one.
           state: of a checkpoint.
           own_state: directory of states that this shard writes itself.
           tls: PEM certificate, for the host name that clients use, and its key.
-          checkpoint_root: directory below which a client's `save` writes on this host; None to send
-            the shard's part to the client always.
+          checkpoint_root: directory below which `save` may write; None sends parts to the client.
 
         Raises:
           ServerStartError: the port is in use, or the host is not an address of this machine.
@@ -464,45 +462,23 @@ def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        '--config',
-        required=True,
-        metavar='FILE',
-        help='JSON file that servers.py --config_dir writes.',
-    )
-    parser.add_argument(
-        '--shard', required=True, type=integer, metavar='N', help='Index of this shard, from 0.'
-    )
-    parser.add_argument(
-        '--port',
-        type=integer,
-        default=0,
-        metavar='N',
-        help='Port to listen on. Default: any free port.',
-    )
-    parser.add_argument(
-        '--ready_file', metavar='FILE', help='JSON file to write when ready: {"port", "pid"}.'
-    )
+    add_shard_flags(parser, '--restore', 'Checkpoint directory to start from.', _STATE_SECONDS)
     parser.add_argument(
         '--host', default='127.0.0.1', help='Address to listen on. Default: 127.0.0.1.'
     )
     parser.add_argument(
-        '--checkpoint_root',
-        metavar='DIR',
-        help='Directory below which clients may request checkpoints.',
+        '--checkpoint_root', help='Directory below which clients may request checkpoints.'
     )
-    add_state_flags(parser, '--restore', 'Checkpoint directory to start from.', _STATE_SECONDS)
     parser.add_argument(
         '--tls_certificate',
-        metavar='FILE',
         help='PEM certificate for the host name that clients use; enables TLS.',
     )
-    parser.add_argument('--tls_key', metavar='FILE', help='PEM private key of --tls_certificate.')
+    parser.add_argument('--tls_key', help='PEM private key of --tls_certificate.')
     parser.add_argument(
         '--message_memory_mib',
         type=positive_number,
-        help='Memory that messages of all clients may take together. A client that exceeds it loses'
-        ' its stream. [half of the available memory, at least 1024]',
+        help='Memory limit in MiB for the messages of all clients together; exceeding it ends the'
+        " client's stream. Default: half of the available memory, at least 1024.",
     )
     options = parser.parse_args(arguments)
     if bool(options.tls_certificate) != bool(options.tls_key):

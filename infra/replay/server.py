@@ -27,7 +27,7 @@ from infra import disk, process
 from infra import telemetry as telemetry_lib
 from infra.addresses import reach_directly
 from infra.disk import digests, hold, remove_leftovers, write_atomically
-from infra.flags import Parser, add_state_flags, integer
+from infra.flags import Parser, add_shard_flags
 from infra.output import protect_output
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.errors import ReplayUnavailable
@@ -326,31 +326,10 @@ def stop_server(server: 'reverb.Server') -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog='python -m infra.replay.server', description=__doc__)
-    parser.add_argument(
-        '--config',
-        required=True,
-        metavar='FILE',
-        help='JSON file that servers.py --config_dir writes.',
-    )
-    parser.add_argument(
-        '--shard', type=integer, required=True, metavar='N', help='Index of this shard, from 0.'
-    )
-    parser.add_argument(
-        '--port',
-        type=integer,
-        default=0,
-        metavar='N',
-        help='Port to listen on. Default: any free port.',
-    )
-    parser.add_argument('--host', help='No effect: Reverb listens on every interface.')
-    parser.add_argument(
-        '--ready_file', metavar='FILE', help='JSON file to write when ready: {"port", "pid"}.'
-    )
     where = 'Directory for checkpoints that a run requests.'
-    add_state_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
-    parser.add_argument(
-        '--restore', metavar='DIR', help='Checkpoint to start from, with --checkpoint_dir.'
-    )
+    add_shard_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
+    parser.add_argument('--host', help='No effect: Reverb listens on every interface.')
+    parser.add_argument('--restore', help='Checkpoint to start from, with --checkpoint_dir.')
     options = parser.parse_args(arguments)
     if options.restore and options.state_dir:
         parser.error(
