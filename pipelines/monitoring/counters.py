@@ -1,4 +1,4 @@
-"""Counters of servers and workers that restart, and rates: numbers in, totals of the run out."""
+"""Counters of restarting servers and workers, and rates: numbers in, totals of the run out."""
 
 import collections
 import math
@@ -10,19 +10,19 @@ from infra.sealed import LARGEST_COUNT
 from pipelines.events import count, counts, histogram
 
 REJECTIONS = ('stale', 'outlier', 'invalid')
-"""Why a gradient was not applied: too old, loss out of line (learner's test), or not finite."""
+"""Why a gradient was not applied: too old, an outlier (the learner's test), or not finite."""
 _REMEMBERED_SESSIONS = 4_096
 _RATE_SAMPLE_SECONDS = 0.5
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """The mean, None of nothing."""
+    """The mean, None if there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else None
 
 
 def remember(memory: collections.OrderedDict, key: Hashable, value: Any, limit: int) -> None:
-    """Stores `key`, forgetting the oldest beyond `limit`."""
+    """Stores a value and forgets the oldest beyond `limit`."""
     memory[key] = value
     memory.move_to_end(key)
     if len(memory) > limit:
@@ -30,21 +30,21 @@ def remember(memory: collections.OrderedDict, key: Hashable, value: Any, limit: 
 
 
 class Total:
-    """Sums the growth of a counter that starts anew, at any value, when its server restarts."""
+    """Sums the growth of a counter that jumps to any value when its server restarts."""
 
     def __init__(self, resumed: bool):
-        """`resumed`: the first value seen may have been counted before, so it is no growth."""
+        """`resumed`: the first value may have been counted already, so it is not growth."""
         self.value = 0
         self._last: int | None = None if resumed else 0
 
-    def see(self, number: int) -> None:
+    def record(self, number: int) -> None:
         if self._last is not None:
             self.value += max(0, number - self._last)
         self._last = number
 
 
 class SessionTotals:
-    """Sums counters that every session of a worker counts anew from 0.
+    """Sums counters that start at 0 in each session of a worker.
 
     A late or repeated event of a session adds nothing.
 
@@ -53,12 +53,12 @@ class SessionTotals:
     """
 
     def __init__(self, before: Sequence[int]):
-        """`before`: the sums until a resumed run's checkpoint."""
+        """`before`: the sums in the checkpoint that the run resumed from."""
         self.values = list(before)
         self._seen: collections.OrderedDict[Hashable, list[int]] = collections.OrderedDict()
 
-    def see(self, session: Hashable, numbers: Sequence[int]) -> None:
-        """Takes a session's counters; there are as many as sums."""
+    def record(self, session: Hashable, numbers: Sequence[int]) -> None:
+        """Records a session's counters, one per sum."""
         known = self._seen.get(session, [0] * len(self.values))
         grown = [v + max(0, n - k) for v, n, k in zip(self.values, numbers, known)]
         self.values = [min(value, LARGEST_COUNT) for value in grown]
@@ -67,16 +67,16 @@ class SessionTotals:
 
 
 class StalenessTally:
-    """How old gradients were that learners pushed, over the whole run."""
+    """Staleness of the gradients that learners pushed, over the whole run."""
 
     def __init__(self, before: Mapping[str, Any]):
-        """`before`: `staleness` of the run until its checkpoint."""
+        """`before`: counters of the checkpoint, with `staleness`."""
         bins = len(STALENESS_BOUNDS) + 1
         self._totals = SessionTotals(histogram(before.get('staleness')) or [0] * bins)
 
-    def see(self, session: Hashable, bins: Sequence[int]) -> None:
-        """Takes a learner's histogram so far, see `STALENESS_BOUNDS`."""
-        self._totals.see(session, bins)
+    def record(self, session: Hashable, bins: Sequence[int]) -> None:
+        """Records a learner's histogram so far, see `STALENESS_BOUNDS`."""
+        self._totals.record(session, bins)
 
     @property
     def bins(self) -> list[int]:
@@ -84,7 +84,7 @@ class StalenessTally:
         return list(self._totals.values)
 
     def quantile(self, share: float) -> float | None:
-        """The bound of staleness that this share of all gradients keeps; None: there are none."""
+        """The bound that this share of all gradients does not exceed; None: no gradients."""
         total, below = sum(self.bins), 0
         for bound, number in zip((*STALENESS_BOUNDS, math.inf), self.bins):
             below += number
@@ -104,26 +104,26 @@ class ReplayTally:
     """Size of the replay, and transitions sampled and inserted over the whole run."""
 
     def __init__(self, before: Mapping[str, Any], resumed: bool):
-        """`before`: `samples` and `inserts` of the run until its checkpoint."""
+        """`before`: counters of the checkpoint, with `samples` and `inserts`."""
         self._sizes: dict[int, int] = {}
         self._resumed = resumed
         self._before = {name: count(before.get(name)) or 0 for name in ('samples', 'inserts')}
         self._totals: dict[tuple[str, int], Total] = {}
 
-    def see(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Takes each shard's `size`, and `samples` and `inserts` since it started."""
+    def record(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Records each shard's `size`, and its `samples` and `inserts` since it started."""
         for index, shard in enumerate(shards):
             size = count(shard.get('size'))
-            if size is not None:  # a shard that restarts tells nothing for a moment
+            if size is not None:  # a restarting shard reports none
                 self._sizes[index] = size
             for name in self._before:
                 number = count(shard.get(name))
                 if number is not None:
-                    self._totals.setdefault((name, index), Total(self._resumed)).see(number)
+                    self._totals.setdefault((name, index), Total(self._resumed)).record(number)
 
     @property
     def size(self) -> int | None:
-        """Transitions held by all shards; None: none has told yet."""
+        """Transitions in all shards; None: not reported yet."""
         return sum(self._sizes.values()) if self._sizes else None
 
     def total(self, name: str) -> int:
@@ -132,37 +132,37 @@ class ReplayTally:
         return self._before[name] + growth
 
     def per_insert(self, transitions: int) -> float | None:
-        """So many transitions per transition inserted; None: none was inserted yet."""
+        """`transitions` per transition inserted; None: none inserted yet."""
         inserts = self.total('inserts')
         return transitions / inserts if inserts else None
 
 
 class RejectionTally:
-    """Gradients refused over the whole run, by reason."""
+    """Gradients rejected over the whole run, by reason."""
 
     def __init__(self, before: Mapping[str, Any], resumed: bool):
-        """`before`: `rejected` of the run until its checkpoint."""
+        """`before`: counters of the checkpoint, with `rejected`."""
         self._resumed = resumed
         self._before = counts(before.get('rejected'))
         self._totals: dict[tuple[str, int], Total] = {}
         self._outliers = SessionTotals([self._before.get('outlier', 0)])
 
-    def see_servers(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Takes each parameter shard's `rejected: {stale, invalid}` since it started."""
+    def record_servers(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Records each parameter shard's `rejected: {stale, invalid}` since it started."""
         for index, report in enumerate(shards):
             for reason, number in counts(report.get('rejected')).items():
-                self._totals.setdefault((reason, index), Total(self._resumed)).see(number)
+                self._totals.setdefault((reason, index), Total(self._resumed)).record(number)
 
-    def see_outliers(self, session: Hashable, number: int) -> None:
-        """Takes how many gradients a learner's session has dropped so far."""
-        self._outliers.see(session, [number])
+    def record_outliers(self, session: Hashable, number: int) -> None:
+        """Records how many gradients a learner's session has dropped so far."""
+        self._outliers.record(session, [number])
 
     def counts(self) -> dict[str, int]:
-        """Gradients refused, by reason."""
+        """Gradients rejected, by reason."""
         totals = {reason: self._before.get(reason, 0) for reason in REJECTIONS}
         totals['outlier'] = self._outliers.values[0]
         for reason in ('stale', 'invalid'):
-            # Each shard judges its slice of the same gradients, so the shards' counts overlap.
+            # Shards judge slices of the same gradients, so their counts overlap.
             by_shard = [total.value for (name, _), total in self._totals.items() if name == reason]
             totals[reason] += max(by_shard, default=0)
         return totals
@@ -175,19 +175,19 @@ class Rates:
         self._window = window_seconds
         self._samples: collections.deque[tuple[float, int, int]] = collections.deque()
 
-    def see(self, now: float, frames: int, updates: int) -> None:
+    def record(self, now: float, frames: int, updates: int) -> None:
         samples = self._samples
         if samples and (frames, updates) == samples[0][1:]:
-            samples.clear()  # nothing has moved yet: the window begins when something does
+            samples.clear()  # no progress yet: the window begins with the first
         if len(samples) >= 2 and now - samples[-2][0] < _RATE_SAMPLE_SECONDS:
-            samples.pop()  # bounds the memory however often the clock is looked at
+            samples.pop()  # bounds the memory
         samples.append((now, frames, updates))
-        # The oldest sample kept is the last one that is at least a window old.
+        # The oldest sample kept is the newest that is at least a window old.
         while len(samples) > 2 and now - samples[1][0] >= self._window:
             samples.popleft()
 
     def rates(self) -> tuple[float | None, float | None]:
-        """Frames and updates per second; None while less than two moments are known."""
+        """Frames and updates per second; None while there are fewer than two samples."""
         if len(self._samples) < 2:
             return None, None
         start, end = self._samples[0], self._samples[-1]

@@ -1,6 +1,6 @@
-"""Shows the run: a live table in a terminal, one plain line now and then when piped.
+"""Shows the run: a live table in a terminal, a line every 10 s in a pipe.
 
-In: `RunState`s and the names of phases. Out: text on a stream. Nothing here is needed to train.
+In: `RunState`s and names of phases. Out: text on a stream. Training does not depend on it.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from infra.output import last_words
 from pipelines.monitoring.monitor import RunState
 
 COLUMNS = 80
-"""The display is made for a terminal at least this wide, and never wider."""
+"""Greatest width of the display."""
 
 ENDED = 'ended'
-"""The phase in which a run is left."""
+"""The last phase."""
 
 _REFRESHES_PER_SECOND = 2.0
 _PLAIN_INTERVAL_SECONDS = 10.0
@@ -31,45 +31,45 @@ _SHOW_CURSOR = '\x1b[?25h\n'
 _CELL_COLUMNS = 24
 _GAP = 2
 _LEAST_BAR_COLUMNS = 4
-_FRAME_COLUMNS = 4  # the panel's sides, and a space beside each
-_LEAST_COLUMNS = 30  # for a panel; fewer hold a line
+_FRAME_COLUMNS = 4  # the panel's borders and padding
+_LEAST_COLUMNS = 30  # for a panel; a narrower terminal shows one line
 _LEAST_LINES = 3
-_LINES = 24  # of a terminal that does not tell
+_LINES = 24  # if the terminal does not report its size
 _CLOSE_SECONDS = 2.0
 
 
 class Display:
-    """How a run is shown; a context manager, since it may hold the terminal."""
+    """Shows a run; a context manager, since it may control the terminal."""
 
     _stream: TextIO
     _text = ''
     _state: RunState | None = None
 
     def update(self, state: RunState) -> None:
-        """Shows the run's present state; cheap enough to be called every second."""
+        """Shows the run's state; cheap enough for a call per second."""
         raise NotImplementedError
 
     def phase(self, text: str) -> None:
-        """Says what the run is doing: 'starting servers', 'filling replay 1200/5000', ..."""
+        """Shows what the run is doing: 'starting servers', 'filling replay 1200/5000', ..."""
         raise NotImplementedError
 
     def message(self, text: str) -> None:
-        """Prints a line that stays, such as 'actor 0 restarted'."""
+        """Prints a permanent line, such as 'actor 0 restarted'."""
         raise NotImplementedError
 
     def end(self, state: RunState | None = None) -> None:
-        """Shows that the run has ended, with its last state (by default the last shown)."""
+        """Shows that the run has ended, with its last state (default: the last shown)."""
         last = state or self._state
-        self._state = last and dataclasses.replace(last, eta_seconds=None)  # it is at its end
+        self._state = last and dataclasses.replace(last, eta_seconds=None)  # nothing is left
         self._text = ENDED
 
     def close(self) -> None:
-        """Ends what has not ended, and gives the terminal back. Repeated calls do nothing."""
+        """Ends the display and restores the terminal. Repeated calls do nothing."""
         if self._text != ENDED:
             self.end()
 
     def abandon(self, text: str) -> None:
-        """Prints a last line from a signal handler about to `_exit`, and gives the cursor back."""
+        """Prints a last line from a signal handler before `_exit`; restores the cursor."""
         last_words(self._stream, f'{text}\n')
 
     def __enter__(self) -> 'Display':
@@ -89,7 +89,7 @@ def open_display(
 ) -> Display:
     """A `LiveDisplay` on a terminal, else a `PlainDisplay` with a line every `interval_seconds`.
 
-    The terminal `stream` (default: standard output) must know Unicode and move its cursor. Its
+    The terminal `stream` (default: standard output) must support Unicode and cursor movement. Its
     errors are not caught here: see `infra/output.py`.
     """
     stream = sys.stdout if stream is None else stream
@@ -100,9 +100,9 @@ def open_display(
 
 
 class Clock:
-    """Seconds since a run's launch, sessions before a resumption included; it never stands still.
+    """Seconds since a run's launch, earlier sessions included.
 
-    Unlike a state's `wall_seconds`, which leave the evaluation out.
+    Unlike a state's `wall_seconds`, it includes the evaluation.
     """
 
     def __init__(self, monotonic: Callable[[], float]):
@@ -111,8 +111,8 @@ class Clock:
     def __call__(self) -> float:
         return self._before + self._monotonic() - self._started
 
-    def see(self, state: RunState) -> None:
-        """Learns from a state how long the sessions before were."""
+    def record(self, state: RunState) -> None:
+        """Adds the length of the earlier sessions, which a state contains."""
         self._before += max(0.0, state.wall_seconds - self())
 
 
@@ -133,18 +133,18 @@ class PlainDisplay(Display):
 
     def update(self, state: RunState) -> None:
         self._state = state
-        self._clock.see(state)
+        self._clock.record(state)
         if self._monotonic() >= self._due:
             self._print_state()
 
     def phase(self, text: str) -> None:
         kind = re.sub(r'\d+', '#', text)
         self._text = text
-        # 'filling replay 1200/5000' and '... 1300/5000' are one phase: the second may wait.
+        # 'filling replay 1200/5000' and '... 1300/5000' are one phase: the second can wait.
         if kind == self._kind and self._monotonic() < self._due:
             return
         if kind == self._kind and self._state is not self._shown:
-            self._print_state()  # a caller that says its phase before each update shows both
+            self._print_state()  # a caller that sets its phase before each update shows both
             return
         self._kind = kind
         self._print(text)
@@ -181,7 +181,7 @@ class LiveDisplay(Display):
         self._clock = Clock(monotonic)
         self._text = 'starting'
         self._console = console.Console(file=stream)
-        self._take_size(terminal_size(stream))
+        self._set_size(terminal_size(stream))
         self._start()
         self._drawing = threading.Lock()
         self._closed = threading.Event()
@@ -190,7 +190,7 @@ class LiveDisplay(Display):
 
     def update(self, state: RunState) -> None:
         self._state = state
-        self._clock.see(state)
+        self._clock.record(state)
 
     def phase(self, text: str) -> None:
         self._text = text
@@ -213,7 +213,7 @@ class LiveDisplay(Display):
         super().abandon(f'{_SHOW_CURSOR}{text}')
 
     def _start(self) -> None:
-        """Begins to draw, where the cursor is."""
+        """Starts drawing at the cursor."""
         from rich import live
 
         self._live = live.Live(
@@ -224,10 +224,10 @@ class LiveDisplay(Display):
         )
         self._live.start(refresh=True)
 
-    def _take_size(self, size: tuple[int, int]) -> None:
+    def _set_size(self, size: tuple[int, int]) -> None:
         from rich import console
 
-        # Left to itself rich asks other streams, and believes a COLUMNS of before a resize.
+        # By itself, rich asks other streams and trusts an outdated COLUMNS.
         self._console.size = console.ConsoleDimensions(*size)
 
     def _redraw(self) -> None:
@@ -240,18 +240,17 @@ class LiveDisplay(Display):
             self._live.refresh()
 
     def _fit(self) -> None:
-        """Takes note of the terminal's size, which may be new."""
+        """Adapts to the terminal's current size."""
         size = terminal_size(self._stream)
         narrower = size[0] < min(COLUMNS, self._console.width)
-        self._take_size(size)
+        self._set_size(size)
         if narrower and self._live.is_started:
             self._make_room(size[1])
 
     def _make_room(self, lines: int) -> None:
-        """Scrolls everything away and draws anew, in a terminal that has become narrower.
+        """Clears a terminal that has become narrower by scrolling, and redraws.
 
-        Some terminals have wrapped the panel's lines and some have cut them: where it begins cannot
-        be known.
+        Terminals wrap or cut the panel's lines, so its first line is at an unknown position.
         """
         self._live.stop()
         self._stream.write(f'\x1b[{lines}H' + '\n' * lines + '\x1b[H')
@@ -262,7 +261,7 @@ class LiveDisplay(Display):
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
-    """Columns and lines of the terminal behind a stream; a common size if it does not tell."""
+    """Columns and lines of the terminal behind a stream; a default if it does not report them."""
     with contextlib.suppress(OSError, ValueError):
         columns, lines = os.get_terminal_size(stream.fileno())
         if columns and lines:
@@ -271,10 +270,7 @@ def terminal_size(stream: TextIO) -> tuple[int, int]:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns; a longer word, such as a path, is left to the terminal.
-
-    So it can be copied as it is.
-    """
+    """Lines of at most `width` columns; longer words, such as paths, stay whole for copying."""
     lines: list[str] = []
     for line in text.splitlines():
         indent = ' ' * (len(line) - len(line.lstrip()))
@@ -291,11 +287,11 @@ def wrapped(text: str, width: int) -> list[str]:
 def panel(
     state: RunState | None, phase: str, seconds: float, width: int = COLUMNS, lines: int = _LINES
 ) -> Any:
-    """The live display as a rich renderable; one line where a panel has no room.
+    """The live display as a rich renderable; one line if a panel does not fit.
 
     Args:
-      state: the run; None: nothing is known yet.
-      phase: what it is doing.
+      state: of the run; None: not known yet.
+      phase: what the run is doing.
       seconds: since its launch.
       width: columns of the terminal; at most `COLUMNS` are used.
       lines: of the terminal.
@@ -326,7 +322,7 @@ def panel(
 
 
 def _progress(state: RunState, width: int) -> list[Any]:
-    """`frames 1,234,567 / 4,000,000  ━━━━━━━  31 %  ETA 1:02:03`, on two lines if it must be."""
+    """`frames 1,234,567 / 4,000,000  ━━━━━━━  31 %  ETA 1:02:03`, on one line or two."""
     from rich import progress_bar, table, text
 
     share = min(1.0, state.frames / state.max_frames)
@@ -344,7 +340,7 @@ def _progress(state: RunState, width: int) -> list[Any]:
 
 
 def _figures(state: RunState, width: int) -> Any:
-    """The figures in aligned columns (as many as fit into `width`), rejections on a last line."""
+    """The figures in as many columns as fit into `width`; rejections on a last line."""
     from rich import text
 
     cells = (
@@ -372,7 +368,7 @@ def _figures(state: RunState, width: int) -> Any:
 
 
 def _tallies(state: RunState, width: int) -> Any:
-    """Rejections and restarts; a figure and its name stay on one line."""
+    """Rejections and restarts; never breaks a line between a figure and its name."""
     from rich import text
 
     parts = [text.Text('rejected', style='dim')]

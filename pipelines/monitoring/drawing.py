@@ -1,4 +1,4 @@
-"""Draws the learning curve again and again: a function in, calls of it in a thread out."""
+"""Redraws the learning curve during the run: a function in, periodic calls in a thread out."""
 
 import logging
 import threading
@@ -6,26 +6,26 @@ import time
 from collections.abc import Callable
 
 _PERIOD_SECONDS = 120.0
-_PAUSE_PER_SECOND = 100.0  # of drawing, so that it takes 1 % of the time at most
-_CLOSE_SECONDS = 30.0  # a drawing takes seconds; a full disk or a hung one may take longer
+_PAUSE_PER_SECOND = 100.0  # of drawing, which thus takes 1 % of the time at most
+_CLOSE_SECONDS = 30.0  # usually seconds; longer on a full or hung disk
 
 
 class Drawing:
-    """Calls `draw` now and then while the block is running; a context manager.
+    """Calls `draw` periodically in a thread until the block ends.
 
-    Between two calls are `period_seconds`, or 100 times what the last one took, if that is longer.
-    An error ends nothing; the first is shown.
+    The pause is `period_seconds`, or 100 times the duration of the last call if that is longer.
+    Errors are logged; the first is also reported.
     """
 
     def __init__(
         self,
         draw: Callable[[], None],
-        tell: Callable[[str], None],
+        notify: Callable[[str], None],
         period_seconds: float = _PERIOD_SECONDS,
         close_seconds: float = _CLOSE_SECONDS,
     ):
-        """`tell` is called from the thread; leaving the block takes `close_seconds` at most."""
-        self._draw, self._tell = draw, tell
+        """`notify` is called from the thread; `__exit__` takes `close_seconds` at most."""
+        self._draw, self._notify = draw, notify
         self._period, self._close_seconds = period_seconds, close_seconds
         self._failed = False
         self._closed = threading.Event()
@@ -49,9 +49,9 @@ class Drawing:
     def _try(self) -> None:
         try:
             self._draw()
-        except Exception as error:  # of any kind: a picture is not worth the run
+        except Exception as error:  # of any kind: the run must continue
             logging.warning('not drawn', exc_info=error)
             if not self._failed:
                 self._failed = True
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                self._tell(f'learning curve: not drawn, to be tried again ({reason})')
+                self._notify(f'learning curve: not drawn, retrying later ({reason})')

@@ -1,6 +1,6 @@
 """The games of a run: events in, `episodes.jsonl` out, and back.
 
-The file survives a kill at any moment and continues after a resume.
+The file survives a kill at any moment; a resumed run continues it.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ _OPTIONAL: dict[str, Any] = {
     'agent_steps': None,
     'epsilon': None,
 }
-"""Fields that a line of `episodes.jsonl` may lack; each of the others is a number."""
+"""Fields that a line may lack; all others are numbers."""
 
 REMEMBERED_EPISODES = 10_000
-"""Latest episodes by which a repeated event is known."""
+"""Latest episodes among which a repeated event is recognized."""
 RETURN_WINDOW = 100
-"""Episodes in the running mean return (the contract's `mean_return_100`)."""
+"""Episodes in the running mean return, `mean_return_100`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Episode:
     Attributes:
       episode: its number in the run, from 1.
       time: when it was recorded, seconds since 1970.
-      frames: emulator frames of the whole run when it ended, as its actor knew them (see
+      frames: emulator frames of the whole run when it ended, as known to its actor (see
         `agents/actor.py`: `run_agent_steps`); the learning curve's x axis.
-      updates: global updates behind the parameters that the actor had last asked for.
+      updates: global updates of the actor's parameters when it ended.
       raw_return: sum of the game's own rewards.
-      clipped_return: sum of the rewards as the learner sees them; None: unknown.
+      clipped_return: sum of the clipped rewards; None: unknown.
       agent_steps: its length; None: unknown.
       worker: the actor that played it.
-      epsilon: share of its actions drawn at random, as it was at its end; None: unknown.
+      epsilon: share of random actions at its end; None: unknown.
     """
 
     episode: int
@@ -57,12 +57,12 @@ class Episode:
 
     @property
     def identity(self) -> tuple:
-        """Equal for a repeat of the same event; two real episodes differ at least in time."""
+        """Equal for repeats of one event; two episodes differ at least in time."""
         return self.worker, self.time, self.raw_return, self.agent_steps
 
 
 def read_episodes(path: pathlib.Path) -> Iterator[Episode]:
-    """The episodes of a file; lines that were torn by a kill are left out."""
+    """Yields the episodes of a file; skips lines cut by a kill."""
     try:
         file = path.open(encoding='utf-8', errors='replace')
     except FileNotFoundError:
@@ -88,14 +88,13 @@ def _parse(line: str) -> Episode | None:
 
 
 class EpisodeLog:
-    """`episodes.jsonl`, open for appending; each line is handed to the kernel as it is written."""
+    """`episodes.jsonl`, open for appending; each line reaches the kernel at once."""
 
     def __init__(self, path: pathlib.Path, resume_frames: int | None = None):
-        """Opens the file of a new run (`resume_frames` None), or continues an old one.
+        """Opens the file of a new run (`resume_frames` None), or of one to resume.
 
-        A run resumes from its checkpoint, so episodes after the checkpoint's `resume_frames` were
-        played by parameters that are lost: they are dropped, as are torn lines, and do not
-        stand in the curve beside those that replace them. `kept` are the latest of the others.
+        Drops cut lines and the episodes after the checkpoint's `resume_frames`: their parameters
+        are lost, and the resumed run replaces them. `kept` are the latest of the others.
         """
         kept = [] if resume_frames is None else list(read_episodes(path))
         kept = [row for row in kept if row.frames <= (resume_frames or 0)]

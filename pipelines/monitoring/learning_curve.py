@@ -13,7 +13,7 @@ _CURVE_DOTS_PER_INCH = 120
 
 
 def running_mean(values: Sequence[float], window: int = RETURN_WINDOW) -> list[float]:
-    """Mean of the last `window` values at each value (of all so far while there are fewer)."""
+    """Mean of the last `window` values (or all, if fewer) at each value."""
     means, total = [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - window] if index >= window else 0.0)
@@ -28,14 +28,14 @@ def draw_learning_curve(
     evaluation: Mapping[str, Any] | None = None,
     frames: int | None = None,
 ) -> None:
-    """Draws return over frames: each episode, the running mean of 100, the final evaluation.
+    """Draws return over frames: episodes, their running mean, the final evaluation.
 
     Args:
       episodes_file: the run's `episodes.jsonl`.
       target: the PNG file to write.
-      title: above the curve.
-      evaluation: the summary's `evaluation` (its `mean`, `std`, `episodes` are drawn), or None.
-      frames: where on the x axis the evaluation stands; None: at the last episode.
+      title: of the figure.
+      evaluation: the summary's `evaluation`, of which `mean`, `std`, `episodes` are drawn.
+      frames: x position of the evaluation; None: that of the last episode.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def draw_learning_curve(
 
 
 def _draw_evaluation(axes: Any, evaluation: Mapping[str, Any], frames: int) -> None:
-    """A point at `frames` with the evaluation's mean, and a bar of its standard deviation."""
+    """Draws the evaluation's mean at `frames`, with its standard deviation as error bar."""
     axes.errorbar(
         frames,
         evaluation['mean'],

@@ -1,8 +1,8 @@
 """Folds the workers' telemetry and the servers' counters into the state of the run.
 
-In: telemetry events (from the queue, sometimes late, repeated or malformed), the clock and counters
-of the parameter server, the replay's. Out: a `RunState` to show, `episodes.jsonl`, TensorBoard
-scalars, the contents of `summary.json`, the learning curve, and the counters a checkpoint keeps.
+In: telemetry events (possibly late, repeated or malformed); clock and counters of the parameter
+server; the replay's counters. Out: a `RunState` to show, `episodes.jsonl`, TensorBoard scalars,
+`summary.json`, the learning curve, and the counters of a checkpoint.
 """
 
 import collections
@@ -27,7 +27,7 @@ from pipelines.monitoring.counters import (
 )
 from pipelines.storage.run_directory import RunDirectory
 
-# Fields of a learner's event whose mean over a period says nothing.
+# Fields of a learner's event whose mean is meaningless.
 _NOT_AVERAGED = frozenset(
     {'time', 'worker', 'session', 'submission', 'updates', 'agent_steps', 'rejected_outlier'}
 )
@@ -39,7 +39,7 @@ Worker = tuple[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
-    """What the monitor must know of the run.
+    """The settings that the monitor needs.
 
     Attributes:
       game, preset, seed: as in the summary.
@@ -47,7 +47,7 @@ class MonitorConfig:
       action_repeat: emulator frames per agent step.
       batch_size: transitions in an update.
       scalars_period_seconds: seconds between two writes to TensorBoard.
-      rate_window_seconds: frames/s, updates/s and the ETA are means over this long.
+      rate_window_seconds: window of frames/s, updates/s and the ETA.
     """
 
     game: str
@@ -61,7 +61,7 @@ class MonitorConfig:
 
 
 def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:
-    """A field of `RunState`: its tag in TensorBoard, empty for none; whether the summary has it."""
+    """A field of `RunState`, with its TensorBoard tag and whether the summary includes it."""
     return dataclasses.field(
         default_factory=default if callable(default) else lambda: default,
         metadata={'scalar': scalar, 'summarised': summarised},
@@ -70,9 +70,9 @@ def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """The run at one moment; a number that is not known yet is None.
+    """The run at one moment; None: not known yet.
 
-    Says of each figure where it is written. A mapping's entries are scalars below its tag.
+    `_figure` says where a value is written; a mapping's entries are scalars below its tag.
 
     Attributes:
       max_frames, frames: emulator frames, the budget and those made.
@@ -80,19 +80,19 @@ class RunState:
       updates: global updates.
       episodes: games ended.
       mean_return_100: mean raw return of the last 100 (fewer at the start).
-      epsilon: mean over the actors of the latest each has told.
-      replay_size: transitions held, over all shards.
-      samples_per_insert: transitions drawn per transition inserted, over the whole run.
-      learned_per_insert: transitions of the updates made per transition inserted: fewer than were
-        drawn, since learners keep batches ready and not every gradient is applied.
-      rejected: gradients refused, by reason (`REJECTIONS`).
-      outlier_share: of the gradients that learners computed, those dropped as outliers.
+      epsilon: mean of the actors' latest values.
+      replay_size: transitions in all shards.
+      samples_per_insert: transitions sampled per transition inserted, over the whole run.
+      learned_per_insert: transitions in applied updates per transition inserted; less than
+        `samples_per_insert`, since learners prefetch batches and gradients are rejected.
+      rejected: gradients by reason (`REJECTIONS`).
+      outlier_share: gradients dropped as outliers, as a share of those computed.
       staleness: of the gradients pushed (see `StalenessTally.summary`).
       restarts: by component.
-      eta_seconds: until `max_frames` at the present rate.
-      wall_seconds: since the launch, sessions before a resume included.
+      eta_seconds: until `max_frames` at the current rate.
+      wall_seconds: since the launch, earlier sessions included.
       learner: means of the learners' other figures (loss, ...) over the last period.
-      malformed_events, repeated_events: telemetry that was left out.
+      malformed_events, repeated_events: telemetry events skipped.
     """
 
     game: str
@@ -121,7 +121,7 @@ class RunState:
     repeated_events: int = _figure(0, 'telemetry/repeated_events')
 
     def scalars(self) -> dict[str, float | None]:
-        """TensorBoard's scalars by their tags."""
+        """TensorBoard's scalars, by tag."""
         scalars: dict[str, float | None] = {}
         for field in dataclasses.fields(self):
             tag, value = field.metadata.get('scalar'), getattr(self, field.name)
@@ -132,7 +132,7 @@ class RunState:
         return scalars
 
     def summarised(self) -> dict[str, Any]:
-        """The figures that the summary has, by name."""
+        """The figures of the summary, by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -141,10 +141,10 @@ class RunState:
 
 
 class Monitor:
-    """The one reader of the run's statistics; used by one thread.
+    """Collects the run's statistics; a context manager, used by one thread.
 
-    A context manager. Feed it with `fold`, `clock`, `parameter_server`, `replay` and `restarted`;
-    look at `state()`; call `tick()` about every second, which writes what is due.
+    Input: `fold`, `clock`, `parameter_server`, `replay` and `restarted`. Output: `state()`. Call
+    `tick()` about every second: it writes what is due.
     """
 
     def __init__(
@@ -160,8 +160,7 @@ class Monitor:
         Args:
           directory: where they are written.
           config: of the run.
-          resumed_from: what `counters()` gave when the checkpoint resumed from was written; None
-            for a new run.
+          resumed_from: `counters()` from the checkpoint; None for a new run.
           monotonic, wall_clock: clocks, seconds.
         """
         self._config, self._directory = config, directory
@@ -175,7 +174,7 @@ class Monitor:
         self._ended: float | None = None
         self._rejections = RejectionTally(before, resumed)
         self._staleness = StalenessTally(before)
-        # Checkpoints of earlier versions count outliers, but no staleness of the other gradients.
+        # Checkpoints of earlier versions count outliers but have no staleness.
         self._other_gradients = 0 if 'staleness' in before else self._updates
         self._replay = ReplayTally(before, resumed)
         self._rates = Rates(config.rate_window_seconds)
@@ -190,7 +189,7 @@ class Monitor:
         self._episodes = episodes.EpisodeLog(
             self._directory.episodes_file, self.frames if resumed else None
         )
-        # A restored replay may hand out telemetry again that was recorded before the checkpoint.
+        # A restored replay may repeat telemetry from before the checkpoint.
         self._seen_episodes: collections.OrderedDict[tuple, None] = collections.OrderedDict(
             (row.identity, None) for row in self._episodes.kept
         )
@@ -209,46 +208,43 @@ class Monitor:
     def _frames_of(self, agent_steps: int) -> int:
         return agent_steps * self._config.action_repeat
 
-    # What comes in.
+    # Input.
 
     def clock(self, updates: int, agent_steps: int) -> None:
-        """Takes the parameter server's clock: global updates and agent steps."""
+        """Records the parameter server's clock: global updates and agent steps."""
         self._updates, self._agent_steps = int(updates), int(agent_steps)
-        self._rates.see(self._monotonic(), self.frames, self._updates)
+        self._rates.record(self._monotonic(), self.frames, self._updates)
 
     def parameter_server(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Takes each shard's report; of it, `rejected: {stale, invalid}` is used."""
-        self._rejections.see_servers(shards)
+        """Records `rejected: {stale, invalid}` of each shard's report."""
+        self._rejections.record_servers(shards)
 
     def replay(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Takes each shard's status: `size`, and `samples` and `inserts` so far (transitions).
+        """Records each shard's `size`, `samples` and `inserts`, in transitions.
 
-        A shard that did not answer has an empty status: its last one stays.
+        The status of a shard that did not answer is empty; its last one stays.
         """
-        self._replay.see(shards)
+        self._replay.record(shards)
 
     def restarted(self, component: str) -> None:
         """Counts one restart of `component`."""
         self._restarts[component] = self._restarts.get(component, 0) + 1
 
     def fold(self, events: Iterable[Any]) -> list[Mapping[str, Any]]:
-        """Takes telemetry events, in any order; those it cannot read are counted and left out.
-
-        Returns the others.
-        """
+        """Folds telemetry events, in any order; returns the valid ones and counts the others."""
         handlers = {'episode': self._fold_episode, 'actor': self._fold_actor}
         handlers['learner'] = self._fold_learner
-        taken = []
+        valid = []
         for event in events:
             if not is_event(event):
                 self._malformed += 1
                 continue
-            taken.append(event)
+            valid.append(event)
             worker = event['component'], event['worker']
             handler = handlers.get(event['kind'])
             if handler is not None and not self._is_folded(handler, event, worker):
                 self._malformed += 1
-        return taken
+        return valid
 
     def _is_folded(
         self,
@@ -256,13 +252,13 @@ class Monitor:
         event: Mapping[str, Any],
         worker: Worker,
     ) -> bool:
-        """Whether `handler` took the event: an unforeseen value costs this event and no other."""
+        """Whether `handler` accepted the event; an unexpected value loses only this event."""
         try:
             return handler(event, worker)
-        except OSError:  # a full disk is no fault of the event
+        except OSError:  # a full disk is not the event's fault
             raise
         except Exception as error:
-            if type(error) not in self._unforeseen:  # the first of each kind: the log is bounded
+            if type(error) not in self._unforeseen:  # once per type: bounds the log
                 self._unforeseen.add(type(error))
                 logging.exception('a telemetry event of kind %s', event['kind'])
             return False
@@ -290,7 +286,7 @@ class Monitor:
         remember(self._seen_episodes, episode.identity, None, episodes.REMEMBERED_EPISODES)
         self._episodes.append(episode)
         self._returns.append(raw_return)
-        # TensorBoard drops what does not lie behind the value before.
+        # TensorBoard drops values whose step does not increase.
         step = max(episode.frames, self._episode_step + 1)
         self._scalars.write(step, {'return/episode': raw_return}, episode.time)
         self._episode_step = step
@@ -306,10 +302,10 @@ class Monitor:
         outliers = count(event.get('rejected_outlier'))
         key = (*worker, str(event.get('session')))
         if outliers is not None:
-            self._rejections.see_outliers(key, outliers)
+            self._rejections.record_outliers(key, outliers)
         staleness = histogram(event.get('staleness'))
         if staleness is not None:
-            self._staleness.see(key, staleness)
+            self._staleness.record(key, staleness)
         for name, value in event.items():
             number = finite(value)
             if number is not None and name not in _NOT_AVERAGED:
@@ -317,15 +313,15 @@ class Monitor:
                 self._learner_sums[name] = (total + number, numbers + 1)
         return 'rejected_outlier' not in event or outliers is not None
 
-    # What comes out.
+    # Output.
 
     def tick(self) -> None:
-        """Writes the scalars when they are due."""
+        """Writes the scalars if they are due."""
         if self._monotonic() >= self._scalars_due:
             self._write_scalars()
 
     def state(self) -> RunState:
-        """The run now."""
+        """The current state."""
         frame_rate, update_rate = self._rates.rates()
         left = max(0, self._config.max_frames - self.frames)
         return RunState(
@@ -362,7 +358,7 @@ class Monitor:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds from launch to now or to `end_training`, sessions before a resume included."""
+        """Seconds from launch to now or to `end_training`, earlier sessions included."""
         now = self._monotonic() if self._ended is None else self._ended
         return self._wall_seconds_before + now - self._started
 
@@ -371,7 +367,7 @@ class Monitor:
         self._ended = self._monotonic()
 
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint must keep of the run: give it back as `resumed_from`."""
+        """The counters for a checkpoint, to be passed as `resumed_from`."""
         return {
             'agent_steps': self._agent_steps,
             'updates': self._updates,
@@ -386,7 +382,7 @@ class Monitor:
     def summary(
         self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The contents of `summary.json` for the run now."""
+        """The current contents of `summary.json`."""
         return build_summary(self.state(), self._config, exit_reason, evaluation)
 
     def write_summary(
@@ -400,7 +396,7 @@ class Monitor:
         return summary
 
     def draw_learning_curve(self, evaluation: Mapping[str, Any] | None = None) -> None:
-        """Draws the games so far; may be called from another thread than the other methods."""
+        """Draws the games so far; may run in another thread than the other methods."""
         learning_curve.draw_learning_curve(
             self._directory.episodes_file,
             self._directory.learning_curve_file,
@@ -424,7 +420,7 @@ class Monitor:
 
     def close(self) -> None:
         """Closes the records. Repeated calls do nothing."""
-        # A full disk is told by who writes; closing tries to write once more.
+        # Closing flushes; a full disk was already reported by a write.
         for close in (self._episodes.close, self._scalars.close):
             with contextlib.suppress(OSError):
                 close()
@@ -448,10 +444,9 @@ def build_summary(
       state: the run at its end.
       config: of the run.
       exit_reason: why it ended, such as 'max_frames' or 'SIGINT'.
-      evaluation: `{protocol, episodes, epsilon, mean, std}` (more is left out); None: there was
-        none, or not a single game of it.
+      evaluation: has at least `{protocol, episodes, epsilon, mean, std}`; None: no evaluation.
 
-    `frames_per_second` and `updates_per_second` are over all of `wall_seconds`.
+    `frames_per_second` and `updates_per_second` are means over `wall_seconds`.
     """
     seconds = state.wall_seconds
     kept = {name: evaluation[name] for name in _EVALUATION_FIELDS} if evaluation else None

@@ -1,7 +1,4 @@
-"""Scalars of a run in, TensorBoard's event files out.
-
-TensorFlow is not imported: TensorBoard's own record writer needs none.
-"""
+"""Scalars of a run in, TensorBoard's event files out; works without TensorFlow."""
 
 import os
 import pathlib
@@ -12,10 +9,10 @@ from typing import Any
 
 
 class ScalarWriter:
-    """Writes scalars as a TensorBoard event file; the step is the run's emulator frames."""
+    """Writes scalars to a TensorBoard event file; steps are the run's emulator frames."""
 
     def __init__(self, directory: pathlib.Path, start_step: int = 0):
-        """Makes a new event file; TensorBoard then hides older events behind `start_step`."""
+        """Creates an event file; TensorBoard then hides older events after `start_step`."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer import record_writer
 
@@ -23,10 +20,10 @@ class ScalarWriter:
         name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}'
         self._file = (directory / name).open('xb')
         self._records = record_writer.RecordWriter(self._file)
-        # 'brain.Event:2' is the mark by which TensorBoard knows the format.
+        # 'brain.Event:2' identifies the format.
         self._write(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        # Events of the very step stay: an evaluation is of the step at which its run ended.
+        # Keeps events at `start_step`: an evaluation has the last step of its run.
         step = start_step + 1
         self._write(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
         self.flush()

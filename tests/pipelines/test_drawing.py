@@ -42,7 +42,7 @@ def test_a_failure_is_shown_once_in_one_line_and_ends_nothing():
 
     with Drawing(draw, told.append, period_seconds=0.001):
         assert eventually(lambda: len(tries) > 2)
-    assert told == ['learning curve: not drawn, to be tried again (no font)']
+    assert told == ['learning curve: not drawn, retrying later (no font)']
 
 
 @pytest.mark.parametrize('period_seconds', [0.001, 100.0])

@@ -104,7 +104,7 @@ class TestState:
     def test_rates_hold_a_bounded_number_of_samples(self, clock):
         rates = counters.Rates(window_seconds=60.0)
         for step in range(100_000):  # 1000 s, looked at every 10 ms
-            rates.see(clock.now + step * 0.01, step, step)
+            rates.record(clock.now + step * 0.01, step, step)
         # One each half second less one look (0.49 s) in the window of 60 s, and the ends.
         assert len(rates._samples) <= 60 / 0.49 + 3
         # 100 steps/s, to within the one sample each half second.
