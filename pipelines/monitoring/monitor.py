@@ -182,7 +182,7 @@ class Monitor:
         self._learner_sums: dict[str, tuple[float, int]] = {}
         self._learner: dict[str, float] = {}
         self._malformed = self._repeated = 0
-        self._unforeseen: set[type[Exception]] = set()
+        self._unexpected: set[type[Exception]] = set()
         self._open_records(resumed)
 
     def _open_records(self, resumed: bool) -> None:
@@ -258,8 +258,8 @@ class Monitor:
         except OSError:  # a full disk is not the event's fault
             raise
         except Exception as error:
-            if type(error) not in self._unforeseen:  # once per type: bounds the log
-                self._unforeseen.add(type(error))
+            if type(error) not in self._unexpected:  # once per type: bounds the log
+                self._unexpected.add(type(error))
                 logging.exception('a telemetry event of kind %s', event['kind'])
             return False
 

@@ -210,7 +210,9 @@ def read_newest(
         except DamagedCheckpointError as error:
             notify(f'{error}; skipped')
     if paths:
-        raise UsageError(f'{directory.path}: all {len(paths)} checkpoints are damaged.')
+        raise UsageError(
+            f'{directory.path}: all {len(paths)} checkpoints are damaged. Fix: start a new run.'
+        )
     raise UsageError(f'{directory.path}: no checkpoint yet. Fix: train for longer.')
 
 

@@ -113,7 +113,7 @@ class Mirror:
             logging.warning('mirror', exc_info=error)
             if not self._outage:
                 self._notify(f'upload failed, retrying: {error}')
-            self._outage = str(error)
+            self._outage = str(error).partition('. Fix: ')[0]
             return False
         if self._outage:
             self._outage = ''

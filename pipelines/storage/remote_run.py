@@ -116,7 +116,7 @@ class RemoteRun:
             raise UsageError(
                 f'{self.url}: has {newest} updates, {local} only {here}; nothing copied.'
             )
-        self._know_equal_checkpoints(there)
+        self._mark_uploaded(there)
 
     def mark(self) -> None:
         """Writes the marker into the local copy, which must be locked.
@@ -225,7 +225,7 @@ class RemoteRun:
         there = self._checkpoints_there(files)
         newest = _newest(there)
         if here is not None and here >= newest:
-            self._know_equal_checkpoints(there)
+            self._mark_uploaded(there)
             notify(
                 f'resuming from the local copy {self.local}: {max(here, 0)} updates;'
                 f' {self.url} has {max(newest, 0)}'
@@ -244,7 +244,7 @@ class RemoteRun:
         """The `run.json` of each complete checkpoint among remote `files`, by checkpoint."""
         return {name: self.place.read(run_file(name)) for name in complete_checkpoints(files)}
 
-    def _know_equal_checkpoints(self, there: Mapping[str, bytes | None]) -> None:
+    def _mark_uploaded(self, there: Mapping[str, bytes | None]) -> None:
         """Marks checkpoints that are already uploaded, so they are not sent again.
 
         Equal `run.json` means equal files: it holds their checksums.

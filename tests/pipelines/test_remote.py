@@ -348,6 +348,7 @@ class TestMirror:
         assert URL in line
         assert 'Connection refused' in line
         assert f'python pipelines/mirror.py --run_dir {new.directory.path}' in line
+        assert line.count('Fix: ') == 1
         new.remote.close()
         new.directory.close()
         gcs.start()
