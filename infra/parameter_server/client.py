@@ -88,7 +88,12 @@ class PushReply:
 
 
 class ParameterClient:
-    """A connection to all shards; a context manager. Calls from several threads run in turn."""
+    """A connection to all shards; a context manager. Calls from several threads run in turn.
+
+    Attributes:
+      layout: of the network.
+      connections: one stream to each shard, in order.
+    """
 
     def __init__(
         self,
@@ -120,8 +125,8 @@ class ParameterClient:
         self._timeout_seconds = timeout_seconds
         self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
-        self._connections = _connections(addresses, layout, wire_dtype, shared_memory, tls_roots)
-        self._watchdog = Watchdog(self._connections)
+        self.connections = _connections(addresses, layout, wire_dtype, shared_memory, tls_roots)
+        self._watchdog = Watchdog(self.connections)
         self._lock = threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
         self._outstanding: concurrent.futures.Future | None = None
@@ -155,7 +160,7 @@ class ParameterClient:
         if not np.isfinite(values).all():
             raise ValueError('first parameters must be finite; check the network')
         first = self._offer([0], values)[0]['first']
-        rest = list(range(1, len(self._connections)))
+        rest = list(range(1, len(self.connections)))
         if not first:
             patience = min(_WINNER_SECONDS, self._timeout_seconds / 2)
             rest = self._wait_for_winner(rest, time.monotonic() + patience)
@@ -238,7 +243,7 @@ class ParameterClient:
         Raises:
           ParameterServerError: a shard does not reply in time, or belongs to another run.
         """
-        everybody = range(len(self._connections))
+        everybody = range(len(self.connections))
         replies = self._ask(everybody, 'report', timeout_seconds, owner=owner)
         return {'shards': [reply['report'] for reply in replies]}
 
@@ -296,7 +301,7 @@ class ParameterClient:
         with self._lock:
             requests = [
                 Request(each, {**self._header('save'), 'directory': path if each.is_here else None})
-                for each in self._connections
+                for each in self.connections
             ]
             replies = self._exchange(requests)
         for request in requests:
@@ -309,7 +314,7 @@ class ParameterClient:
         self._executor.shutdown(wait=True)
         with self._lock:
             self._watchdog.close()
-            for connection in self._connections:
+            for connection in self.connections:
                 connection.close()
 
     def _check(self, values: np.ndarray) -> np.ndarray:
@@ -324,7 +329,7 @@ class ParameterClient:
         with self._lock:
             requests = []
             for shard in shards:
-                connection = self._connections[shard]
+                connection = self.connections[shard]
                 body = connection.stage(values[self._parts[shard]], exact=True)
                 requests.append(Request(connection, self._header('initialise'), body))
             return self._exchange(requests)
@@ -343,7 +348,7 @@ class ParameterClient:
     def _pull(self, operation: str, tensor: str) -> Snapshot:
         requests = [
             Request(connection, self._header(operation), tensor=tensor)
-            for connection in self._connections
+            for connection in self.connections
         ]
         requests[0].header['agent_steps'] = self._agent_steps
         return self._snapshot(requests, self._exchange(requests, wait_initialised=True), tensor)
@@ -354,7 +359,7 @@ class ParameterClient:
             '' if protocol.is_applicable(gradient) else 'the gradient is not finite, or too large'
         )
         requests = []
-        for shard, (connection, part) in enumerate(zip(self._connections, self._parts)):
+        for shard, (connection, part) in enumerate(zip(self.connections, self._parts)):
             header = self._header('apply' if shard else 'push')
             header |= {'pull': pull, 'flaw': flaw}
             body = None if flaw else connection.stage(gradient[part], copy=copy)
@@ -424,7 +429,7 @@ class ParameterClient:
     ) -> list[dict]:
         with self._lock:
             requests = [
-                Request(self._connections[s], {**self._header(operation), **fields}) for s in shards
+                Request(self.connections[s], {**self._header(operation), **fields}) for s in shards
             ]
             return self._exchange(requests, timeout_seconds=timeout_seconds)
 

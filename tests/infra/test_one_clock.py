@@ -1,6 +1,7 @@
 """Shards that come back older than the others: one clock, targets of one update, finite states."""
 
 import contextlib
+import uuid
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from infra.parameter_server import checkpoint, run_control, sessions
 from infra.parameter_server import shard as shard_lib
 from infra.parameter_server.protocol import RequestRefusedError
 from infra.parameter_server.server import ParameterServer
-from tests.support.parameter_servers import LAYOUT, config, connect
+from tests.support.parameter_servers import LAYOUT, ask, config, connect
 
 _ZEROS = np.zeros(LAYOUT.size, np.float32)
 _ONES = np.ones(LAYOUT.size, np.float32)
@@ -24,8 +25,8 @@ class Shards:
         changes = {'target_update_period': _PERIOD, 'max_staleness': 1000, **changes}
         self._config = config(**changes)
         self._stack = stack
-        self._servers = [self._serve(shard) for shard in range(2)]
-        self.addresses = [server.address for server in self._servers]
+        self.servers = [self._serve(shard) for shard in range(2)]
+        self.addresses = [server.address for server in self.servers]
         self.client = stack.enter_context(connect(self.addresses))
         self.client.initialise(_ZEROS)
 
@@ -35,15 +36,15 @@ class Shards:
         return server
 
     def state(self, shard):
-        return self._servers[shard].shard.snapshot()
+        return self.servers[shard].shard.snapshot()
 
     def set_back(self, shard, state):
         """As if the process had been killed and started from an older state."""
-        for connection in self.client._connections:
+        for connection in self.client.connections:
             connection.drop()
-        self._servers[shard].stop()
-        port = self._servers[shard].port
-        self._servers[shard] = self._serve(shard, port=port, state=state)
+        self.servers[shard].stop()
+        port = self.servers[shard].port
+        self.servers[shard] = self._serve(shard, port=port, state=state)
 
     def push(self, count):
         for _ in range(count):
@@ -148,7 +149,7 @@ class TestFinite:
 
     def test_a_shard_that_is_not_finite_goes_back_to_its_last_good_state(self, shards):
         shards.push(_PERIOD + 7)  # the last good state is that of the last target
-        for server in shards._servers[:1]:
+        for server in shards.servers[:1]:
             server.shard._slice.parameters.assign(np.full(server.shard.size, np.nan))
         snapshot = shards.push(1)
         assert snapshot.version == _PERIOD + 8  # the clock goes on
@@ -162,19 +163,19 @@ class TestFinite:
 
     def test_a_state_that_is_saved_is_finite(self, shards):
         shards.push(1)
-        slots = shards._servers[0].shard._slice.state
-        slots['accumulator'].assign(np.full(shards._servers[0].shard.size, np.inf))
+        slots = shards.servers[0].shard._slice.state
+        slots['accumulator'].assign(np.full(shards.servers[0].shard.size, np.inf))
         state = shards.state(0)
         assert all(np.isfinite(array).all() for array in state.arrays.values())
 
 
 def test_a_refusal_that_was_answered_before_a_restart_is_answered_so_again(shards):
     shards.push(3)
-    shard = shards._servers[0].shard
+    shard = shards.servers[0].shard
     assert shard.push('y', 1, 'a flaw', 0).rejected == 'invalid'
     accepted = shard.push('z', 1, (_ONES, tf.constant(_ONES[: shard.size])), 3)
     shards.set_back(0, shards.state(0))
-    again = shards._servers[0].shard
+    again = shards.servers[0].shard
     assert again.push('y', 1, 'a flaw', 0).rejected == 'invalid'
     assert again.push('z', 1, (_ONES, None), 3).update == accepted.update == 4
     assert again.clock()['version'] == 4
@@ -184,20 +185,9 @@ class TestHostileClients:
     @pytest.mark.parametrize('value', [float('nan'), -1, 1.5, True, '3', None, 2**70])
     @pytest.mark.parametrize('field', ['version', 'seen_updates', 'seen_agent_steps'])
     def test_counts_that_are_none_are_refused_and_change_nothing(self, shards, field, value):
-        client = shards.client
-        header = {
-            **client._header('push'),
-            'version': 0,
-            'pull': False,
-            'flaw': 'none',
-            field: value,
-        }
-        connection = client._connections[0]
-        client.pull()
-        connection.send(header, None)
-        reply, _ = connection.receive(None)
-        assert reply['error'] == 'refused'
-        assert field in reply['message']
+        fields = {'version': 0, 'pull': False, 'flaw': 'none', field: value}
+        with pytest.raises(RequestRefusedError, match=field):
+            ask(shards.client, 'push', **fields)
         assert shards.push(1).clock.updates == 1
 
     def test_no_client_makes_a_shard_write_outside_its_checkpoints(self, tmp_path):
@@ -219,7 +209,7 @@ class TestHostileClients:
                 (root / 'one', False),  # written already
             ]:
                 there = target.exists()
-                (reply,) = client._ask([0], 'save', directory=str(target))
+                reply = ask(client, 'save', directory=str(target))
                 assert target.exists() == there
                 assert reply.get('octets', False) != written
 
@@ -232,14 +222,13 @@ class TestHostileClients:
             client.initialise(_ZEROS)
             client.save(tmp_path / 'kept')
             client.push(_ONES, 0)
-            (reply,) = client._ask([0], 'save', directory=str(tmp_path / 'kept'))
-            assert reply['octets']
+            assert ask(client, 'save', directory=str(tmp_path / 'kept'))['octets']
             checkpoint.validate(str(tmp_path / 'kept'))
 
     def test_sessions_and_workers_are_bounded(self, shards, monkeypatch):
         monkeypatch.setattr(sessions, 'MAX_SESSIONS', 3)
         monkeypatch.setattr(run_control, 'MAX_ENLISTED', 3)
-        shard = shards._servers[0].shard
+        shard = shards.servers[0].shard
         for number in range(10):
             shard.open_session(f'gone {number}')
             shard.close_session(f'gone {number}')
@@ -257,7 +246,7 @@ class TestHostileClients:
                 shard.open_session('here 0')
 
     def test_as_many_workers_as_are_remembered_fit_into_the_answers(self, shards, tmp_path):
-        shard = shards._servers[0].shard
+        shard = shards.servers[0].shard
         for number in range(run_control.MAX_ENLISTED):
             shard.control.enlist(f'{number:064}', 'actor', f'{number:0256}')
         for number in range(sessions.MAX_SESSIONS - 1):
@@ -276,7 +265,7 @@ class TestHostileClients:
         shards.push(2)
 
         def see(shard, **fields):
-            client._ask([shard], 'pull', **{'known': None, **fields})
+            ask(client, 'pull', shard=shard, known=None, **fields)
 
         # Shard 1 learns the clock only from the clients: it may be moved as far as shard 0 was.
         see(0, seen_updates=largest)
@@ -297,15 +286,17 @@ class TestHostileClients:
             server = ParameterServer(config(num_parameter_shards=1), 0)
             stack.callback(server.stop)
             client = stack.enter_context(connect([server.address]))
-            client._ask([0], 'report', seen_updates=2**52)
+            ask(client, 'report', seen_updates=2**52)
             assert server.shard.clock()['version'] == 0
             client.initialise(_ZEROS)
             assert client.pull().clock.updates == 0
 
-    def test_names_of_any_length_are_refused(self, shards):
+    def test_names_of_any_length_are_refused(self, shards, monkeypatch):
         with pytest.raises(RequestRefusedError, match='at most 256 characters'):
             shards.client.enlist('actor', 'x' * 300)
+        monkeypatch.setattr(
+            uuid.UUID, 'hex', 'x' * 100
+        )  # of which a client makes its session's name
         with connect(shards.addresses) as client:
-            client._connections[0]._hello['session'] = 'x' * 100
             with pytest.raises(RequestRefusedError, match='at most 64 characters'):
                 client.pull()

@@ -145,7 +145,7 @@ def test_a_client_goes_on_with_the_restored_shards(tmp_path, exit_stack):
     client.save(tmp_path / 'c')
     client.push(np.ones(19), 2)
     client.pull(agent_steps=5)
-    for connection in client._connections:
+    for connection in client.connections:
         connection.drop()
     for shard, (server, port) in enumerate(zip(servers, ports)):
         server.stop()

@@ -1,6 +1,5 @@
 """Client and shards together: versions, clock, staleness, targets, repeats, transports."""
 
-import concurrent.futures
 import contextlib
 import os
 import threading
@@ -18,7 +17,7 @@ from infra.parameter_server.protocol import (
     RequestRefusedError,
 )
 from infra.parameter_server.server import ParameterServer, ServerStartError
-from tests.support.parameter_servers import LAYOUT, config, connect, serve
+from tests.support.parameter_servers import LAYOUT, ask, config, connect, serve
 from tests.support.waiting import eventually
 
 _ZEROS = np.zeros(LAYOUT.size, np.float32)
@@ -118,7 +117,7 @@ class TestInitialise:
     def test_a_writer_that_died_on_its_way_is_replaced(self, addresses):
         # As if the winner had reached shard 0 only.
         with connect(addresses) as winner, connect(addresses, timeout_seconds=2) as second:
-            winner._offer([0], _ONES)
+            ask(winner, 'initialise', _ONES[:9])
             assert not second.initialise(_ZEROS)
             # Shard 0 holds the winner's nine values, shard 1 the second's ten.
             np.testing.assert_array_equal(second.pull().values, [1] * 9 + [0] * 10)
@@ -248,7 +247,7 @@ class TestClock:
 
 
 def _break_streams(client):
-    for connection in client._connections:
+    for connection in client.connections:
         connection.cancel()
 
 
@@ -273,20 +272,20 @@ class TestBrokenStreams:
         with connect(addresses, **transport) as client:
             client.initialise(_ZEROS)
             client.pull()
-            _LostReply(client._connections[1])
+            _LostReply(client.connections[1])
             reply = client.push(_ONES, 0)
             assert reply.rejected is None
             assert reply.snapshot.version == 1
             np.testing.assert_allclose(reply.snapshot.values, -_ONES, atol=1e-5)
 
     def test_a_repeated_refusal_is_counted_once(self, client):
-        _LostReply(client._connections[0])
+        _LostReply(client.connections[0])
         assert client.push(np.nan * _ONES, 0).rejected == 'invalid'
         assert client.report()['shards'][0]['rejected']['invalid'] == 1
 
     def test_repeated_agent_steps_are_counted_once(self, client):
         client.pull(agent_steps=2)
-        _LostReply(client._connections[0])
+        _LostReply(client.connections[0])
         assert client.pull(agent_steps=5).clock.agent_steps == 7
 
     def test_the_client_connects_again_and_gets_all_parameters(self, client):
@@ -309,10 +308,15 @@ class TestBrokenStreams:
 
 
 class TestAsynchronousPush:
-    def test_only_one_may_be_outstanding(self, client):
-        client._outstanding = concurrent.futures.Future()
+    def test_only_one_may_be_outstanding(self, client, monkeypatch):
+        connection, may_end = client.connections[0], threading.Event()
+        receive = connection.receive
+        monkeypatch.setattr(connection, 'receive', lambda *a: may_end.wait(10) and receive(*a))
+        future = client.push_async(_ONES, 0)
         with pytest.raises(RuntimeError, match='still outstanding'):
             client.push_async(_ONES, 0)
+        may_end.set()
+        assert future.result(10).rejected is None
 
     def test_a_pull_waits_for_the_push_before_it(self, client):
         future = client.push_async(_ONES, 0, pull=False)
@@ -371,10 +375,7 @@ class TestMismatch:
     def test_a_gradient_of_another_length_is_refused_by_the_shard(self, addresses):
         with connect(addresses, shared_memory=False) as client:
             client.initialise(_ZEROS)
-            connection = client._connections[0]
-            header = {**client._header('push'), 'version': 0, 'pull': False, 'flaw': ''}
-            connection.send(header, np.ones(8, np.float32))
-            reply, _ = connection.receive(None)
+            reply = ask(client, 'push', np.ones(8, np.float32), version=0, pull=False, flaw='')
             assert reply['rejected'] == 'invalid'
             assert '8 values instead of 9' in reply['message']
 
@@ -389,7 +390,7 @@ class TestMismatch:
 
     def test_an_operation_that_does_not_exist_is_refused(self, client):
         with pytest.raises(RequestRefusedError, match='KeyError'):
-            client._ask([0], 'explode')
+            ask(client, 'explode')
         assert client.pull().version == 0
 
 

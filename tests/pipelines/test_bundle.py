@@ -118,7 +118,7 @@ def test_actor_and_learner_of_a_bundle_have_one_network_which_is_the_newest(open
     network = bundle.learner._learner._gradients._network
     policy = bundle.actor._actor._behaviour._policy
     bundle.actor.sync()
-    with parameter_servers.connect([c.address for c in tape._connections], tape.layout) as observer:
+    with parameter_servers.connect([c.address for c in tape.connections], tape.layout) as observer:
         newest = observer.pull().values
         assert [shard['clients'] for shard in observer.report()['shards']] == [3, 3]  # itself too
     np.testing.assert_array_equal(policy.parameters(), newest)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from infra.parameter_server import protocol
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
@@ -42,6 +43,18 @@ def serve(server_config):
 def connect(addresses, layout=LAYOUT, **options):
     """A client with a short time limit."""
     return ParameterClient(addresses, layout, **{'timeout_seconds': TIMEOUT_SECONDS, **options})
+
+
+def ask(client, operation, body=None, shard=0, **fields):
+    """Sends one message that the client itself would not send; returns the reply's header."""
+    header = {'sequence': 1, 'agent_steps': 0, 'seen_updates': 0, 'seen_agent_steps': 0, **fields}
+    connection = client.connections[shard]
+    connection.connect(time.monotonic() + TIMEOUT_SECONDS)
+    connection.send({'operation': operation, **header}, body)
+    reply, _ = connection.receive(None)
+    if 'error' in reply:
+        raise protocol.ERRORS[reply['error']](reply['message'])
+    return reply
 
 
 class ShardProcess:
