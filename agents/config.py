@@ -41,21 +41,18 @@ class EnvironmentConfig:
     action_repeat: int = described(4, 'Emulator frames per agent step (Mnih et al. 2015: 4).')
     frame_stack: int = described(4, 'Frames per observation (Mnih et al. 2015: 4).')
     max_noops: int = described(
-        30,
-        'Maximum number of no-ops at the start of a game (Mnih et al. 2015: 30).',
+        30, 'Maximum number of no-ops at the start of a game (Mnih et al. 2015: 30).'
     )
     max_episode_frames: int = described(
         108_000,
-        'Emulator frames after which a training game is cut off (Mnih et al. 2015: 108,000,'
-        ' 30 minutes).',
+        'Emulator frames after which a training game is cut off (Mnih et al. 2015: 108,000, 30'
+        ' minutes).',
     )
     sticky_action_probability: float = described(
-        0.0,
-        'Probability that the emulator repeats the previous action (paper: 0).',
+        0.0, 'Probability that the emulator repeats the previous action (paper: 0).'
     )
     life_loss_ends_episode: bool = described(
-        True,
-        'The loss of a life ends a training episode (paper, section 5).',
+        True, 'The loss of a life ends a training episode (paper, section 5).'
     )
 
     def __post_init__(self) -> None:
@@ -71,8 +68,8 @@ class NetworkConfig:
 
     torso: str = described(
         'nature',
-        "Convolutions and dense layer: 'nature' (Mnih et al. 2015) or the smaller 'dqn2013'"
-        ' (Mnih et al. 2013).',
+        "Convolutions and dense layer: 'nature' (Mnih et al. 2015) or the smaller 'dqn2013' (Mnih"
+        ' et al. 2013).',
     )
     center_input: bool = described(
         False,
@@ -80,8 +77,7 @@ class NetworkConfig:
         ' training (not in the papers).',
     )
     dueling: bool = described(
-        False,
-        'Separate streams for state value and advantages (Wang et al. 2016).',
+        False, 'Separate streams for state value and advantages (Wang et al. 2016).'
     )
 
     def __post_init__(self) -> None:
@@ -94,34 +90,29 @@ class AgentConfig:
 
     agent: str = described(
         'dqn',
-        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al."
-        ' 2018), or module:function, a factory of your own TF-Agents agent (see'
-        ' docs/tf_agents.md).',
+        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al. 2018), or"
+        ' module:function, a factory of your own TF-Agents agent (see docs/tf_agents.md).',
     )
     discount: float = described(0.99, 'Discount per agent step (Mnih et al. 2015: 0.99).')
     n_step: int = described(
-        1,
-        'Agent steps of reward before the bootstrap (Horgan et al. 2018: 3).',
+        1, 'Agent steps of reward before the bootstrap (Horgan et al. 2018: 3).'
     )
     double_dqn: bool = described(
         False,
-        'The online network selects the next action and the target network evaluates it'
-        ' (van Hasselt et al. 2016).',
+        'The online network selects the next action and the target network evaluates it (van'
+        ' Hasselt et al. 2016).',
     )
     loss: str = described(
-        'huber',
-        "Loss of 'dqn': 'huber' (error clipped, Mnih et al. 2015) or 'squared'.",
+        'huber', "Loss of 'dqn': 'huber' (error clipped, Mnih et al. 2015) or 'squared'."
     )
     num_atoms: int = described(
-        51,
-        "Atoms of the return distribution of 'c51' (Bellemare et al. 2017: 51).",
+        51, "Atoms of the return distribution of 'c51' (Bellemare et al. 2017: 51)."
     )
     v_min: float = described(-10.0, "Smallest return of 'c51' (Bellemare et al. 2017: -10).")
     v_max: float = described(10.0, "Largest return of 'c51' (Bellemare et al. 2017: 10).")
     num_quantiles: int = described(200, "Quantiles of 'qr_dqn' (Dabney et al. 2018: 200).")
     gradient_clip_norm: float = described(
-        10.0,
-        'Maximum global norm of a gradient; 0 disables clipping.',
+        10.0, 'Maximum global norm of a gradient; 0 disables clipping.'
     )
 
     def __post_init__(self) -> None:
@@ -144,37 +135,34 @@ class ActorConfig:
 
     envs_per_actor: int = described(
         8,
-        'Environments that an actor steps as one batch (paper: 1). More need less CPU time'
-        ' per step.',
+        'Environments that an actor steps as one batch (paper: 1). More need less CPU time per'
+        ' step.',
     )
     actor_pull_period: int = described(
         16,
-        'Agent steps of one environment between syncs with the parameter server. Raise it'
-        ' to reduce traffic.',
+        'Agent steps of one environment between syncs with the parameter server. Raise it to reduce'
+        ' traffic.',
     )
     epsilon_start: float = described(1.0, 'Epsilon before the first update (paper, section 5: 1).')
     epsilon_end: float = described(0.1, 'Epsilon after annealing (paper, section 5: 0.1).')
     epsilon_updates: int = described(
-        1_000_000,
-        'Global updates over which epsilon falls linearly (paper, section 5: 1,000,000).',
+        1_000_000, 'Global updates over which epsilon falls linearly (paper, section 5: 1,000,000).'
     )
     epsilon_ladder: bool = described(
         False,
-        'Fix the epsilon of environment i of N at ladder_epsilon^(1 + i/(N-1)'
-        ' ladder_exponent) instead of annealing (Horgan et al. 2018, section 4.1).',
+        'Fix the epsilon of environment i of N at ladder_epsilon^(1 + i/(N-1) ladder_exponent)'
+        ' instead of annealing (Horgan et al. 2018, section 4.1).',
     )
     ladder_epsilon: float = described(
-        0.4,
-        'Largest epsilon of the ladder (Horgan et al. 2018, section 4.1: 0.4).',
+        0.4, 'Largest epsilon of the ladder (Horgan et al. 2018, section 4.1: 0.4).'
     )
     ladder_exponent: float = described(
-        7.0,
-        'Exponent alpha of the ladder (Horgan et al. 2018, section 4.1: 7).',
+        7.0, 'Exponent alpha of the ladder (Horgan et al. 2018, section 4.1: 7).'
     )
     actor_priorities: bool = described(
         True,
-        'Actors compute the first priority of a transition from its error (Horgan et al.'
-        ' 2018); otherwise it is 1 (Schaul et al. 2016: the largest so far).',
+        'Actors compute the first priority of a transition from its error (Horgan et al. 2018);'
+        ' otherwise it is 1 (Schaul et al. 2016: the largest so far).',
     )
     clip_reward: bool = described(True, 'Clip training rewards to [-1, 1] (paper).')
 
@@ -192,8 +180,8 @@ class LearnerConfig:
     batch_size: int = described(32, 'Transitions per gradient (Mnih et al. 2015: 32).')
     learner_pull_period: int = described(
         1,
-        'Updates between parameter pulls of a learner (paper: not stated). Raise it to'
-        ' reduce traffic, at the cost of staleness.',
+        'Updates between parameter pulls of a learner (paper: not stated). Raise it to reduce'
+        ' traffic, at the cost of staleness.',
     )
     overlap_push: bool = described(
         True,
@@ -201,33 +189,31 @@ class LearnerConfig:
     )
     learner_device: str = described(
         'auto',
-        "Device that computes gradients: 'auto' (a GPU if the learner sees one), 'cpu',"
-        " 'gpu' (learners take a machine's GPUs in turn) or 'gpu:N'.",
+        "Device that computes gradients: 'auto' (a GPU if the learner sees one), 'cpu', 'gpu'"
+        " (learners take a machine's GPUs in turn) or 'gpu:N'.",
     )
     outlier_deviations: float = described(
         6.0,
-        'Standard deviations above the mean loss at which a gradient is dropped (paper,'
-        ' section 4.3: "several"); 0 disables the test.',
+        'Standard deviations above the mean loss at which a gradient is dropped (paper, section'
+        ' 4.3: "several"); 0 disables the test.',
     )
     outlier_rule: str = described(
         'lone',
-        "'every' drops each outlier (paper, section 4.3), which can hide a rare reward for"
-        " ever; 'lone' drops one only if the previous one was kept and lies more than 1 /"
-        ' (1 - outlier_decay) losses back.',
+        "'every' drops each outlier (paper, section 4.3), which can hide a rare reward for ever;"
+        " 'lone' drops one only if the previous one was kept and lies more than 1 / (1 -"
+        ' outlier_decay) losses back.',
     )
     outlier_decay: float = described(
-        0.999,
-        'Decay per update of the running mean and deviation of the loss (not in the paper).',
+        0.999, 'Decay per update of the running mean and deviation of the loss (not in the paper).'
     )
 
     importance_exponent_start: float = described(
         0.4,
-        'Exponent beta of the importance weights before the first update (Schaul et al.'
-        ' 2016: 0.4).',
+        'Exponent beta of the importance weights before the first update (Schaul et al. 2016:'
+        ' 0.4).',
     )
     importance_exponent_end: float = described(
-        1.0,
-        'Exponent beta of the importance weights after annealing (Schaul et al. 2016: 1).',
+        1.0, 'Exponent beta of the importance weights after annealing (Schaul et al. 2016: 1).'
     )
     importance_updates: int = described(
         1_000_000,

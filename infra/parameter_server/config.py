@@ -22,55 +22,47 @@ class ParameterServerConfig:
 
     num_parameter_shards: int = described(
         2,
-        'Server processes that share the parameters (paper: 31). Add some when one uses a'
-        ' whole core.',
+        'Server processes that share the parameters (paper: 31). Add some when one uses a whole'
+        ' core.',
     )
     optimizer: str = described(
-        'adam',
-        "'adagrad' (paper), 'rmsprop' (centered, Mnih et al. 2015) or 'adam'.",
+        'adam', "'adagrad' (paper), 'rmsprop' (centered, Mnih et al. 2015) or 'adam'."
     )
     learning_rate: float = described(
-        2.5e-4,
-        'Step size (Mnih et al. 2015: 2.5e-4; paper: not stated).',
+        2.5e-4, 'Step size (Mnih et al. 2015: 2.5e-4; paper: not stated).'
     )
     optimizer_epsilon: float = described(
         1e-8,
         "Added to the denominator by 'adam', under its root by 'rmsprop' (Mnih et al. 2015: 0.01).",
     )
     optimizer_decay: float = described(
-        0.95,
-        "Decay of the moving averages of 'rmsprop' (Mnih et al. 2015: 0.95).",
+        0.95, "Decay of the moving averages of 'rmsprop' (Mnih et al. 2015: 0.95)."
     )
     optimizer_momentum: float = described(0.0, "Momentum of 'rmsprop'.")
     adam_beta_1: float = described(
-        0.9,
-        "Decay of the first moment of 'adam' (Kingma and Ba 2015: 0.9).",
+        0.9, "Decay of the first moment of 'adam' (Kingma and Ba 2015: 0.9)."
     )
     adam_beta_2: float = described(
-        0.999,
-        "Decay of the second moment of 'adam' (Kingma and Ba 2015: 0.999).",
+        0.999, "Decay of the second moment of 'adam' (Kingma and Ba 2015: 0.999)."
     )
     adagrad_initial_accumulator: float = described(
         1e-6,
-        "Initial accumulator of 'adagrad'. TensorFlow's 0.1 outweighs 1e8 squared gradients"
-        ' of a Q-network (see pipelines/experiment/presets.py).',
+        "Initial accumulator of 'adagrad'. TensorFlow's 0.1 outweighs 1e8 squared gradients of a"
+        ' Q-network (see pipelines/experiment/presets.py).',
     )
     max_staleness: int = described(
         100,
-        'Updates after which the parameters of a gradient are too old, so that it is'
-        ' rejected (paper: not stated). Raise it with the number of learners.',
+        'Updates after which the parameters of a gradient are too old, so that it is rejected'
+        ' (paper: not stated). Raise it with the number of learners.',
     )
     target_update_period: int = described(
-        1000,
-        'Global updates between target networks (paper: 60,000).',
+        1000, 'Global updates between target networks (paper: 60,000).'
     )
     wire_dtype: str = described(
-        'float32',
-        "Type of tensors on the network: 'float32', or 'bfloat16' for half the traffic.",
+        'float32', "Type of tensors on the network: 'float32', or 'bfloat16' for half the traffic."
     )
     shared_memory: bool = described(
-        True,
-        'Exchange float32 tensors in shared memory if client and shard are on one host.',
+        True, 'Exchange float32 tensors in shared memory if client and shard are on one host.'
     )
 
     def __post_init__(self) -> None:

@@ -15,18 +15,18 @@ class ReplayConfig:
 
     num_replay_shards: int = described(
         1,
-        'Replay servers, at most one per actor (paper: one per bundle). Add some when one'
-        ' uses a whole core.',
+        'Replay servers, at most one per actor (paper: one per bundle). Add some when one uses a'
+        ' whole core.',
     )
     replay_mode: str = described(
         'global',
-        "'global': learners sample all shards (paper, section 4.1); 'local': actor i and"
-        ' learner i use shard i.',
+        "'global': learners sample all shards (paper, section 4.1); 'local': actor i and learner i"
+        ' use shard i.',
     )
     replay_capacity: int = described(
         250_000,
-        'Transitions stored, over all shards (paper: 1,000,000 frames per bundle). Each'
-        ' takes about 3 kB of memory.',
+        'Transitions stored, over all shards (paper: 1,000,000 frames per bundle). Each takes about'
+        ' 3 kB of memory.',
     )
     min_replay_size: int = described(
         5_000,
@@ -34,24 +34,23 @@ class ReplayConfig:
     )
     agent_steps_per_update: float = described(
         4.0,
-        'Agent steps of all actors per batch that learners sample, whether or not its'
-        ' gradient is applied (Mnih et al. 2015: 4); 0 sets no ratio.',
+        'Agent steps of all actors per batch that learners sample, whether or not its gradient is'
+        ' applied (Mnih et al. 2015: 4); 0 sets no ratio.',
     )
     sample_insert_tolerance: float = described(
         2_000.0,
-        'Transitions, over all shards, by which sampling may lead or lag that ratio before'
-        ' one side waits. Lower keeps the ratio tighter; higher lets acting and learning'
-        ' overlap more.',
+        'Transitions, over all shards, by which sampling may lead or lag that ratio before one side'
+        ' waits. Lower keeps the ratio tighter; higher lets acting and learning overlap more.',
     )
     priority_exponent: float = described(
         0.0,
-        'Transitions are sampled in proportion to priority^exponent (Schaul et al. 2016:'
-        ' 0.6); 0 samples uniformly.',
+        'Transitions are sampled in proportion to priority^exponent (Schaul et al. 2016: 0.6); 0'
+        ' samples uniformly.',
     )
     max_in_flight_items: int = described(
         49,
-        "Unconfirmed transitions per eight environments; bounds an actor's memory (Reverb"
-        ' warns from 50).',
+        "Unconfirmed transitions per eight environments; bounds an actor's memory (Reverb warns"
+        ' from 50).',
     )
 
     def __post_init__(self):

@@ -80,20 +80,17 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     launch = parser.add_argument_group('launch')
     launch.add_argument(
         '--preset',
-        metavar='NAME',
         help='Named set of values, which other flags override (see docs/algorithms.md):'
         f' {", ".join(presets.PRESETS)}. Default: {presets.DEFAULT}.',
     )
     launch.add_argument(
         '--run_dir',
-        metavar='DIR',
         help='Output directory, or a URL that Beam can write, such as gs://bucket/path: the run'
         ' then works in a local copy and mirrors it there (see docs/gcs.md).'
         ' Default: runs/<game>-<preset>-<time>.',
     )
     launch.add_argument(
         '--work_dir',
-        metavar='DIR',
         help='Local copy of a remote --run_dir. Default: runs/<its last part>, numbered if another'
         ' run uses that name.',
     )
@@ -104,7 +101,6 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         launch.add_argument(
             f'--{kind}_flags',
             default='',
-            metavar='FLAGS',
             help=f"Beam flags of the {kind}s' job only, such as"
             f' --{kind}_flags=--worker_machine_type=n2-standard-4.',
         )
@@ -112,17 +108,12 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     servers = parser.add_argument_group('servers')
-    servers.add_argument(
-        '--parameter_addresses',
-        metavar='HOST:PORT,...',
-        help='Running parameter shards to attach to, in shard order. Default: start new ones.',
-    )
-    servers.add_argument(
-        '--replay_addresses',
-        metavar='HOST:PORT,...',
-        help='Running replay shards to attach to, in shard order. Default: start new ones.',
-    )
     for kind in ('parameter', 'replay'):
+        servers.add_argument(
+            f'--{kind}_addresses',
+            metavar='HOST:PORT,...',
+            help=f'Running {kind} shards to attach to, in shard order. Default: start new ones.',
+        )
         servers.add_argument(
             f'--{kind}_ports',
             metavar='PORT,...',
@@ -182,7 +173,6 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
         parser.add_argument(
             '--runner',
             default='DirectRunner',
-            metavar='NAME',
             help='Engine that runs the workers (see docs/engines.md):'
             f' {", ".join(catalog.ENGINES)}. Default: DirectRunner.',
         )
@@ -204,7 +194,7 @@ class _BeamArguments:
         return getattr(self._parser, name)
 
 
-def _refuse_unknown(
+def _reject_unknown(
     unknown: Sequence[str], parser: argparse.ArgumentParser, engine: catalog.Engine
 ) -> None:
     """Raises UsageError for an unknown flag and suggests similar ones.
@@ -305,7 +295,7 @@ def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple
         raise SystemExit(0)
     of_jobs = [_split(kind, getattr(known, f'{kind}_flags')) for kind in _KINDS]
     for flags in (rest, *of_jobs):
-        _refuse_unknown(every.parse_known_args(flags)[1], every, engine)
+        _reject_unknown(every.parse_known_args(flags)[1], every, engine)
         catalog.require_free(known.runner, flags)
     return of_jobs
 

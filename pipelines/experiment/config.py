@@ -36,36 +36,31 @@ class RunConfig:
 
     topology: str = described(
         'separate',
-        "'separate': two Beam jobs, actors and learners, share a replay; 'bundled': one"
-        ' Beam job of bundles, each an actor with its own replay and a learner (paper,'
-        ' section 4).',
+        "'separate': two Beam jobs, actors and learners, share a replay; 'bundled': one Beam job of"
+        ' bundles, each an actor with its own replay and a learner (paper, section 4).',
     )
     num_actors: int = described(
-        1,
-        'Actors, one worker process each. Add some when learners wait for data.',
+        1, 'Actors, one worker process each. Add some when learners wait for data.'
     )
     num_learners: int = described(
-        2,
-        'Learners, one worker process each. Add some when actors wait for learners.',
+        2, 'Learners, one worker process each. Add some when actors wait for learners.'
     )
     worker_threads: int = described(
         1,
-        'TensorFlow threads per worker. Another learner uses a spare core better than'
-        ' another thread.',
+        'TensorFlow threads per worker. Another learner uses a spare core better than another'
+        ' thread.',
     )
     max_frames: int = described(
-        4_000_000,
-        'Emulator frames of all actors after which the run ends.',
+        4_000_000, 'Emulator frames of all actors after which the run ends.'
     )
     seed: int = described(1, 'Seed of parameters, environments and exploration.')
     checkpoint_period_seconds: float = described(
-        900.0,
-        'Seconds between checkpoints. Lower it to lose less when the launcher dies.',
+        900.0, 'Seconds between checkpoints. Lower it to lose less when the launcher dies.'
     )
     checkpoint_replay: bool = described(
         True,
-        'Include the replay in checkpoints. Disable it to save disk space; a resumed run'
-        ' then refills its replay.',
+        'Include the replay in checkpoints. Disable it to save disk space; a resumed run then'
+        ' refills its replay.',
     )
     evaluation_episodes: int = described(30, 'Games of the final evaluation (paper: 30).')
     evaluation_epsilon: float = described(0.05, 'Epsilon of the final evaluation (paper: 0.05).')
