@@ -147,15 +147,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate a run's newest checkpoint: no-op starts, otherwise the run's rules.",
     )
     parser.add_argument(
-        '--run_dir', type=nonempty_path, required=True, help='directory of the run, or gs://...'
+        '--run_dir', type=nonempty_path, required=True, help='Run directory, local or gs://...'
     )
-    parser.add_argument('--episodes', type=integer, help="games (the run's --evaluation_episodes)")
-    parser.add_argument('--epsilon', type=float, help="epsilon (the run's --evaluation_epsilon)")
-    parser.add_argument('--seed', type=integer, help="seed of the games (the run's)")
+    parser.add_argument(
+        '--episodes', type=integer, help="Games. Default: the run's --evaluation_episodes."
+    )
+    parser.add_argument('--epsilon', type=float, help="Default: the run's --evaluation_epsilon.")
+    parser.add_argument('--seed', type=integer, help="Seed of the games. Default: the run's.")
     parser.add_argument(
         '--output',
         type=nonempty_path,
-        help='JSON file for the result (a new evaluation-<time>.json in --run_dir)',
+        help='JSON file for the result. Default: a new evaluation-<time>.json in --run_dir.',
     )
     return parser
 

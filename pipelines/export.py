@@ -64,10 +64,12 @@ def main(argv: Sequence[str]) -> int:
         prog='export.py', description="Write a run's newest parameters as a TF-Agents policy."
     )
     parser.add_argument(
-        '--run_dir', type=nonempty_path, required=True, help='directory of the run, or gs://...'
+        '--run_dir', type=nonempty_path, required=True, help='Run directory, local or gs://...'
     )
     parser.add_argument(
-        '--output', type=nonempty_path, help="directory for the policy (the run's policy/)"
+        '--output',
+        type=nonempty_path,
+        help='Directory for the policy. Default: policy/ in --run_dir.',
     )
     arguments = parser.parse_args(argv)
     exit_with_launcher()

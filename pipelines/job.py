@@ -42,16 +42,18 @@ WORK: Mapping[str, type[Work]] = {
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog='python -m pipelines.job', allow_abbrev=False)
-    parser.add_argument('--kind', choices=WORK, required=True, help='kind of the workers')
-    parser.add_argument('--workers', required=True, help='their numbers, separated by commas')
-    parser.add_argument('--submission', type=int, required=True, help='number of this submission')
-    parser.add_argument('--config', required=True, help='config.json, here or at gs://...')
-    parser.add_argument('--parameter_addresses', required=True, help='host:port,...')
-    parser.add_argument('--replay_addresses', required=True, help='host:port,... or empty')
-    parser.add_argument('--telemetry_address', required=True, help='host:port')
-    parser.add_argument('--tls_roots', help='PEM file, if the parameter shards speak TLS')
-    parser.add_argument('--state_file', type=pathlib.Path, help="receives the job's state")
-    parser.add_argument('--runner', required=True, help='engine')
+    parser.add_argument('--kind', choices=WORK, required=True, help='Kind of the workers.')
+    parser.add_argument('--workers', required=True, help='Their numbers, separated by commas.')
+    parser.add_argument('--submission', type=int, required=True, help='Number of this submission.')
+    parser.add_argument('--config', required=True, help='File config.json, local or gs://...')
+    parser.add_argument(
+        '--parameter_addresses', required=True, help='HOST:PORT,... in shard order.'
+    )
+    parser.add_argument('--replay_addresses', required=True, help='The same, or empty.')
+    parser.add_argument('--telemetry_address', required=True, help='HOST:PORT.')
+    parser.add_argument('--tls_roots', help='PEM file, if parameter shards use TLS.')
+    parser.add_argument('--state_file', type=pathlib.Path, help='File for the state of the job.')
+    parser.add_argument('--runner', required=True, help='Engine.')
     return parser.parse_known_args(argv)
 
 

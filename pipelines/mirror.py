@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog='mirror.py', description="Upload an ended run's local copy to its remote directory."
     )
-    parser.add_argument('--run_dir', type=nonempty_path, required=True, help='the local copy')
+    parser.add_argument(
+        '--run_dir', type=nonempty_path, required=True, help='Local copy of the run.'
+    )
     arguments = parser.parse_args(argv)
     remote = send_again(arguments.run_dir)
     print(f'{remote.url}: has everything in {remote.local}')

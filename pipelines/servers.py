@@ -109,7 +109,7 @@ def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Splits off the one flag that run.py lacks; prints its help before that of run.py."""
     parser = Parser(prog='servers.py', description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument(
-        '--config_dir', help='directory for replay.json and parameter_server.json; nothing starts'
+        '--config_dir', help='Write replay.json and parameter_server.json here and start nothing.'
     )
     own, others = parser.parse_known_args(argv)
     if {'-h', '--help'} & set(others):

@@ -76,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
         description='Stop a run: end its workers, write a last checkpoint and the summary.',
     )
     parser.add_argument(
-        '--run_dir', type=nonempty_path, required=True, help='directory of the run, on its machine'
+        '--run_dir', type=nonempty_path, required=True, help='Run directory on this machine.'
     )
     parser.add_argument(
         '--timeout_seconds',
         type=positive_number,
         default=STOP_SECONDS,
-        help=f'how long to wait [{STOP_SECONDS:g}]',
+        help=f'Seconds to wait for the end of the run. Default: {STOP_SECONDS:g}.',
     )
     arguments = parser.parse_args(argv)
     if is_remote(arguments.run_dir):

@@ -97,11 +97,11 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     launch.add_argument(
         '--resume', action='store_true', help='Continue from the last checkpoint in --run_dir.'
     )
-    for kind in _KINDS:
+    for kind, job in zip(_KINDS, ("actors'", "learners' or bundles'")):
         launch.add_argument(
             f'--{kind}_flags',
             default='',
-            help=f"Beam flags of the {kind}s' job only, such as"
+            help=f'Beam flags of the {job} job only, such as'
             f' --{kind}_flags=--worker_machine_type=n2-standard-4.',
         )
 
