@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-if __name__ == '__main__':  # import from this checkout, whatever PYTHONPATH says
+if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.flags import Parser, integer, positive_number
