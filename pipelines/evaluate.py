@@ -48,8 +48,8 @@ def play(
 ) -> Iterator[float]:
     """Yields the raw return of each of `episodes` games, as they end.
 
-    Each environment plays the same number of games, give or take one: first come, first counted
-    would favour short games.
+    Each environment plays the same number of games, give or take one: counting games as they end
+    would favour short ones.
     """
     count = environment.num_environments
     quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)

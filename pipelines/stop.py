@@ -35,7 +35,7 @@ def stop(directory: RunDirectory, timeout_seconds: float) -> bool:
     """
     process = directory.holder()
     if process is None:
-        raise UsageError(f'{directory.path}: no run is active. Fix: name the --run_dir of one.')
+        raise UsageError(f'{directory.path}: no run is active. Fix: name an active one.')
     try:
         os.kill(process, signal.SIGINT)
     except (ProcessLookupError, PermissionError) as error:
@@ -64,8 +64,8 @@ def _outcome(directory: RunDirectory) -> str:
         return f'{directory.path}: ended without a checkpoint; logs: {directory.logs}'
     resume = f'`run.py --run_dir {shlex.quote(str(directory.path))} --resume`'
     if (read_json(directory.summary_file) or {}).get('exit_reason') == 'max_frames':
-        return f'ended at its budget; to continue, {resume} with a larger --max_frames'
-    return f'ended; to continue, {resume}'
+        return f'ended at its budget; resume with {resume} and a larger --max_frames'
+    return f'ended; resume with {resume}'
 
 
 @one_line_errors('stop.py', OSError)
@@ -87,9 +87,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if is_remote(arguments.run_dir):
         raise UsageError(
-            f'{arguments.run_dir}: remote, but only a local process can be signalled. Fix: name'
-            ' the local copy, on its machine; both are in'
-            f' {arguments.run_dir.rstrip("/")}/owner.json.'
+            f'{arguments.run_dir}: cannot signal a remote run. Fix: name its local copy, on its'
+            f' machine; {arguments.run_dir.rstrip("/")}/owner.json has both.'
         )
     directory = RunDirectory.existing(arguments.run_dir)
     ended = stop(directory, arguments.timeout_seconds)

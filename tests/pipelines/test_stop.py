@@ -56,7 +56,7 @@ def test_an_active_run_is_asked_to_end_and_waited_for(hold, capsys):
     path, process = hold()
     assert stop.main([f'--run_dir={path}']) == 0
     assert process.wait(5) == 0
-    assert f"ended; to continue, `run.py --run_dir '{path}' --resume`" in capsys.readouterr().out
+    assert f"ended; resume with `run.py --run_dir '{path}' --resume`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_run_that_ended_at_its_budget_needs_a_larger_one(hold, capsys):
     path, _ = hold()
     (path / 'summary.json').write_text('{"exit_reason": "max_frames"}')
     assert stop.main([f'--run_dir={path}']) == 0
-    assert '--resume` with a larger --max_frames' in capsys.readouterr().out
+    assert '--resume` and a larger --max_frames' in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_end_in_time_is_told_of(hold, capsys):
