@@ -26,6 +26,7 @@ DAMAGED = 'damaged-'
 
 _PROCESS_ID = re.compile(r'[1-9][0-9]{0,6}')  # Linux: below 2^22; 0 would be the own group
 _SCRATCH = 'gorila-scratch-'
+_LOCK_SECONDS = 0.5  # tries to lock a directory
 _SCRATCH_SECONDS = 60.0  # a younger one may be about to be held
 _CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
 _UNIQUE_DIGITS = 12
@@ -61,7 +62,7 @@ class InUseError(OSError):
 
 
 def lock(directory: pathlib.Path) -> BinaryIO:
-    """Locks a directory until the answer's `close` or the end of this process.
+    """Locks a directory until the returned file is closed or this process ends.
 
     The lock file holds the process ID, if the disk has room.
 
@@ -70,11 +71,14 @@ def lock(directory: pathlib.Path) -> BinaryIO:
       OSError: it is not writable.
     """
     file = (directory / LOCK_FILE).open('a+b', buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InUseError(f'{directory}: in use by process {lock_holder(directory)}') from None
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while not _locked(file, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            file.close()
+            holder = lock_holder(directory)
+            by = 'another process' if holder is None else f'process {holder}'
+            raise InUseError(f'{directory}: in use by {by}')
+        time.sleep(_LOCK_SECONDS / 10)  # `lock_holder` may have held it for a moment
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(f'{os.getpid()}\n'.encode())
@@ -92,12 +96,18 @@ def lock_holder(directory: pathlib.Path) -> int | None:
     except FileNotFoundError:
         return None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = file.read(32).decode(errors='replace').strip()
-            return int(text) if _PROCESS_ID.fullmatch(text) else None
-    return None
+        if _locked(file, fcntl.LOCK_SH):
+            return None
+        text = file.read(32).decode(errors='replace').strip()
+    return int(text) if _PROCESS_ID.fullmatch(text) else None
+
+
+def _locked(file: BinaryIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def hold(directory: str | os.PathLike[str]) -> BinaryIO:
@@ -113,7 +123,7 @@ def hold(directory: str | os.PathLike[str]) -> BinaryIO:
         path.mkdir(parents=True, exist_ok=True)
         return lock(path)
     except InUseError as error:
-        raise OSError(f'{error}; give each shard a directory of its own') from None
+        raise OSError(f'{error}. Fix: give each shard a directory of its own.') from None
     except OSError as error:
         raise OSError(f'{path}: no directory that can be written ({error.strerror})') from error
 
@@ -122,7 +132,7 @@ def hold(directory: str | os.PathLike[str]) -> BinaryIO:
 class Generations:
     """Numbered directories `<stem>-<number>` in `parent`; the highest number is the newest.
 
-    A parent that does not exist holds none.
+    A parent that does not exist holds none. One that is not readable raises PermissionError.
     """
 
     parent: pathlib.Path
@@ -130,24 +140,27 @@ class Generations:
 
     def paths(self) -> list[pathlib.Path]:
         """The directories, newest first."""
-        numbers = {self._number(path.name): path for path in self._entries(f'{self.stem}-*')}
-        return [path for _, path in sorted(numbers.items(), reverse=True)]
+        entries = self._entries('')
+        return sorted(entries, key=lambda path: self._number(path.name), reverse=True)
 
     def next(self) -> pathlib.Path:
         """The path of a new one, numbered above all others, those set aside included."""
-        taken = (self._number(path.name) for path in self._entries(f'*{self.stem}-*'))
+        taken = (self._number(path.name) for path in self._entries('(.*-)?'))
         return self.parent / f'{self.stem}-{max(taken, default=0) + 1:08d}'
 
-    def _entries(self, pattern: str) -> list[pathlib.Path]:
-        numbered = re.compile(rf'(.*-)?{self.stem}-\d+')
-        return [path for path in self.parent.glob(pattern) if numbered.fullmatch(path.name)]
+    def _entries(self, prefix: str) -> list[pathlib.Path]:
+        name = re.compile(rf'{prefix}{self.stem}-\d+')
+        try:
+            return [path for path in self.parent.iterdir() if name.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []
 
     def _number(self, name: str) -> int:
         return int(name.rpartition('-')[2])
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
-    """Renames a damaged directory, so that it counts no longer; returns its new path."""
+    """Renames a damaged directory so that it is ignored; returns the new path."""
     aside = path.with_name(f'{DAMAGED}{path.name}')
     while aside.exists():  # a user has put it back
         aside = aside.with_name(f'{DAMAGED}{aside.name}')
@@ -156,11 +169,13 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def remove(paths: Iterable[pathlib.Path]) -> None:
-    """Removes directories; an interrupted removal leaves no incomplete one of the same name."""
+    """Removes directories as far as possible.
+
+    Renames each first, so that no incomplete one keeps its name.
+    """
     for path in paths:
-        doomed = beside(path)
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path.rename(beside(path)))
 
 
 @contextlib.contextmanager

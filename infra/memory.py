@@ -1,4 +1,4 @@
-"""Memory available to new processes, and a bound of what this process takes.
+"""Measures available memory and limits this process's own.
 
 A container, a pod, a systemd unit or a batch job is a control group and may be nested in others.
 The smallest room of all groups counts. This module reads both versions of the interface, because a
@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import re
 import resource
+import threading
 from collections.abc import Iterator
 
 
@@ -46,18 +47,28 @@ def available_memory(root: pathlib.Path = pathlib.Path('/')) -> int:
     return min([machine, *(_room(group, files) for group, files in _groups(root))])
 
 
-def bound_own_memory(growth_bytes: int) -> None:
-    """Makes allocations fail once this process has taken `growth_bytes` more than now.
+class OwnBound:
+    """Limits what this process allocates; a larger allocation fails. Thread-safe.
 
     A message that unpacks to gigabytes then fails alone, instead of exhausting the host's memory.
-    Files and shared memory that the process maps do not count.
+    Files and shared memory that the process maps do not count, thread stacks do.
     """
-    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[5])  # data and stack
-    limit = pages * resource.getpagesize() + growth_bytes
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+    def __init__(self, growth_bytes: int) -> None:
+        """Allows `growth_bytes` beyond the present use."""
+        pages = int(pathlib.Path('/proc/self/statm').read_text().split()[5])  # data and stack
+        self._limit = pages * resource.getpagesize() + growth_bytes
+        self._lock = threading.Lock()
+        self.allow(0)
+
+    def allow(self, size_bytes: int) -> None:
+        """Raises the limit, for memory that is not a message's."""
+        with self._lock:
+            self._limit += size_bytes
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            unlimited = hard == resource.RLIM_INFINITY
+            limit = self._limit if unlimited else min(self._limit, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _groups(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, _Interface]]:

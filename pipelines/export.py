@@ -116,7 +116,7 @@ def _export_newest(directory: RunDirectory, output: pathlib.Path) -> int:
     try:
         export(config, saved, output)
     except (ValueError, OSError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise UsageError(
             f'{output}: not exported ({reason}). Fix: if it is not writable, name another --output.'
         ) from error

@@ -114,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
             print(f'run directory: {directory.path}', flush=True)
             from pipelines.launch import launcher
 
+            start_up.launched = True
             return launcher.launch(config, launch, directory, start_up.remote)
 
 

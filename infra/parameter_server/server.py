@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from infra.flags import Parser, add_shard_flags, positive_number
-from infra.memory import available_memory, bound_own_memory
+from infra.memory import OwnBound, available_memory
 from infra.output import protect_output
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
@@ -53,7 +53,9 @@ _WAKE_SECONDS = 0.5
 _STATE_SECONDS = 60.0  # between two states; a crash of the shard loses at most this much
 _LONGEST_SESSION = 64  # characters; a client's own has 32
 _LONGEST_NAME = 256  # characters of a worker's kind or name
-_LEAST_MEMORY_MIB = 1024  # of messages, where less than twice as much is available
+_LEAST_MESSAGES_MIB = 1024  # lower limit of the default of --message_memory_mib
+_STREAM_BYTES = 16 << 20  # memory of a stream besides tensors: its thread's stack, gRPC's buffers
+_TENSORS = 8  # copies of its slice that a stream may hold
 _LONGEST_OWNER = 4096  # characters of a run's name, which is its directory
 
 
@@ -152,7 +154,8 @@ class _FlightServer(flight.FlightServerBase):
             super().__init__(f'grpc+tls://{address}', tls_certificates=[tls])
         self._shard = shard
         self._checkpoint_root = checkpoint_root
-        self._clients = 0
+        self._clients = self._peak = 0
+        self.bound: OwnBound | None = None
         self._clients_lock = threading.Lock()
         self._operations = {
             'initialise': self._initialise,
@@ -329,6 +332,13 @@ class _FlightServer(flight.FlightServerBase):
     def _count_client(self, change: int) -> None:
         with self._clients_lock:
             self._clients += change
+            more, self._peak = max(0, self._clients - self._peak), max(self._clients, self._peak)
+        if more and self.bound is not None:
+            layout = self._shard.layout
+            slice_bytes = (
+                0 if layout is None else 4 * layout.size // self._shard.config.num_parameter_shards
+            )
+            self.bound.allow(more * (_STREAM_BYTES + _TENSORS * slice_bytes))
 
 
 class ParameterServer:
@@ -387,6 +397,14 @@ class ParameterServer:
     def __exit__(self, *exception: Any) -> None:
         self.stop()
 
+    def bound_messages(self, size_mib: float | None) -> None:
+        """Limits what the messages of all clients may take, None to half of the available memory.
+
+        For a process of its own: the limit counts all memory that this process allocates.
+        """
+        size = size_mib or max(available_memory() / 2**21, _LEAST_MESSAGES_MIB)
+        self._server.bound = OwnBound(int(size * 2**20))
+
     def keep_state(self, last: bool = False) -> None:
         """Writes the shard's own state, if it has parameters and a directory for states.
 
@@ -439,8 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ServerStartError, ValueError, OSError) as error:
         print(f'parameter server: {error}', file=sys.stderr, flush=True)
         return 2
-    most = options.message_memory_mib or max(available_memory() / 2**21, _LEAST_MEMORY_MIB)
-    bound_own_memory(int(most * 2**20))
+    server.bound_messages(options.message_memory_mib)
     if options.ready_file:
         announce_ready(options.ready_file, server.port)
     print(f'parameter shard {options.shard} serves on {server.address}', flush=True)

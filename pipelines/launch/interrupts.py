@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Ended(BaseException):
-    """A signal asked for the end. Beam's threads and waits catch every `Exception`."""
+    """Raised on a signal that requests the end; not an `Exception`, since Beam catches those."""
 
 
 def raise_ended(*_: Any) -> None:
@@ -47,17 +47,19 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 class StartUp:
     """Ends the process at once on a signal, until the launcher takes over. A context manager.
 
-    Nothing of a new run remains. It raises no exception, since an exception in the middle of an
-    import leaves it as another one.
+    Nothing of a new run remains. Exits without raising, since an import would turn the exception
+    into another one.
 
     Attributes:
       directory: the run's; None before it is open.
       remote: the run's remote place, released at the end; None for a local run.
+      launched: whether the launcher has taken over; what it wrote then remains.
     """
 
     def __init__(self) -> None:
         self.directory: RunDirectory | None = None
         self.remote: RemoteRun | None = None
+        self.launched = False
         self._handled = handled(self._end)
 
     def __enter__(self) -> 'StartUp':
@@ -87,6 +89,9 @@ class StartUp:
 
     def _end(self, number: int, _frame: Any) -> None:
         name = signal.Signals(number).name
+        if self.launched:
+            last_words(sys.stdout, f'run.py: {name}: stopped at once, after the run\n')
+            os._exit(128 + number)
         if self.directory is not None and not self.directory.summary_file.exists():
             # As after a `UsageError`: removes a directory that is new and unused.
             self.directory.__exit__(UsageError, UsageError(name), None)

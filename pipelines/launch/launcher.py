@@ -236,7 +236,7 @@ class Launcher:
         )
 
     def _evaluate(self) -> Outcome:
-        """Exports and evaluates the last checkpoint, in a process of its own."""
+        """Exports and evaluates the last checkpoint, in a separate process."""
         file, policy = self.directory.path / EVALUATION_FILE, self.directory.policy
         before = _identity(file), _identity(policy)
         child = self._finish(file)
@@ -244,6 +244,8 @@ class Launcher:
             try:
                 child.start()
                 self._await(child, progress_file(file))
+            except OSError as error:  # a full disk; the summary follows
+                self.display.message(f'evaluation: not started ({error})')
             finally:
                 child.terminate()
         evaluated, exported = _identity(file) != before[0], _identity(policy) != before[1]

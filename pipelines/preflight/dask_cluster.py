@@ -95,7 +95,7 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
 def _answers(client: 'distributed.Client', addresses: Sequence[str]) -> dict[str, Any]:
     """Returns the report or the error of each worker.
 
-    Retries on OSError: for a moment the scheduler still lists a worker that has left.
+    Retries on OSError, since the scheduler lists a departed worker for a moment.
     """
     for _ in range(_ATTEMPTS - 1):
         answers = client.run(look_around, addresses, on_error='return')
@@ -183,6 +183,11 @@ def _require_slots(
 def _require_fit(answers: Mapping[str, Any]) -> None:
     """Checks the workers' reports."""
     for worker, answer in answers.items():
+        if isinstance(answer, OSError):
+            raise UsageError(
+                f'Dask worker {worker}: unreachable ({type(answer).__name__}: {answer}). Fix:'
+                ' restart it, or remove it from the cluster.'
+            )
         if isinstance(answer, BaseException):
             raise UsageError(
                 f'Dask worker {worker}: cannot run this project ({type(answer).__name__}:'

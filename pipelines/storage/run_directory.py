@@ -218,6 +218,8 @@ class RunDirectory:
             directory.mkdir(exist_ok=True)
         for leftover in self.checkpoints.glob(f'{_STAGING_PREFIX}*'):
             shutil.rmtree(leftover)  # of a run killed while it wrote a checkpoint
+        for leftover in self.checkpoints.glob('.replaced-*'):  # of the first versions
+            shutil.rmtree(leftover)
         for directory in (self.path, self.checkpoints, self.path / SERVERS):
             remove_leftovers(directory)
         shutil.rmtree(self.path / SHARD_CHECKPOINTS, ignore_errors=True)  # not moved in time

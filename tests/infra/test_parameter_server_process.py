@@ -1,5 +1,6 @@
 """Shards as processes: bad input, signals, kill -9 during a push, a hung shard."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -44,6 +45,17 @@ def shards(processes):
     with connect(_addresses(processes)) as client:
         client.initialise(_ZEROS)
     return processes
+
+
+def _stream(client):
+    """A stream that the shard has answered on."""
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(b''))
+    writer.begin(protocol.SCHEMA)
+    layout = {'layout': dataclasses.asdict(LAYOUT), 'session': f's{id(writer)}', 'shard': 0}
+    header = {**layout, 'num_shards': 1, 'wire_dtype': 'float32'}
+    writer.write_metadata(protocol.encode_header({**header, 'protocol': protocol.PROTOCOL_VERSION}))
+    assert b'shared_memory' in reader.read_chunk().app_metadata.to_pybytes()
+    return writer, reader
 
 
 def _addresses(shards):
@@ -148,6 +160,9 @@ class TestMemory:
                 with open(f'/proc/{shard.process.pid}/status') as status:
                     peak = next(line for line in status if line.startswith('VmHWM'))
                 assert int(peak.split()[1]) < 1 << 20  # kB: it never held the gigabyte
+                # Each stream has a thread with a stack of 8 MiB: 100 of them exceed 256 MiB.
+                streams = [_stream(hostile) for _ in range(100)]
+                assert len(streams) == 100
 
 
 class TestSignals:

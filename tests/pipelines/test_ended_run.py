@@ -11,7 +11,7 @@ import types
 import pytest
 
 from infra import disk
-from pipelines import evaluate, export, run
+from pipelines import evaluate, export, finish, run
 from pipelines.errors import UsageError
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
@@ -134,3 +134,15 @@ def test_an_output_that_holds_something_else_is_refused_and_left_alone(run_dir, 
         assert f'--output {output}: not ' in line
     assert sorted(run_dir.rglob('*')) == before
     assert config_lib.load(run_dir / 'config.json') == CONFIG
+
+
+def test_a_policy_that_cannot_be_exported_is_evaluated_all_the_same(monkeypatch, capsys):
+    def fail(_):
+        raise TypeError("the agent's own")
+
+    evaluated = []
+    monkeypatch.setattr(finish.export, 'main', fail)
+    monkeypatch.setattr(finish.evaluate, 'main', lambda argv: evaluated.append(argv) or 0)
+    assert finish.main(['runs/a', 'runs/a/evaluation.json']) == 1
+    assert evaluated == [('--run_dir=runs/a', '--output=runs/a/evaluation.json')]
+    assert "TypeError: the agent's own" in capsys.readouterr().err
