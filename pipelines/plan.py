@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         '--agent_steps_per_update',
         type=float,
         default=4.0,
-        help='Agent steps of all actors per update, as of the run. Default: 4.',
+        help='Agent steps of all actors for each update of the run. Default: 4.',
     )
     parser.add_argument(
         '--action_repeat', type=integer, default=4, help='Frames per agent step. Default: 4.'

@@ -26,7 +26,7 @@ from pipelines.monitoring.monitor import Worker
 from pipelines.storage.run_directory import RunDirectory
 
 GONE_SECONDS = 5.0
-"""A worker whose process is gone for this long is dead; at a run's end its job ends sooner."""
+"""A worker whose process is gone for this long is dead."""
 SILENCE_SECONDS = 45.0
 """A worker without a heartbeat for this long counts as dead."""
 START_SECONDS = 180.0

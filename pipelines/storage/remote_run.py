@@ -318,7 +318,7 @@ def _require_free(local: pathlib.Path) -> None:
         return  # no run is there
     if holder is not None:
         raise UsageError(
-            f'{local}: in use by process {holder}, whose run is active. Fix: wait until it ends, or'
+            f'{local}: in use by process {holder}. Fix: wait until it ends, or'
             ' choose another --run_dir.'
         )
 

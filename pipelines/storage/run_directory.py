@@ -136,8 +136,7 @@ class RunDirectory:
             held = lock(path)
         except InUseError as error:
             raise UsageError(
-                f'{error}, whose run is active. Fix: wait until it ends, or choose another'
-                ' --run_dir.'
+                f'{error}. Fix: wait until it ends, or choose another --run_dir.'
             ) from None
         except OSError as error:
             _remove_empty(path, created)

@@ -507,7 +507,7 @@ class TestOwner:
         first = start()
         first.mirror.copy()
         owner = gcs.content(f'{BELOW}owner.json')
-        with pytest.raises(UsageError, match='whose run is active'):
+        with pytest.raises(UsageError, match='in use by process'):
             start(resume=True)
         assert gcs.content(f'{BELOW}owner.json') == owner
 
