@@ -140,9 +140,9 @@ def test_a_policy_that_cannot_be_exported_is_evaluated_all_the_same(monkeypatch,
     def fail(_):
         raise TypeError("the agent's own")
 
-    evaluated = []
+    evaluated: list[tuple[str, ...]] = []
     monkeypatch.setattr(finish.export, 'main', fail)
-    monkeypatch.setattr(finish.evaluate, 'main', lambda argv: evaluated.append(argv) or 0)
+    monkeypatch.setattr(finish.evaluate, 'main', evaluated.append)
     assert finish.main(['runs/a', 'runs/a/evaluation.json']) == 1
     assert evaluated == [('--run_dir=runs/a', '--output=runs/a/evaluation.json')]
     assert "TypeError: the agent's own" in capsys.readouterr().err
