@@ -93,6 +93,11 @@ class Ahead:
 
     Its parameters are therefore one update older than with `InTurn`. New parameters are assigned
     between two gradients, never during one.
+
+    Attributes:
+      slots: memory for the batch that is copied and for the one that is computed.
+      staged: future of the next slot's sample.
+      computing: the pending gradient.
     """
 
     def __init__(self, network: Any, samples: Iterator[Any]) -> None:
@@ -103,11 +108,11 @@ class Ahead:
         """
         self._network = network
         self._samples = samples
-        self._slots: tuple[_Slot, ...] = ()
+        self.slots: tuple[_Slot, ...] = ()
         self._stager = ThreadPoolExecutor(1, 'batch-to-device')
         self._computer = ThreadPoolExecutor(1, 'gradient')
-        self._staged: Future | None = None  # of the next slot
-        self._computing: _UnderWay | None = None
+        self.staged: Future | None = None
+        self.computing: _UnderWay | None = None
         self._begun = 0  # gradients
         self._version = 0
         self._waiting_parameters: np.ndarray | None = None  # for the next gradient
@@ -118,14 +123,14 @@ class Ahead:
 
         Raises what `samples` raises, but never in place of a finished gradient.
         """
-        done = self._computing or self._begin(weights)
-        self._computing = None
+        done = self.computing or self._begin(weights)
+        self.computing = None
         done.end.result()
         # A finished gradient does not wait for the next batch. An error here is ignored: the next
         # call draws a new batch and raises the error if it persists.
-        if self._staged is not None and self._staged.done():
+        if self.staged is not None and self.staged.done():
             with contextlib.suppress(Exception):
-                self._computing = self._begin(weights)
+                self.computing = self._begin(weights)
         return Computed(done.sample, done.version, *done.slot.fetch())
 
     def parameters(self) -> np.ndarray:
@@ -149,13 +154,13 @@ class Ahead:
 
     def _begin(self, weights: Weights) -> '_UnderWay':
         """Starts the next gradient, then the copy of the following batch to the device."""
-        staged, self._staged = self._staged or self._stage(weights), None
+        staged, self.staged = self.staged or self._stage(weights), None
         sample = staged.result()
-        slot = self._slots[self._begun % 2]
+        slot = self.slots[self._begun % 2]
         self._set_waiting()
         under_way = _UnderWay(sample, self._version, slot, self._computer.submit(slot.compute))
         self._begun += 1
-        self._staged = self._stage(weights)
+        self.staged = self._stage(weights)
         return under_way
 
     def _stage(self, weights: Weights) -> Future:
@@ -166,8 +171,8 @@ class Ahead:
             sample = next(self._samples)
             of_rows = weights(sample)
             columns = (*sample.transition, *(() if of_rows is None else (of_rows,)))
-            self._slots = self._slots or tuple(_Slot(self._network, columns) for _ in range(2))
-            self._slots[index].stage(*columns)
+            self.slots = self.slots or tuple(_Slot(self._network, columns) for _ in range(2))
+            self.slots[index].stage(*columns)
             return sample
 
         return self._stager.submit(stage)
@@ -196,6 +201,7 @@ class _Slot:
     Attributes:
       stage: copies the columns of a batch, then its weights if there are any, to the device.
       compute: computes the gradient of the staged batch.
+      batch, results: variables for the columns and for what `fetch` returns.
       fetch: returns gradient float32 [parameters], loss float32 [], absolute errors float32 [B].
     """
 
@@ -205,25 +211,25 @@ class _Slot:
         self._types = [spec.dtype for spec in specs]
         rows = specs[0].shape[0]
         with tf.device(network.device):
-            self._batch = [_variable(spec.shape, _kept(spec.dtype)) for spec in specs]
-            self._results = [_variable(shape, tf.float32) for shape in ([network.size], [], [rows])]
+            self.batch = [_variable(spec.shape, _kept(spec.dtype)) for spec in specs]
+            self.results = [_variable(shape, tf.float32) for shape in ([network.size], [], [rows])]
         self.stage = ArrayFunction(self._stage, specs, device=network.device)
         self.compute = ArrayFunction(self._compute, device=network.device)
         self.fetch = ArrayFunction(self._fetch, device=network.device)
 
     def _stage(self, *columns: tf.Tensor) -> None:
-        for variable, column in zip(self._batch, columns, strict=True):
+        for variable, column in zip(self.batch, columns, strict=True):
             variable.assign(tf.cast(column, variable.dtype))
 
     def _compute(self) -> None:
         columns = [
-            tf.cast(variable, kind) for variable, kind in zip(self._batch, self._types, strict=True)
+            tf.cast(variable, kind) for variable, kind in zip(self.batch, self._types, strict=True)
         ]
-        for variable, result in zip(self._results, self._network.flat_gradient(*columns)):
+        for variable, result in zip(self.results, self._network.flat_gradient(*columns)):
             variable.assign(result)
 
     def _fetch(self) -> tuple[tf.Tensor, ...]:
-        return tuple(variable.read_value() for variable in self._results)
+        return tuple(variable.read_value() for variable in self.results)
 
 
 def _variable(shape: Any, kind: tf.DType) -> tf.Variable:

@@ -39,10 +39,10 @@ _CLOSE_GRACE_SECONDS = 5.0
 _FIRST_BACK_OFF_SECONDS = 0.5
 _LONGEST_BACK_OFF_SECONDS = 30.0
 _STABLE_SECONDS = 60.0  # a server that served this long starts the next series of restarts afresh
-_FAILED_STARTS_TO_GIVE_UP = 5
-_ENDS_TO_GIVE_UP = 8  # each within `_STABLE_SECONDS`: two minutes with the back-offs between
+FAILED_STARTS_TO_GIVE_UP = 5
+ENDS_TO_GIVE_UP = 8  # each within `_STABLE_SECONDS`: two minutes with the back-offs between
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     'TF_CPP_MIN_LOG_LEVEL': '2',
     # All processes of a run may share two cores, so a shard computes on one thread.
     'OMP_NUM_THREADS': '1',
@@ -365,7 +365,7 @@ class Cluster:
         except Exception:  # no file handles left, an unreadable checkpoint: later it may go well
             _LOGGER.exception('%s could not be started.', server.name)
             server.start_at = now + server.back_off()
-            if server.ends >= _ENDS_TO_GIVE_UP:
+            if server.ends >= ENDS_TO_GIVE_UP:
                 self._abandon(server, f'could not be started {server.ends} times')
         else:
             self._restarts[server.component] += 1
@@ -380,10 +380,10 @@ class Cluster:
         if server.serving_since is None:
             server.failed_starts += 1
         delay = server.back_off()
-        if server.failed_starts >= _FAILED_STARTS_TO_GIVE_UP:
+        if server.failed_starts >= FAILED_STARTS_TO_GIVE_UP:
             self._abandon(server, f'started {server.failed_starts} times in vain')
             return
-        if server.ends >= _ENDS_TO_GIVE_UP:
+        if server.ends >= ENDS_TO_GIVE_UP:
             self._abandon(server, f'ended {server.ends} times, each soon after its start')
             return
         server.start_at = now + delay
@@ -458,7 +458,7 @@ def _plan_component(
             argv=argv,
             log_file=run_directory / 'logs' / f'{name}.log',
             ready_file=ready_file,
-            environment=_ENVIRONMENT,
+            environment=ENVIRONMENT,
             unset=('PYTHONDONTWRITEBYTECODE',),  # uncompiled imports take seconds at each start
             nice=config.nice,
         )

@@ -285,7 +285,7 @@ def _balanced(service: Mapping[str, Any]) -> tuple[str, int]:
     return host, service['spec']['ports'][0]['port']
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog='python -m infra.deployment',
         description=__doc__,
@@ -352,7 +352,7 @@ def _cluster(options: argparse.Namespace) -> list[Shard]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints flags or units and returns the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     try:
         shards = _hosts(options) if options.place == 'hosts' else _cluster(options)
         for shard in shards:

@@ -106,7 +106,7 @@ def _one_line(error: object) -> str:
     return ' '.join(str(error).split())
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog='python -m infra.probe', description=__doc__, allow_abbrev=False)
     parser.add_argument('kind', choices=sorted(QUESTIONS), help='Kind of the shards.')
     parser.add_argument('addresses', metavar='HOST:PORT,...', help='Addresses of the shards.')
@@ -130,7 +130,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Probes the shards, prints one line and returns the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     try:
         addresses = require_addresses(options.addresses.split(','))
         reach_directly(addresses)

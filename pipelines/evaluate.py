@@ -141,7 +141,7 @@ def _notify(text: str) -> None:
     print(f'evaluate.py: {text}', file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog='evaluate.py',
         description="Evaluate a run's newest checkpoint: no-op starts, otherwise the run's rules.",
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         type=nonempty_path,
         help='JSON file for the result. Default: a new evaluation-<time>.json in --run_dir.',
     )
-    return parser
+    return parser.parse_args(argv)
 
 
 def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) 
 @one_line_errors('evaluate.py', OSError)
 def main(argv: Sequence[str]) -> int:
     """Evaluates the newest checkpoint of a run; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     exit_with_launcher()
     try:
         overrides = overrides_of(arguments.episodes, arguments.epsilon, arguments.seed)

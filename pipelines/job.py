@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     reach_directly(addresses.all)  # and Beam's own workers, by loopback
     workers = tuple(int(worker) for worker in arguments.workers.split(','))
     _end_with_workers(len(workers))
-    work = WORK[arguments.kind](_config(arguments.config), addresses)
+    work = WORK[arguments.kind](read_config(arguments.config), addresses)
     transform = Workers(work, Submission(workers, arguments.submission))
     engine.register_flags()
     options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), extra))
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         _run(pipeline, options, engine, arguments.state_file)
 
 
-def _config(path: str) -> config_lib.ExperimentConfig:
+def read_config(path: str) -> config_lib.ExperimentConfig:
     if is_remote(path):
         return config_lib.from_json(read_bytes(path))
     return config_lib.load(pathlib.Path(path))

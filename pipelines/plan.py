@@ -150,7 +150,7 @@ def warnings(found: Plan, machine_cores: int, machine_gbit_per_second: float) ->
     return lines
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog='plan.py', description='Computes actors, learners, shards and machines for a target.'
     )
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help='Price of a machine per hour, in any currency. Default: no price is printed.',
     )
-    return parser
+    return parser.parse_args(argv)
 
 
 def _steps_per_second(arguments: argparse.Namespace) -> float:
@@ -220,7 +220,7 @@ def describe(
 @one_line_errors('plan.py')
 def main(argv: Sequence[str]) -> int:
     """Prints a plan as JSON; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     costs = read_costs(arguments.costs)
     found = plan(costs, _steps_per_second(arguments), arguments.agent_steps_per_update)
     for line in warnings(found, arguments.machine_cores, arguments.machine_gbit_per_second):

@@ -62,7 +62,7 @@ def _before(launch: 'Launch') -> ExperimentConfig:
     return config_lib.load(RunDirectory.existing(launch.run_dir or '').config_file)
 
 
-def _write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:
+def write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:
     """Writes `config.json`, unless the run cannot resume.
 
     Raises:
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         path = launch.run_dir or default_path(config.environment.game, config.preset)
         with RunDirectory.open(path, launch.resume) as directory:
             start_up.directory = directory
-            _write_config(config, directory, launch.resume)
+            write_config(config, directory, launch.resume)
             print(f'run directory: {directory.path}', flush=True)
             from pipelines.launch import launcher
 

@@ -443,7 +443,7 @@ def load_config(path: str) -> ParameterServerConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one shard until SIGTERM or SIGHUP; returns only the exit code of a failed start."""
-    options = _parse(arguments)
+    options = parse(arguments)
     stopped: list[int] = []
     for number in end_signals():
         if options.state_dir:
@@ -477,7 +477,7 @@ def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]
     server.keep_state(last=True)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
     add_shard_flags(parser, '--restore', 'Checkpoint directory to start from.', _STATE_SECONDS)
     parser.add_argument(

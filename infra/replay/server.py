@@ -47,7 +47,7 @@ _PORT_ATTEMPTS = 10
 _WAKE_SECONDS = 0.5
 _STOP_SECONDS = 2.0  # open streams may delay Reverb's orderly stop
 _STATE_SECONDS = 600.0  # seldom, since a shard blocks while it writes and a lost replay refills
-_SAVE_SECONDS = 600.0
+SAVE_SECONDS = 600.0
 _LAST_SAVE_SECONDS = 240.0  # supervisors kill after 300 (infra/kubernetes, infra/systemd)
 
 
@@ -324,7 +324,7 @@ def stop_server(server: 'reverb.Server') -> None:
     stopping.join(_STOP_SECONDS)
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog='python -m infra.replay.server', description=__doc__)
     where = 'Directory for checkpoints that a run requests.'
     add_shard_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
@@ -383,13 +383,13 @@ def _serve(server: 'reverb.Server', options: argparse.Namespace, stopped: thread
     # Polls, because another thread may take the signal and an unbounded wait would not return.
     while not stopped.wait(_WAKE_SECONDS):
         if options.state_dir and time.monotonic() >= due:
-            _keep_state(server.port, options.state_dir, _SAVE_SECONDS)
+            keep_state(server.port, options.state_dir, SAVE_SECONDS)
             due = time.monotonic() + period
     if options.state_dir:
-        _keep_state(server.port, options.state_dir, _LAST_SAVE_SECONDS)
+        keep_state(server.port, options.state_dir, _LAST_SAVE_SECONDS)
 
 
-def _keep_state(port: int, state_dir: str, timeout_seconds: float) -> None:
+def keep_state(port: int, state_dir: str, timeout_seconds: float) -> None:
     """Writes a checkpoint; prints a failure, after which the previous one remains the newest."""
     try:
         save([f'127.0.0.1:{port}'], timeout_seconds)
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs a shard until SIGTERM or SIGHUP; returns 0, or 2 if it fails to start."""
     process.exit_with_launcher()
     reach_directly(())  # the shard calls itself over loopback to write its state
-    options = _parse(arguments)
+    options = parse(arguments)
     stopped = threading.Event()
     for number in process.end_signals():
         signal.signal(number, lambda *_: stopped.set())

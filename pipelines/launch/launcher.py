@@ -312,7 +312,7 @@ def _claim(client: ParameterClient, run: str) -> None:
         raise UsageError(str(error)) from error
 
 
-def _mirrored(launcher: Launcher, remote: RemoteRun) -> int:
+def mirrored(launcher: Launcher, remote: RemoteRun) -> int:
     """Calls `Launcher.run` and copies its directory to the remote place, during and after it."""
     with Mirror(remote, launcher.directory, launcher.display.message) as mirror:
         code = launcher.run()
@@ -353,4 +353,4 @@ def launch(
         Signals(display, directory) as signals,
     ):
         launcher = Launcher(config, launch_, directory, display, signals)
-        return launcher.run() if remote is None else _mirrored(launcher, remote)
+        return launcher.run() if remote is None else mirrored(launcher, remote)

@@ -33,7 +33,7 @@ _STOPPING = (
     ' last checkpoint'
 )
 _STATUS_SECONDS = 2.0
-_DRAIN_SECONDS = 120.0  # an update, the end of a segment and of a writer, on a busy machine
+DRAIN_SECONDS = 120.0  # an update, the end of a segment and of a writer, on a busy machine
 _RETURN_SECONDS = 90.0  # a server that hangs is killed after 30 and restarts within a minute
 _PARAMETERS_SECONDS = 60.0  # training that a shard's death may cost; a save takes under a second
 _MANY_OUTLIERS = 0.001  # share of dropped gradients that is worth a warning
@@ -302,10 +302,10 @@ class Training:
             self.saver.save_parameters()
 
     def _drain(self) -> None:
-        """Asks the workers to end and waits for them; kills them after `_DRAIN_SECONDS`."""
+        """Asks the workers to end and waits for them; kills them after `DRAIN_SECONDS`."""
         own_time = OwnTime()
         ask = Due(ASK_SECONDS, at_once=True)  # repeated, since the shard may restart
-        while self.jobs.running and own_time.look() < _DRAIN_SECONDS:
+        while self.jobs.running and own_time.look() < DRAIN_SECONDS:
             if ask.take():
                 self._attempt(self._ask_to_stop)
             self._attempt(self.look)

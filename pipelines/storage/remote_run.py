@@ -190,7 +190,7 @@ class RemoteRun:
         """
         owner = self._owner()
         if owner and owner.get('id') != (read_json(self.local / MARK_FILE) or {}).get('owner'):
-            age = _age(owner)
+            age = age_of(owner)
             if age < _OWNER_SECONDS:
                 raise UsageError(
                     f'{self.url}: in use by {_describe(owner)} (last heartbeat {age:.0f} s ago).'
@@ -337,7 +337,7 @@ def _local_updates(local: pathlib.Path) -> int | None:
         return -1
 
 
-def _updates(content: bytes | None) -> int:
+def updates_in(content: bytes | None) -> int:
     """Updates in the content of a `run.json`, -1 if it is damaged."""
     with contextlib.suppress(ValueError):
         updates = unseal(parse_object(content or b'')).get('updates')
@@ -347,7 +347,7 @@ def _updates(content: bytes | None) -> int:
 
 def _newest(checkpoints: Mapping[str, bytes | None]) -> int:
     """Updates of the newest checkpoint, given each `run.json`; -1 if there is none."""
-    return max((_updates(content) for content in checkpoints.values()), default=-1)
+    return max((updates_in(content) for content in checkpoints.values()), default=-1)
 
 
 def checkpoint_of(name: str) -> str:
@@ -383,7 +383,7 @@ def _content(file: pathlib.Path) -> bytes | None:
         return None
 
 
-def _age(owner: Mapping[str, Any]) -> float:
+def age_of(owner: Mapping[str, Any]) -> float:
     """Seconds since the last heartbeat; the clocks of two machines may differ a little."""
     when = finite(owner.get('time'))
     return 0.0 if when is None else max(0.0, time.time() - when)

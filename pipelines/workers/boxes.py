@@ -84,9 +84,9 @@ class ActorWorker:
             self._status.report(self._describe)
         return made
 
-    def sync(self) -> None:
-        """Reports agent steps and pulls newer parameters."""
-        self._actor.sync()
+    def sync(self) -> Any:
+        """Reports agent steps, pulls newer parameters and returns the clock."""
+        return self._actor.sync()
 
     def wait(self) -> bool:
         """Keeps reporting while the replay accepts nothing; returns whether to stop waiting."""

@@ -144,7 +144,7 @@ class TestDockerfiles:
         for name in ('python', 'servers'):
             for each in stage(name).instructions:
                 found |= each.assignments({}) if each.name == 'ENV' else {}
-        assert cluster._ENVIRONMENT.items() <= found.items()
+        assert cluster.ENVIRONMENT.items() <= found.items()
 
 
 class TestPins:

@@ -18,16 +18,16 @@ from pipelines.experiment import config as config_lib
 # Each command other than run.py and servers.py, which share theirs: its parser's call, what it
 # needs, and its flags that are whole numbers.
 COMMANDS: dict[str, tuple[Callable, list[str], list[str]]] = {
-    'plan.py': (plan._parser().parse_args, ['--target_fps=1'], ['action_repeat', 'machine_cores']),
-    'evaluate.py': (evaluate._parser().parse_args, ['--run_dir=a'], ['episodes', 'seed']),
+    'plan.py': (plan.parse, ['--target_fps=1'], ['action_repeat', 'machine_cores']),
+    'evaluate.py': (evaluate.parse, ['--run_dir=a'], ['episodes', 'seed']),
     'python -m infra.deployment hosts': (
-        deployment._parse,
+        deployment.parse,
         ['hosts', '--parameter_hosts=a', '--replay_hosts=b'],
         ['parameter_shards', 'replay_shards', 'parameter_port', 'replay_port'],
     ),
-    'python -m infra.replay.server': (replay_server._parse, ['--config=a'], ['shard', 'port']),
+    'python -m infra.replay.server': (replay_server.parse, ['--config=a'], ['shard', 'port']),
     'python -m infra.parameter_server.server': (
-        parameter_server._parse,
+        parameter_server.parse,
         ['--config=a'],
         ['shard', 'port'],
     ),

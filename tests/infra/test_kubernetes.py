@@ -134,14 +134,14 @@ def server_options(overlay, kind, shard=0):
     found = container(overlay, kind)
     module = SERVERS[kind]
     assert found['command'] == ['python', '-m', module.__name__]
-    return module._parse([each.replace('$(SHARD)', str(shard)) for each in found['args']])
+    return module.parse([each.replace('$(SHARD)', str(shard)) for each in found['args']])
 
 
 def probe_options(question):
     """A probe's command, parsed by infra.probe."""
     python, dash, module, *arguments = question['exec']['command']
     assert (python, dash, module) == ('python', '-m', probe.__name__)
-    return probe._parse(arguments)
+    return probe.parse(arguments)
 
 
 def config_texts(overlay):
@@ -341,7 +341,7 @@ def test_a_question_to_a_shard_ends_before_its_probe_does(overlay, kind):
 @each_overlay
 def test_a_replay_shard_that_writes_its_state_is_not_killed_for_it(overlay):
     patience = seconds_until_killed(container(overlay, 'replay')['livenessProbe'])
-    assert patience > replay_server._SAVE_SECONDS
+    assert patience > replay_server.SAVE_SECONDS
 
 
 @each_overlay
@@ -428,7 +428,7 @@ def test_every_container_may_write_where_its_home_is(overlay):
 def test_shards_have_the_environment_of_a_runs_own(overlay):
     for kind in KINDS:
         found = environment(overlay, container(overlay, kind))
-        assert {name: found[name] for name in cluster._ENVIRONMENT} == cluster._ENVIRONMENT
+        assert {name: found[name] for name in cluster.ENVIRONMENT} == cluster.ENVIRONMENT
 
 
 def test_the_images_are_those_that_the_dockerfile_makes():
@@ -588,7 +588,7 @@ def test_a_pod_in_the_place_of_another_goes_on_with_its_run(tmp_path):
 
 def test_a_launcher_has_time_for_its_last_checkpoint():
     pod = templates(DASK)['gorila-launcher']['spec']
-    assert pod['terminationGracePeriodSeconds'] >= training._DRAIN_SECONDS + 120
+    assert pod['terminationGracePeriodSeconds'] >= training.DRAIN_SECONDS + 120
 
 
 def test_every_box_of_a_dask_run_admits_those_who_call_it_and_no_others():

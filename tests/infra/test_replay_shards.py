@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -291,7 +292,8 @@ class TestBounds:
         attempts = []
         monkeypatch.setattr(dataset_lib, '_RETRY_SECONDS', 0.01)
         # No record is kept: it would hold its error, the error its frames.
-        monkeypatch.setattr(dataset_lib._LOGGER, 'warning', lambda *_: attempts.append(1))
+        logger = logging.getLogger(dataset_lib.__name__)
+        monkeypatch.setattr(logger, 'warning', lambda *_: attempts.append(1))
         server = reverb.Server([reverb.Table.queue('another', 1)], port=None)
 
         def threads_after(count):
@@ -550,7 +552,7 @@ class TestCheckpoints:
     def test_a_state_that_cannot_be_written_leaves_no_part_of_it(self, tmp_path, capfd):
         (tmp_path / 'incoming-x' / '2026').mkdir(parents=True)
         nobody = portpicker.pick_unused_port()
-        server_lib._keep_state(nobody, str(tmp_path), timeout_seconds=0.5)
+        server_lib.keep_state(nobody, str(tmp_path), timeout_seconds=0.5)
         assert 'no state written' in capfd.readouterr().err
         assert list((tmp_path / 'incoming-x').iterdir()) == []
 

@@ -23,7 +23,7 @@ SYSTEMD = ROOT / 'infra' / 'systemd'
 KINDS = deployment.KINDS
 SYSTEM_UNITS = pathlib.Path('/usr/lib/systemd/system')
 STOP_SECONDS = 30.0
-PARSERS = {'parameter': parameter_server._parse, 'replay': replay_server._parse}
+PARSERS = {'parameter': parameter_server.parse, 'replay': replay_server.parse}
 
 with_systemd = pytest.mark.skipif(
     not (shutil.which('systemd-analyze') and SYSTEM_UNITS.is_dir()),
@@ -136,7 +136,7 @@ def test_a_replay_shard_has_time_to_write_what_it_holds():
 
 def test_shards_have_the_environment_of_a_runs_own():
     found = environment()
-    assert {name: found[name] for name in cluster._ENVIRONMENT} == cluster._ENVIRONMENT
+    assert {name: found[name] for name in cluster.ENVIRONMENT} == cluster.ENVIRONMENT
 
 
 def test_tls_reaches_the_parameter_server_as_flags():

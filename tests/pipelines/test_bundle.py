@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import reverb
 
+from agents import policy as policy_lib
 from infra import telemetry
 from infra.parameter_server import client as client_lib
 from pipelines.experiment import presets
 from pipelines.experiment.launch import Addresses
 from pipelines.transforms.bundle import SEGMENT_AGENT_STEPS
+from pipelines.workers import boxes
 from pipelines.workers.bundle import open_bundle
 from pipelines.workers.spec import WorkerSpec
 from tests.support import parameter_servers
@@ -74,6 +76,13 @@ def opened(monkeypatch):
         yield opened
 
 
+def results(monkeypatch, module, name):
+    """All that a function of a module returns from now on."""
+    made, make = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: made.append(make(*args)) or made[-1])
+    return made
+
+
 def turn(bundle, segment):
     """One turn of a bundle: it acts, then it learns."""
     return bundle.learn(bundle.actor.run(segment, SEGMENT_AGENT_STEPS))
@@ -110,17 +119,17 @@ def test_what_a_bundle_asks_before_each_step_brings_nothing_unless_others_pushed
     assert tape.modified == [True] + [False] * (SEGMENT_AGENT_STEPS - 2)
 
 
-def test_actor_and_learner_of_a_bundle_have_one_network_which_is_the_newest(opened):
+def test_actor_and_learner_of_a_bundle_have_one_network_which_is_the_newest(opened, monkeypatch):
+    networks = results(monkeypatch, boxes, 'learners_network')
+    policies = results(monkeypatch, policy_lib, 'GreedyPolicy')
     (bundle, tape), (other, _) = opened()
     for segment in range(2):
         turn(bundle, segment)
         turn(other, segment)
-    network = bundle.learner._learner._gradients._network
-    policy = bundle.actor._actor._behaviour._policy
-    bundle.actor.sync()
+    clock = bundle.actor.sync()
     with parameter_servers.connect([c.address for c in tape.connections], tape.layout) as observer:
         newest = observer.pull().values
         assert [shard['clients'] for shard in observer.report()['shards']] == [3, 3]  # itself too
-    np.testing.assert_array_equal(policy.parameters(), newest)
-    np.testing.assert_array_equal(network.parameters(), newest)
-    assert bundle.actor._actor.clock.agent_steps == 4 * SEGMENT_AGENT_STEPS
+    np.testing.assert_array_equal(policies[0].parameters(), newest)
+    np.testing.assert_array_equal(networks[0].parameters(), newest)
+    assert clock.agent_steps == 4 * SEGMENT_AGENT_STEPS

@@ -69,7 +69,7 @@ def test_what_a_resumption_changes_is_noted_beside_the_configuration(run_dir, tm
     new = config_lib.replace(CONFIG, {'learning_rate': 0.1, 'max_frames': 9_000_000})
     with RunDirectory.open(tmp_path / 'run', resume=True) as directory:
         for _ in range(2):
-            run._write_config(new, directory, resume=True)
+            run.write_config(new, directory, resume=True)
         assert config_lib.load(directory.config_file) == new
         rows = [json.loads(line) for line in directory.resumptions_file.read_text().splitlines()]
     for row in rows:
@@ -86,7 +86,7 @@ def test_a_resumption_with_nothing_left_to_train_names_what_can_be_done_instead(
     done = config_lib.replace(CONFIG, {'max_frames': 400, 'min_replay_size': 1})
     with RunDirectory.open(path, resume=True) as directory:
         with pytest.raises(UsageError) as refused:
-            run._write_config(done, directory, resume=True)
+            run.write_config(done, directory, resume=True)
     text = str(refused.value)
     assert '400 of --max_frames 400' in text
     for command in ('raise --max_frames', 'pipelines/evaluate.py', 'pipelines/export.py'):

@@ -66,16 +66,16 @@ def test_an_episode_with_a_value_that_is_no_number_is_left_out(tmp_path, change)
     ],
 )
 def test_updates_of_a_remote_checkpoint_are_read_by_its_seal(content, updates):
-    assert remote_run._updates(content) == updates
+    assert remote_run.updates_in(content) == updates
 
 
 @pytest.mark.parametrize('when', [HUGE, float('nan'), float('inf'), 'noon', None])
 def test_an_owner_whose_time_is_no_number_was_heard_of_now(when):
-    assert remote_run._age({'time': when}) == 0.0
+    assert remote_run.age_of({'time': when}) == 0.0
 
 
 def test_an_owner_with_a_time_is_as_old_as_that():
-    assert remote_run._age({'time': time.time() - 60}) == pytest.approx(60, abs=5)
+    assert remote_run.age_of({'time': time.time() - 60}) == pytest.approx(60, abs=5)
 
 
 RESULT = {'protocol': 'no-op starts', 'episodes': 2, 'epsilon': 0.0, 'mean': 1.5, 'std': 0.5}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agents.config import STALENESS_BOUNDS
-from pipelines.monitoring import counters, episodes, learning_curve
+from pipelines.monitoring import counters, episodes, learning_curve, tensorboard
 from pipelines.monitoring.monitor import Monitor, MonitorConfig
 
 CONFIG = MonitorConfig(game='pong', preset='laptop', seed=7, max_frames=4000)
@@ -286,7 +286,7 @@ class TestBadEvents:
             raise ValueError('unforeseen')
 
         with monkeypatch.context() as patched:
-            patched.setattr(monitor._scalars, 'write', fail)
+            patched.setattr(tensorboard.ScalarWriter, 'write', fail)
             taken = monitor.fold([episode(1.0, 1.0), event('actor', epsilon=0.5)])
         assert len(taken) == 2
         assert monitor.state().epsilon == 0.5

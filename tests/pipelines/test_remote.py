@@ -142,7 +142,7 @@ def launch(started, train):
     with open_display() as display, Signals(display, started.directory) as signals:
         whole = launcher.Launcher(CONFIG, parsed, started.directory, display, signals)
         whole.run = train  # type: ignore[method-assign]
-        return launcher._mirrored(whole, started.remote)
+        return launcher.mirrored(whole, started.remote)
 
 
 def puts(gcs, since=0):
@@ -804,6 +804,6 @@ class TestReading:
 
     def test_a_job_reads_its_configuration_from_there(self, gcs, start):
         start().end()
-        assert job._config(f'{URL}/config.json') == CONFIG
+        assert job.read_config(f'{URL}/config.json') == CONFIG
         with pytest.raises(UsageError, match='no such file'):
-            job._config(f'{URL}/other.json')
+            job.read_config(f'{URL}/other.json')

@@ -74,7 +74,7 @@ def test_a_second_one_ends_the_process_though_its_words_cannot_be_written(signal
         raise Ended(code)
 
     monkeypatch.setattr(os, '_exit', end)
-    monkeypatch.setattr(signals._display, 'abandon', lambda _: 1 / 0)
+    monkeypatch.setattr(PlainDisplay, 'abandon', lambda *_: 1 / 0)
     with pytest.raises(Ended, match='130'):
         send(signal.SIGINT, signal.SIGINT)
 

@@ -53,7 +53,7 @@ def get_ahead(stream):
     """Draws gradients until the next one has begun; returns the last one drawn."""
     for _ in range(100):
         drawn = stream.next(no_weights)
-        if stream._computing is not None:
+        if stream.computing is not None:
             return drawn
     raise AssertionError('it never is ahead')
 
@@ -141,8 +141,8 @@ class TestPlacement:
             pytest.skip('this TensorFlow has no kernels for GPUs')
         stream = ahead(weighted=True)
         stream.next(lambda sample: np.ones(BATCH, np.float32))
-        (slot, _) = stream._slots
-        kept = {variable.dtype for variable in (*slot._batch, *slot._results)}
+        (slot, _) = stream.slots
+        kept = {variable.dtype for variable in (*slot.batch, *slot.results)}
         for kind in kept:
             assert has_gpu_kernel('VarHandleOp', {'dtype': kind.as_datatype_enum})
         actions = {'dtype': tf.int32.as_datatype_enum}  # as they come
@@ -203,9 +203,9 @@ class TestAhead:
     def test_a_gradient_comes_to_the_host_while_the_next_is_computed(self, ahead):
         stream = ahead()
         last = get_ahead(stream).sample.number
-        assert eventually(stream._staged.done)
+        assert eventually(stream.staged.done)
         begun, may_end = threading.Event(), threading.Event()
-        for slot in stream._slots:
+        for slot in stream.slots:
             compute = slot.compute
 
             def held(compute=compute):
@@ -217,7 +217,7 @@ class TestAhead:
         stream.next(no_weights)  # its computation began before it was held
         # The one behind is held, and yet:
         assert begun.wait(WAIT_SECONDS)
-        assert not stream._computing.end.done()
+        assert not stream.computing.end.done()
         may_end.set()
         assert stream.next(no_weights).sample.number == last + 2
 
@@ -232,7 +232,7 @@ class TestAhead:
         stream = ahead(counted())
         get_ahead(stream)
         staged = threading.Event()
-        for slot in stream._slots:
+        for slot in stream.slots:
             stage, compute = slot.stage, slot.compute
 
             def told(*columns, stage=stage):
@@ -245,22 +245,21 @@ class TestAhead:
 
             slot.stage, slot.compute = told, held
         for _ in range(3):
-            assert eventually(stream._staged.done)
+            assert eventually(stream.staged.done)
             last = stream.next(no_weights).sample.number
         # One gradient is ahead, and one batch ahead of that.
         assert eventually(lambda: drawn[-1] == last + 2)
 
     def test_parameters_that_arrive_are_those_of_the_gradient_that_begins_next(self, ahead):
-        stream = ahead()
-        stream.set_parameters([np.zeros(stream._network.size, np.float32)], 7)
+        stream, expected = ahead(), dqn_agents.gradient()
+        stream.set_parameters([np.zeros(expected.size, np.float32)], 7)
         old = get_ahead(stream)
-        ones = np.full(stream._network.size, 1e-2, np.float32)
+        ones = np.full(expected.size, 1e-2, np.float32)
         stream.set_parameters([ones[:100], ones[100:]], 8)
         ones[:] = 9.0  # parts are lent
         assert (old.version, stream.next(no_weights).version) == (7, 7)
         new = stream.next(no_weights)
         assert new.version == 8
-        expected = dqn_agents.gradient()
         expected.set_parameters(np.full(expected.size, 1e-2, np.float32))
         transition = new.sample.transition
         np.testing.assert_array_equal(new.gradient, expected.gradient(transition)[0])
