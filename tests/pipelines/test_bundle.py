@@ -79,7 +79,12 @@ def opened(monkeypatch):
 def results(monkeypatch, module, name):
     """All that a function of a module returns from now on."""
     made, make = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: made.append(make(*args)) or made[-1])
+
+    def record(*args):
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(module, name, record)
     return made
 
 

@@ -47,9 +47,9 @@ class Gcs:
 
     def __init__(self) -> None:
         self.refuse: Callable[[str, str], int | None] = lambda method, address: None
-        self._storage = _Logged()
-        self._lock = threading.Lock()
-        buckets.create_bucket(BUCKET, self._storage)
+        self.storage = _Logged()
+        self.lock = threading.Lock()
+        buckets.create_bucket(BUCKET, self.storage)
         self._port = 0
 
     def environment(self, directory: pathlib.Path) -> dict[str, str]:
@@ -73,26 +73,26 @@ class Gcs:
     @property
     def changes(self) -> list[tuple[str, str]]:
         """What was written and deleted, in its order."""
-        return list(self._storage.changes)
+        return list(self.storage.changes)
 
     def names(self, below: str) -> set[str]:
         """Objects in the bucket below a prefix, without it."""
-        found = list(self._storage.objects.get(BUCKET, {}))
+        found = list(self.storage.objects.get(BUCKET, {}))
         return {name.removeprefix(below) for name in found if name.startswith(below)}
 
     def content(self, name: str) -> bytes:
         """An object's content."""
-        return self._storage.get_file(BUCKET, name)
+        return self.storage.get_file(BUCKET, name)
 
     def put(self, name: str, content: bytes) -> None:
         """Makes an object past the endpoint."""
         resource = {'bucket': BUCKET, 'name': name, 'size': str(len(content)), 'generation': '1'}
         resource |= {'updated': '2026-01-01T00:00:00Z'}
-        self._storage.create_file(BUCKET, name, content, resource)
+        self.storage.create_file(BUCKET, name, content, resource)
 
     def delete(self, name: str) -> None:
         """Deletes an object past the endpoint."""
-        self._storage.delete_file(BUCKET, name)
+        self.storage.delete_file(BUCKET, name)
 
     def start(self) -> None:
         """Listens, after a `stop` at the same port again."""
@@ -117,7 +117,7 @@ class Gcs:
 class _Handler(RequestHandler):
     def __init__(self, gcs: Gcs, *args: Any):
         self._gcs = gcs
-        super().__init__(gcs._storage, *args)
+        super().__init__(gcs.storage, *args)
 
     def do_GET(self) -> None:
         self._serve(super().do_GET)
@@ -134,7 +134,7 @@ class _Handler(RequestHandler):
         elif status := self._gcs.refuse(self.command, urllib.parse.unquote(self.path)):
             self._refuse(status)
         else:
-            with self._gcs._lock:
+            with self._gcs.lock:
                 answer()
 
     def _refuse(self, status: int) -> None:
