@@ -73,7 +73,10 @@ def write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool
             _note_resumption(config, directory)
         write_atomically(directory.config_file, config_lib.to_json(config))
     except OSError as error:
-        raise UsageError(f'{directory.config_file}: cannot be written ({error}).') from error
+        raise UsageError(
+            f'{directory.config_file}: cannot be written ({error}). Fix: free space, or'
+            ' gain write access.'
+        ) from error
 
 
 def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:

@@ -82,7 +82,9 @@ def write_configurations(config: ExperimentConfig, launch: Launch, directory: pa
         for component in (REPLAY, PARAMETER_SERVER):
             print(write_settings(servers, component, directory))
     except OSError as error:
-        raise UsageError(f'--config_dir {directory}: cannot be written ({error}).') from error
+        raise UsageError(
+            f'--config_dir {directory}: cannot be written ({error}). Fix: name another directory.'
+        ) from error
 
 
 def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:

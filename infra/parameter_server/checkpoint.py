@@ -283,8 +283,8 @@ def read_only_part(directory: str, shard: int, num_shards: int, optimizer: str) 
     part = manifest['parts'][0]
     if part['prefix'] != _prefix(shard, num_shards):
         raise CheckpointMismatchError(
-            f'{directory} holds {part["prefix"]}, this is {_prefix(shard, num_shards)}; give each'
-            ' shard a directory of its own, and a new experiment an empty one'
+            f'{directory} holds {part["prefix"]}, this is {_prefix(shard, num_shards)}. Fix: give'
+            ' each shard its own directory, and a new experiment an empty one.'
         )
     arrays = {name: _read_array(directory, part, name) for name in part['arrays']}
     layout = Layout(**manifest['layout'])
@@ -298,8 +298,8 @@ def _prefix(shard: int, num_shards: int) -> str:
 def _require_optimizer(directory: str, manifest: dict[str, Any], optimizer: str) -> None:
     if manifest['optimizer'] != optimizer:
         raise CheckpointMismatchError(
-            f'{directory} was made with --optimizer={manifest["optimizer"]}, not {optimizer}; '
-            f'use --optimizer={manifest["optimizer"]} or another checkpoint'
+            f'{directory} was made with --optimizer={manifest["optimizer"]}, not {optimizer}. '
+            f'Fix: use --optimizer={manifest["optimizer"]} or another checkpoint.'
         )
 
 

@@ -54,8 +54,8 @@ class OwnState:
         damaged = sorted(path.name for path in directory.glob(f'{disk.DAMAGED}*'))
         if damaged:
             raise DamagedCheckpointError(
-                f'{directory}: the state is damaged ({", ".join(damaged)}); put it back, or'
-                ' remove these to start empty'
+                f'{directory}: the state is damaged ({", ".join(damaged)}). Fix: put it back,'
+                ' or remove these to start empty.'
             )
         return None
 

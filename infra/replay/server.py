@@ -166,8 +166,8 @@ def save(addresses: Sequence[str], timeout_seconds: float = 120.0, keep: int = 2
         if not written[i]:
             late = f'no answer within {timeout_seconds:g} s'
             raise ReplayUnavailable(
-                f'replay shard {address} wrote no checkpoint: {paths[i] or late}; look at its log'
-                ' and at the free disk space'
+                f'replay shard {address} wrote no checkpoint: {paths[i] or late}. Fix: look at'
+                ' its log and at the free disk space.'
             )
     return [_publish(path, keep) for path in paths]
 

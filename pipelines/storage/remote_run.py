@@ -115,6 +115,7 @@ class RemoteRun:
         if newest > here:
             raise UsageError(
                 f'{self.url}: has {newest} updates, {local} only {here}; nothing copied.'
+                f' Fix: resume the run with `--run_dir {self.url} --resume`.'
             )
         self._mark_uploaded(there)
 

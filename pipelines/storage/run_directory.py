@@ -308,7 +308,9 @@ def _permitted(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise UsageError(f'{path}: not readable ({error.strerror}).') from error
+        raise UsageError(
+            f'{path}: not readable ({error.strerror}). Fix: ask its owner for access.'
+        ) from error
 
 
 def _require_run(path: pathlib.Path, alternative: str) -> None:

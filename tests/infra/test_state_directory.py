@@ -117,7 +117,7 @@ def test_a_shard_whose_states_are_all_damaged_does_not_start_empty(saved):
 
 @pytest.mark.parametrize(
     ('place', 'message'),
-    [((1, 2, 'adagrad'), 'a directory of its own'), ((0, 1, 'adam'), 'use --optimizer=adagrad')],
+    [((1, 2, 'adagrad'), 'its own directory'), ((0, 1, 'adam'), 'use --optimizer=adagrad')],
 )
 def test_a_state_of_another_shard_or_optimizer_is_refused(saved, place, message):
     own = OwnState(str(saved), *place)
