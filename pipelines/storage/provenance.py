@@ -1,0 +1,86 @@
+"""Provenance: what produced a result, as JSON values (command, code, machine, packages)."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shlex
+import socket
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PACKAGES = (
+    'ale-py',
+    'apache-beam',
+    'dm-reverb',
+    'gymnasium',
+    'numpy',
+    'pyarrow',
+    'tensorflow',
+    'tf-agents',
+)
+_GIT_SECONDS = 10.0
+
+
+def describe(argv: Sequence[str]) -> dict[str, Any]:
+    """Describes this process: time (ISO 8601), command, git revision, machine and packages.
+
+    Args:
+      argv: the command, program first.
+    """
+    return {
+        'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'command': shlex.join(argv),
+        'git': _revision(),
+        'host': socket.gethostname(),
+        'processor': _processor(),
+        'cores': len(os.sched_getaffinity(0)),
+        'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
+        'system': platform.platform(),
+        'python': platform.python_version(),
+        'packages': {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package, None if it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> dict[str, Any] | None:
+    """Commit of this checkout and whether it has changes; None outside a git checkout."""
+    commit = _git('rev-parse', 'HEAD')
+    if not (_ROOT / '.git').exists() or commit is None:
+        return None
+    changes = _git('status', '--porcelain', '--untracked-files=no')
+    return {'commit': commit, 'dirty': changes != ''}
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in this checkout, None if it fails."""
+    try:
+        done = subprocess.run(
+            ['git', '-C', str(_ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    """Name of the processor, by the kernel."""
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor())

@@ -1,0 +1,34 @@
+"""Provenance: the values describe this checkout, machine and environment."""
+
+import json
+import os
+import pathlib
+import subprocess
+
+import numpy as np
+
+from pipelines.storage import provenance
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_a_description_holds_command_machine_and_packages():
+    described = provenance.describe(['run.py', '--run_dir', 'my run'])
+    assert described['command'] == "run.py --run_dir 'my run'"
+    assert described['cores'] == len(os.sched_getaffinity(0))
+    assert described['packages']['numpy'] == np.__version__
+    assert described['packages']['tensorflow'] == '2.15.1'  # requirements.txt
+    json.dumps(described, allow_nan=False)
+
+
+def test_the_revision_is_that_of_the_checkout():
+    described = provenance.describe(['run.py'])['git']
+    head = subprocess.run(
+        ['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert described['commit'] == head.stdout.strip()
+
+
+def test_outside_git_there_is_no_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, '_ROOT', tmp_path)
+    assert provenance.describe(['run.py'])['git'] is None
