@@ -1,11 +1,9 @@
 """Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
 
-import json
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
@@ -18,6 +16,7 @@ from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
+from pipelines.storage import provenance
 from pipelines.storage.run_directory import RunDirectory, command, default_path
 
 # Beam and TensorFlow take seconds to import: functions do it, under `StartUp`, after the checks.
@@ -62,15 +61,18 @@ def _before(launch: 'Launch') -> ExperimentConfig:
     return config_lib.load(RunDirectory.existing(launch.run_dir or '').config_file)
 
 
-def write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool) -> None:
-    """Writes `config.json`, unless the run cannot resume.
+def write_config(config: ExperimentConfig, launch: 'Launch', directory: RunDirectory) -> None:
+    """Writes `config.json` and a line of `launches.jsonl`, unless the run cannot resume.
 
     Raises:
-      UsageError: the file is not writable, no checkpoint readable, or nothing left to train.
+      UsageError: a file is not writable, no checkpoint readable, or nothing left to train.
     """
     try:
-        if resume:
-            _note_resumption(config, directory)
+        row = {**provenance.describe(sys.orig_argv), 'engine': launch.runner}
+        row |= {'resumed': launch.resume, 'changed': {}, 'frames': 0, 'updates': 0}
+        if launch.resume:
+            row |= _resumption(config, directory)
+        provenance.add_launch(directory.launches_file, row)
         write_atomically(directory.config_file, config_lib.to_json(config))
     except OSError as error:
         raise UsageError(
@@ -79,12 +81,11 @@ def write_config(config: ExperimentConfig, directory: RunDirectory, resume: bool
         ) from error
 
 
-def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
-    """Appends time, progress and changed values of a resumption to `resumptions.jsonl`.
+def _resumption(config: ExperimentConfig, directory: RunDirectory) -> dict[str, Any]:
+    """The progress of a run to resume, and the settings that the resumption changes.
 
     Raises:
       UsageError: no checkpoint is readable, or nothing is left to train.
-      OSError: the file cannot be written.
     """
     from pipelines.storage.checkpoints import readable_counters
 
@@ -98,10 +99,7 @@ def _note_resumption(config: ExperimentConfig, directory: RunDirectory) -> None:
             f' {command("evaluate", directory.path)} and {command("export", directory.path)}.'
         )
     changed = config_lib.changes(config_lib.load(directory.config_file), config)
-    row = {'time': time.time(), 'frames': frames, 'updates': counters['updates']}
-    file = directory.resumptions_file
-    before = file.read_text(errors='replace') if file.exists() else ''
-    write_atomically(file, f'{before}{json.dumps({**row, "changed": changed})}\n')
+    return {'changed': changed, 'frames': frames, 'updates': counters['updates']}
 
 
 @one_line_errors('run.py')
@@ -113,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         path = launch.run_dir or default_path(config.environment.game, config.preset)
         with RunDirectory.open(path, launch.resume) as directory:
             start_up.directory = directory
-            write_config(config, directory, launch.resume)
+            write_config(config, launch, directory)
             print(f'run directory: {directory.path}', flush=True)
             from pipelines.launch import launcher
 

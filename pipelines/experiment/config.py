@@ -180,13 +180,15 @@ def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentCo
         raise UsageError(str(error)) from error
 
 
+def settings(config: ExperimentConfig) -> dict[str, Any]:
+    """The value of each setting, by its name."""
+    return {name: getattr(getattr(config, group), name) for name, (group, _) in fields().items()}
+
+
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> dict[str, list[Any]]:
     """[before, after] of each setting that differs, by its name."""
-    values = {
-        name: [getattr(getattr(config, group), name) for config in (before, after)]
-        for name, (group, _) in fields().items()
-    }
-    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+    old, new = settings(before), settings(after)
+    return {name: [old[name], new[name]] for name in old if old[name] != new[name]}
 
 
 def to_json(config: ExperimentConfig) -> str:

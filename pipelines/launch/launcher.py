@@ -32,6 +32,7 @@ from infra.tls import read_roots
 from pipelines.errors import UsageError
 from pipelines.events import count
 from pipelines.experiment import builders
+from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses, Launch
 from pipelines.launch.interrupts import Signals
@@ -43,6 +44,7 @@ from pipelines.launch.training import FAILURES, Training
 from pipelines.monitoring.display import Display, open_display
 from pipelines.monitoring.drawing import Drawing
 from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.storage import provenance
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
 from pipelines.storage.mirror import Mirror
@@ -170,6 +172,8 @@ class Launcher:
             max_frames=self.config.run.max_frames,
             action_repeat=self.config.environment.action_repeat,
             batch_size=self.config.learner.batch_size,
+            settings={'preset': self.config.preset, **config_lib.settings(self.config)},
+            launch=(provenance.launches(self.directory.launches_file) or [{}])[-1],
         )
 
     def _train(

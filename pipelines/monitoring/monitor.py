@@ -48,6 +48,8 @@ class MonitorConfig:
       batch_size: transitions in an update.
       scalars_period_seconds: seconds between two writes to TensorBoard.
       rate_window_seconds: window of frames/s, updates/s and the ETA.
+      settings: value of each setting of the experiment, by its name.
+      launch: the line of `launches.jsonl` of this start or resume.
     """
 
     game: str
@@ -58,6 +60,8 @@ class MonitorConfig:
     batch_size: int = 32
     scalars_period_seconds: float = 10.0
     rate_window_seconds: float = 60.0
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:
@@ -196,7 +200,9 @@ class Monitor:
         self._returns: collections.deque[float] = collections.deque(
             (row.raw_return for row in self._episodes.kept), maxlen=episodes.RETURN_WINDOW
         )
-        self._scalars = tensorboard.ScalarWriter(self._directory.events, self.frames)
+        self._events = tensorboard.EventWriter(self._directory.events, self.frames)
+        name, config = self._directory.path.name, self._config
+        self._events.describe(name, config.settings, config.launch, self._wall_clock())
         self._episode_step = self.frames
         self._scalars_due = self._started + self._config.scalars_period_seconds
 
@@ -288,7 +294,7 @@ class Monitor:
         self._returns.append(raw_return)
         # TensorBoard drops values whose step does not increase.
         step = max(episode.frames, self._episode_step + 1)
-        self._scalars.write(step, {'return/episode': raw_return}, episode.time)
+        self._events.write(step, {'return/episode': raw_return}, episode.time)
         self._episode_step = step
         return True
 
@@ -414,14 +420,14 @@ class Monitor:
         scalars = state.scalars()
         if evaluation is not None:
             scalars['return/evaluation'] = evaluation['mean']
-        self._scalars.write(state.frames, scalars, self._wall_clock())
-        self._scalars.flush()
+        self._events.write(state.frames, scalars, self._wall_clock())
+        self._events.flush()
         self._scalars_due = self._monotonic() + self._config.scalars_period_seconds
 
     def close(self) -> None:
         """Closes the records. Repeated calls do nothing."""
         # Closing flushes; a full disk was already reported by a write.
-        for close in (self._episodes.close, self._scalars.close):
+        for close in (self._episodes.close, self._events.close):
             with contextlib.suppress(OSError):
                 close()
 

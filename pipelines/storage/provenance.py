@@ -1,15 +1,23 @@
-"""Provenance: what produced a result, as JSON values (command, code, machine, packages)."""
+"""Provenance: what produced a result, as JSON values (command, code, machine, packages).
 
+`launches.jsonl` of a run holds one line for its start and for each resume.
+"""
+
+import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import shlex
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from infra.disk import write_atomically
+from infra.sealed import parse_object
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PACKAGES = (
@@ -43,6 +51,40 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
         'python': platform.python_version(),
         'packages': {name: _version(name) for name in _PACKAGES},
     }
+
+
+def add_launch(file: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Appends a line to a run's `launches.jsonl`.
+
+    Args:
+      file: that file; it is created if missing.
+      row: the values of `describe`, and
+        engine: value of --runner;
+        resumed: whether an earlier launch is continued;
+        changed: [before, after] of each setting that the resume changes, by its name;
+        frames, updates: progress of the run at this moment.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    before = file.read_text(errors='replace') if file.exists() else ''
+    write_atomically(file, f'{before}{json.dumps(row)}\n')
+
+
+def launches(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's `launches.jsonl`, oldest first; empty for a run that has none.
+
+    Skips damaged lines.
+    """
+    try:
+        lines = file.read_text(errors='replace').splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(parse_object(line))
+    return rows
 
 
 def _version(package: str) -> str | None:

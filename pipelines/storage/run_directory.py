@@ -181,8 +181,8 @@ class RunDirectory:
         return self.path / 'config.json'
 
     @property
-    def resumptions_file(self) -> pathlib.Path:
-        return self.path / 'resumptions.jsonl'
+    def launches_file(self) -> pathlib.Path:
+        return self.path / 'launches.jsonl'
 
     @property
     def summary_file(self) -> pathlib.Path:

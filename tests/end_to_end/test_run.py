@@ -2,14 +2,17 @@
 
 import json
 import pathlib
+import shlex
 import shutil
 import signal
 
 import numpy as np
 import psutil
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from pipelines import api
+from pipelines.storage import provenance
 from tests.end_to_end import launching
 from tests.support import sharing
 from tests.support.names import ODD_NAME
@@ -48,7 +51,18 @@ def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_dir
     assert 'copy it to another directory' in pathlib.Path(f'{run_dir}.out').read_text()
     assert_policy_loads_and_acts(shutil.copytree(run_dir / 'policy', tmp_path / 'policy'))
     assert sharing.unshared(run_dir) == []
+    assert_says_where_it_comes_from(run_dir)
     launching.assert_nothing_runs(run_dir, within_seconds=10)
+
+
+def assert_says_where_it_comes_from(run_dir: pathlib.Path) -> None:
+    (launch,) = provenance.launches(run_dir / 'launches.jsonl')
+    assert f'--run_dir={run_dir}' in shlex.split(launch['command'])
+    assert (launch['engine'], launch['resumed'], launch['frames']) == ('DirectRunner', False, 0)
+    events = event_accumulator.EventAccumulator(str(run_dir / 'events'))
+    events.Reload()
+    assert {'configuration', 'provenance'} <= set(events.Tags()['tensors'])
+    assert 'return/evaluation' in events.Tags()['scalars']
 
 
 def assert_policy_loads_and_acts(path: pathlib.Path) -> None:

@@ -5,7 +5,7 @@ import datetime
 import json
 import pathlib
 import shutil
-import time
+import sys
 import types
 
 import pytest
@@ -13,9 +13,9 @@ import pytest
 from infra import disk
 from pipelines import evaluate, export, finish, run
 from pipelines.errors import UsageError
-from pipelines.experiment import builders, presets
+from pipelines.experiment import builders, command_line, presets
 from pipelines.experiment import config as config_lib
-from pipelines.storage import evaluations
+from pipelines.storage import evaluations, provenance
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.run_directory import RunDirectory
 from tests.support import parameter_servers, sharing
@@ -64,20 +64,30 @@ def test_each_evaluation_has_a_file_of_its_own_and_the_runs_stays(run_dir, capsy
     assert (run_dir / evaluations.EVALUATION_FILE).read_text() == 'the own one'
 
 
-def test_what_a_resumption_changes_is_noted_beside_the_configuration(run_dir, tmp_path):
+def launch(*flags):
+    return command_line.parse([*flags])[0]
+
+
+def test_each_resume_is_noted_beside_the_configuration_with_what_it_changes(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / 'run')
     new = config_lib.replace(CONFIG, {'learning_rate': 0.1, 'max_frames': 9_000_000})
+    old = tmp_path / 'run' / 'resumptions.jsonl'  # of an earlier version
+    old.write_text('{"time": 1.0}\n')
+    resume = launch('--resume', f'--run_dir={tmp_path / "run"}', '--runner=PrismRunner')
     with RunDirectory.open(tmp_path / 'run', resume=True) as directory:
         for _ in range(2):
-            run.write_config(new, directory, resume=True)
+            run.write_config(new, resume, directory)
         assert config_lib.load(directory.config_file) == new
-        rows = [json.loads(line) for line in directory.resumptions_file.read_text().splitlines()]
-    for row in rows:
-        assert abs(row.pop('time') - time.time()) < 60
+        rows = provenance.launches(directory.launches_file)
     before, frames = CONFIG.parameter_server.learning_rate, CONFIG.run.max_frames
     changed = {'learning_rate': [before, 0.1], 'max_frames': [frames, 9_000_000]}
-    at = {'frames': 400, 'updates': 7}
-    assert rows == [{**at, 'changed': changed}, {**at, 'changed': {}}]
+    described = provenance.describe(sys.orig_argv)
+    for row, expected in zip(rows, (changed, {}), strict=True):
+        # 100 agent steps of 4 frames.
+        progress = {'resumed': True, 'changed': expected, 'frames': 400, 'updates': 7}
+        engine = {'engine': 'PrismRunner'}
+        assert row == {**described, 'time': row['time'], **engine, **progress}
+    assert old.read_text() == '{"time": 1.0}\n'
 
 
 def test_a_resumption_with_nothing_left_to_train_names_what_can_be_done_instead(run_dir, tmp_path):
@@ -86,7 +96,7 @@ def test_a_resumption_with_nothing_left_to_train_names_what_can_be_done_instead(
     done = config_lib.replace(CONFIG, {'max_frames': 400, 'min_replay_size': 1})
     with RunDirectory.open(path, resume=True) as directory:
         with pytest.raises(UsageError) as refused:
-            run.write_config(done, directory, resume=True)
+            run.write_config(done, launch('--resume', f'--run_dir={path}'), directory)
     text = str(refused.value)
     assert '400 of --max_frames 400' in text
     for command in ('raise --max_frames', 'pipelines/evaluate.py', 'pipelines/export.py'):

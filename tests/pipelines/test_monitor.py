@@ -286,7 +286,7 @@ class TestBadEvents:
             raise ValueError('unforeseen')
 
         with monkeypatch.context() as patched:
-            patched.setattr(tensorboard.ScalarWriter, 'write', fail)
+            patched.setattr(tensorboard.EventWriter, 'write', fail)
             taken = monitor.fold([episode(1.0, 1.0), event('actor', epsilon=0.5)])
         assert len(taken) == 2
         assert monitor.state().epsilon == 0.5
@@ -298,7 +298,7 @@ class TestBadEvents:
 
     def test_a_full_disk_does_not_raise_again_at_the_close(self, monitor):
         files = [pathlib.Path('/dev/full').open(mode) for mode in ('a', 'ab')]  # noqa: SIM115
-        records_of_run = (monitor._episodes, monitor._scalars)
+        records_of_run = (monitor._episodes, monitor._events)
         for record, file, text in zip(records_of_run, files, ('x', b'x')):
             record.close()
             record._file = file

@@ -32,3 +32,13 @@ def test_the_revision_is_that_of_the_checkout():
 def test_outside_git_there_is_no_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, '_ROOT', tmp_path)
     assert provenance.describe(['run.py'])['git'] is None
+
+
+def test_launches_are_read_in_order_and_damaged_lines_skipped(tmp_path):
+    file = tmp_path / 'launches.jsonl'
+    assert provenance.launches(file) == []
+    provenance.add_launch(file, {'frames': 0})
+    with file.open('a') as opened:
+        opened.write('[1]\n{"fra\n')
+    provenance.add_launch(file, {'frames': 400})
+    assert provenance.launches(file) == [{'frames': 0}, {'frames': 400}]
