@@ -54,6 +54,11 @@ class EnvironmentConfig:
     life_loss_ends_episode: bool = described(
         True, 'The loss of a life ends a training episode (paper, section 5).'
     )
+    full_action_space: bool = described(
+        False,
+        "All 18 actions instead of the game's minimal set (Machado et al. 2018: all; paper:"
+        ' minimal).',
+    )
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 100, 'action_repeat', 'frame_stack')

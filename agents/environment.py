@@ -2,7 +2,7 @@
 
 `ale_py`'s C++ vector environment runs the emulators and the preprocessing of Mnih et al. (2015). It
 repeats an action for 4 emulator frames, converts the last two to grey, takes their maximum and
-resizes it to 84 x 84. Actions are the game's minimal set.
+resizes it to 84 x 84. Actions are the game's minimal set, or all 18.
 
 Frames and rewards equal those of gymnasium's `AtariPreprocessing` bit for bit; no-ops, the limit of
 frames and lives differ (tests/agents/test_atari_preprocessing.py shows how). Mnih et al. take the
@@ -64,6 +64,7 @@ def make_emulators(
         num_threads=1,
         max_num_frames_per_episode=config.max_episode_frames,
         repeat_action_probability=config.sticky_action_probability,
+        full_action_space=config.full_action_space,
         autoreset_mode=autoreset_mode,
         img_height=FRAME_SHAPE[0],
         img_width=FRAME_SHAPE[1],
@@ -116,7 +117,7 @@ class AtariEnvironment:
 
     @property
     def num_actions(self) -> int:
-        """Size of the game's minimal action set."""
+        """Size of the action set: the game's minimal one, or 18."""
         return int(self._emulators.single_action_space.n)
 
     def reset(self) -> Frames:
@@ -138,7 +139,7 @@ class AtariEnvironment:
 
         Raises:
           RuntimeError: `reset` was never called.
-          ValueError: an action is outside the game's minimal set.
+          ValueError: an action is outside the action set.
         """
         if self._lives is None:
             raise RuntimeError('step_frames() before reset(): call reset() first.')

@@ -146,7 +146,11 @@ class Generations:
     def next(self) -> pathlib.Path:
         """The path of a new one, numbered above all others, those set aside included."""
         taken = (self._number(path.name) for path in self._entries('(.*-)?'))
-        return self.parent / f'{self.stem}-{max(taken, default=0) + 1:08d}'
+        return self.path(max(taken, default=0) + 1)
+
+    def path(self, number: int) -> pathlib.Path:
+        """The path of the directory `number`, which may not exist."""
+        return self.parent / f'{self.stem}-{number:08d}'
 
     def _entries(self, prefix: str) -> list[pathlib.Path]:
         name = re.compile(rf'{prefix}{self.stem}-\d+')

@@ -25,7 +25,9 @@ from infra.disk import is_remote
 from infra.process import LAUNCHER_VARIABLE, own_code
 from infra.sealed import parse_object
 from pipelines.errors import UsageError
-from pipelines.evaluate import evaluate_run, overrides_of
+from pipelines.evaluate import Work, require_valid
+from pipelines.evaluate import evaluate as play_and_write
+from pipelines.evaluation.entrants import Request
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
 from pipelines.experiment.config import ExperimentConfig
@@ -95,21 +97,36 @@ def evaluate(
     epsilon: float | None = None,
     seed: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    protocol: str | None = None,
+    checkpoint: str = 'newest',
 ) -> dict[str, Any]:
-    """Evaluates a run's newest checkpoint in this process; returns the result.
+    """Evaluates a run in this process; returns the result.
 
     Args:
       run_dir: directory of the run, or gs://...
-      episodes, epsilon, seed: like those of evaluate.py; None: the run's own.
-      output: JSON file for the result; None: a new one in `run_dir`.
+      episodes, epsilon, seed, protocol, checkpoint: like the flags of evaluate.py; None: the run's
+        own.
+      output: new JSON file for the result; None: one in `run_dir`.
 
     Raises:
       UsageError: evaluate.py refuses an argument or the run.
       OSError: the parent directory of `output` cannot be created.
     """
-    overrides = overrides_of(episodes, epsilon, seed)
+    if not os.fspath(run_dir):
+        raise UsageError("run_dir: ''. Fix: name the directory of a run.")
+    require_valid(episodes, epsilon, seed)
+    request = Request(
+        run_dirs=[os.fspath(run_dir)],
+        checkpoint=checkpoint,
+        protocol=protocol,
+        episodes=episodes,
+        epsilon=epsilon,
+        seed=seed,
+    )
     file = os.fspath(output) if output else None
-    return evaluate_run(os.fspath(run_dir), overrides, file)[0]
+    cores = len(os.sched_getaffinity(0))
+    (result,) = play_and_write(request, file, Work(num_workers=cores), ['api.evaluate']).values()
+    return result
 
 
 def _summary(run_dir: str, since: float, lines: Sequence[str]) -> dict[str, Any]:

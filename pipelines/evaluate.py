@@ -1,169 +1,138 @@
-"""Evaluation: a checkpoint's parameters in, the returns of no-op-start games out (paper, 5).
+"""Evaluation: policies in, the scores of games under a published protocol out.
 
 Runs at the end of training, or as a command:
   python pipelines/evaluate.py --run_dir runs/my-run
 """
 
 import argparse
-import datetime
+import contextlib
+import dataclasses
+import os
 import pathlib
-import secrets
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
-import numpy as np
-
-from agents.config import EnvironmentConfig
-from agents.environment import AtariEnvironment, FrameStack
-from infra.disk import read_json, write_json
+from infra.disk import is_remote, write_json
 from infra.flags import Parser, integer, nonempty_path
 from infra.output import protect_output
-from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
+from pipelines.evaluation import local, results
+from pipelines.evaluation.entrants import Entrant, Request, entrants
+from pipelines.evaluation.play import Failure, Game, Score
+from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment import config as config_lib
-from pipelines.storage.checkpoints import read_newest
-from pipelines.storage.evaluations import progress_file
-from pipelines.storage.reading import readable
-from pipelines.storage.run_directory import RunDirectory, output_path
+from pipelines.storage import evaluations, provenance
 from pipelines.storage.space import temporary_files
 
-PROTOCOL = 'no-op starts'
-_EVALUATION_STREAM = 3
-_MAX_ENVIRONMENTS = 10
 _PROGRESS_SECONDS = 10.0
+_CHECKPOINT = re.compile(r'newest|best|\d{1,8}')
+_DESCRIPTION = """Plays games with one policy or several and writes their scores.
 
+  evaluate.py --run_dir runs/a                              a run's newest checkpoint, its own rules
+  evaluate.py --run_dir runs/a runs/b --checkpoint best     several runs, each in a file of its own
+  evaluate.py --policy runs/a/policy --protocol rainbow     a SavedModel, by another protocol
+  evaluate.py --policy random --games pong,breakout         random actions
+  evaluate.py --run_dir runs/a --runner DirectRunner --num_workers 4      in parallel, by Beam
 
-def play(
-    environment: AtariEnvironment,
-    act: Callable[[np.ndarray], np.ndarray],
-    episodes: int,
-    epsilon: float,
-    rng: np.random.Generator,
-) -> Iterator[float]:
-    """Yields the raw return of each of `episodes` games, as they end.
-
-    Each environment plays the same number of games, give or take one: counting games as they end
-    would favour short ones.
-    """
-    count = environment.num_environments
-    quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
-    stack = FrameStack(count, environment.config.frame_stack)
-    returns = np.zeros(count)
-    frames = environment.reset()
-    while quota.any():
-        observation = stack.push(frames.frame, frames.first)
-        explored = rng.integers(environment.num_actions, size=count, dtype=np.int32)
-        action = np.where(rng.random(count) < epsilon, explored, act(observation))
-        frames = environment.step_frames(action)
-        returns += frames.reward
-        ended = frames.terminated | frames.truncated
-        for index in np.flatnonzero(ended & (quota > 0)):
-            quota[index] -= 1
-            yield float(returns[index])
-        returns[ended] = 0.0
-
-
-def _environment(config: config_lib.ExperimentConfig, episodes: int) -> AtariEnvironment:
-    rules = EnvironmentConfig(
-        **{
-            **vars(config.environment),
-            'max_episode_frames': config.run.evaluation_max_frames,
-            'life_loss_ends_episode': False,  # a score is of a whole game
-        }
-    )
-    seeds = np.random.SeedSequence([config.run.seed, _EVALUATION_STREAM])
-    return AtariEnvironment(
-        rules,
-        num_environments=min(episodes, _MAX_ENVIRONMENTS),
-        seed=int(seeds.generate_state(1)[0]),
-        training=False,
-    )
-
-
-def _result(returns: Sequence[float], epsilon: float, updates: int) -> dict[str, Any]:
-    return {
-        'protocol': PROTOCOL,
-        'episodes': len(returns),
-        'epsilon': epsilon,
-        'mean': float(np.mean(returns)) if returns else None,
-        'std': float(np.std(returns)) if returns else None,
-        'updates': updates,
-        'returns': list(returns),
-    }
-
-
-def evaluate(
-    config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathlib.Path
-) -> dict[str, Any]:
-    """Plays the evaluation of `saved`; writes the result to `output` at the end and returns it.
-
-    Raises:
-      ValueError: the checkpoint is of another network.
-      OSError: `output` is not writable.
-    """
-    from pipelines.experiment.builders import build_policy
-
-    policy = build_policy(config)
-    policy.set_parameters(saved.parameters)
-    run, progress = config.run, progress_file(output)
-    rng = np.random.default_rng([run.seed, _EVALUATION_STREAM])
-    returns: list[float] = []
-    due = monotonic() + _PROGRESS_SECONDS
-
-    def result() -> dict[str, Any]:
-        return _result(returns, run.evaluation_epsilon, saved.clock['updates'])
-
-    try:
-        write_json(progress, result())  # fails before the games if not writable
-        with _environment(config, run.evaluation_episodes) as environment:
-            for episode_return in play(
-                environment, policy.act, run.evaluation_episodes, run.evaluation_epsilon, rng
-            ):
-                returns.append(episode_return)
-                write_json(progress, result())
-                if monotonic() >= due:
-                    due = monotonic() + _PROGRESS_SECONDS
-                    done = f'{len(returns)} of {run.evaluation_episodes} episodes'
-                    _notify(f'{done}, mean return {np.mean(returns):.1f}')
-        write_json(output, result())
-    finally:
-        progress.unlink(missing_ok=True)
-    return result()
-
-
-def _notify(text: str) -> None:
-    print(f'evaluate.py: {text}', file=sys.stderr, flush=True)
+Flags of Beam follow --runner. A game depends on its seed alone: the scores are the same on any
+engine and any number of workers.
+"""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; those that only Beam knows are its `beam_flags`."""
     parser = Parser(
         prog='evaluate.py',
-        description="Evaluate a run's newest checkpoint: no-op starts, otherwise the run's rules.",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_policies(parser)
+    _add_rules(parser)
+    _add_work(parser)
+    arguments, beam_flags = parser.parse_known_args(argv)
+    if beam_flags and not arguments.runner:
+        parser.error(f'unrecognized arguments: {" ".join(beam_flags)}')
+    if arguments.num_workers < 1:
+        parser.error(f'--num_workers {arguments.num_workers}: must be at least 1.')
+    arguments.beam_flags = beam_flags
+    return arguments
+
+
+def _add_policies(parser: argparse.ArgumentParser) -> None:
+    several: Any = {'nargs': '+', 'action': 'extend', 'type': nonempty_path, 'default': []}
+    parser.add_argument('--run_dir', **several, help='Run directories, local or gs://...')
+    parser.add_argument(
+        '--checkpoint',
+        default='newest',
+        type=_checkpoint,
+        help="Of the runs: 'newest' (default), 'best' (by the evaluations during training) or a"
+        ' number.',
     )
     parser.add_argument(
-        '--run_dir', type=nonempty_path, required=True, help='Run directory, local or gs://...'
+        '--policy', **several, help="Directories of SavedModels, or 'random' for random actions."
     )
     parser.add_argument(
-        '--episodes', type=integer, help="Games. Default: the run's --evaluation_episodes."
+        '--games',
+        type=lambda text: [game for game in text.split(',') if game],
+        default=[],
+        help='Games of the --policy, separated by commas. Default: that of the run which holds it.',
     )
-    parser.add_argument('--epsilon', type=float, help="Default: the run's --evaluation_epsilon.")
-    parser.add_argument('--seed', type=integer, help="Seed of the games. Default: the run's.")
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--protocol',
+        choices=PROTOCOLS,
+        help="Rules of the games, see docs/evaluation.md. Default: the run's own; otherwise noop.",
+    )
+    parser.add_argument(
+        '--starts', type=nonempty_path, help='File of start points, for --protocol human.'
+    )
+    parser.add_argument(
+        '--episodes', type=integer, help="Games of each policy. Default: the run's or protocol's."
+    )
+    parser.add_argument(
+        '--epsilon',
+        type=float,
+        help="Probability of a random action. Default: the run's or protocol's.",
+    )
+    parser.add_argument('--seed', type=integer, help="Seed of the games. Default: the run's, or 1.")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--output',
         type=nonempty_path,
-        help='JSON file for the result. Default: a new evaluation-<time>.json in --run_dir.',
+        help='New file for the result; a directory if there are several. Default: a new'
+        ' evaluation-*.json in each run, and evaluations/ for other policies.',
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        '--runner', help='Engine of Beam, as for run.py. Default: threads of this process.'
+    )
+    parser.add_argument(
+        '--num_workers',
+        type=integer,
+        default=len(os.sched_getaffinity(0)),
+        help='Games at a time. Default: the cores of this machine.',
+    )
 
 
-def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) -> dict[str, Any]:
-    """Settings of the run that an evaluation replaces, checked before the run is read.
+def _checkpoint(text: str) -> str:
+    if not _CHECKPOINT.fullmatch(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not newest, best or a number')
+    return text
+
+
+def require_valid(episodes: int | None, epsilon: float | None, seed: int | None) -> None:
+    """Checks an evaluation's numbers before anything is read.
 
     Raises:
       UsageError: a value is out of range.
@@ -176,79 +145,184 @@ def overrides_of(episodes: int | None, epsilon: float | None, seed: int | None) 
         raise UsageError(
             f'--{str(error).removeprefix("--").removeprefix("evaluation_")}'
         ) from error
-    return values
 
 
 @one_line_errors('evaluate.py', OSError)
 def main(argv: Sequence[str]) -> int:
-    """Evaluates the newest checkpoint of a run; returns the exit code."""
+    """Evaluates policies; returns the exit code: 1 if a game could not be played."""
     arguments = parse(argv)
     exit_with_launcher()
+    require_valid(arguments.episodes, arguments.epsilon, arguments.seed)
+    request = Request(
+        run_dirs=arguments.run_dir,
+        checkpoint=arguments.checkpoint,
+        policies=arguments.policy,
+        games=arguments.games,
+        protocol=arguments.protocol,
+        starts=arguments.starts,
+        episodes=arguments.episodes,
+        epsilon=arguments.epsilon,
+        seed=arguments.seed,
+    )
+    work = Work(arguments.runner, arguments.num_workers, arguments.beam_flags)
     try:
-        overrides = overrides_of(arguments.episodes, arguments.epsilon, arguments.seed)
         with temporary_files():
-            result, written = evaluate_run(arguments.run_dir, overrides, arguments.output)
+            written = evaluate(request, arguments.output, work, ['evaluate.py', *argv])
     except KeyboardInterrupt:
         print('evaluate.py: interrupted; no result written.', file=sys.stderr)
         return 130
-    print(
-        f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
-        f' {result["std"]:.1f}, over {result["episodes"]} games ({PROTOCOL},'
-        f' epsilon {result["epsilon"]})\nwritten to {written}'
-    )
-    return 0
+    for file, result in written.items():
+        print(f'{_line(result)}\nwritten to {file}')
+    return int(any(result['failed'] for result in written.values()))
 
 
-def evaluate_run(
-    run_dir: str, overrides: Mapping[str, Any], output: str | None = None
-) -> tuple[dict[str, Any], str]:
-    """Evaluates the newest checkpoint of a run, here or at gs://.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where games are played.
+
+    Attributes:
+      runner: Beam's engine; None: threads of this process.
+      num_workers: games at a time.
+      beam_flags: of the engine.
+    """
+
+    runner: str | None = None
+    num_workers: int = 1
+    beam_flags: Sequence[str] = ()
+
+
+def evaluate(
+    request: Request, output: str | None, work: Work, command: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Plays the requested games and writes a result for each policy and game.
 
     Args:
-      run_dir: directory of the run.
-      overrides: settings of the run to replace, see `overrides_of`.
-      output: file for the result; None: a new one in `run_dir`.
+      request: what to evaluate.
+      output: as the flag.
+      work: where to play.
+      command: for the results' provenance.
 
     Returns:
-      (the result and the game, the file).
+      The results, by the path of their file.
 
     Raises:
-      UsageError: the run or its checkpoint is not readable, or the result not writable.
+      UsageError: the request cannot be carried out, or no game of a policy could be played.
       OSError: the parent directory of `output` cannot be created.
     """
-    # The digits differ between two evaluations that start in the same second.
-    own = f'evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.json'
-    with readable(run_dir, () if output else (own,)) as path:
-        file = output_path(output) if output else path / own
-        result = _evaluate_newest(RunDirectory.existing(path), overrides, file)
-    return result, output or f'{run_dir}/{own}'
+    found = entrants(request, _notify)
+    files = [_target(entrant, output, len(found)) for entrant in found]
+    with _writable():
+        for file in files:
+            evaluations.require_new(file)
+    began = monotonic()
+    scores = _play(found, work, files)
+    own = {
+        'engine': work.runner or 'threads',
+        'workers': work.num_workers,
+        'seconds': round(monotonic() - began, 3),
+        'provenance': provenance.describe(command),
+    }
+    written = {
+        file: entrant.result(scores[i]) | own for i, (entrant, file) in enumerate(zip(found, files))
+    }
+    _require_played(written)
+    with _writable():
+        for file, result in written.items():
+            evaluations.write(file, result)
+    return written
 
 
-def _evaluate_newest(
-    directory: RunDirectory, overrides: Mapping[str, Any], output: pathlib.Path
-) -> dict[str, Any]:
-    """Evaluates; returns the result and the game.
+def _play(
+    found: Sequence[Entrant], work: Work, files: Sequence[str]
+) -> Mapping[int, Mapping[str, Any]]:
+    """Plays all games; returns the scores of each entrant by its index."""
+    games = [game for index, entrant in enumerate(found) for game in entrant.games(index)]
+    if work.runner is None:
+        return _play_here(found, games, work.num_workers, files)
+    from pipelines.launch import evaluation_job  # imports Beam
 
-    Raises:
-      UsageError: the configuration is not readable, there is no checkpoint of its network, or
-        `output` is not writable or not an evaluation.
-    """
-    config = config_lib.replace(config_lib.load(directory.config_file), overrides)
-    held = read_json(output)
-    if output.is_dir() or (held is not None and 'returns' not in held):
-        raise UsageError(
-            f'--output {output}: not an evaluation. Fix: name a new file or an evaluation.'
-        )
-    saved = read_newest(directory, _notify)
+    return evaluation_job.run(found, games, work.runner, work.num_workers, work.beam_flags, _notify)
+
+
+def _target(entrant: Entrant, output: str | None, count: int) -> str:
+    """Path of the file for a result."""
+    named = entrant.result({})
+    if output is not None and count == 1:
+        return output
+    if output is not None:
+        return f'{output.rstrip("/")}/{results.file_name(named, elsewhere=True)}'
+    if entrant.policy.kind == 'run':
+        folder = entrant.policy.path.rstrip('/')
+        return f'{folder}/{results.file_name(named, elsewhere=False)}'
+    return f'evaluations/{results.file_name(named, elsewhere=True)}'
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """Turns an error of a write in the block into one line with a remedy."""
     try:
-        result = evaluate(config, saved, output)
-    except ValueError as error:
-        raise UsageError(f'{directory.path}: {error}') from error
+        yield
     except OSError as error:
         raise UsageError(
-            f'{output}: cannot be written ({error.strerror}). Fix: name another file as --output.'
+            f'{error.filename}: cannot be written ({error.strerror}). Fix: name another file as'
+            ' --output.'
         ) from error
-    return {'game': config.environment.game, **result}
+
+
+def _play_here(
+    found: Sequence[Entrant], games: Sequence[Game], num_threads: int, files: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """Plays in this process and shows progress; returns the scores by policy."""
+    records: list[Score | Failure] = []
+    due = monotonic() + _PROGRESS_SECONDS
+    progress = None
+    if len(files) == 1 and not is_remote(files[0]):  # the launcher reads it
+        progress = evaluations.progress_file(pathlib.Path(files[0]))
+    try:
+        policies = [entrant.policy for entrant in found]
+        for record in local.play_all(policies, games, num_threads):
+            records.append(record)
+            if progress is not None:
+                write_json(progress, {'episodes': len(records)})
+            if monotonic() >= due:
+                due = monotonic() + _PROGRESS_SECONDS
+                _notify(_progress(records, len(games), single=len(found) == 1))
+    finally:
+        if progress is not None:
+            progress.unlink(missing_ok=True)
+    return results.by_policy(records)
+
+
+def _progress(records: Sequence[Score | Failure], total: int, single: bool) -> str:
+    done = f'{len(records)} of {total} episodes'
+    mean = results.combined(records)['mean']
+    return f'{done}, mean return {mean:.1f}' if single and mean is not None else done
+
+
+def _require_played(written: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UsageError if no game of a policy could be played; reports single failures."""
+    for result in written.values():
+        name = f'{result["policy"]["path"]} in {result["game"]}'
+        for failure in result['failures']:
+            _notify(f'{name}: game {failure["episode"]} failed ({failure["reason"]})')
+        if not result['episodes']:
+            reason = result['failures'][0]['reason'] if result['failures'] else 'no game ended'
+            raise UsageError(f'{name}: no game could be played ({reason}). Fix: see the reason.')
+
+
+def _line(result: Mapping[str, Any]) -> str:
+    failed = f', {result["failed"]} failed' if result['failed'] else ''
+    deviations = ''.join(f', {name} {value}' for name, value in result['deviations'].items())
+    return (
+        f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
+        f' {result["std"]:.1f}, over {result["episodes"]} games{failed} (protocol'
+        f' {result["protocol"]}{deviations}, epsilon {result["epsilon"]:g},'
+        f' {result["policy"]["path"]})'
+    )
+
+
+def _notify(text: str) -> None:
+    print(f'evaluate.py: {text}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

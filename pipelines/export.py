@@ -21,7 +21,7 @@ from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
-from pipelines.storage.checkpoints import read_newest
+from pipelines.storage.checkpoints import read_parameters
 from pipelines.storage.reading import readable
 from pipelines.storage.run_directory import RunDirectory, loading_hint, output_path
 from pipelines.storage.space import temporary_files
@@ -110,7 +110,9 @@ def _export_newest(directory: RunDirectory, output: pathlib.Path) -> int:
       UsageError: the configuration or the checkpoints are not readable, or `output` not writable.
     """
     config = config_lib.load(directory.config_file)
-    saved = read_newest(directory, lambda text: print(f'export.py: {text}', file=sys.stderr))
+    _, saved = read_parameters(
+        directory, 'newest', lambda text: print(f'export.py: {text}', file=sys.stderr)
+    )
     import tensorflow as tf
 
     try:

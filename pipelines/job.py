@@ -5,27 +5,24 @@ the stages of one pipeline run in turn.
 """
 
 import argparse
-import functools
-import os
 import pathlib
 import signal
 import sys
-import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from infra.addresses import reach_directly
-from infra.disk import is_remote, write_atomically
+from infra.disk import is_remote
 from infra.output import protect_output
 from infra.process import exit_with_parent
 from infra.tls import read_roots
 from pipelines.engines import catalog
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.launch import Addresses
-from pipelines.launch.interrupts import Ended, raise_ended
+from pipelines.launch import beam_job
+from pipelines.launch.interrupts import Ended
 from pipelines.storage.object_store import read_bytes
 from pipelines.transforms.act import Act
 from pipelines.transforms.bundle import ActAndLearn
@@ -70,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     )
     reach_directly(addresses.all)  # and Beam's own workers, by loopback
     workers = tuple(int(worker) for worker in arguments.workers.split(','))
-    _end_with_workers(len(workers))
+    beam_job.end_with_workers(len(workers))
     work = WORK[arguments.kind](read_config(arguments.config), addresses)
     transform = Workers(work, Submission(workers, arguments.submission))
     engine.register_flags()
@@ -78,62 +75,16 @@ def main(argv: Sequence[str]) -> None:
     with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
         _ = pipeline | arguments.kind.capitalize() >> transform
-        _run(pipeline, options, engine, arguments.state_file)
+        try:
+            beam_job.run(pipeline, options, engine, arguments.state_file)
+        except Ended:
+            sys.exit(128 + signal.SIGTERM)
 
 
 def read_config(path: str) -> config_lib.ExperimentConfig:
     if is_remote(path):
         return config_lib.from_json(read_bytes(path))
     return config_lib.load(pathlib.Path(path))
-
-
-def _end_with_workers(count: int) -> None:
-    """Ends this process after `count` worker processes of Beam's local runner have failed.
-
-    The runner waits for ever for a process that fails before it connects; only the thread that
-    watches the process raises an error.
-    """
-    failed: list[str] = []
-    otherwise = threading.excepthook
-
-    def note(args: Any) -> None:
-        if args.thread is None or args.thread.name != 'run_worker':
-            otherwise(args)
-            return
-        failed.append(f'worker process {len(failed) + 1} of {count} failed: {args.exc_value}')
-        print(failed[-1], file=sys.stderr, flush=True)
-        if len(failed) >= count:
-            os._exit(1)
-
-    threading.excepthook = note
-
-
-def _run(
-    pipeline: beam.Pipeline,
-    options: PipelineOptions,
-    engine: catalog.Engine,
-    state_file: pathlib.Path | None,
-) -> None:
-    """Runs a job to its end; SIGTERM also ends a job that would outlive this process."""
-    if not engine.outlives_submitter:
-        pipeline.run().wait_until_finish()
-        return
-    noted: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))  # while it is submitted
-    result = pipeline.run()
-    try:
-        signal.signal(signal.SIGTERM, raise_ended)
-        if noted:
-            raise_ended()
-        if engine.follow is not None and state_file is not None:
-            report = functools.partial(write_atomically, state_file)
-            follow = functools.partial(engine.follow, result, options, report)
-            threading.Thread(target=follow, daemon=True).start()
-        result.wait_until_finish()
-    except Ended:
-        print('ending the job ...', flush=True)
-        engine.end(result, options)
-        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == '__main__':

@@ -28,6 +28,8 @@ from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError
 
 TOPOLOGIES = ('separate', 'bundled')
+EVALUATION_PROTOCOLS = ('noop', 'machado', 'rainbow')
+"""Of pipelines/evaluation/protocols.py those that need no start points."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,11 @@ class RunConfig:
         'Include the replay in checkpoints. Disable it to save disk space; a resumed run then'
         ' refills its replay.',
     )
+    evaluation_protocol: str = described(
+        'noop',
+        "Rules of the evaluation: 'noop' (paper), 'machado' (sticky actions, all 18 actions) or"
+        " 'rainbow' (30 minutes); see docs/evaluation.md.",
+    )
     evaluation_episodes: int = described(30, 'Games of the final evaluation (paper: 30).')
     evaluation_epsilon: float = described(0.05, 'Epsilon of the final evaluation (paper: 0.05).')
     evaluation_max_frames: int = described(
@@ -71,6 +78,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_choice(self, 'topology', TOPOLOGIES)
+        require_choice(self, 'evaluation_protocol', EVALUATION_PROTOCOLS)
         counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes')
         require_at_least(self, 1, *counts, 'evaluation_max_frames')
         require_from_to(self, 0, 2**63 - 1, 'seed')
@@ -222,7 +230,11 @@ def from_json(text: str | bytes) -> ExperimentConfig:
         ) from error
 
 
-_ADDED = {('learner', 'outlier_rule'): 'every'}
+_ADDED = {
+    ('learner', 'outlier_rule'): 'every',
+    ('environment', 'full_action_space'): False,
+    ('run', 'evaluation_protocol'): 'noop',
+}
 """Settings (group, name) that earlier versions lack, and the values that they used."""
 
 

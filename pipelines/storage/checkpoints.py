@@ -195,18 +195,43 @@ def readable_counters(directory: RunDirectory) -> Mapping[str, Any]:
     return _find(directory).counters
 
 
-def read_newest(
-    directory: RunDirectory, notify: Callable[[str], None]
-) -> parameter_checkpoint.Checkpoint:
-    """The newest readable parameters of a run, active or not; reports damaged ones to `notify`.
+def read_parameters(
+    directory: RunDirectory, which: str, notify: Callable[[str], None]
+) -> tuple[str, parameter_checkpoint.Checkpoint]:
+    """The parameters of a run, active or not, and their checkpoint's name.
+
+    Args:
+      directory: of the run.
+      which: 'newest' (that is readable), 'best' (by the evaluations during training) or a number.
+      notify: receives a line for each damaged checkpoint that 'newest' skips.
 
     Raises:
-      UsageError: there are none.
+      UsageError: there are none, or they are damaged.
     """
+    if which == 'newest':
+        return _read_newest(directory, notify)
+    path = directory.best if which == 'best' else directory.checkpoint(int(which))
+    if not path.is_dir():
+        held = [checkpoint.name for checkpoint in directory.latest_checkpoints()]
+        held += ['best'] * directory.best.is_dir()
+        raise UsageError(
+            f'{directory.path}: no checkpoint {which} (there are: {", ".join(held) or "none"}).'
+            ' Fix: name one of them, or omit --checkpoint.'
+        )
+    try:
+        return path.name, parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+    except DamagedCheckpointError as error:
+        raise UsageError(f'{error}. Fix: name another --checkpoint.') from error
+
+
+def _read_newest(
+    directory: RunDirectory, notify: Callable[[str], None]
+) -> tuple[str, parameter_checkpoint.Checkpoint]:
+    """Raises UsageError if no parameters are readable."""
     paths = directory.latest_checkpoints()
     for path in paths:
         try:
-            return parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+            return path.name, parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
         except DamagedCheckpointError as error:
             notify(f'{error}; skipped')
     if paths:

@@ -1,10 +1,14 @@
-"""Files of evaluations: their names, and how to read a result."""
+"""Files of evaluations: their names, how a result is written and read."""
 
+import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from infra.disk import read_json
+from infra.disk import is_remote, read_json, write_json
+from pipelines.errors import UsageError
 from pipelines.events import count, finite
+from pipelines.storage.run_directory import output_path
 
 EVALUATION_FILE = 'evaluation.json'
 """The evaluation at the end of a run; later ones have other names."""
@@ -19,5 +23,53 @@ def read_result(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def progress_file(output: pathlib.Path) -> pathlib.Path:
-    """The file that holds the games so far while those for `output` are played."""
+    """The file that holds the number of games so far while those for `output` are played."""
     return output.with_suffix('.partial.json')
+
+
+def require_new(path: str) -> None:
+    """Checks that a result can be written to `path`, local or remote; creates its parent.
+
+    The result at the end of a run may exist: `write` keeps it under another name.
+
+    Raises:
+      UsageError: the file exists, or its name is unsuitable.
+      OSError: the directory cannot be created or written.
+    """
+    if is_remote(path):
+        return
+    file = output_path(path)
+    if file.exists() and (file.name != EVALUATION_FILE or read_result(file) is None):
+        raise UsageError(
+            f'--output {path}: already exists and is not overwritten. Fix: name a new file.'
+        )
+    progress = progress_file(file)
+    write_json(progress, {'episodes': 0})
+    progress.unlink()
+
+
+def write(path: str, result: Mapping[str, Any]) -> None:
+    """Writes a result to `path`, local or remote; keeps a result that has this name.
+
+    Raises:
+      OSError: the file is not writable.
+      RemoteError: likewise.
+    """
+    if is_remote(path):
+        from pipelines.storage.object_store import Place  # imports Beam
+
+        folder, _, name = path.rpartition('/')
+        Place.at(folder).write(name, (json.dumps(dict(result), indent=2) + '\n').encode())
+        return
+    file = pathlib.Path(path)
+    if (before := read_result(file)) is not None:
+        file.replace(_free(file.with_name(f'evaluation-{before.get("updates")}-updates.json')))
+    write_json(file, result)
+
+
+def _free(path: pathlib.Path) -> pathlib.Path:
+    """The path, with a number if it exists."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_stem(f'{path.stem}-{number}'), number + 1
+    return candidate

@@ -205,6 +205,15 @@ class RunDirectory:
         return self.path / 'checkpoints'
 
     @property
+    def best(self) -> pathlib.Path:
+        """Checkpoint (parameters only) of the best evaluation during training."""
+        return self.path / 'best'
+
+    def checkpoint(self, number: int) -> pathlib.Path:
+        """The checkpoint of this number, which may not exist."""
+        return self._generations.path(number)
+
+    @property
     def policy(self) -> pathlib.Path:
         return self.path / 'policy'
 

@@ -11,7 +11,7 @@ from infra.cluster import PARAMETER_SERVER, REPLAY
 from infra.parameter_server import checkpoint as parameter_checkpoint
 from pipelines.errors import UsageError
 from pipelines.experiment import presets
-from pipelines.storage.checkpoints import Checkpoints, read_newest, readable_counters
+from pipelines.storage.checkpoints import Checkpoints, read_parameters, readable_counters
 from pipelines.storage.run_directory import RunDirectory
 from tests.support import parameter_servers
 from tests.support.flips import flips_of
@@ -283,10 +283,10 @@ class TestSaveParameters:
 def test_parameters_are_read_from_the_newest_that_can_be(saved):
     directory, _, _ = saved
     messages: list[str] = []
-    assert read_newest(directory, messages.append).clock['updates'] == 2
+    assert read_parameters(directory, 'newest', messages.append)[1].clock['updates'] == 2
     assert messages == []
     damage(directory.latest_checkpoints()[0] / 'parameters')
-    assert read_newest(directory, messages.append).clock['updates'] == 1
+    assert read_parameters(directory, 'newest', messages.append)[1].clock['updates'] == 1
     (line,) = messages
     assert line.endswith('by the manifest); skipped')
     assert len(directory.latest_checkpoints()) == 2  # the run may be going on: nothing is moved

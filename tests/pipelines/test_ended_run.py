@@ -13,6 +13,7 @@ import pytest
 from infra import disk
 from pipelines import evaluate, export, finish, run
 from pipelines.errors import UsageError
+from pipelines.evaluation import results
 from pipelines.experiment import builders, command_line, presets
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
@@ -52,14 +53,14 @@ def elsewhere():
 
 def test_each_evaluation_has_a_file_of_its_own_and_the_runs_stays(run_dir, capsys, monkeypatch):
     moment = types.SimpleNamespace(now=lambda: datetime.datetime(2026, 1, 1))  # both begin in it
-    monkeypatch.setattr(evaluate, 'datetime', types.SimpleNamespace(datetime=moment))
+    monkeypatch.setattr(results, 'datetime', types.SimpleNamespace(datetime=moment))
     for _ in range(2):
         assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1']) == 0
     written = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1::2]]
-    results = sorted(map(str, run_dir.glob('evaluation-*')))
-    assert sorted(written) == results
-    assert len(results) == 2
-    for path in results:
+    files = sorted(map(str, run_dir.glob('evaluation-*')))
+    assert sorted(written) == files
+    assert len(files) == 2
+    for path in files:
         assert (disk.read_json(pathlib.Path(path)) or {})['episodes'] == 1
     assert (run_dir / evaluations.EVALUATION_FILE).read_text() == 'the own one'
 
@@ -134,14 +135,15 @@ def test_a_run_that_may_only_be_read_is_exported_elsewhere(
     assert (caplog.messages, recwarn.list) == ([], [])  # what TensorFlow says of every policy
 
 
-@pytest.mark.parametrize('name', ['run', 'run/config.json', 'gs://lab/result'])
+@pytest.mark.parametrize('name', ['run', 'run/config.json'])
 def test_an_output_that_holds_something_else_is_refused_and_left_alone(run_dir, capsys, name):
     before = sorted(run_dir.rglob('*'))
-    output = name if '://' in name else run_dir.parent / name
+    output = run_dir.parent / name
     for main in (evaluate.main, export.main):
         assert main([f'--run_dir={run_dir}', f'--output={output}']) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f'--output {output}: not ' in line
+        assert f'--output {output}: ' in line
+        assert 'not a policy' in line or 'already exists' in line
     assert sorted(run_dir.rglob('*')) == before
     assert config_lib.load(run_dir / 'config.json') == CONFIG
 

@@ -12,9 +12,9 @@ if any('sdk_worker' in part for part in sys.orig_argv):
 _JOB = """
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
-from pipelines import job
+from pipelines.launch import beam_job
 
-job._end_with_workers(2)
+beam_job.end_with_workers(2)
 flags = ['--runner=FnApiRunner', '--direct_running_mode=multi_processing', '--direct_num_workers=2']
 with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
     pipeline | beam.Create([0, 1]) | beam.Reshuffle() | beam.Map(print)

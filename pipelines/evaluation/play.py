@@ -1,0 +1,191 @@
+"""One evaluation game: its rules and a policy in, its score out.
+
+A game depends on nothing but its description: the same one gives the same score in any process and
+in any order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from agents.config import EnvironmentConfig
+from agents.environment import FrameStack, check_actions, emulator_seeds, make_emulators
+from pipelines.evaluation.protocols import Protocol
+from pipelines.evaluation.starts import Start, action_codes, indices
+
+_REASON_CHARACTERS = 500
+_STREAM = 3  # actors' environments and exploration have 1 and 2
+
+Act = Callable[[np.ndarray], int]
+"""Chooses an action for an observation uint8 [1, 84, 84, stack]."""
+
+
+class CancelledError(Exception):
+    """The evaluation was interrupted while the game was played."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """A game to play.
+
+    Attributes:
+      policy: index of the policy among those of the evaluation.
+      episode: number of the game, from 0; games of equal number and seed have equal no-ops.
+      seed: of the evaluation.
+      environment: in which the policy acts, before the protocol.
+      protocol: the rules.
+      start: where the score begins; None: at the beginning.
+      start_index: its number in the file.
+    """
+
+    policy: int
+    episode: int
+    seed: int
+    environment: EnvironmentConfig
+    protocol: Protocol
+    start: Start | None = None
+    start_index: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The result of a game.
+
+    Attributes:
+      policy, episode, seed, start_index: of the `Game`.
+      value: sum of raw rewards, after the start point or the no-ops.
+      frames: emulator frames, after the start point or the no-ops.
+      cut: whether the limit of frames ended it.
+    """
+
+    policy: int
+    episode: int
+    seed: int
+    start_index: int | None
+    value: float
+    frames: int
+    cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A game that could not be played, and why."""
+
+    policy: int
+    episode: int
+    reason: str
+
+    @classmethod
+    def of(cls, game: Game, error: Exception) -> 'Failure':
+        """The failure of a game by an error."""
+        first = (str(error) or repr(error)).splitlines()[0]
+        reason = f'{type(error).__name__}: {first}'[:_REASON_CHARACTERS]
+        return cls(game.policy, game.episode, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What an observer sees of a step: before the action, the action and its reward."""
+
+    observation: np.ndarray
+    action: int
+    reward: float
+    ended: bool
+
+
+def play(
+    game: Game,
+    act: Act,
+    observe: Callable[[Step], Any] | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Score:
+    """Plays a game.
+
+    Args:
+      game: what to play.
+      act: the policy.
+      observe: receives each step after the start point.
+      cancelled: whether to stop; asked at every step.
+
+    Raises:
+      CancelledError: `cancelled()` returned True.
+      GameError: the game cannot be played.
+      ValueError: the start point does not fit the game.
+    """
+    emulator_seed, exploration_seed = np.random.SeedSequence(
+        [game.seed, _STREAM, game.episode]
+    ).generate_state(2)
+    rng = np.random.default_rng(exploration_seed)
+    total = 0.0
+    with _Emulator(game, int(emulator_seed)) as emulator:
+        while not emulator.ended:
+            if cancelled():
+                raise CancelledError
+            observation = emulator.observation
+            explores = rng.random() < game.protocol.epsilon
+            explored = int(rng.integers(emulator.num_actions))
+            action = explored if explores else act(observation)
+            seen = observation.copy() if observe is not None else None
+            reward = emulator.step(action)
+            total += reward
+            if observe is not None and seen is not None:
+                observe(Step(seen, action, reward, emulator.ended))
+        frames, cut = emulator.frames, emulator.cut
+    return Score(game.policy, game.episode, game.seed, game.start_index, total, frames, cut)
+
+
+class _Emulator:
+    """An emulator at the start point of a game; a context manager."""
+
+    def __init__(self, game: Game, seed: int):
+        rules = game.protocol.environment(game.environment)
+        prefix = _prefix(game)
+        most = rules.max_episode_frames + len(prefix) * rules.action_repeat
+        rules = dataclasses.replace(rules, max_episode_frames=most)
+        self._emulator = make_emulators(rules, 1, AutoresetMode.NEXT_STEP)
+        self.num_actions = int(self._emulator.single_action_space.n)
+        self._stack = FrameStack(1, rules.frame_stack)
+        self.ended = self.cut = False
+        frame, info = self._emulator.reset(seed=emulator_seeds(seed, 1))
+        self._show(frame, info, first=True)
+        for action in prefix:
+            self.step(int(action))
+            if self.ended:
+                self.__exit__()
+                raise ValueError('the game ends before its start point')
+        self._frames_at_start = self._frames
+
+    def step(self, action: int) -> float:
+        """Takes an action; returns the raw reward."""
+        actions = np.array([action], np.int32)
+        check_actions(actions, self.num_actions)
+        frame, reward, terminated, truncated, info = self._emulator.step(actions)
+        self.cut, self.ended = bool(truncated[0]), bool(terminated[0] or truncated[0])
+        self._show(frame, info)
+        return float(reward[0])
+
+    @property
+    def frames(self) -> int:
+        """Emulator frames since the start point, or since the no-ops."""
+        return self._frames - self._frames_at_start
+
+    def _show(self, frame: np.ndarray, info: dict[str, Any], first: bool = False) -> None:
+        self.observation = self._stack.push(frame[:, 0], np.array([first]))
+        self._frames = int(info['episode_frame_number'][0])
+
+    def __enter__(self) -> '_Emulator':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._emulator.close()
+
+
+def _prefix(game: Game) -> np.ndarray:
+    """Indices int32 [steps] of the actions that lead to the start point."""
+    if game.start is None:
+        return np.zeros(0, np.int32)
+    codes = action_codes(game.environment.game, game.environment.full_action_space)
+    return indices(game.start, codes)

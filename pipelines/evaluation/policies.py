@@ -1,0 +1,286 @@
+"""Policies to evaluate: a run, a SavedModel or `random` in, a policy that can play out."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from agents.config import EnvironmentConfig
+from agents.games import rom_id
+from infra.disk import scratch
+from infra.parameter_server.checkpoint import Checkpoint
+from pipelines.errors import UsageError
+from pipelines.evaluation.play import Act
+from pipelines.evaluation.starts import action_codes
+from pipelines.experiment import config as config_lib
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.storage.checkpoints import read_parameters
+from pipelines.storage.reading import readable
+from pipelines.storage.run_directory import RunDirectory
+
+RANDOM = 'random'
+_ALL_ACTIONS = 18
+
+Player = Callable[[], Act]
+"""Begins a game: returns what chooses its actions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A policy and the environment that it acts in, picklable.
+
+    Attributes:
+      path: where it is from, or 'random'.
+      environment: its game, stack and action set.
+      experiment: of the run, None for others.
+      parameters: of the run's network, float32 [parameters].
+      saved_model: files of a SavedModel as a ZIP archive.
+      checkpoint: name of the run's checkpoint.
+      updates: global updates behind the policy, None if unknown.
+    """
+
+    path: str
+    environment: EnvironmentConfig
+    experiment: ExperimentConfig | None = None
+    parameters: np.ndarray | None = None
+    saved_model: bytes | None = None
+    checkpoint: str | None = None
+    updates: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """'run', 'saved_model' or 'random'."""
+        if self.experiment is not None:
+            return 'run'
+        return RANDOM if self.saved_model is None else 'saved_model'
+
+    def describe(self) -> dict[str, Any]:
+        """Its JSON values for a result."""
+        return {
+            'kind': self.kind,
+            'path': self.path,
+            'checkpoint': self.checkpoint,
+            'updates': self.updates,
+        }
+
+    def player(self) -> Player:
+        """Opens the policy; use it in one thread.
+
+        Raises:
+          ValueError: the parameters are of another network.
+          UsageError: the SavedModel cannot be loaded or does not fit the game.
+        """
+        if self.experiment is not None:
+            return _run_player(self.experiment, self.parameters)
+        if self.saved_model is not None:
+            return _saved_model_player(self)
+        return lambda: _unreachable  # its protocol has epsilon 1
+
+
+def _unreachable(observation: np.ndarray) -> int:
+    raise AssertionError('a random policy chooses no action')
+
+
+def of_run(run_dir: str, checkpoint: str, notify: Callable[[str], None]) -> Policy:
+    """The policy of a run, here or at gs://.
+
+    Args:
+      run_dir: its directory.
+      checkpoint: 'newest', 'best' or a number.
+      notify: receives a line for each damaged checkpoint that is skipped.
+
+    Raises:
+      UsageError: the run or the checkpoint is not readable.
+    """
+    with readable(run_dir, ()) as path:
+        directory = RunDirectory.existing(path)
+        experiment = config_lib.load(directory.config_file)
+        name, saved = read_parameters(directory, checkpoint, notify)
+    return of_checkpoint(run_dir, experiment, name, saved)
+
+
+def of_checkpoint(
+    run_dir: str, experiment: ExperimentConfig, name: str, saved: Checkpoint
+) -> Policy:
+    """The policy of a checkpoint that has been read."""
+    return Policy(
+        run_dir,
+        experiment.environment,
+        experiment,
+        saved.parameters,
+        checkpoint=name,
+        updates=saved.clock['updates'],
+    )
+
+
+def of_saved_model(path: str, game: str | None) -> Policy:
+    """The policy of a TF-Agents SavedModel, such as `policy/` of a run.
+
+    Args:
+      path: its directory.
+      game: to play; None: that of the run that holds the SavedModel.
+
+    Raises:
+      UsageError: `path` is not a readable SavedModel of a policy for Atari, or is for another game.
+    """
+    directory = pathlib.Path(path)
+    if not (directory / 'saved_model.pb').is_file():
+        raise UsageError(
+            f'--policy {path}: not a SavedModel (saved_model.pb is missing). Fix: name the policy/'
+            ' of a run, another SavedModel, or `random`.'
+        )
+    trained = _environment_of_run(directory.absolute().parent)
+    if trained is not None and game is not None and rom_id(trained.game) != rom_id(game):
+        raise other_game(path, trained.game, game)
+    environment = trained
+    if environment is None:
+        if game is None:
+            raise UsageError(f'--policy {path}: its game is unknown. Fix: add --games.')
+        environment = EnvironmentConfig(game=game)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, 'w') as packed:
+        for file in sorted(directory.rglob('*')):
+            packed.write(file, file.relative_to(directory))
+    return _fitted(Policy(path, environment, saved_model=archive.getvalue()))
+
+
+def of_chance(game: str, full_action_space: bool) -> Policy:
+    """Uniformly random actions."""
+    return Policy(RANDOM, EnvironmentConfig(game=game, full_action_space=full_action_space))
+
+
+def other_game(path: str, trained: str, game: str) -> UsageError:
+    """The error of a policy that is to play a game that it was not trained for."""
+    return UsageError(
+        f'{path}: a policy for {rom_id(trained)}, not for {rom_id(game)}. Fix: omit --games, or'
+        f' name a policy for {rom_id(game)}.'
+    )
+
+
+def _environment_of_run(run_dir: pathlib.Path) -> EnvironmentConfig | None:
+    """The environment of the run in `run_dir`, None if there is no run."""
+    try:
+        return config_lib.load(run_dir / 'config.json').environment
+    except UsageError:
+        return None
+
+
+def _run_player(experiment: ExperimentConfig, parameters: np.ndarray | None) -> Player:
+    from pipelines.experiment.builders import build_policy
+
+    policy = build_policy(experiment)
+    policy.set_parameters(parameters)
+    return lambda: lambda observation: int(policy.act(observation)[0])
+
+
+def _fitted(policy: Policy) -> Policy:
+    """The policy with the stack and the action set that its SavedModel has.
+
+    Raises:
+      UsageError: it is not a policy for Atari or its game.
+    """
+    loaded = _load(policy)
+    observation, action = loaded.time_step_spec.observation, loaded.action_spec
+    shape = tuple(getattr(observation, 'shape', ()))
+    if shape[:2] != (84, 84) or len(shape) != 3 or getattr(action, 'shape', None) != ():
+        raise UsageError(
+            f'--policy {policy.path}: not a policy for Atari (observation {observation}, action'
+            f' {action}). Fix: name one for uint8 [84, 84, stack] and a scalar action.'
+        )
+    num_actions = int(action.maximum) + 1
+    minimal = len(action_codes(policy.environment.game, full_action_space=False))
+    if num_actions not in (minimal, _ALL_ACTIONS):
+        raise UsageError(
+            f'--policy {policy.path}: a policy of another game ({num_actions} actions;'
+            f' {policy.environment.game} has {minimal}). Fix: name its game as --games.'
+        )
+    fitted = dataclasses.replace(
+        policy.environment, frame_stack=shape[2], full_action_space=num_actions != minimal
+    )
+    updates = int(loaded.get_train_step())  # -1: unknown
+    known = updates if updates >= 0 else None
+    return dataclasses.replace(policy, environment=fitted, updates=known)
+
+
+def _load(policy: Policy) -> Any:
+    """Loads the SavedModel of a policy.
+
+    Raises:
+      UsageError: it is damaged.
+    """
+    import tensorflow as tf
+    from tf_agents.policies import py_tf_eager_policy
+
+    assert policy.saved_model is not None
+    try:
+        with scratch() as directory:
+            with zipfile.ZipFile(io.BytesIO(policy.saved_model)) as packed:
+                packed.extractall(directory)
+            return py_tf_eager_policy.SavedModelPyTFEagerPolicy(
+                str(directory), load_specs_from_pbtxt=True
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, tf.errors.OpError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UsageError(
+            f'--policy {policy.path}: cannot be loaded ({reason}). Fix: export it again with'
+            ' `pipelines/export.py`.'
+        ) from error
+
+
+def _saved_model_player(policy: Policy) -> Player:
+    from tf_agents.trajectories import time_step as ts
+
+    loaded = _load(policy)
+
+    def begin() -> Act:
+        state, step = loaded.get_initial_state(), ts.restart
+
+        def act(observation: np.ndarray) -> int:
+            nonlocal state, step
+            frames = np.array(observation[0])
+            chosen = loaded.action(step(frames), state)
+            state, step = chosen.state, _transition
+            return int(chosen.action)
+
+        return act
+
+    def _transition(frames: np.ndarray) -> Any:
+        return ts.transition(frames, np.float32(0.0))
+
+    return begin
+
+
+def packed(policy: Policy) -> bytes:
+    """Encodes a policy for a worker elsewhere (see `unpacked`)."""
+    values = {
+        **policy.describe(),
+        'environment': dataclasses.asdict(policy.environment),
+        'experiment': config_lib.to_json(policy.experiment) if policy.experiment else None,
+    }
+    content = io.BytesIO()
+    parameters = np.zeros(0, np.float32) if policy.parameters is None else policy.parameters
+    model = np.frombuffer(policy.saved_model or b'', np.uint8)
+    np.savez(content, values=json.dumps(values), parameters=parameters, saved_model=model)
+    return content.getvalue()
+
+
+def unpacked(content: bytes) -> Policy:
+    """Decodes what `packed` encoded."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        values = json.loads(str(arrays['values']))
+        parameters, model = arrays['parameters'], arrays['saved_model'].tobytes()
+    experiment = config_lib.from_json(values['experiment']) if values['experiment'] else None
+    return Policy(
+        values['path'],
+        EnvironmentConfig(**values['environment']),
+        experiment,
+        parameters if experiment is not None else None,
+        model if values['kind'] == 'saved_model' else None,
+        values['checkpoint'],
+        values['updates'],
+    )

@@ -1,0 +1,105 @@
+"""Evaluation protocols: the rules under which published scores were taken.
+
+Sources: [G] Nair et al. 2015 (the paper), section 5; [N] Mnih et al. 2015, Methods; [M] Machado et
+al. 2018, section 5 and table 6; [R] Hessel et al. 2018, "Evaluation Methodology"; [A] Horgan et al.
+2018, appendix; [Zoo] DeepMind's DQN Zoo; [here] not stated in a paper, chosen by us.
+
+A score is the sum of a game's raw rewards. The loss of a life never ends a game.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from agents.config import EnvironmentConfig
+from pipelines.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Rules of an evaluation game.
+
+    Attributes:
+      name: as in `--protocol`.
+      epsilon: probability of a uniformly random action.
+      max_frames: emulator frames after the no-ops, or the start point, at which a game is cut off.
+      episodes: games of one policy.
+      max_noops: most no-ops at the start of a game, drawn uniformly from 0.
+      sticky_action_probability: that the emulator repeats the action before.
+      full_action_space: whether the agent chooses among all 18 actions.
+      starts: whether games begin at recorded start points.
+    """
+
+    name: str
+    epsilon: float
+    max_frames: int
+    episodes: int = 30
+    max_noops: int = 30
+    sticky_action_probability: float = 0.0
+    full_action_space: bool = False
+    starts: bool = False
+
+    def environment(self, trained: EnvironmentConfig) -> EnvironmentConfig:
+        """The rules of a game for a policy that was trained in `trained`.
+
+        The policy keeps what its network depends on: game, action set, stack and action repeat.
+        """
+        return dataclasses.replace(
+            trained,
+            max_noops=self.max_noops,
+            max_episode_frames=self.max_frames,
+            sticky_action_probability=self.sticky_action_probability,
+            life_loss_ends_episode=False,
+        )
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        # [G] 5: 30 games, epsilon 0.05, five minutes; up to 30 no-ops as [N].
+        Protocol('noop', epsilon=0.05, max_frames=18_000),
+        # [G] 5: 100 start points from a person's play, then thirty minutes; the score before the
+        # start point does not count. Their start points were never published.
+        Protocol('human', epsilon=0.05, max_frames=108_000, episodes=100, max_noops=0, starts=True),
+        # [M] 5: sticky actions 0.25, all 18 actions, no signal of lives, thirty minutes, no no-ops.
+        # Their scores are of training games, whose epsilon ends at 0.01.
+        Protocol(
+            'machado',
+            epsilon=0.01,
+            max_frames=108_000,
+            max_noops=0,
+            sticky_action_probability=0.25,
+            full_action_space=True,
+        ),
+        # [R], [A]: no-op starts, thirty minutes. Epsilon is 0 for noisy networks [R] and Ape-X [A],
+        # 0.001 for others [Zoo]. 30 games [here].
+        Protocol('rainbow', epsilon=0.001, max_frames=108_000),
+    )
+}
+
+
+def protocol(name: str, values: Mapping[str, Any]) -> Protocol:
+    """The protocol `name` with fields replaced by those of `values` that are not None.
+
+    Raises:
+      UsageError: the name is unknown.
+    """
+    if name not in PROTOCOLS:
+        raise UsageError(
+            f'--protocol {name!r}: unknown. Fix: choose one of {", ".join(PROTOCOLS)}.'
+        )
+    given = {field: value for field, value in values.items() if value is not None}
+    return dataclasses.replace(PROTOCOLS[name], **given)
+
+
+def deviations(used: Protocol) -> dict[str, Any]:
+    """Fields in which `used` differs from the protocol of its name; not the number of games."""
+    exact = PROTOCOLS[used.name]
+    allowed = {'epsilon': (0.0, 0.001)} if used.name == 'rainbow' else {}
+    return {
+        field.name: value
+        for field in dataclasses.fields(used)
+        if (value := getattr(used, field.name)) != getattr(exact, field.name)
+        and field.name != 'episodes'
+        and value not in allowed.get(field.name, ())
+    }

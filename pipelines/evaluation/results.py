@@ -1,0 +1,73 @@
+"""Results of an evaluation: scores of games in, one JSON file for each policy and game out."""
+
+import collections
+import datetime
+import pathlib
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.play import Failure, Score
+
+_FAILURES_NAMED = 5
+
+
+def combined(records: Iterable[Score | Failure]) -> dict[str, Any]:
+    """The scores of one policy in one game; equal for any order of `records`.
+
+    Returns:
+      JSON values: number of games that were played and failed, mean, standard deviation and error,
+      median and scores; None where no game was played.
+    """
+    listed = sorted(records, key=lambda record: record.episode)
+    scores = [record for record in listed if isinstance(record, Score)]
+    failures = [record for record in listed if isinstance(record, Failure)]
+    values = np.array([score.value for score in scores])
+    played = len(values) > 0
+    return {
+        'episodes': len(scores),
+        'failed': len(failures),
+        'mean': float(values.mean()) if played else None,
+        'std': float(values.std()) if played else None,
+        'standard_error': float(values.std(ddof=1) / len(values) ** 0.5)
+        if len(values) > 1
+        else None,
+        'median': float(np.median(values)) if played else None,
+        'returns': values.tolist(),
+        'details': [
+            {
+                'episode': score.episode,
+                'start': score.start_index,
+                'return': score.value,
+                'frames': score.frames,
+                'cut': score.cut,
+            }
+            for score in scores
+        ],
+        'failures': [
+            {'episode': failure.episode, 'reason': failure.reason}
+            for failure in failures[:_FAILURES_NAMED]
+        ],
+    }
+
+
+def by_policy(records: Iterable[Score | Failure]) -> dict[int, dict[str, Any]]:
+    """`combined` for each policy, by its index."""
+    grouped: dict[int, list[Score | Failure]] = collections.defaultdict(list)
+    for record in records:
+        grouped[record.policy].append(record)
+    return {policy: combined(group) for policy, group in grouped.items()}
+
+
+def file_name(result: Mapping[str, Any], elsewhere: bool) -> str:
+    """A new name for a result, which tells policy and game if it is not in the run's directory."""
+    # The digits differ between two evaluations that start in the same second.
+    stamp = f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}'
+    parts: Sequence[str] = ('evaluation', result['protocol'], stamp)
+    if elsewhere:
+        path = pathlib.PurePath(result['policy']['path'])
+        name = path.name if path.name != 'policy' else path.parent.name
+        parts = (name or 'policy', result['game'], result['protocol'], stamp)
+    return '-'.join(parts) + '.json'

@@ -1,0 +1,71 @@
+"""Runs a Beam pipeline to its end, and ends a job that would outlive this process."""
+
+import functools
+import os
+import pathlib
+import signal
+import sys
+import threading
+from typing import Any
+
+import apache_beam as beam
+
+from infra.disk import write_atomically
+from pipelines.engines.catalog import Engine
+from pipelines.launch.interrupts import Ended, raise_ended
+
+
+def end_with_workers(count: int) -> None:
+    """Ends this process after `count` worker processes of Beam's local runner have failed.
+
+    The runner waits for ever for a process that fails before it connects; only the thread that
+    watches the process raises an error.
+    """
+    failed: list[str] = []
+    otherwise = threading.excepthook
+
+    def note(args: Any) -> None:
+        if args.thread is None or args.thread.name != 'run_worker':
+            otherwise(args)
+            return
+        failed.append(f'worker process {len(failed) + 1} of {count} failed: {args.exc_value}')
+        print(failed[-1], file=sys.stderr, flush=True)
+        if len(failed) >= count:
+            os._exit(1)
+
+    threading.excepthook = note
+
+
+def run(
+    pipeline: beam.Pipeline, options: Any, engine: Engine, state_file: pathlib.Path | None = None
+) -> None:
+    """Runs a job to its end; SIGTERM and Ctrl-C also end a job that would outlive this process.
+
+    Args:
+      pipeline: to run, with `options`.
+      options: of Beam.
+      engine: that runs it.
+      state_file: receives the engine's reports on the job.
+
+    Raises:
+      Ended, KeyboardInterrupt: a signal ended the job.
+    """
+    if not engine.outlives_submitter:
+        pipeline.run().wait_until_finish()
+        return
+    noted: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))  # while it is submitted
+    result = pipeline.run()
+    try:
+        signal.signal(signal.SIGTERM, raise_ended)
+        if noted:
+            raise_ended()
+        if engine.follow is not None and state_file is not None:
+            report = functools.partial(write_atomically, state_file)
+            follow = functools.partial(engine.follow, result, options, report)
+            threading.Thread(target=follow, daemon=True).start()
+        result.wait_until_finish()
+    except (Ended, KeyboardInterrupt):
+        print('ending the job ...', flush=True)
+        engine.end(result, options)
+        raise

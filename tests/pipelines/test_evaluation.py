@@ -1,0 +1,207 @@
+"""Evaluation games: what a protocol changes, and what a game's score depends on."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from agents.config import EnvironmentConfig
+from pipelines.errors import UsageError
+from pipelines.evaluation import local, results, starts
+from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
+from pipelines.evaluation.policies import Policy, of_chance
+from pipelines.evaluation.protocols import PROTOCOLS, Protocol, deviations, protocol
+from pipelines.evaluation.starts import Start, StartFile
+
+SHORT = Protocol('noop', epsilon=0.5, max_frames=400)
+PONG = EnvironmentConfig(game='pong')
+
+
+def game(episode=0, rules=SHORT, environment=PONG, **values) -> Game:
+    return Game(0, episode, 7, environment, rules, **values)
+
+
+def steps_of(played: Game, act=lambda _: 0) -> list[Step]:
+    steps: list[Step] = []
+    play(played, act, steps.append)
+    return steps
+
+
+class TestProtocols:
+    def test_are_those_of_their_papers(self):
+        noop, human = PROTOCOLS['noop'], PROTOCOLS['human']
+        assert (noop.episodes, noop.max_noops, noop.max_frames, noop.epsilon) == (
+            30,
+            30,
+            18_000,
+            0.05,
+        )
+        assert (human.episodes, human.max_frames, human.starts) == (100, 108_000, True)
+        machado = PROTOCOLS['machado']
+        assert (machado.sticky_action_probability, machado.full_action_space) == (0.25, True)
+        assert machado.max_frames == PROTOCOLS['rainbow'].max_frames == 108_000
+
+    def test_replace_the_rules_of_training_but_not_what_the_network_needs(self):
+        trained = EnvironmentConfig(
+            game='breakout', frame_stack=2, max_noops=3, sticky_action_probability=0.1
+        )
+        rules = PROTOCOLS['noop'].environment(trained)
+        assert (rules.game, rules.frame_stack) == ('breakout', 2)
+        assert (rules.max_noops, rules.sticky_action_probability) == (30, 0.0)
+        assert not rules.life_loss_ends_episode
+
+    def test_say_where_an_evaluation_deviates(self):
+        changed = protocol('noop', {'epsilon': 0.1, 'max_frames': None, 'episodes': 3})
+        assert deviations(changed) == {'epsilon': 0.1}
+        assert deviations(protocol('rainbow', {'epsilon': 0.0})) == {}  # Ape-X's
+
+    def test_are_known_by_name(self):
+        with pytest.raises(UsageError, match='choose one of noop, human, machado, rainbow'):
+            protocol('mine', {})
+
+
+class TestAGame:
+    def test_depends_on_its_description_alone(self):
+        first, other = play(game(0), lambda _: 2), play(game(1), lambda _: 2)
+        assert play(game(0), lambda _: 2) == first
+        assert other != first
+
+    def test_is_cut_at_the_limit_which_no_ops_do_not_count_to(self):
+        scores = [play(game(episode), lambda _: 0) for episode in range(3)]
+        assert [(score.frames, score.cut) for score in scores] == [(400, True)] * 3
+        assert len(steps_of(game())) == 100  # of four frames
+
+    def test_starts_after_different_numbers_of_no_ops(self):
+        rules = dataclasses.replace(SHORT, epsilon=0.0)  # games differ by nothing else
+        later = [steps_of(game(episode, rules))[-1].observation.tobytes() for episode in range(4)]
+        assert len(set(later)) > 1
+
+    def test_of_epsilon_one_never_asks_the_policy(self):
+        def act(_):
+            raise AssertionError
+
+        rules = dataclasses.replace(SHORT, epsilon=1.0)
+        actions = [step.action for step in steps_of(game(rules=rules), act)]
+        assert set(actions) == set(range(6))  # Pong's minimal set
+
+    def test_of_epsilon_zero_asks_it_at_every_step(self):
+        rules = dataclasses.replace(SHORT, epsilon=0.0)
+        assert {step.action for step in steps_of(game(rules=rules), lambda _: 3)} == {3}
+
+    def test_shows_stacked_frames(self):
+        observations = [step.observation for step in steps_of(game())]
+        assert observations[0].shape == (1, 84, 84, 4)
+        assert not observations[0][..., :3].any()  # before the first frame: zero
+        np.testing.assert_array_equal(observations[5][..., 0], observations[2][..., 3])
+
+    def test_goes_on_after_a_lost_life(self):
+        rules = dataclasses.replace(SHORT, max_frames=4_000, max_noops=0, epsilon=1.0)
+        breakout = EnvironmentConfig(game='breakout')
+        steps = steps_of(game(rules=rules, environment=breakout))
+        # Random play loses a life of five in some 50 steps.
+        assert len(steps) > 120
+        assert [step.ended for step in steps] == [False] * (len(steps) - 1) + [True]
+
+    def test_with_all_actions_has_eighteen(self):
+        everything = dataclasses.replace(PONG, full_action_space=True)
+        rules = dataclasses.replace(SHORT, epsilon=1.0)
+        actions = {step.action for step in steps_of(game(rules=rules, environment=everything))}
+        assert max(actions) > 5
+
+    def test_ends_when_it_is_cancelled(self):
+        with pytest.raises(CancelledError):
+            play(game(), lambda _: 0, cancelled=lambda: True)
+
+
+@pytest.fixture
+def recorded() -> bytes:
+    """ALE's action codes of 100 steps of random play in Pong, without no-ops."""
+    codes = starts.action_codes('pong', full_action_space=False)
+    rules = dataclasses.replace(SHORT, epsilon=1.0, max_noops=0)
+    return bytes(codes[step.action] for step in steps_of(game(rules=rules)))
+
+
+class TestStartPoints:
+    def test_lead_to_the_recorded_state(self, recorded):
+        rules = dataclasses.replace(SHORT, epsilon=1.0, max_noops=0)
+        there = steps_of(game(rules=rules))[50].observation
+        human = dataclasses.replace(PROTOCOLS['human'], max_frames=40)
+        played = steps_of(game(rules=human, start=Start(recorded[:50])))
+        np.testing.assert_array_equal(played[0].observation, there)
+
+    def test_begin_score_and_frames(self, recorded):
+        human = dataclasses.replace(PROTOCOLS['human'], max_frames=40)
+        score = play(game(rules=human, start=Start(recorded[:50]), start_index=3), lambda _: 0)
+        assert (score.frames, score.start_index, score.cut) == (40, 3, True)
+
+    def test_with_actions_that_the_policy_lacks_fail(self):
+        with pytest.raises(ValueError, match="outside the policy's action set"):
+            play(game(rules=PROTOCOLS['human'], start=Start(b'\x05')), lambda _: 0)
+
+    def test_are_read_as_they_were_written(self, recorded, tmp_path):
+        path = tmp_path / 'starts.json'
+        rng = np.random.default_rng(0)
+        file = StartFile('pong', 4, 'random', starts.drawn([recorded], 10, rng))
+        starts.write(path, file)
+        assert starts.read(path, 'Pong', 4) == file
+        assert len({start.actions for start in file.starts}) == 10
+
+    def test_of_another_game_or_damaged_are_one_line(self, recorded, tmp_path):
+        path = tmp_path / 'starts.json'
+        starts.write(path, StartFile('pong', 4, 'random', (Start(recorded),)))
+        with pytest.raises(UsageError, match='start points of pong, not of breakout'):
+            starts.read(path, 'breakout', 4)
+        with pytest.raises(UsageError, match='recorded with action repeat 4'):
+            starts.read(path, 'pong', 3)
+        path.write_text(path.read_text().replace('"pong"', '"qong"'))
+        with pytest.raises(UsageError, match='damaged'):
+            starts.read(path, 'pong', 4)
+        with pytest.raises(UsageError, match='cannot be read'):
+            starts.read(tmp_path / 'none.json', 'pong', 4)
+
+    def test_are_not_drawn_from_too_little_play(self):
+        with pytest.raises(UsageError, match='only 3 steps were played'):
+            starts.drawn([b'\x00\x01\x02'], 4, np.random.default_rng(0))
+
+
+def test_scores_are_combined_in_any_order():
+    records = [Score(0, i, 1, None, float(i), 10, False) for i in range(4)]
+    records.append(Failure(0, 4, 'lost'))  # type: ignore[arg-type]
+    combined = results.combined(reversed(records))
+    assert combined == results.combined(records)
+    # Of 0, 1, 2, 3: deviation sqrt(1.25), that of a sample sqrt(5 / 3).
+    assert (combined['mean'], combined['median'], combined['failed']) == (1.5, 1.5, 1)
+    assert combined['std'] == pytest.approx(1.25**0.5)
+    assert combined['standard_error'] == pytest.approx((5 / 3) ** 0.5 / 2)
+
+
+class TestThreads:
+    def test_score_as_one_does(self):
+        chance = of_chance('pong', full_action_space=False)
+        rules = dataclasses.replace(SHORT, epsilon=1.0)
+        games = [game(episode, rules) for episode in range(6)]
+        one, three = (
+            results.by_policy(local.play_all([chance], games, threads)) for threads in (1, 3)
+        )
+        assert one == three
+        assert one[0]['episodes'] == 6
+
+    def test_report_a_policy_that_cannot_be_opened(self):
+        broken = Policy('nowhere', PONG, saved_model=b'no archive')
+        (failure,) = local.play_all([broken], [game()], 1)
+        assert isinstance(failure, Failure)
+        assert 'BadZipFile' in failure.reason or 'cannot be loaded' in failure.reason
+
+    def test_end_with_the_iterator(self):
+        chance = of_chance('pong', full_action_space=False)
+        rules = dataclasses.replace(PROTOCOLS['noop'], epsilon=1.0)
+        records = local.play_all([chance], [game(episode, rules) for episode in range(50)], 2)
+        next(records)
+        records.close()  # type: ignore[attr-defined]  # returns within a step, not after 50 games
+
+
+def test_a_rom_is_told_apart_by_its_content(tmp_path):
+    path = tmp_path / 'starts.json'
+    starts.write(path, StartFile('pong', 4, 'person', (Start(b'\x00'),)))
+    assert pathlib.Path(path).read_text().count('rom_md5') == 1
