@@ -51,6 +51,8 @@ SLOW = frozenset(
         'pipelines/test_hung_servers',
         'pipelines/test_output',
         'pipelines/test_remote',
+        'pipelines/test_report',
+        'pipelines/test_report_page',
         'pipelines/test_servers',
         'pipelines/test_signals',
         'pipelines/test_training',

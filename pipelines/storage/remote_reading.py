@@ -1,11 +1,12 @@
-"""A temporary copy of a remote run, for evaluation and export.
+"""A temporary copy of a remote run, for evaluation, export and reports.
 
 In: the URL. Out: a local directory; results written there are uploaded.
 """
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from infra.disk import scratch
 from pipelines.errors import UsageError
@@ -20,6 +21,7 @@ from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE
 
 _TRIES = 3  # a checkpoint may be pruned while it is read
 _NEEDED = ('parameters', CHECKPOINT_RUN_FILE)  # of a checkpoint
+_RECORDS = re.compile(r'[^/]+\.(json|jsonl|mp4)|events/[^/]+')
 
 
 @contextlib.contextmanager
@@ -42,13 +44,39 @@ def temporary_copy(run_dir: str, outputs: Sequence[str]) -> Iterator[pathlib.Pat
             raise UsageError(str(error)) from error
 
 
+@contextlib.contextmanager
+def temporary_records(run_dir: str) -> Iterator[pathlib.Path]:
+    """Yields a local directory with a remote run's configuration, results, events and video.
+
+    Raises:
+      UsageError: the remote run does not exist or is not readable.
+    """
+    place = Place.at(run_dir)
+    with scratch() as directory:
+        local = directory / place.name
+        try:
+            files = require_answer(place)
+            _require_run(place, files)
+            for name in filter(_RECORDS.fullmatch, files):
+                with contextlib.suppress(MissingError):  # the run is active and has replaced it
+                    place.fetch(name, local / name, _nothing)
+        except RemoteError as error:
+            raise UsageError(str(error)) from error
+        yield local
+
+
+def _require_run(place: Place, files: Iterable[str]) -> None:
+    """Raises UsageError unless the remote files are those of a run."""
+    if CONFIG_FILE not in files:
+        raise UsageError(
+            f'{place.url}: holds no run ({CONFIG_FILE} is missing). Fix: check the URL.'
+        )
+
+
 def _fetch_parameters(place: Place, local: pathlib.Path) -> None:
     for tries_left in reversed(range(_TRIES)):
         files = require_answer(place)
-        if CONFIG_FILE not in files:
-            raise UsageError(
-                f'{place.url}: holds no run ({CONFIG_FILE} is missing). Fix: check the URL.'
-            )
+        _require_run(place, files)
         complete = complete_checkpoints(files)
         if not complete:
             raise UsageError(f'{place.url}: no checkpoint yet. Fix: train for longer.')

@@ -1,0 +1,423 @@
+"""Results and curves in, the report's charts out."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.reporting import curves, drawing, results
+from pipelines.reporting.drawing import Picture
+from pipelines.reporting.results import Variant, Verdict
+from pipelines.reporting.runs import Run
+
+_PUBLISHED = (
+    ('dqn', 'DQN', drawing.MUTED, 's', ':'),
+    ('gorila', 'Gorila', drawing.INK, 'D', '--'),
+    ('apex', 'Ape-X', drawing.MUTED, '^', '-.'),
+)
+"""Agent, name, colour, marker and line of published scores: hollow and grey, ours have colours."""
+_LINEAR_PERCENT = 100.0  # the scale of normalised scores is linear below, logarithmic above
+_ROW_INCHES, _FRAME_INCHES = 0.3, 1.25
+_PROFILE_POINTS = 81
+_LEARNER_TAGS = 12  # charts of the learners' own figures at most
+
+
+Specs = Sequence[tuple[str, str, str]]
+"""(tag, title, unit) of scalars."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Pictures that belong together.
+
+    Attributes:
+      title, caption: what they show, and how to read them.
+      pictures: one per game, or one.
+    """
+
+    title: str
+    caption: str
+    pictures: tuple[Picture, ...]
+
+
+def colour(index: int) -> str:
+    return drawing.SERIES[index % len(drawing.SERIES)]
+
+
+def _line(index: int) -> str:
+    """Line style: colours repeat after seven variants, then dashed."""
+    return ('-', '--', ':')[index // len(drawing.SERIES) % 3]
+
+
+# Scores.
+
+
+def scores(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
+    """Normalised scores of each game beside the published ones, per kind of starts."""
+    pictures = []
+    for starts in ('noop', 'human'):
+        held = [v for v in verdicts if v.protocol.starts == starts and v.known]
+        if held:
+            games = sorted({score.game for verdict in held for score in verdict.known})
+            height = _FRAME_INCHES + _ROW_INCHES * max(2, len(games)) * max(1, len(held) / 2)
+            name = 'no-op starts' if starts == 'noop' else 'human starts'
+            pictures.append(
+                drawing.draw(
+                    f'scores-{starts}',
+                    f'Human-normalised scores of {len(games)} games, {name}, beside published ones',
+                    functools.partial(
+                        _paint_scores, verdicts=held, games=games, variants=variants, title=name
+                    ),
+                    (drawing.SIZE_INCHES[0], height),
+                )
+            )
+    caption = (
+        'Percent of a human’s score: 0 is random play, 100 a professional player; linear up to 100,'
+        ' logarithmic beyond. Small dots are seeds, the large dot is their mean; grey and hollow:'
+        ' published.'
+    )
+    return Chart('Score per game', caption, tuple(pictures)) if pictures else None
+
+
+def _paint_scores(
+    axes: Any,
+    verdicts: Sequence[Verdict],
+    games: Sequence[str],
+    variants: Sequence[Variant],
+    title: str,
+) -> None:
+    rows = {game: len(games) - 1 - index for index, game in enumerate(games)}
+    _paint_published(axes, verdicts, rows)
+    step = min(0.24, 0.7 / len(verdicts))
+    for place, verdict in enumerate(verdicts):
+        index = variants.index(verdict.variant)
+        shift = ((len(verdicts) - 1) / 2 - place) * step
+        for score in verdict.known:
+            seeds, y = score.normalised, rows[score.game] + shift
+            axes.plot(seeds, [y] * len(seeds), '.', color=colour(index), markersize=4, alpha=0.6)
+            label = _label(verdict) if score is verdict.known[0] else None
+            marker = 'o' if verdict.protocol.comparable else 'P'
+            axes.plot(seeds.mean(), y, marker, color=colour(index), markersize=7.5, label=label)
+    axes.set_xscale('symlog', linthresh=_LINEAR_PERCENT, linscale=1.2)
+    axes.set_yticks(list(rows.values()), [game.replace('_', ' ') for game in rows])
+    axes.set_ylim(-0.7, len(games) - 0.3)
+    axes.set_title(title)
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
+    _ticks(axes)
+    axes.figure.legend(loc='outside lower left', ncols=4)
+
+
+def _ticks(axes: Any) -> None:
+    low, high = axes.get_xlim()
+    steps = [-100, 0, 50, 100, 300, 1000, 3000, 10_000, 30_000]
+    axes.set_xticks([step for step in steps if low <= step <= high])
+    axes.minorticks_off()
+
+
+def _paint_published(axes: Any, verdicts: Sequence[Verdict], rows: dict[str, int]) -> None:
+    for percent in (0, 100):
+        axes.axvline(percent, color=drawing.MUTED, linewidth=1.0)
+    known = {score.game: score for verdict in verdicts for score in verdict.known}
+    for agent, name, shade, marker, _ in _PUBLISHED:
+        starts = verdicts[0].protocol.starts
+        values = results.reference.published_normalised(agent, starts)
+        axes.plot(
+            [values[game] for game in known],
+            [rows[game] for game in known],
+            marker,
+            markerfacecolor='none',
+            markeredgecolor=shade,
+            markersize=6.5,
+            markeredgewidth=1.4,
+            label=name,
+        )
+
+
+def _label(verdict: Verdict) -> str:
+    return verdict.variant.key + ('' if verdict.protocol.comparable else ' (other rules)')
+
+
+def profiles(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
+    """Performance profiles: the share of runs above each normalised score."""
+    held = [v for v in verdicts if v.protocol.comparable and v.known]
+    if not held:
+        return None
+    top = max(float(np.max(score.normalised)) for v in held for score in v.known)
+    thresholds = np.linspace(0, max(150.0, 1.1 * min(top, 1000.0)), _PROFILE_POINTS)
+    picture = drawing.draw(
+        'profile',
+        'Share of runs above each human-normalised score',
+        lambda axes: _paint_profiles(axes, held, variants, thresholds),
+    )
+    caption = (
+        'Share of runs (each game weighs the same) whose human-normalised score exceeds the value'
+        ' on the axis. Higher is better. Bands: 95 % bootstrap interval over seeds, stratified by'
+        ' game. Grey: published scores on the same games.'
+    )
+    return Chart('Performance profile', caption, (picture,))
+
+
+def _paint_profiles(
+    axes: Any, verdicts: Sequence[Verdict], variants: Sequence[Variant], thresholds: np.ndarray
+) -> None:
+    for agent, name, shade, _, line in _PUBLISHED[:2]:
+        shares = results.published_profile(agent, verdicts[0], thresholds)
+        axes.step(thresholds, 100 * shares, line, color=shade, linewidth=1.2, label=name)
+    for verdict in verdicts:
+        index = variants.index(verdict.variant)
+        found = results.profile(verdict, thresholds)
+        if found is None:
+            continue
+        axes.step(
+            thresholds, 100 * found.value, _line(index), color=colour(index), label=_label(verdict)
+        )
+        if found.low is not None and found.high is not None:
+            low, high = 100 * found.low, 100 * found.high
+            axes.fill_between(
+                thresholds, low, high, step='pre', color=colour(index), alpha=0.16, linewidth=0
+            )
+    axes.set(xlabel='human-normalised score', ylabel='share of runs', ylim=(-3, 103))
+    axes.set_xlim(thresholds[0], thresholds[-1])
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
+    axes.figure.legend(loc='outside lower left', ncols=4)
+
+
+def aggregates(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
+    """Aggregate scores with their intervals, beside those of DQN and Gorila on the same games."""
+    held = [v for v in verdicts if v.protocol.comparable and v.known]
+    if not held:
+        return None
+    height = _FRAME_INCHES + len(results.AGGREGATES) * max(0.5, 0.24 * len(held))
+    picture = drawing.draw(
+        'aggregates',
+        'Aggregate human-normalised scores with 95 % intervals',
+        functools.partial(_paint_aggregates, verdicts=held, variants=variants),
+        (drawing.SIZE_INCHES[0], height),
+    )
+    caption = (
+        'Aggregates of the human-normalised scores. Lines: 95 % bootstrap interval over seeds,'
+        ' stratified by game; none if a game has one seed.'
+    )
+    return Chart('Aggregates', caption, (picture,))
+
+
+def _paint_aggregates(axes: Any, verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> None:
+    names = list(results.AGGREGATES)[::-1]
+    for agent, name, shade, marker, _ in _PUBLISHED[:2]:
+        values = results.published_aggregates(agent, verdicts[0])
+        style = {'markerfacecolor': 'none', 'markeredgecolor': shade, 'markeredgewidth': 1.4}
+        axes.plot([values[n] for n in names], range(len(names)), marker, label=name, **style)
+    step = min(0.24, 0.7 / len(verdicts))
+    for place, verdict in enumerate(verdicts):
+        shade = colour(variants.index(verdict.variant))
+        shift = ((len(verdicts) - 1) / 2 - place) * step
+        for y, name in enumerate(names):
+            found = verdict.aggregates[name]
+            label = _label(verdict) if y == 0 else None
+            axes.plot(found.value, y + shift, 'o', color=shade, markersize=6.5, label=label)
+            if found.low is not None:
+                axes.plot([found.low, found.high], [y + shift] * 2, color=shade)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlim(min(0, axes.get_xlim()[0]))
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
+    axes.figure.legend(loc='outside lower left', ncols=4)
+
+
+# Learning curves.
+
+
+def learning(variants: Sequence[Variant], axis: curves.Axis, name: str, unit: str) -> Chart | None:
+    """Return over an axis, a picture per game; None if no run has games on this axis.
+
+    Args:
+      variants: of the report.
+      axis: where each training game ended.
+      name: of the files, such as 'frames'.
+      unit: label of the axis.
+    """
+    games = sorted({run.game for variant in variants for run in variant.runs if run.episodes})
+    pictures = []
+    for game in games:
+        held = [
+            (index, variant, found)
+            for index, variant in enumerate(variants)
+            if (found := curves.curve(_of(variant, game), axis)) is not None
+        ]
+        if held:
+            pictures.append(
+                drawing.draw(
+                    f'curve-{name}-{game}',
+                    f'Return of {game} during training over {unit}',
+                    functools.partial(_paint_curves, held=held, game=game, axis=axis, unit=unit),
+                )
+            )
+    return Chart(f'Return over {unit}', '', tuple(pictures)) if pictures else None
+
+
+def _of(variant: Variant, game: str) -> list[Run]:
+    return [run for run in variant.runs if run.game == game]
+
+
+def _paint_curves(
+    axes: Any,
+    held: Sequence[tuple[int, Variant, curves.Curve]],
+    game: str,
+    axis: curves.Axis,
+    unit: str,
+) -> None:
+    for index, variant, found in held:
+        shade = colour(index)
+        if len(held) == 1:
+            for run in _of(variant, game):
+                places = axis(run)
+                if places is not None:
+                    returns = [episode.raw_return for episode in run.episodes]
+                    axes.plot(places, returns, '.', color=drawing.MUTED, markersize=2, alpha=0.35)
+        if len(found.runs) > 1:
+            axes.plot(found.x, found.runs.T, color=shade, linewidth=0.7, alpha=0.45)
+            axes.fill_between(found.x, found.low, found.high, color=shade, alpha=0.16, linewidth=0)
+        seeds = f'{len(found.runs)} seeds' if len(found.runs) > 1 else '1 seed'
+        label = f'{variant.key} ({seeds})'
+        axes.plot(found.x, found.mean, _line(index), color=shade, label=label)
+        if axis is curves.frames:
+            _paint_evaluations(axes, _of(variant, game), shade)
+    axes.set_title(game.replace('_', ' '))
+    axes.set(xlabel=unit, ylabel='return (game score)')
+    axes.set_xlim(left=0)
+    _legend(axes)
+
+
+def _paint_evaluations(axes: Any, runs: Sequence[Run], shade: str) -> None:
+    """Evaluations during training as hollow points, that at the end as a diamond."""
+    for run in runs:
+        during = [(row.frames, row.mean) for row in run.curve]
+        if during:
+            axes.plot(*zip(*during), 'o', color=shade, markersize=3.5, markerfacecolor='none')
+        for row in run.evaluations[:1]:
+            axes.plot(run.frames, row.mean, 'D', color=shade, markersize=5.5, clip_on=False)
+
+
+def _legend(axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles[:8], labels[:8], loc='best')
+    axes.xaxis.set_major_formatter(_engineering)
+
+
+def _engineering(value: float, _: Any = None) -> str:
+    for size, sign in ((1e9, ' G'), (1e6, ' M'), (1e3, ' k')):
+        if abs(value) >= size:
+            return f'{value / size:g}{sign}'
+    return f'{value:g}'
+
+
+# What the run did, over its minutes.
+
+
+def scalars(title: str, caption: str, variants: Sequence[Variant], specs: Specs) -> Chart:
+    """All runs over minutes of training, a picture per scalar; names those that stay zero.
+
+    Args:
+      title, caption: of the chart.
+      variants: of the report.
+      specs: (tag, title, unit) of each scalar.
+    """
+    runs = [(index, run) for index, variant in enumerate(variants) for run in variant.runs]
+    pictures, zero = [], []
+    for tag, name, unit in specs:
+        lines = [(index, run, run.scalar(tag)) for index, run in runs]
+        lines = [(index, run, rows) for index, run, rows in lines if len(rows)]
+        if not any(rows[:, 2].any() for _, _, rows in lines):
+            zero += [name] if lines else []
+            continue
+        paint = functools.partial(
+            _paint_scalar, lines=lines, variants=variants, title=name, unit=unit
+        )
+        pictures.append(
+            drawing.draw(f'scalar-{tag.replace("/", "-")}', f'{name} over minutes', paint)
+        )
+    stays = f' Zero throughout: {", ".join(zero)}.' if zero else ''
+    return Chart(title, caption + stays, tuple(pictures))
+
+
+def _paint_scalar(
+    axes: Any,
+    lines: Sequence[tuple[int, Run, np.ndarray]],
+    variants: Sequence[Variant],
+    title: str,
+    unit: str,
+) -> None:
+    seen: set[int] = set()
+    for index, run, rows in lines:
+        spent = curves.spent_minutes(run)
+        if spent is not None:
+            label = None if index in seen else variants[index].key
+            seen.add(index)
+            axes.plot(
+                spent(rows[:, 1]),
+                rows[:, 2],
+                _line(index),
+                color=colour(index),
+                linewidth=1.1,
+                label=label,
+            )
+    axes.set_title(title)
+    axes.set(xlabel='minutes of training', ylabel=unit)
+    axes.set_xlim(left=0)
+    if all((rows[:, 2] >= 0).all() for _, _, rows in lines):
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(_engineering)
+    if len(variants) > 1:
+        _legend(axes)
+
+
+def learner_tags(variants: Sequence[Variant]) -> Specs:
+    """(tag, title, unit) of the learners' own figures."""
+    tags = {
+        tag
+        for variant in variants
+        for run in variant.runs
+        for session in run.sessions
+        for tag in session.scalars
+        if tag.startswith(('learner/', 'actor/'))
+    }
+    names = sorted(tags - {'learner/outlier_share'})[:_LEARNER_TAGS]
+    return [(tag, tag.partition('/')[2].replace('_', ' '), '') for tag in names]
+
+
+def staleness(variants: Sequence[Variant]) -> Picture | None:
+    """Distribution of staleness over all runs of each variant, from the summaries."""
+    held = []
+    for index, variant in enumerate(variants):
+        bins = [run.summary.get('staleness', {}).get('histogram') for run in variant.runs]
+        bins = [found for found in bins if isinstance(found, dict)]
+        if bins and sum(sum(found.values()) for found in bins):
+            held.append((index, variant, bins))
+    if not held:
+        return None
+    return drawing.draw(
+        'staleness-histogram',
+        'Share of gradients by staleness',
+        lambda axes: _paint_staleness(axes, held),
+    )
+
+
+def _paint_staleness(axes: Any, held: Sequence[tuple[int, Variant, list[dict]]]) -> None:
+    names = list(held[0][2][0])
+    width = 0.8 / len(held)
+    for place, (index, variant, bins) in enumerate(held):
+        totals = np.array([sum(found.get(name, 0) for found in bins) for name in names])
+        at = np.arange(len(names)) + (place - (len(held) - 1) / 2) * width
+        shares = 100 * totals / totals.sum()
+        axes.bar(at, shares, width, color=colour(index), label=variant.key)
+    axes.set_xticks(range(len(names)), [n.replace('above ', '>') for n in names], rotation=45)
+    axes.set_title('staleness')
+    axes.set(xlabel='updates, up to', ylabel='share of gradients')
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
+    axes.grid(visible=False, axis='x')
+    if len(held) > 1:
+        axes.legend()

@@ -1,0 +1,182 @@
+"""Variants, verdicts and charts in, one self-contained HTML page out."""
+
+import base64
+import dataclasses
+import datetime
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.reporting import drawing, reference, results, tables
+from pipelines.reporting.charts import Chart
+from pipelines.reporting.results import Variant, Verdict
+from pipelines.reporting.runs import Run
+from pipelines.reporting.statistics import Estimate
+
+TEMPLATE_FILE = pathlib.Path(__file__).with_name('template.html')
+GENERATOR = 'Gorila on Beam report'
+"""Marks a page as a report, which a later report may replace."""
+
+_FEW_SEEDS = 5
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a report shows.
+
+    Attributes:
+      variants, verdicts: see `results`.
+      scores: charts of the verdicts; empty: nothing to compare.
+      curves: learning curves, one chart per axis.
+      activity: throughput, staleness, rejections and the learners' figures.
+      problems: what was skipped, and why.
+      files: name of the directory beside the page.
+      command: that made the report.
+      video_bytes: of all embedded videos at most.
+    """
+
+    variants: Sequence[Variant]
+    verdicts: Sequence[Verdict]
+    scores: Sequence[Chart]
+    curves: Sequence[Chart]
+    activity: Sequence[Chart]
+    problems: Sequence[str]
+    files: str
+    command: str
+    video_bytes: int
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for variant in self.variants for run in variant.runs]
+
+
+def render(content: Content) -> str:
+    """The page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        number=number, percent=percent, signed=_signed, game=_game, interval=_interval, value=_value
+    )
+    template = environment.from_string(TEMPLATE_FILE.read_text(encoding='utf-8'))
+    best = _headliner(content.verdicts)
+    return template.render(
+        content=content,
+        best=best,
+        headline=headline(best, content),
+        protocols=_by_protocol(content.verdicts),
+        published=results.published_aggregates,
+        aggregates=list(results.AGGREGATES),
+        agents=reference.AGENTS,
+        run_rows=tables.runs(content.variants).rows,
+        settings=tables.settings(content.variants).rows,
+        machines=list(tables.machines(content.variants)),
+        described=tables.described,
+        minutes=sum(tables.minutes(run) or 0 for run in content.runs),
+        core_minutes=_sum([tables.core_minutes(run) for run in content.runs]),
+        videos=_videos(content),
+        few_seeds=_few_seeds(content.verdicts),
+        series=len(drawing.SERIES),
+        generator=GENERATOR,
+        now=datetime.datetime.now(datetime.UTC),
+    )
+
+
+def _headliner(verdicts: Sequence[Verdict]) -> Verdict | None:
+    """The comparable verdict with the most games, then the highest interquartile mean."""
+    ranked = [v for v in verdicts if v.protocol.comparable and v.known]
+    rank = lambda v: (len(v.known), float(v.aggregates['interquartile mean'].value))  # noqa: E731
+    return max(ranked, key=rank, default=None)
+
+
+def headline(best: Verdict | None, content: Content) -> str:
+    """The page's first sentence."""
+    if best is None:
+        games = sorted({run.game for run in content.runs})
+        named = _game(games[0]) if len(games) == 1 else f'{len(games)} games'
+        return f'{named}: no score to hold against the published ones yet'
+    won, of = best.wins('gorila')
+    if of == 1:
+        score = best.known[0]
+        gorila = number((score.published or {})['gorila'])
+        place = 'above' if won else 'below'
+        return f'{_game(score.game)}: {number(score.mean)} points, {place} Gorila’s {gorila}'
+    return f'Beats Gorila on {won} of {of} games'
+
+
+def _by_protocol(verdicts: Sequence[Verdict]) -> list[tuple[Any, list[Verdict]]]:
+    held: dict[Any, list[Verdict]] = {}
+    for verdict in verdicts:
+        held.setdefault(verdict.protocol, []).append(verdict)
+    return list(held.items())
+
+
+def _few_seeds(verdicts: Sequence[Verdict]) -> bool:
+    """Whether an interval is shown that comes from too few seeds to be wide enough."""
+    seeds = [min(map(len, (s.means for s in v.scores))) for v in verdicts if v.scores]
+    return any(2 <= least < _FEW_SEEDS for least in seeds)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _videos(content: Content) -> list[dict[str, Any]]:
+    """The video of each game's best run, until `video_bytes` are embedded."""
+    best: dict[str, tuple[float, Run]] = {}
+    for run in content.runs:
+        score = max((e.mean for e in results.chosen(run).values()), default=-float('inf'))
+        if run.video is not None and (run.game not in best or score > best[run.game][0]):
+            best[run.game] = score, run
+    videos, left = [], content.video_bytes
+    for game, (score, run) in sorted(best.items()):
+        assert run.video is not None
+        fits = run.video.content is not None and run.video.size <= left
+        left -= run.video.size if fits else 0
+        data = base64.b64encode(run.video.content or b'').decode() if fits else None
+        size = run.video.size / _MIB
+        videos.append({'game': game, 'run': run, 'score': score, 'data': data, 'mib': size})
+    return videos
+
+
+# How values are written.
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """With thousands separators, and `digits` decimals below 1,000; '–' for None."""
+    if value is None:
+        return '–'
+    text = f'{value:,.0f}' if abs(value) >= 1000 or digits == 0 else f'{value:,.{digits}f}'
+    return text.replace('-', '−')
+
+
+def percent(value: float | None) -> str:
+    return '–' if value is None else f'{number(value, 0 if abs(value) >= 10 else 1)} %'
+
+
+def _signed(value: float) -> str:
+    return f'{"+" if value >= 0 else ""}{number(value)}'
+
+
+def _interval(estimate: Estimate, factor: float = 1.0) -> str:
+    """Bounds of an estimate in percent, or that there are none."""
+    if estimate.low is None or estimate.high is None:
+        return 'one seed'
+    return f'{percent(factor * float(estimate.low))} to {percent(factor * float(estimate.high))}'
+
+
+def _game(name: str) -> str:
+    return name.replace('_', ' ').capitalize()
+
+
+def _value(value: Any) -> str:
+    """A setting."""
+    if value is None:
+        return '–'
+    if isinstance(value, Mapping):
+        return ', '.join(f'{name} {entry}' for name, entry in value.items())
+    return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)

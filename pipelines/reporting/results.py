@@ -1,0 +1,325 @@
+"""Runs in, scores per variant and game and their aggregates out.
+
+Runs whose settings differ in game and seed only are seeds of one variant.
+"""
+
+import dataclasses
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.reporting import reference, statistics
+from pipelines.reporting.runs import Evaluation, Run
+from pipelines.reporting.statistics import Estimate
+from pipelines.storage.evaluations import EVALUATION_FILE
+
+_NO_VARIANT = ('game', 'seed')
+_NO_VARIANT_PREFIXES = ('checkpoint_', 'evaluation_', 'seal', 'checksum')
+"""Settings that do not change what is learned."""
+
+_NOOP_EPSILON, _NOOP_FRAMES = 0.05, 18_000  # Nair et al. 2015, section 5
+_NOOP_NAMES = ('noop', 'no-op starts')  # today's, and that of earlier versions
+AGGREGATES: Mapping[str, statistics.Statistic] = {
+    'median': statistics.median,
+    'interquartile mean': statistics.interquartile_mean,
+    'mean': statistics.mean,
+}
+_NAMES = {'noop': 'no-op starts', 'human': 'human starts'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """The rules under which a score was taken.
+
+    Attributes:
+      name: as shown.
+      starts: kind of published scores that are shown beside, one of `reference.STARTS`.
+      comparable: whether they were taken under the same rules.
+      note: says what the rules are, and how they differ from those of the published scores.
+    """
+
+    name: str
+    starts: str
+    comparable: bool
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Runs that differ in game and seed only.
+
+    Attributes:
+      key: short name in charts: a letter, or the preset of the report's only variant.
+      name: the preset, and what distinguishes it from the report's other variants.
+      settings: of its first run.
+      runs: at least one.
+    """
+
+    key: str
+    name: str
+    settings: Mapping[str, Any]
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GameScore:
+    """Scores of a variant on one game under one protocol.
+
+    Attributes:
+      evaluations: with the run of each, one per run.
+      published: mean raw scores by agent (`reference.AGENTS`), None: outside the 49 games.
+    """
+
+    variant: Variant
+    game: str
+    protocol: Protocol
+    evaluations: tuple[tuple[Run, Evaluation], ...]
+    published: Mapping[str, float] | None
+
+    @property
+    def means(self) -> np.ndarray:
+        """<float64>[runs]: mean raw score of each run."""
+        return np.array([evaluation.mean for _, evaluation in self.evaluations])
+
+    @property
+    def mean(self) -> float:
+        return float(self.means.mean())
+
+    @property
+    def normalised(self) -> np.ndarray:
+        """<float64>[runs]: human-normalised, in percent; empty outside the 49 games."""
+        if self.published is None:
+            return np.empty(0)
+        starts = self.protocol.starts
+        return np.array([reference.normalised(m, self.game, starts) for m in self.means], float)
+
+    @property
+    def failed(self) -> int:
+        """Games that did not end."""
+        return sum(evaluation.failed for _, evaluation in self.evaluations)
+
+    def beats(self, agent: str) -> bool | None:
+        """Whether the mean exceeds a published agent's; None: not comparable."""
+        if self.published is None or not self.protocol.comparable:
+            return None
+        return self.mean > self.published[agent]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A variant under one protocol, over all its games.
+
+    Attributes:
+      scores: one per game, by name.
+      aggregates: of the human-normalised scores, by their name in `AGGREGATES`, in percent.
+      improvements: probability of improvement over published agents and the report's other
+        variants, by their key.
+    """
+
+    variant: Variant
+    protocol: Protocol
+    scores: tuple[GameScore, ...]
+    aggregates: Mapping[str, Estimate]
+    improvements: Mapping[str, Estimate]
+
+    @property
+    def known(self) -> tuple[GameScore, ...]:
+        """Scores on games among the 49."""
+        return tuple(score for score in self.scores if score.published is not None)
+
+    def wins(self, agent: str) -> tuple[int, int]:
+        """(games won against a published agent, games compared)."""
+        compared = [score.beats(agent) for score in self.scores if score.beats(agent) is not None]
+        return sum(map(bool, compared)), len(compared)
+
+    @property
+    def runs(self) -> int:
+        return sum(len(score.evaluations) for score in self.scores)
+
+
+def variants(runs: Sequence[Run]) -> list[Variant]:
+    """Groups runs into variants, in the order of their first run."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(_identity(run).items())), []).append(run)
+    differing = differences([group[0].settings for group in groups.values()])
+    names = [_name(group[0], differing) for group in groups.values()]
+    return [
+        Variant(
+            key=_letters(index) if len(groups) > 1 else name,
+            name=name,
+            settings=group[0].settings,
+            runs=tuple(sorted(group, key=lambda run: (run.game, str(run.seed)))),
+        )
+        for index, (name, group) in enumerate(zip(_unique(names), groups.values()))
+    ]
+
+
+def _letters(index: int) -> str:
+    """A to Z, then AA, AB and so on."""
+    prefix = _letters(index // 26 - 1) if index >= 26 else ''
+    return prefix + string.ascii_uppercase[index % 26]
+
+
+def _identity(run: Run) -> dict[str, str]:
+    return {name: repr(value) for name, value in run.settings.items() if _varies(name)}
+
+
+def _varies(name: str) -> bool:
+    return name not in _NO_VARIANT and not name.startswith(_NO_VARIANT_PREFIXES)
+
+
+def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings that distinguish variants and differ among the given ones."""
+    names = dict.fromkeys(name for held in settings for name in held if _varies(name))
+    return [name for name in names if len({repr(held.get(name)) for held in settings}) > 1]
+
+
+def _name(run: Run, differing: Iterable[str]) -> str:
+    values = [
+        f'{name} {run.settings.get(name, "not recorded")}' for name in differing if name != 'preset'
+    ]
+    return ', '.join([str(run.settings.get('preset', 'unknown')), *values])
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, with a number after one that occurred before."""
+    return [
+        name if names.index(name) == index else f'{name} ({names[:index].count(name) + 1})'
+        for index, name in enumerate(names)
+    ]
+
+
+def protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
+    """The rules of an evaluation, of this version or an earlier one."""
+    name, epsilon = evaluation.protocol, evaluation.epsilon
+    if name in _NOOP_NAMES:
+        frames = settings.get('evaluation_max_frames', _NOOP_FRAMES)
+        if name == 'noop':  # the protocol says so
+            frames = _NOOP_FRAMES
+        sticky = settings.get('sticky_action_probability') or 0
+        note = f'up to 30 no-ops, {frames:,} frames at most, epsilon {epsilon}'
+        if (epsilon, frames) == (_NOOP_EPSILON, _NOOP_FRAMES) and not (sticky and name != 'noop'):
+            return Protocol(_NAMES['noop'], 'noop', True, f'{note} (Nair et al. 2015)')
+        sticky_note = f', sticky actions {sticky}' if sticky else ''
+        shown = f'no-op starts, epsilon {epsilon}, {frames:,} frames{sticky_note}'
+        return Protocol(shown, 'noop', False, _differs('no-op starts'))
+    if name == 'human':
+        note = 'recorded start points, 108,000 frames at most, only the score after the start'
+        return Protocol(_NAMES['human'], 'human', True, f'{note} (Nair et al. 2015)')
+    return Protocol(f'{name}, epsilon {epsilon}', 'noop', False, _differs('no-op starts'))
+
+
+def _differs(starts: str) -> str:
+    return f'other rules than those of the published scores ({starts}): no win or loss is counted'
+
+
+def verdicts(found: Sequence[Variant]) -> list[Verdict]:
+    """Each variant under each protocol; comparable ones first, then those with more games."""
+    bare = [
+        Verdict(variant, scores[0].protocol, tuple(scores), {}, {})
+        for variant in found
+        for scores in _scores(variant)
+    ]
+    full = [
+        dataclasses.replace(
+            verdict,
+            aggregates=_aggregates(verdict),
+            improvements=_published_improvements(verdict) | _improvements(verdict, bare),
+        )
+        for verdict in bare
+    ]
+    return sorted(full, key=lambda v: (not v.protocol.comparable, -len(v.scores)))
+
+
+def _scores(variant: Variant) -> list[list[GameScore]]:
+    """The variant's scores by protocol, each sorted by game."""
+    held: dict[Protocol, dict[str, list[tuple[Run, Evaluation]]]] = {}
+    for run in variant.runs:
+        for rules, evaluation in chosen(run).items():
+            held.setdefault(rules, {}).setdefault(run.game, []).append((run, evaluation))
+    return [
+        [
+            GameScore(variant, game, rules, tuple(rows), reference.scores(game, rules.starts))
+            for game, rows in sorted(games.items())
+        ]
+        for rules, games in held.items()
+    ]
+
+
+def chosen(run: Run) -> dict[Protocol, Evaluation]:
+    """One evaluation per protocol: most games, then that at the end of training, then newest.
+
+    Never by score, which would favour luck.
+    """
+    ranked: dict[Protocol, tuple[tuple, Evaluation]] = {}
+    for place, evaluation in enumerate(run.evaluations):
+        if evaluation.policy == 'random':
+            continue
+        rules = protocol(evaluation, run.settings)
+        rank = evaluation.episodes, evaluation.file == EVALUATION_FILE, place
+        if rules not in ranked or rank > ranked[rules][0]:
+            ranked[rules] = rank, evaluation
+    return {rules: evaluation for rules, (_, evaluation) in ranked.items()}
+
+
+def _matrix(verdict: Verdict) -> list[np.ndarray]:
+    """Normalised scores per game among the 49."""
+    return [score.normalised for score in verdict.known]
+
+
+def _aggregates(verdict: Verdict) -> dict[str, Estimate]:
+    matrix = _matrix(verdict)
+    if not matrix:
+        return {}
+    return {name: statistics.estimate(compute, matrix) for name, compute in AGGREGATES.items()}
+
+
+def _published_improvements(verdict: Verdict) -> dict[str, Estimate]:
+    """Over DQN and Gorila, each with one published score per game."""
+    if not verdict.protocol.comparable or not verdict.known:
+        return {}
+    return {
+        name: statistics.estimate_improvement(
+            [score.means for score in verdict.known],
+            [np.array([score.published[agent]]) for score in verdict.known if score.published],
+        )
+        for agent, name in (('dqn', 'DQN'), ('gorila', 'Gorila'))
+    }
+
+
+def _improvements(verdict: Verdict, others: Sequence[Verdict]) -> dict[str, Estimate]:
+    """Over the other variants, on the games that both played under this protocol."""
+    own = {score.game: score.means for score in verdict.scores}
+    found = {}
+    for other in others:
+        theirs = {score.game: score.means for score in other.scores}
+        common = [game for game in own if game in theirs]
+        if other is verdict or other.protocol != verdict.protocol or not common:
+            continue
+        found[other.variant.key] = statistics.estimate_improvement(
+            [own[game] for game in common], [theirs[game] for game in common]
+        )
+    return found
+
+
+def profile(verdict: Verdict, thresholds: np.ndarray) -> Estimate | None:
+    """Share of runs above each threshold (percent), None without games among the 49."""
+    matrix = _matrix(verdict)
+    return statistics.estimate(statistics.profile(thresholds), matrix) if matrix else None
+
+
+def published_profile(agent: str, verdict: Verdict, thresholds: np.ndarray) -> np.ndarray:
+    """Share of the verdict's games on which a published agent is above each threshold."""
+    scores = reference.published_normalised(agent, verdict.protocol.starts)
+    held = [np.array([scores[score.game]]) for score in verdict.known]
+    return statistics.profile(thresholds)(held)
+
+
+def published_aggregates(agent: str, verdict: Verdict) -> dict[str, float]:
+    """A published agent's aggregates over the verdict's games, by name, in percent."""
+    scores = reference.published_normalised(agent, verdict.protocol.starts)
+    held = [np.array([scores[score.game]]) for score in verdict.known]
+    return {name: float(compute(held)) for name, compute in AGGREGATES.items()}

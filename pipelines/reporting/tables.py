@@ -1,0 +1,163 @@
+"""Results in, the report's tables out, as rows, CSV and JSON."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.reporting import curves, results
+from pipelines.reporting.reference import AGENTS
+from pipelines.reporting.results import GameScore, Variant, Verdict
+from pipelines.reporting.runs import Run
+from pipelines.reporting.statistics import Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of equal fields; a value is None where nothing is known."""
+
+    name: str
+    rows: tuple[Mapping[str, Any], ...]
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        fields = list(self.rows[0]) if self.rows else []
+        writer = csv.DictWriter(text, fields, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def json(self) -> str:
+        return json.dumps(list(self.rows), indent=1, allow_nan=False) + '\n'
+
+
+def scores(verdicts: Sequence[Verdict]) -> Table:
+    """A row per variant, protocol and game."""
+    rows = [_score(score) for verdict in verdicts for score in verdict.scores]
+    return Table('scores', tuple(rows))
+
+
+def _score(score: GameScore) -> dict[str, Any]:
+    several = len(score.means) > 1
+    return {
+        'variant': score.variant.name,
+        'game': score.game,
+        'protocol': score.protocol.name,
+        'comparable': score.protocol.comparable,
+        'seeds': len(score.means),
+        'score': score.mean,
+        'lowest_seed': float(score.means.min()) if several else None,
+        'highest_seed': float(score.means.max()) if several else None,
+        **{agent: (score.published or {}).get(agent) for agent in AGENTS},
+        'normalised_percent': float(score.normalised.mean()) if score.published else None,
+        'beats_dqn': score.beats('dqn'),
+        'beats_gorila': score.beats('gorila'),
+        'games_failed': score.failed,
+    }
+
+
+def aggregates(verdicts: Sequence[Verdict]) -> Table:
+    """A row per variant, protocol and aggregate, all in percent."""
+    rows = []
+    for verdict in verdicts:
+        rows += [_aggregate(verdict, name, 1, held) for name, held in verdict.aggregates.items()]
+        rows += [
+            _aggregate(verdict, f'probability of improvement over {name}', 100, held)
+            for name, held in verdict.improvements.items()
+        ]
+    return Table('aggregates', tuple(rows))
+
+
+def _aggregate(verdict: Verdict, name: str, factor: float, held: Estimate) -> dict[str, Any]:
+    return {
+        'variant': verdict.variant.name,
+        'protocol': verdict.protocol.name,
+        'games': len(verdict.known),
+        'runs': sum(len(score.evaluations) for score in verdict.known),
+        'aggregate': name,
+        'percent': factor * float(held.value),
+        'low': None if held.low is None else factor * float(held.low),
+        'high': None if held.high is None else factor * float(held.high),
+    }
+
+
+def runs(variants: Sequence[Variant]) -> Table:
+    """A row per run."""
+    return Table('runs', tuple(_run(v, run) for v in variants for run in v.runs))
+
+
+def _run(variant: Variant, run: Run) -> dict[str, Any]:
+    chosen = next(iter(results.chosen(run).items()), None)
+    rules, evaluation = chosen or (None, None)
+    return {
+        'variant': variant.key,
+        'run': run.path,
+        'game': run.game,
+        'seed': run.seed,
+        'frames': run.frames,
+        'updates': run.summary.get('updates'),
+        'minutes': minutes(run),
+        'core_minutes': core_minutes(run),
+        'frames_per_second': run.summary.get('frames_per_second'),
+        'updates_per_second': run.summary.get('updates_per_second'),
+        'score': evaluation.mean if evaluation else None,
+        'standard_deviation': evaluation.std if evaluation else None,
+        'games': evaluation.episodes if evaluation else None,
+        'protocol': rules.name if rules else None,
+        'evaluation': evaluation.file if evaluation else None,
+        'mean_return_100': run.summary.get('mean_return_100'),
+        'state': run.state,
+    }
+
+
+def minutes(run: Run) -> float | None:
+    """Minutes of all launches."""
+    return sum(s.end - s.start for s in run.sessions) / 60 if run.sessions else None
+
+
+def core_minutes(run: Run) -> float | None:
+    """Minutes times cores of all launches; None: cores unknown."""
+    spent = curves.spent_minutes(run, lambda session: run.cores(session.start))
+    return float(spent(np.array(run.sessions[-1].end))) if spent else None
+
+
+def settings(variants: Sequence[Variant]) -> Table:
+    """A row per setting, a column per variant; those that differ first."""
+    differing = results.differences([variant.settings for variant in variants])
+    names = dict.fromkeys([*differing, *(name for v in variants for name in v.settings)])
+    shown = [name for name in names if name not in ('game', 'seed', 'seal', 'checksum')]
+    rows = [
+        {
+            'setting': name,
+            'differs': name in differing,
+            **{variant.key: variant.settings.get(name) for variant in variants},
+        }
+        for name in shown
+    ]
+    return Table('settings', tuple(rows))
+
+
+def machines(variants: Sequence[Variant]) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
+    """Yields each distinct machine and software, with the runs that were launched there."""
+    named = ('host', 'processor', 'cores', 'memory_bytes', 'system', 'engine', 'python')
+    held: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for run in (run for variant in variants for run in variant.runs):
+        for row in described(run):
+            packages = row.get('packages')
+            found = {name: row.get(name) for name in named}
+            found |= {'git': row.get('git')}
+            found |= {'packages': packages if isinstance(packages, dict) else {}}
+            _, names = held.setdefault(json.dumps(found, sort_keys=True), (found, []))
+            if run.name not in names:
+                names.append(run.name)
+    yield from held.values()
+
+
+def described(run: Run) -> list[Mapping[str, Any]]:
+    """What launched the run; of a run of an earlier version, what evaluated it."""
+    made = [evaluation.provenance for evaluation in run.evaluations if evaluation.provenance]
+    return list(run.launches) or made[:1]

@@ -1,0 +1,308 @@
+"""Reports of runs that the project's own writers wrote, whole, active, old or damaged."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from infra.disk import write_json
+from pipelines import report
+from pipelines.errors import UsageError
+from pipelines.reporting import curves, page, results, runs
+from pipelines.reporting.report import write_report
+from tests.support.reported_runs import evaluation, make_run, make_video
+
+VIDEO_BYTES = 1 << 20
+
+
+def read(path):
+    return runs.read(str(path), VIDEO_BYTES)
+
+
+def verdicts_of(*paths):
+    return results.verdicts(results.variants([read(path) for path in paths]))
+
+
+def rows_of(files, table):
+    with (files / f'{table}.csv').open() as file:
+        return list(csv.DictReader(file))
+
+
+class TestRuns:
+    def test_a_run_is_read_as_it_was_written(self, tmp_path):
+        run = read(make_run(tmp_path / 'run', 'pong', seed=3, score=15.0))
+        assert (run.game, run.seed, run.frames, run.state) == ('pong', 3, 8000, 'max_frames')
+        assert [episode.raw_return for episode in run.episodes][:2] == [-21.0, -19.0]
+        assert run.evaluations[0].mean == 15.0
+        assert [row.mean for row in run.curve] == [-10.0, 5.0]
+        assert run.scalar('progress/updates')[-1, 0] == 8000
+        assert run.cores(run.sessions[0].start) == 2
+        assert run.problems == ()
+
+    def test_an_active_run_needs_no_summary(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=None)
+        (path / 'summary.json').unlink()
+        run = read(path)
+        assert run.state == 'no summary: active or killed'
+        assert run.frames == 8000  # from its scalars
+
+    def test_results_of_earlier_versions_are_read(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=None)
+        old = {'protocol': 'no-op starts', 'episodes': 30, 'epsilon': 0.05, 'mean': 4.0, 'std': 1.0}
+        write_json(path / 'evaluation.json', {**old, 'updates': 9, 'returns': [4.0] * 30})
+        (path / 'launches.jsonl').unlink()
+        verdict = verdicts_of(path)[0]
+        assert verdict.protocol.comparable
+        assert verdict.scores[0].mean == 4.0
+        assert curves.core_minutes(read(path)) is None  # cores unknown
+        assert curves.minutes(read(path)) is not None
+
+    @pytest.mark.parametrize('name', ['summary.json', 'evaluation.json'])
+    def test_a_damaged_result_is_skipped_and_named(self, tmp_path, name):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0)
+        (path / name).write_text('{"protocol": ')
+        run = read(path)
+        assert [problem.partition(':')[0] for problem in run.problems] == [name]
+
+    def test_damaged_episodes_and_events_are_skipped_and_named(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0)
+        lines = (path / 'episodes.jsonl').read_text().splitlines()
+        (path / 'episodes.jsonl').write_text('\n'.join(['{"episode', *lines[1:]]) + '\n{"cut')
+        (path / 'events' / 'events.out.tfevents.1.host.1').write_bytes(b'no event file')
+        run = read(path)
+        assert len(run.episodes) == len(lines) - 1
+        assert 'episodes.jsonl: 1 damaged lines skipped' in run.problems
+
+    def test_a_directory_of_runs_counts_as_all_of_them(self, tmp_path):
+        for seed in (1, 2):
+            make_run(tmp_path / f'run-{seed}', 'pong', seed, 1.0)
+        (tmp_path / 'notes').mkdir()
+        assert runs.find([str(tmp_path)]) == [str(tmp_path / 'run-1'), str(tmp_path / 'run-2')]
+
+    def test_time_between_two_launches_is_not_training(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=None, resumed_after_seconds=3600)
+        run = read(path)
+        spent = [session.end - session.start for session in run.sessions]
+        assert len(spent) == 2
+        minutes = curves.spent_minutes(run)
+        assert minutes is not None
+        assert minutes(np.array(run.sessions[-1].end)) == pytest.approx(sum(spent) / 60)
+        cores = curves.spent_minutes(run, lambda session: run.cores(session.start))
+        assert cores is not None  # two cores, four after the resume
+        assert cores(np.array(run.sessions[-1].end)) == pytest.approx(
+            (2 * spent[0] + 4 * spent[1]) / 60
+        )
+
+
+class TestResults:
+    def test_seeds_are_one_variant_and_settings_distinguish_variants(self, tmp_path):
+        paths = [make_run(tmp_path / f'a{seed}', 'pong', seed, 1.0) for seed in (1, 2)]
+        paths.append(make_run(tmp_path / 'b', 'pong', 1, 2.0, learning_rate=1e-4))
+        variants = results.variants([read(path) for path in paths])
+        assert [(v.key, v.name, len(v.runs)) for v in variants] == [
+            ('A', 'laptop, learning_rate 0.0003', 2),
+            ('B', 'laptop, learning_rate 0.0001', 1),
+        ]
+
+    def test_wins_are_counted_against_the_published_scores(self, tmp_path):
+        # With no-op starts DQN has 18.9 and Gorila 18.3 on Pong, 401.2 and 402.2 on Breakout.
+        paths = [
+            make_run(tmp_path / 'pong', 'pong', 1, 18.5),
+            make_run(tmp_path / 'breakout', 'breakout', 1, 401.5),
+        ]
+        verdict = verdicts_of(*paths)[0]
+        assert verdict.wins('gorila') == (1, 2)
+        assert verdict.wins('dqn') == (1, 2)
+        assert verdict.aggregates['median'].low is None  # single seeds
+
+    def test_an_interval_needs_two_seeds_of_each_game(self, tmp_path):
+        paths = [make_run(tmp_path / f'{s}', 'pong', s, 10.0 + s) for s in (1, 2, 3)]
+        estimate = verdicts_of(*paths)[0].aggregates['mean']
+        # Pong: random -20.7, human 9.3; the seeds' 11, 12 and 13 points are 105.7, 109 and 112.3 %.
+        assert estimate.value == pytest.approx(109.0)
+        assert estimate.low == pytest.approx(105.7, abs=0.1)
+        assert estimate.high == pytest.approx(112.3, abs=0.1)
+
+    def test_scores_under_other_rules_win_and_lose_nothing(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, None)
+        write_json(path / 'evaluation.json', evaluation(20.0, protocol='rainbow', epsilon=0.001))
+        verdict = verdicts_of(path)[0]
+        assert not verdict.protocol.comparable
+        assert verdict.scores[0].beats('gorila') is None
+        assert verdict.wins('gorila') == (0, 0)
+
+    def test_no_op_starts_with_another_epsilon_are_other_rules(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, None)
+        write_json(path / 'evaluation.json', evaluation(20.0, epsilon=0.001))
+        assert not verdicts_of(path)[0].protocol.comparable
+
+    def test_the_evaluation_with_most_games_counts_not_the_best(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
+        write_json(path / 'evaluation-2.json', evaluation(21.0, episodes=3))
+        write_json(path / 'evaluation-3.json', evaluation(9.0, policy={'kind': 'random'}))
+        chosen = results.chosen(read(path))
+        assert [e.file for e in chosen.values()] == ['evaluation.json']
+
+    def test_a_game_outside_the_49_has_a_score_only(self, tmp_path):
+        verdict = verdicts_of(make_run(tmp_path / 'run', 'solaris', 1, 5.0))[0]
+        assert verdict.scores[0].published is None
+        assert verdict.aggregates == {}
+
+
+class TestCurves:
+    def test_a_curve_starts_with_the_first_games(self, tmp_path):
+        run = read(make_run(tmp_path / 'run', 'pong', 1, None))
+        found = curves.curve([run], curves.frames)
+        assert found is not None
+        # Games end every 200 frames, scores rise by 2 each; within 4 % of 8,000 frames of 200 are
+        # the games that ended at 200 and 400.
+        first = np.flatnonzero(~np.isnan(found.mean))[0]
+        assert found.x[first] < 400
+        assert found.mean[first] == pytest.approx(-20.0, abs=1.0)
+
+    def test_the_band_spans_the_seeds_up_to_where_the_first_ends(self, tmp_path):
+        held = [read(make_run(tmp_path / f'{s}', 'pong', s, None, games=10 * s)) for s in (2, 4)]
+        found = curves.curve(held, curves.frames)
+        assert found is not None
+        known = ~np.isnan(found.mean)
+        assert (found.low[known] <= found.high[known]).all()
+        assert found.x[known].max() <= 20 * 200  # frames of the shorter run
+
+
+class TestReport:
+    def test_page_tables_and_charts_are_written(self, tmp_path):
+        paths = [make_run(tmp_path / 'runs' / f'{s}', 'pong', s, 17.0 + s) for s in (1, 2)]
+        written = write_report([str(path) for path in paths], tmp_path / 'out' / 'report.html')
+        assert written.runs == 2
+        text = written.page.read_text()
+        assert 'Pong: 18.5 points, above Gorila’s 18.3' in text
+        scores = rows_of(written.files, 'scores')
+        assert [(row['game'], row['seeds'], row['score']) for row in scores] == [
+            ('pong', '2', '18.5')
+        ]
+        assert json.loads((written.files / 'scores.json').read_text())[0]['beats_gorila'] is True
+        for name in ('scores-noop', 'profile', 'curve-frames-pong', 'curve-core-minutes-pong'):
+            assert (written.files / f'{name}.svg').read_text().startswith('<?xml')
+            assert (written.files / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+            assert 'var(--' not in (written.files / f'{name}.svg').read_text()
+
+    @pytest.fixture(scope='class')
+    def odd(self, tmp_path_factory):
+        """The report of a run with an odd name and a large video, beside an unreadable one."""
+        root = tmp_path_factory.mktemp('odd')
+        path = make_run(root / '<img src=x>&$x$', 'pong', 1, 1.0)
+        make_video(path / 'video.mp4')
+        bad = make_run(root / 'bad', 'pong', 2, 1.0)
+        (bad / 'config.json').write_text('{')
+        return write_report([str(path), str(bad)], root / 'report.html', video_mib=1e-4)
+
+    def test_names_cannot_inject_markup(self, odd):
+        assert '<img' not in odd.page.read_text()
+        assert '&lt;img src=x&gt;&amp;$x$' in odd.page.read_text()
+
+    def test_a_single_seed_shows_no_interval(self, odd):
+        assert {row['low'] for row in rows_of(odd.files, 'aggregates')} == {''}
+
+    def test_a_large_video_is_named_not_embedded(self, odd):
+        assert 'data:video/mp4' not in odd.page.read_text()
+        assert 'Not embedded' in odd.page.read_text()
+
+    def test_an_unreadable_run_among_others_is_named_on_the_page(self, odd):
+        assert odd.runs == 1
+        assert 'bad: config.json is damaged' in odd.page.read_text()
+
+    def test_a_later_report_replaces_an_earlier_one(self, tmp_path):
+        first = make_run(tmp_path / 'first', 'pong', 1, 1.0)
+        second = make_run(tmp_path / 'second', 'breakout', 1, 1.0)
+        write_report([str(first)], tmp_path / 'report.html')
+        written = write_report([str(second)], tmp_path / 'report.html')
+        assert 'Breakout' in written.page.read_text()
+        assert not (written.files / 'curve-frames-pong.svg').exists()
+
+    def test_a_run_without_games_or_scores_makes_a_page(self, tmp_path):
+        # Only `config.json` and what a monitor writes at once.
+        path = make_run(tmp_path / 'run', 'pong', 1, None, games=0)
+        for name in ('evaluations.jsonl', 'launches.jsonl', 'summary.json'):
+            (path / name).unlink()
+        text = write_report([str(path)], tmp_path / 'report.html').page.read_text()
+        assert page.headline(None, _content(path)) in text
+        assert 'No run has an evaluation yet' in text
+
+
+def _content(path):
+    return page.Content(results.variants([read(path)]), [], (), (), (), (), '', '', 0)
+
+
+class TestCommand:
+    @pytest.fixture
+    def run_dir(self, tmp_path):
+        return make_run(tmp_path / 'run', 'pong', 1, 1.0)
+
+    def refused(self, capsys, *arguments):
+        assert report.main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith('report.py: ')
+        assert error.count('\n') == 1
+        assert 'Fix: ' in error
+        return error
+
+    def test_it_says_what_it_wrote(self, tmp_path, run_dir, capsys):
+        assert report.main([str(run_dir), '--output', str(tmp_path / 'r.html')]) == 0
+        assert f'{tmp_path}/r.html: report of 1 run' in capsys.readouterr().out
+
+    def test_a_missing_directory_is_refused(self, tmp_path, capsys):
+        self.refused(capsys, tmp_path / 'nowhere', '--output', tmp_path / 'r.html')
+
+    def test_an_empty_directory_is_refused(self, tmp_path, capsys):
+        (tmp_path / 'empty').mkdir()
+        assert 'holds no run' in self.refused(
+            capsys, tmp_path / 'empty', '--output', tmp_path / 'r.html'
+        )
+
+    def test_a_damaged_run_alone_is_refused(self, tmp_path, run_dir, capsys):
+        (run_dir / 'config.json').write_text('{')
+        code = report.main([str(run_dir), '--output', str(tmp_path / 'r.html')])
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2
+        assert len(lines) == 1
+        assert 'config.json is damaged' in lines[-1]
+        assert not (tmp_path / 'r.html').exists()
+
+    @pytest.mark.parametrize(
+        'name', ['directory', 'notes.txt', 'notes.txt/r.html', 'gs://b/r.html']
+    )
+    def test_an_output_that_cannot_be_or_is_another_file_is_refused(
+        self, tmp_path, run_dir, capsys, name
+    ):
+        (tmp_path / 'directory').mkdir()
+        (tmp_path / 'notes.txt').write_text('mine')
+        output = name if ':' in name else tmp_path / name
+        self.refused(capsys, run_dir, '--output', output)
+        assert (tmp_path / 'notes.txt').read_text() == 'mine'
+        assert not list(tmp_path.glob('*_files'))
+
+    def test_files_that_are_not_of_a_report_stay(self, tmp_path, run_dir, capsys):
+        (tmp_path / 'r_files').mkdir()
+        (tmp_path / 'r_files' / 'mine.txt').touch()
+        self.refused(capsys, run_dir, '--output', tmp_path / 'r.html')
+        assert (tmp_path / 'r_files' / 'mine.txt').exists()
+        assert not (tmp_path / 'r.html').exists()
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path, run_dir, capsys, monkeypatch):
+        def full(*_):
+            raise OSError(28, 'No space left on device')
+
+        monkeypatch.setattr('pipelines.reporting.report.write_atomically', full)
+        assert report.main([str(run_dir), '--output', str(tmp_path / 'r.html')]) == 2
+        assert 'No space left on device' in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+    def test_a_video_limit_below_zero_is_refused(self, run_dir, capsys):
+        with pytest.raises(SystemExit) as ended:
+            report.main([str(run_dir), '--video_mib', '-1'])
+        assert ended.value.code == 2
+
+    def test_errors_are_the_users(self, tmp_path):
+        with pytest.raises(UsageError):
+            write_report([], tmp_path / 'r.html')
