@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the top; rooms on one line know nothing of each other.
 ORDER = (
     ('pipelines',),  # the commands
-    ('pipelines.launch', 'pipelines.reporting', 'pipelines.suites'),
+    ('pipelines.launch', 'pipelines.suites'),
+    ('pipelines.reporting',),
     ('pipelines.transforms',),
     ('pipelines.preflight', 'pipelines.monitoring', 'pipelines.workers'),
     ('pipelines.evaluation',),

@@ -24,6 +24,9 @@ COLUMNS = 80
 ENDED = 'ended'
 """The last phase."""
 
+Renderer = Callable[[RunState | None, str, float, int, int], Any]
+"""Draws like `panel`: state, phase, seconds, columns and lines in, a rich renderable out."""
+
 _REFRESHES_PER_SECOND = 2.0
 _PLAIN_INTERVAL_SECONDS = 10.0
 _NOT_YET = '-'
@@ -85,9 +88,13 @@ class Display:
 
 
 def open_display(
-    stream: TextIO | None = None, interval_seconds: float = _PLAIN_INTERVAL_SECONDS
+    stream: TextIO | None = None,
+    interval_seconds: float = _PLAIN_INTERVAL_SECONDS,
+    render: Renderer | None = None,
 ) -> Display:
     """A `LiveDisplay` on a terminal, else a `PlainDisplay` with a line every `interval_seconds`.
+
+    `render` draws the live display; None: `panel`.
 
     The terminal `stream` (default: standard output) must support Unicode and cursor movement. Its
     errors are not caught here: see `infra/output.py`.
@@ -95,7 +102,7 @@ def open_display(
     stream = sys.stdout if stream is None else stream
     frames_drawn = (stream.encoding or '').lower().startswith('utf')
     if stream.isatty() and frames_drawn and os.environ.get('TERM', 'dumb') != 'dumb':
-        return LiveDisplay(stream)
+        return LiveDisplay(stream, render=render)
     return PlainDisplay(stream, interval_seconds)
 
 
@@ -174,10 +181,17 @@ class PlainDisplay(Display):
 class LiveDisplay(Display):
     """A panel, redrawn in place by a thread."""
 
-    def __init__(self, stream: TextIO, monotonic: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        stream: TextIO,
+        monotonic: Callable[[], float] = time.monotonic,
+        render: Renderer | None = None,
+    ):
+        """`render` is called by that thread; None: `panel`."""
         from rich import console
 
         self._stream = stream
+        self._render = render or panel
         self._clock = Clock(monotonic)
         self._text = 'starting'
         self._console = console.Console(file=stream)
@@ -257,7 +271,7 @@ class LiveDisplay(Display):
         self._start()
 
     def _panel(self) -> Any:
-        return panel(self._state, self._text, self._clock(), *self._console.size)
+        return self._render(self._state, self._text, self._clock(), *self._console.size)
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:

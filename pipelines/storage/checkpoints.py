@@ -5,6 +5,7 @@ In: running servers. Out: `checkpoints/checkpoint-<n>/` with `parameters/`, `rep
 the state from which each server starts or restarts.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -195,6 +196,20 @@ def readable_counters(directory: RunDirectory) -> Mapping[str, Any]:
     return _find(directory).counters
 
 
+def newest_counters(directory: RunDirectory) -> Mapping[str, Any] | None:
+    """The counters of the newest checkpoint, without a look at the rest of it.
+
+    Returns None if there is none or its counters are damaged.
+
+    Raises:
+      UsageError: the directory is not readable.
+    """
+    for path in directory.latest_checkpoints()[:1]:
+        with contextlib.suppress(DamagedCheckpointError):
+            return _counters(path)
+    return None
+
+
 def read_parameters(
     directory: RunDirectory, which: str, notify: Callable[[str], None]
 ) -> tuple[str, parameter_checkpoint.Checkpoint]:
@@ -241,13 +256,12 @@ def _read_newest(
     raise UsageError(f'{directory.path}: no checkpoint yet. Fix: train for longer.')
 
 
-def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
-    """The counters of a checkpoint that servers can start from; `with_replay` checks that, too.
+def _counters(path: pathlib.Path) -> dict[str, Any]:
+    """The counters of a checkpoint, and the digests of its replay's files.
 
     Raises:
-      DamagedCheckpointError: a file is missing or changed, or a value is not finite.
+      DamagedCheckpointError: the file is missing or changed.
     """
-    parameter_checkpoint.require_usable(str(path / _PARAMETERS))
     run_file = path / CHECKPOINT_RUN_FILE
     try:
         counters = unseal(parse_object(run_file.read_bytes()))
@@ -256,6 +270,18 @@ def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
                 raise ValueError(f'{name} is not a count')
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f'{run_file} is damaged ({error})') from error
+    return counters
+
+
+def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
+    """The counters of a checkpoint that servers can start from; `with_replay` checks that, too.
+
+    Raises:
+      DamagedCheckpointError: a file is missing or changed, or a value is not finite.
+    """
+    parameter_checkpoint.require_usable(str(path / _PARAMETERS))
+    run_file = path / CHECKPOINT_RUN_FILE
+    counters = _counters(path)
     expected = counters.pop(_REPLAY_FILES, None)
     if not with_replay:
         return counters

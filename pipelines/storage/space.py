@@ -22,6 +22,11 @@ def _existing_ancestor(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def free_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes free on the file system of `path`, which need not exist yet."""
+    return shutil.disk_usage(_existing_ancestor(pathlib.Path(path))).free
+
+
 def require_disk(
     path: str | os.PathLike[str],
     needed_bytes: int,
@@ -32,7 +37,7 @@ def require_disk(
     Raises:
       UsageError: it has less.
     """
-    free = shutil.disk_usage(_existing_ancestor(pathlib.Path(path))).free
+    free = free_disk(path)
     if free < needed_bytes:
         raise UsageError(
             f'{path}: {free / _GIB:.1f} GiB of disk free, the run needs'

@@ -1,0 +1,175 @@
+"""The directory of one suite: its plan, its lock, its runs and their logs.
+
+suite.json    the plan, sealed        NAME/        directory of a run, written by run.py
+report.html   of the finished runs    logs/NAME.log  what the run prints, all attempts
+"""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from infra.disk import LOCK_FILE, InUseError, is_remote, lock, write_json
+from infra.sealed import parse_object, seal, unseal
+from pipelines.errors import UsageError
+from pipelines.storage.run_directory import dated, require_fit
+from pipelines.suites import plan, standing
+from pipelines.suites.plan import Run
+from pipelines.suites.standing import Stage
+
+_PLAN_FILE = 'suite.json'
+_STEM = 'suite'
+_VERSION = 1
+
+
+class SuiteDirectory:
+    """A suite's directory, locked by this process from `open` until `close`. A context manager."""
+
+    def __init__(self, path: pathlib.Path, held: BinaryIO):
+        """Use `open`."""
+        self.path = path
+        self._held = held
+
+    @classmethod
+    def open(cls, path: pathlib.Path) -> 'SuiteDirectory':
+        """Creates or opens and locks the directory.
+
+        Raises:
+          UsageError: it is not writable, locked by another process, or holds other files.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            entries = {entry.name for entry in path.iterdir()} - {LOCK_FILE}
+            if entries and _PLAN_FILE not in entries:
+                raise UsageError(
+                    f'{path}: not an empty directory and no suite. Fix: choose another --suite_dir.'
+                )
+            return cls(path, lock(path))
+        except InUseError as error:
+            raise UsageError(
+                f'{error}. Fix: wait until that suite ends, or choose another --suite_dir.'
+            ) from None
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def run(self, run: Run) -> pathlib.Path:
+        """Directory of a run."""
+        return self.path / run.name
+
+    def log(self, run: Run) -> pathlib.Path:
+        """File with what a run prints. It exists once the suite has started the run."""
+        return self.path / 'logs' / f'{run.name}.log'
+
+    @property
+    def report(self) -> pathlib.Path:
+        return self.path / 'report.html'
+
+    @property
+    def report_log(self) -> pathlib.Path:
+        return self.path / 'logs' / 'report.log'
+
+    def write(self, runs: Sequence[Run], command: str) -> None:
+        """Writes the plan.
+
+        Raises:
+          UsageError: the disk is full.
+        """
+        values = {'version': _VERSION, 'command': command, 'runs': [*map(plan.to_json, runs)]}
+        try:
+            write_json(self.path / _PLAN_FILE, seal(values))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def require_own(self, runs: Sequence[Run]) -> None:
+        """Checks that no directory of a run was made by somebody else.
+
+        Raises:
+          UsageError: one was.
+        """
+        for run in runs:
+            if self.run(run).exists() and not self.log(run).exists():
+                raise UsageError(
+                    f'{self.run(run)}: not made by this suite. Fix: move it elsewhere, or choose'
+                    ' another --suite_dir.'
+                )
+
+    def clear(self, run: Run) -> None:
+        """Removes what an attempt without a checkpoint left of a run.
+
+        Raises:
+          OSError: another process uses it, or it cannot be removed.
+        """
+        path = self.run(run)
+        if path.exists():
+            with lock(path):
+                shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Unlocks the directory. Repeated calls do nothing."""
+        self._held.close()
+
+    def __enter__(self) -> 'SuiteDirectory':
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def local(text: str) -> pathlib.Path:
+    """The absolute path of --suite_dir.
+
+    Raises:
+      UsageError: it is remote, or its name unsuitable.
+    """
+    if is_remote(text):
+        raise UsageError(
+            f'--suite_dir {text}: not on this machine. Fix: name a local path; copy the runs'
+            ' afterwards.'
+        )
+    path = pathlib.Path(text).absolute()
+    require_fit(path)
+    return path
+
+
+def new(parent: pathlib.Path) -> pathlib.Path:
+    """Path of a new suite in `parent`."""
+    return dated(parent / _STEM)
+
+
+def stored(path: pathlib.Path) -> list[Run] | None:
+    """The plan of the suite in `path`, None if it holds none.
+
+    Raises:
+      UsageError: the plan is unreadable or damaged.
+    """
+    file = path / _PLAN_FILE
+    try:
+        values = unseal(parse_object(file.read_bytes()))
+        if values['version'] != _VERSION:
+            raise ValueError(f'version {values["version"]}')
+        return [plan.from_json(run) for run in values['runs']]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f'{file}: unreadable ({error}). Fix: restore a copy, or choose another --suite_dir.'
+        ) from error
+
+
+def unfinished(parent: pathlib.Path, runs: Sequence[Run]) -> pathlib.Path | None:
+    """The newest suite `suite-*` in `parent` that has exactly these runs, not all of them done."""
+    for path in sorted(parent.glob(f'{_STEM}-*'), reverse=True):
+        with contextlib.suppress(UsageError):
+            held = stored(path)
+            if held == [*runs] and any(
+                standing.stage(path / run.name, run.max_frames) is not Stage.DONE for run in held
+            ):
+                return path
+    return None
+
+
+def _unwritable(path: pathlib.Path, error: OSError) -> UsageError:
+    return UsageError(
+        f'{path}: cannot be written ({error.strerror}). Fix: choose another --suite_dir.'
+    )

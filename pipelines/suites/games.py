@@ -1,0 +1,47 @@
+"""Groups of games: `pong,atari5` in, names of ROMs out; a list of all games for a terminal."""
+
+from agents.games import GameError, game_names, rom_id
+from pipelines.errors import UsageError
+from pipelines.reporting import reference
+
+ATARI_49 = tuple(sorted(reference.table()))
+"""The games of Nair et al. 2015, which are those of Mnih et al. 2015."""
+
+ATARI_5 = ('battle_zone', 'double_dunk', 'name_this_game', 'phoenix', 'qbert')
+"""The subset of Aitchison et al. 2023 ("Atari-5") that predicts the median score of 57 games."""
+
+GROUPS = {'atari49': ATARI_49, 'atari5': ATARI_5}
+
+_GAP = 2
+
+
+def games_of(text: str) -> tuple[str, ...]:
+    """The ROMs that a comma-separated list of games and groups names, each once.
+
+    Raises:
+      UsageError: a name is unknown, or a game cannot be played.
+    """
+    names = [name.strip() for name in text.split(',') if name.strip()]
+    if not names:
+        raise UsageError('--games: empty. Fix: name a game, atari49 or atari5.')
+    try:
+        games = [rom for name in names for rom in GROUPS.get(name) or (rom_id(name),)]
+    except GameError as error:
+        raise UsageError(f'--games: {error} Groups: {", ".join(GROUPS)}.') from error
+    return tuple(dict.fromkeys(games))
+
+
+def listing(columns: int) -> str:
+    """All playable games in columns, those of a group marked, on lines of at most `columns`."""
+    cells = [f'{name} {_marks(name)}'.rstrip() for name in game_names()]
+    width = max(map(len, cells)) + _GAP
+    across = max(1, (columns + _GAP) // width)
+    down = -(-len(cells) // across)
+    lines = [''.join(f'{cell:<{width}}' for cell in cells[row::down]) for row in range(down)]
+    legend = f'{len(cells)} games; 49: in atari49 (Nair et al. 2015), 5: in atari5 (Aitchison'
+    return '\n'.join([*(line.rstrip() for line in lines), f'{legend} et al. 2023)'])
+
+
+def _marks(game: str) -> str:
+    marks = {'atari49': '49', 'atari5': '5'}
+    return ','.join(mark for group, mark in marks.items() if game in GROUPS[group])

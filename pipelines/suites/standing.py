@@ -1,0 +1,138 @@
+"""How far a run is: its directory, or the lines that it prints, in; figures out."""
+
+import dataclasses
+import enum
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from infra.disk import read_json
+from pipelines.errors import UsageError
+from pipelines.events import count, finite
+from pipelines.storage.checkpoints import newest_counters
+from pipelines.storage.evaluations import EVALUATION_FILE, read_result
+from pipelines.storage.run_directory import RunDirectory
+
+_LINE = re.compile(r'\[\d+:\d\d:\d\d\] (.*)')
+_PHASES = (
+    'starting servers',
+    'connecting to servers',
+    'starting workers',
+    'filling replay',
+    'training',
+    'stopping workers',
+    'checkpointing',
+    'evaluating',
+    'resuming',
+)
+_FIGURES = re.compile(
+    r'frames (?P<frames>[\d,]+)/[\d,]+ .*\| return (?P<mean_return>\S+) .*\| eta (?P<eta>[\d:]+|-)'
+)
+_RATE = re.compile(r'\((\d+)/s\)')
+
+
+class Stage(enum.Enum):
+    """What a run's directory holds."""
+
+    NEW = 'no checkpoint'
+    HALF = 'a checkpoint below the budget'
+    TRAINED = 'a checkpoint at the budget, without evaluation or policy'
+    DONE = 'everything'
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Progress of a run; None: not known yet.
+
+    Attributes:
+      phase: what it is doing; empty: not known yet.
+      frames: emulator frames.
+      mean_return: raw, of the last 100 training games.
+      score: mean return of the evaluation.
+      eta_seconds: until the budget is reached.
+      frames_per_second: recently.
+    """
+
+    phase: str = ''
+    frames: int | None = None
+    mean_return: float | None = None
+    score: float | None = None
+    eta_seconds: float | None = None
+    frames_per_second: float | None = None
+
+
+def stage(path: pathlib.Path, max_frames: int) -> Stage:
+    """What the directory of a run holds, which is not active."""
+    summary = read_json(path / 'summary.json') or {}
+    finished = read_result(path / EVALUATION_FILE) is not None and (path / 'policy').is_dir()
+    if finished and (count(summary.get('frames')) or 0) >= max_frames:
+        return Stage.DONE
+    try:
+        directory = RunDirectory.existing(path)
+        if not directory.has_checkpoint():
+            return Stage.NEW
+        steps = (newest_counters(directory) or {}).get('agent_steps', 0)
+        config = read_json(directory.config_file) or {}
+        repeat = count((config.get('environment') or {}).get('action_repeat')) or 1
+    except UsageError:  # no run, or not readable: run.py says which
+        return Stage.HALF if _holds_checkpoints(path) else Stage.NEW
+    if steps * repeat < max_frames:
+        return Stage.HALF
+    return Stage.DONE if finished else Stage.TRAINED
+
+
+def _holds_checkpoints(path: pathlib.Path) -> bool:
+    """Whether there are checkpoints, readable or not, which must not be removed."""
+    return any((path / 'checkpoints').glob('checkpoint-*'))
+
+
+def recorded(path: pathlib.Path, before: Figures) -> Figures:
+    """The figures in the directory of a run that is not active; `before` where there are none."""
+    summary = read_json(path / 'summary.json') or {}
+    evaluation: Any = summary.get('evaluation') or read_result(path / EVALUATION_FILE) or {}
+    frames = count(summary.get('frames'))
+    mean_return = finite(summary.get('mean_return_100'))
+    return Figures(
+        frames=before.frames if frames is None else frames,
+        mean_return=before.mean_return if mean_return is None else mean_return,
+        score=finite(evaluation.get('mean')),
+        frames_per_second=before.frames_per_second,
+    )
+
+
+def printed(lines: Sequence[str], before: Figures) -> Figures:
+    """The figures in the lines of an active run, oldest first; `before` where they say nothing."""
+    figures = before
+    for line in lines:
+        if match := _LINE.fullmatch(line):
+            figures = _read(match[1], figures)
+    return figures
+
+
+def _read(text: str, before: Figures) -> Figures:
+    head = text.partition(' | ')[0].partition(' from ')[0]
+    phase = head if head.startswith(_PHASES) else before.phase
+    found = _FIGURES.search(text)
+    if found is None:
+        return dataclasses.replace(before, phase=phase)
+    rate = _RATE.search(text)
+    return dataclasses.replace(
+        before,
+        phase=phase,
+        frames=int(found['frames'].replace(',', '')),
+        mean_return=_number(found['mean_return']),
+        eta_seconds=_seconds(found['eta']),
+        frames_per_second=float(rate[1]) if rate else None,
+    )
+
+
+def _number(text: str) -> float | None:
+    return None if text == '-' else float(text)
+
+
+def _seconds(text: str) -> float | None:
+    if text == '-':
+        return None
+    hours, minutes, seconds = map(int, text.split(':'))
+    return 3600.0 * hours + 60.0 * minutes + seconds

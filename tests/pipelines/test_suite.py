@@ -1,0 +1,392 @@
+"""Suites: which runs a command plans, how far each is, what starts next; bad input on one line."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from infra.disk import lock
+from pipelines import suite
+from pipelines.errors import UsageError
+from pipelines.monitoring import display
+from pipelines.suites import directory, games, plan, room, scheduler, standing, table
+from pipelines.suites.directory import SuiteDirectory
+from pipelines.suites.scheduler import Entry, Scheduler
+from pipelines.suites.standing import Figures, Stage
+from tests.support.waiting import eventually
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def sweep(**changes):
+    values = {'games': ('pong',), 'presets': ('laptop',), 'seeds': (1,), 'grid': {}, 'flags': ()}
+    return plan.Sweep(**{**values, **changes})
+
+
+class TestPlan:
+    def test_all_games_of_the_first_seed_come_first(self):
+        runs = plan.expand(sweep(games=('pong', 'breakout'), seeds=(1, 2)))
+        assert [run.name for run in runs] == [
+            'pong-laptop-seed1',
+            'breakout-laptop-seed1',
+            'pong-laptop-seed2',
+            'breakout-laptop-seed2',
+        ]
+
+    def test_a_grid_is_a_product_and_names_its_values(self):
+        grid = plan.grid_of(['learning_rate=1e-4,3e-4', 'double_dqn=true,false'])
+        runs = plan.expand(sweep(grid=grid))
+        assert [run.name for run in runs] == [
+            'pong-laptop-lr0.0001-ddtrue-seed1',
+            'pong-laptop-lr0.0001-ddfalse-seed1',
+            'pong-laptop-lr0.0003-ddtrue-seed1',
+            'pong-laptop-lr0.0003-ddfalse-seed1',
+        ]
+        config = plan.prepare(runs)[3].config
+        assert (config.parameter_server.learning_rate, config.agent.double_dqn) == (0.0003, False)
+        assert config.environment.game == 'pong'
+
+    def test_settings_with_the_same_initials_are_named_in_full(self):
+        labels = plan.labels_of(['num_actors', 'num_atoms', 'loss'])
+        assert labels == {'num_actors': 'num_actors', 'num_atoms': 'num_atoms', 'loss': 'loss'}
+
+    def test_a_value_spelled_twice_is_one_run(self):
+        grid = plan.grid_of(['learning_rate=1e-4,0.0001'])
+        assert grid == {'learning_rate': (0.0001,)}
+        assert plan.seeds_of('1..3,2,7') == (1, 2, 3, 7)
+        assert games.games_of('pong,Pong,ALE/Pong-v5') == ('pong',)
+
+    def test_two_spellings_of_a_command_have_the_same_flags(self):
+        spaced = plan.joined(['--max_frames', '1e6', '--no-overlap_push'])
+        assert spaced == plan.joined(['--max_frames=1e6', '--no-overlap_push'])
+
+    def test_invalid_combinations_are_named_on_one_line(self):
+        grid = plan.grid_of(['learning_rate=0,1e-4'])
+        with pytest.raises(UsageError, match='^1 of 2 runs are invalid: pong-laptop-lr0.0-seed1: '):
+            plan.prepare(plan.expand(sweep(grid=grid)))
+
+    def test_an_error_of_all_runs_is_said_once(self):
+        runs = plan.expand(sweep(games=('pong', 'breakout'), flags=('--max_frames=0',)))
+        with pytest.raises(UsageError, match=r'^--max_frames 0: must be at least 1$'):
+            plan.prepare(runs)
+
+    def test_a_run_is_read_as_it_was_written(self):
+        run = plan.expand(sweep(grid={'n_step': (3,)}, flags=('--max_frames=9',)))[0]
+        assert plan.from_json(json.loads(json.dumps(plan.to_json(run)))) == run
+
+
+class TestExtension:
+    stored = plan.expand(sweep(seeds=(1, 2)))
+
+    def test_games_and_seeds_can_be_added(self):
+        asked = plan.expand(sweep(games=('pong', 'breakout'), seeds=(1, 2, 3)))
+        assert plan.extended(self.stored, asked) == asked
+
+    def test_fewer_runs_are_refused(self):
+        with pytest.raises(UsageError, match='omits 1 of its runs .pong-laptop-seed2.'):
+            plan.extended(self.stored, plan.expand(sweep()))
+
+    def test_other_flags_are_refused(self):
+        asked = plan.expand(sweep(seeds=(1, 2), flags=('--max_frames=7',)))
+        with pytest.raises(UsageError, match='was started with .*, not .*--max_frames=7'):
+            plan.extended(self.stored, asked)
+
+
+class TestGames:
+    def test_the_groups_are_those_of_the_papers_and_can_be_played(self):
+        assert len(games.games_of('atari49')) == 49
+        assert len(games.games_of('atari5')) == 5
+        # Phoenix is the only one of Atari-5 that the 49 lack.
+        assert set(games.ATARI_5) - set(games.ATARI_49) == {'phoenix'}
+
+    def test_the_list_has_every_game_and_fits(self):
+        text = games.listing(80)
+        assert '104 games' in text
+        assert all(len(line) <= 80 for line in text.splitlines()[:-1])
+        assert 'qbert 49,5' in text
+
+
+@pytest.mark.parametrize(
+    ('argv', 'told'),
+    [
+        ((), '--games: missing'),
+        (('--games=nosuch',), "--games: unknown game 'nosuch'"),
+        (('--games=,',), '--games: empty'),
+        (('--games=pong', '--seeds=3..1'), '3..1 has 0 seeds'),
+        (('--games=pong', '--seeds=x'), '--seeds x: not seeds'),
+        (('--games=pong', '--grid=learningrate=3'), 'Fix: choose learning_rate'),
+        (('--games=pong', '--grid=seed=1,2'), '--grid seed: not for a grid. Fix: use --seeds'),
+        (('--games=pong', '--grid=n_step'), '--grid n_step: no values'),
+        (('--games=pong', '--grid=n_step=1', '--grid=n_step=3'), '--grid n_step: given twice'),
+        (('--games=pong', '--grid=double_dqn=1'), 'must be true or false'),
+        (('--games=pong', '--grid=n_step=1,3', '--n_step=3'), '--n_step: also in --grid'),
+        (('--games=pong', '--game=breakout'), '--game=breakout: set for each run by the suite'),
+        (('--games=pong', '--run_dir', 'x'), '--run_dir=x: set for each run by the suite'),
+        (('--games=pong', '--replay_addresses=h:1'), '--replay_addresses: such servers hold'),
+        (('--games=pong', '--nosuch=1'), '--nosuch=1: unknown flag'),
+        (('--games=pong', 'stray'), 'stray: not a flag'),
+        (('--games=pong', '--presets=x'), '--preset x: unknown'),
+        (('--games=pong', '--parallel=0'), '--parallel 0: must be auto or from 1'),
+        (('--games=pong', '--suite_dir=gs://a/b'), '--suite_dir gs://a/b: not on this machine'),
+        (('--games=pong', '--seeds=1..3', '--parallel=3', '--replay_capacity=1e12'), 'GiB of mem'),
+        (('--resume',), '--resume: no suite given'),
+        (('--resume', '--suite_dir=nosuch'), 'nosuch: holds no suite'),
+        (('--resume', '--suite_dir=nosuch', '--seeds=3'), 'follows the plan of the suite'),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(argv, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert suite.main(argv) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count('\n') == 1
+    assert not [*tmp_path.iterdir()]
+
+
+class TestDirectory:
+    def test_a_plan_survives_and_a_damaged_one_is_refused(self, tmp_path):
+        runs = plan.expand(sweep())
+        with SuiteDirectory.open(tmp_path / 'suite') as opened:
+            opened.write(runs, 'suite.py')
+        assert directory.stored(tmp_path / 'suite') == runs
+        file = tmp_path / 'suite' / 'suite.json'
+        file.write_text(file.read_text().replace('laptop', 'nature'))
+        with pytest.raises(UsageError, match='checksum'):
+            directory.stored(tmp_path / 'suite')
+
+    def test_two_suites_do_not_share_a_directory(self, tmp_path):
+        program = (
+            'import pathlib, sys; from pipelines.suites.directory import SuiteDirectory;'
+            'held = SuiteDirectory.open(pathlib.Path(sys.argv[1])); print("held", flush=True);'
+            'sys.stdin.read()'
+        )
+        with subprocess.Popen(
+            [sys.executable, '-c', program, str(tmp_path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other:
+            assert other.stdin
+            assert other.stdout
+            assert other.stdout.readline() == b'held\n'
+            with pytest.raises(UsageError, match=f'in use by process {other.pid}'):
+                SuiteDirectory.open(tmp_path)
+            other.stdin.close()
+
+    def test_other_files_are_not_touched(self, tmp_path):
+        (tmp_path / 'mine').touch()
+        with pytest.raises(UsageError, match='no suite'):
+            SuiteDirectory.open(tmp_path)
+
+    def test_a_run_of_somebody_else_is_not_touched(self, tmp_path):
+        runs = plan.expand(sweep())
+        with SuiteDirectory.open(tmp_path / 'suite') as opened:
+            opened.run(runs[0]).mkdir()
+            with pytest.raises(UsageError, match='not made by this suite'):
+                opened.require_own(runs)
+
+    def test_the_same_command_finds_its_unfinished_suite(self, tmp_path):
+        runs = plan.expand(sweep())
+        with SuiteDirectory.open(tmp_path / 'suite-1') as opened:
+            opened.write(runs, 'suite.py')
+        assert directory.unfinished(tmp_path, runs) == tmp_path / 'suite-1'
+        assert directory.unfinished(tmp_path, plan.expand(sweep(seeds=(2,)))) is None
+        finish(tmp_path / 'suite-1' / runs[0].name, frames=0)
+        assert directory.unfinished(tmp_path, runs) is None
+
+
+def finish(path, frames, score=3.5):
+    """Writes what a finished run leaves."""
+    (path / 'policy').mkdir(parents=True)
+    result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': score, 'std': 0.0}
+    (path / 'evaluation.json').write_text(json.dumps(result))
+    summary = {'frames': frames, 'mean_return_100': -20.5, 'evaluation': result}
+    (path / 'summary.json').write_text(json.dumps(summary))
+
+
+class TestStanding:
+    def test_a_run_is_done_once_trained_evaluated_and_exported(self, tmp_path):
+        assert standing.stage(tmp_path / 'run', 100) is Stage.NEW
+        finish(tmp_path / 'run', frames=100)
+        assert standing.stage(tmp_path / 'run', 100) is Stage.DONE
+        assert standing.recorded(tmp_path / 'run', Figures()).score == 3.5
+        (tmp_path / 'run' / 'policy').rmdir()
+        assert standing.stage(tmp_path / 'run', 100) is not Stage.DONE
+
+    def test_a_run_with_unreadable_checkpoints_is_not_begun_anew(self, tmp_path):
+        (tmp_path / 'checkpoints' / 'checkpoint-00000001').mkdir(parents=True)
+        (tmp_path / 'checkpoints' / 'checkpoint-00000001' / 'run.json').write_text('{')
+        (tmp_path / 'config.json').write_text('{}')
+        assert standing.stage(tmp_path, 100) is Stage.HALF
+
+    def test_lines_of_a_run_give_its_figures(self):
+        lines = [
+            '=== 2026-11-28 12:00:00 run.py',
+            'run directory: /runs/a',
+            '[0:00:00] starting servers',
+            '[0:00:10] filling replay 3200/5000',
+        ]
+        assert standing.printed(lines, Figures()).phase == 'filling replay 3200/5000'
+        lines.append(
+            '[0:08:02] training | frames 505,632/3,000,000 (1023/s) | updates 30,262 (63.7/s) |'
+            ' episodes 76 | return -16.01 | epsilon 0.020 | replay 126,370 | rejected 0 stale |'
+            ' eta 0:40:38'
+        )
+        expected = Figures('training', 505_632, -16.01, None, 2438.0, 1023.0)
+        assert standing.printed(lines, Figures()) == expected
+        lines.append('[0:08:03] actor 0: ended with exit code 1, failure 1 in a row; restarting')
+        assert standing.printed(lines, Figures()) == expected
+        lines.append('[0:52:37] evaluating 3/30')
+        assert standing.printed(lines, Figures()).phase == 'evaluating 3/30'
+
+
+# Stands for run.py: does what its seed says, and appends its arguments to a file.
+FAKE = """
+import json, pathlib, sys
+argv = dict(a.partition('=')[::2] for a in sys.argv[1:])
+path = pathlib.Path(argv['--run_dir'])
+with open(path.parent / 'calls', 'a') as calls:
+    print(path.name, '--resume' in argv, file=calls)
+if argv['--seed'] == '2':
+    print('run.py: no luck', flush=True)
+    sys.exit(1)
+if argv['--seed'] == '3':
+    sys.exit(130)
+(path / 'policy').mkdir(parents=True)
+result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.0, 'mean': 1.0, 'std': 0.0}
+(path / 'evaluation.json').write_text(json.dumps(result))
+(path / 'summary.json').write_text(json.dumps({'frames': 100, 'evaluation': result}))
+"""
+
+
+@pytest.fixture
+def conducted(tmp_path, monkeypatch):
+    """Runs a plan with a fake run.py to its end; returns entries, calls and messages."""
+    fake = tmp_path / 'fake.py'
+    fake.write_text(FAKE)
+    original = Scheduler._spec
+
+    def spec(self, entry, stage):
+        made = original(self, entry, stage)
+        assert made.argv[1:3] == ['-m', 'pipelines.run']
+        return types.SimpleNamespace(
+            **{**vars(made), 'argv': [sys.executable, str(fake), *made.argv[3:]]}
+        )
+
+    monkeypatch.setattr(Scheduler, '_spec', spec)
+
+    def conduct(runs, parallel=1):
+        told: list[str] = []
+        with (
+            SuiteDirectory.open(tmp_path / 'suite') as opened,
+            Scheduler(opened, runs, parallel, told.append) as running,
+        ):
+            opened.write(runs, 'suite.py')
+
+            def ended():
+                running.poll()
+                return not running.active
+
+            assert eventually(ended, 60.0)
+        calls = (tmp_path / 'suite' / 'calls').read_text().splitlines()
+        return running.entries, calls, told
+
+    return conduct
+
+
+def test_a_failed_run_is_tried_once_more_after_the_others_and_named(conducted):
+    runs = plan.expand(sweep(seeds=(2, 1), flags=('--max_frames=100',)))
+    entries, calls, told = conducted(runs)
+    assert [entry.state for entry in entries] == [scheduler.FAILED, scheduler.DONE]
+    assert calls == [f'pong-laptop-seed{seed} False' for seed in (2, 1, 2)]
+    assert entries[0].reason == 'no luck'
+    assert 'tried once more later' in told[0]
+    assert str(entries[0].log) in told[1]
+    # Started again: the finished run is not repeated, the failed one is.
+    _, calls, _ = conducted(runs)
+    assert [call.split()[0][-1] for call in calls] == ['2', '1', '2', '2', '2']
+
+
+def test_a_run_stopped_by_its_user_is_not_started_again(conducted):
+    entries, calls, _ = conducted(plan.expand(sweep(seeds=(3, 1))), parallel=2)
+    assert [entry.state for entry in entries] == [scheduler.FAILED, scheduler.DONE]
+    assert entries[0].reason == 'stopped by SIGINT'
+    assert len(calls) == 2
+
+
+def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):
+    (run,) = plan.expand(sweep())
+    path = tmp_path / 'suite' / run.name
+    with SuiteDirectory.open(tmp_path / 'suite') as opened:
+        opened.write([run], '')
+        path.mkdir()
+        with lock(path), Scheduler(opened, [run], 1, print) as running:
+            running.poll()
+            (entry,) = running.entries
+            assert entry.state == scheduler.WAITING
+            assert 'of an earlier suite ends' in table.state(entry)
+    entries, calls, _ = conducted([run])
+    assert entries[0].state == scheduler.DONE
+    assert len(calls) == 1
+
+
+def entry(name, state, **figures):
+    run = plan.Run(name, 'pong', 'laptop', 1, max_frames=1000)
+    made = Entry(run, pathlib.Path(name), pathlib.Path('log'), state)
+    made.figures = Figures(**figures)
+    return made
+
+
+class TestTable:
+    def test_a_small_terminal_shows_active_and_failed_runs_first(self):
+        entries = [
+            entry('a', scheduler.DONE),
+            entry('b', scheduler.FAILED),
+            entry('c', scheduler.WAITING),
+            entry('d', scheduler.RUNNING),
+        ]
+        assert [e.run.name for e in table.visible(entries, 2)] == ['b', 'd']
+        assert [e.run.name for e in table.visible(entries, 9)] == ['a', 'b', 'c', 'd']
+
+    def test_the_time_left_is_that_of_all_runs(self):
+        entries = [
+            entry('a', scheduler.RUNNING, frames=500, frames_per_second=10.0),
+            entry('b', scheduler.WAITING),
+            entry('c', scheduler.DONE, frames=1000),
+        ]
+        # 500 + 1000 frames at 10/s; two runs at once halve it, a third slot is of no use.
+        assert table.eta_seconds(entries, 1) == 150.0
+        assert table.eta_seconds(entries, 3) == 75.0
+
+    def test_it_fits_80_columns(self):
+        from rich.console import Console
+
+        shown = table.Table()
+        entries = [
+            entry('a', scheduler.RUNNING, frames=430, phase='training', mean_return=-20.5),
+            entry('b', scheduler.FAILED),
+        ]
+        entries[1].reason = 'a long reason ' * 10
+        console = Console(width=120, record=True, color_system=None, file=io.StringIO())
+        shown.update(display.PlainDisplay(io.StringIO()), entries, 1)
+        console.print(shown.render(None, '', 3700.0, 120, 24))
+        lines = console.export_text().splitlines()
+        assert {len(line) for line in lines} == {80}
+        assert any('training 43%' in line and '-20.5' in line for line in lines)
+        assert '0 of 2 done, 1 failed' in lines[-1]
+
+
+def test_as_many_runs_at_once_as_cores_and_memory_allow(monkeypatch):
+    prepared = plan.prepare(plan.expand(sweep(seeds=(1, 2, 3, 4))))  # three workers each
+    monkeypatch.setattr(room.os, 'cpu_count', lambda: 9)
+    need = room.memory_bytes(prepared[0].config, prepared[0].launch)
+    for memory, runs in ((10 * need, 3), (2 * need, 2), (need // 2, 1)):
+        monkeypatch.setattr(room, 'available_memory', lambda memory=memory: memory)
+        assert room.most_at_once(prepared) == runs
+    monkeypatch.setattr(room, 'available_memory', lambda: 4 * need)
+    (warning,) = room.require_room(prepared, 4, pathlib.Path())
+    assert '4 runs of 3 workers share 9 cores' in warning
