@@ -53,10 +53,12 @@ class AgentGradient:
 
     def gradient(
         self, transition: Any, weights: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Clipped gradient float32 [parameters], mean loss float32 [], absolute errors float32 [B].
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Computes a clipped gradient and what the learner reports of it.
 
-        The mean loss ignores weights, so it is comparable at any priorities.
+        Returns gradient float32 [parameters], mean loss float32 [], absolute errors float32 [B],
+        and the factor float32 [] by which the gradient was clipped, 1 if it was not. The mean loss
+        ignores weights, so it is comparable at any priorities.
 
         Args:
           transition: a batch of B transitions.
@@ -67,6 +69,20 @@ class AgentGradient:
         """
         columns = tuple(transition) if weights is None else (*transition, weights)
         return self._gradient(*columns)
+
+    def values(self, observation: np.ndarray, action: np.ndarray) -> tuple[float, float] | None:
+        """Mean expected return of the actions taken, and the largest of any row and action.
+
+        Args:
+          observation: uint8 [B, 84, 84, stack].
+          action: int32 [B], actions taken.
+
+        None for a user's agent, whose outputs are unknown.
+        """
+        if self.model.outputs is None or self.model.head is None:
+            return None
+        mean, largest = self._values(observation, action)
+        return float(mean), float(largest)
 
     def parameters(self) -> np.ndarray:
         """A copy of the network's parameters, float32 [parameters]."""
@@ -94,7 +110,19 @@ class AgentGradient:
     def _gradient(self) -> ArrayFunction:
         return ArrayFunction(self.flat_gradient, self._signature, device=self.device)
 
-    def flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    @functools.cached_property
+    def _values(self) -> ArrayFunction:
+        return ArrayFunction(self._mean_and_largest, self._signature[:2], device=self.device)
+
+    def _mean_and_largest(
+        self, observation: tf.Tensor, action: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        outputs = self.model.outputs(observation)  # type: ignore[misc]
+        values = self.model.head.values(outputs)  # type: ignore[union-attr]
+        taken = tf.gather(values, action, batch_dims=1)
+        return tf.reduce_mean(taken), tf.reduce_max(values)
+
+    def flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Like `gradient`, inside a graph: tensors in, tensors out."""
         transition = Transition(*columns[: len(Transition._fields)])
         weights = columns[-1] if self._weighted else None
@@ -104,13 +132,15 @@ class AgentGradient:
             losses = self.model.loss(transition, weights)
         gradients = tape.gradient(losses.weighted, variables)
         flat = tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
-        return self._clipped(flat), tf.reduce_mean(losses.rows), losses.error
+        clipped, factor = self._clipped(flat)
+        return clipped, tf.reduce_mean(losses.rows), losses.error, factor
 
-    def _clipped(self, flat: tf.Tensor) -> tf.Tensor:
+    def _clipped(self, flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The gradient after clipping, and the factor that clipping applied."""
         if not self._clip_norm:
-            return flat
+            return flat, tf.ones([])
         # Takes half the time of tf.clip_by_norm, which writes the squares to memory.
         norm = tf.sqrt(2 * tf.nn.l2_loss(flat))
-        scale = self._clip_norm / norm
+        scale = tf.minimum(self._clip_norm / norm, 1.0)
         # Skips the product in the common case of a short gradient: it would rewrite the vector.
-        return tf.cond(scale < 1.0, lambda: flat * scale, lambda: flat)
+        return tf.cond(scale < 1.0, lambda: flat * scale, lambda: flat), scale

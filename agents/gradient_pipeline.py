@@ -29,6 +29,7 @@ class Computed(NamedTuple):
     gradient: np.ndarray  # float32 [parameters]
     loss: np.ndarray  # float32 [], mean without weights
     absolute_error: np.ndarray  # float32 [B]
+    clip_factor: np.ndarray  # float32 [], 1 if the gradient was not clipped
 
 
 class GradientStream(Protocol):
@@ -202,7 +203,7 @@ class _Slot:
       stage: copies the columns of a batch, then its weights if there are any, to the device.
       compute: computes the gradient of the staged batch.
       batch, results: variables for the columns and for what `fetch` returns.
-      fetch: returns gradient float32 [parameters], loss float32 [], absolute errors float32 [B].
+      fetch: returns what the network's `gradient` returns.
     """
 
     def __init__(self, network: Any, columns: Sequence[Any]) -> None:
@@ -212,7 +213,9 @@ class _Slot:
         rows = specs[0].shape[0]
         with tf.device(network.device):
             self.batch = [_variable(spec.shape, _kept(spec.dtype)) for spec in specs]
-            self.results = [_variable(shape, tf.float32) for shape in ([network.size], [], [rows])]
+            self.results = [
+                _variable(shape, tf.float32) for shape in ([network.size], [], [rows], [])
+            ]
         self.stage = ArrayFunction(self._stage, specs, device=network.device)
         self.compute = ArrayFunction(self._compute, device=network.device)
         self.fetch = ArrayFunction(self._fetch, device=network.device)

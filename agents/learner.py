@@ -15,16 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from agents.config import STALENESS_BOUNDS, LearnerConfig
-from agents.gradient_pipeline import GradientStream, InTurn
+from agents.gradient_pipeline import Computed, GradientStream, InTurn
 from infra.parameter_server.protocol import INVALID, STALE, NotInitialisedError
-from infra.replay.priorities import importance_weights
+from infra.replay.priorities import importance_weights, priority_of
 
 
 class Network(Protocol):
     """The part of an agent's interface that the learner uses (see agents/gradient.py)."""
 
-    def gradient(self, transition: Any, weights: Any = None) -> tuple[Any, Any, Any]:
-        """Gradient float32 [parameters], loss float32 [], absolute errors float32 [batch_size]."""
+    def gradient(self, transition: Any, weights: Any = None) -> tuple[Any, Any, Any, Any]:
+        """Gradient float32 [parameters], loss [], absolute errors [batch_size], clip factor []."""
+
+    def values(self, observation: Any, action: Any) -> tuple[float, float] | None:
+        """Mean value of the actions taken and the largest of all; None: unknown."""
 
     def parameters(self) -> np.ndarray:
         """A copy of the network's parameters, float32 [parameters]."""
@@ -138,7 +141,7 @@ class OutlierTest:
 
 @dataclasses.dataclass
 class LearnerCounters:
-    """Counts of a learner since its start, and statistics of its latest batch.
+    """Counts of a learner since its start.
 
     Attributes:
       gradients: gradients computed, outliers included.
@@ -147,8 +150,6 @@ class LearnerCounters:
       invalid: gradients rejected as not finite or misshapen.
       staleness: histogram of pushed gradients by staleness (see `STALENESS_BOUNDS`).
       loss: mean loss of the latest batch, without importance weights.
-      absolute_error: errors of the latest batch (see agents/heads.py), float32 [batch_size]; 0
-        before the first.
       priorities_dropped: priority updates that a replay shard did not accept.
     """
 
@@ -160,7 +161,6 @@ class LearnerCounters:
         default_factory=lambda: [0] * (len(STALENESS_BOUNDS) + 1)
     )
     loss: float = 0.0
-    absolute_error: Any = 0.0
     priorities_dropped: int = 0
 
 
@@ -192,7 +192,9 @@ class Learner:
         """
         self._config = config
         self._priorities = priorities
+        self._network = network
         self._gradients = stream(network, samples)
+        self._latest: Computed | None = None
         self._parameters = parameters
         self._outlier_test = OutlierTest(config)
         self._pending: Future | None = None
@@ -208,14 +210,14 @@ class Learner:
           ReplayTimeout: the replay has no batch within its bound; the caller may call again.
           ParameterServerUnavailable: a shard is unreachable for longer than the client's bound.
         """
-        sample, version, gradient, loss, absolute_error = self._gradients.next(self._weights)
+        computed = self._gradients.next(self._weights)
         self.finish_push()
-        counters = self.counters
+        self._latest = computed
+        counters, sample = self.counters, computed.sample
         counters.gradients += 1
-        counters.loss = float(loss)
-        counters.absolute_error = absolute_error
+        counters.loss = float(computed.loss)
         if self._priorities is not None:
-            self._priorities.update(sample.key, sample.shard, absolute_error)
+            self._priorities.update(sample.key, sample.shard, computed.absolute_error)
             counters.priorities_dropped = self._priorities.dropped
         due = counters.gradients % self._config.learner_pull_period == 0
         if self._outlier_test.drops(counters.loss):
@@ -223,7 +225,7 @@ class Learner:
             if due:
                 self._refresh(self._parameters.pull())
             return
-        self._pending = self._parameters.push_async(gradient, version, pull=due)
+        self._pending = self._parameters.push_async(computed.gradient, computed.version, pull=due)
         if not self._config.overlap_push:
             self.finish_push()
 
@@ -233,6 +235,35 @@ class Learner:
             return None
         exponent = importance_exponent(self._config, self.clock.updates)
         return importance_weights(sample.probability, sample.shard, exponent)
+
+    def describe(self) -> dict[str, float]:
+        """Figures of the latest batch, empty before the first; takes about a forward pass.
+
+        Returns:
+          loss: mean loss, without importance weights.
+          mean_absolute_error: of the errors (see agents/heads.py).
+          gradient_norm: before clipping.
+          mean_q, max_q: expected return of the actions taken, by the newest parameters, and the
+            largest of any row and action; absent for a user's agent.
+          mean_priority, max_priority: as written to the replay; absent if it is uniform.
+        """
+        if self._latest is None:
+            return {}
+        latest = self._latest
+        errors = latest.absolute_error
+        figures = {
+            'loss': self.counters.loss,
+            'mean_absolute_error': float(np.mean(errors)),
+            'gradient_norm': float(np.linalg.norm(latest.gradient) / latest.clip_factor),
+        }
+        transition = latest.sample.transition
+        values = self._network.values(transition.observation, transition.action)
+        if values is not None:
+            figures |= dict(zip(('mean_q', 'max_q'), values))
+        if self._priorities is not None:
+            priorities = priority_of(errors)
+            figures |= {'mean_priority': priorities.mean(), 'max_priority': priorities.max()}
+        return figures
 
     def sync(self, agent_steps: int = 0) -> Any:
         """Syncs with the parameter server without a push and returns the clock.

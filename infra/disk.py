@@ -326,6 +326,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
+def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of the file `path`; skips damaged ones, such as one cut off.
+
+    Empty if there is no such file.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(parse_object(line))
+    return rows
+
+
 @contextlib.contextmanager
 def replaced_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory to fill, which replaces `path` at the end of the block.

@@ -47,6 +47,15 @@ def available_memory(root: pathlib.Path = pathlib.Path('/')) -> int:
     return min([machine, *(_room(group, files) for group, files in _groups(root))])
 
 
+def resident_bytes(pid: int | str = 'self') -> int | None:
+    """Memory that a process of this machine holds in RAM; None if there is no such process."""
+    try:
+        pages = pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1]
+    except (OSError, IndexError):
+        return None
+    return int(pages) * resource.getpagesize()
+
+
 class OwnBound:
     """Limits what this process allocates; a larger allocation fails. Thread-safe.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from agents.config import STALENESS_BOUNDS
+from infra.memory import resident_bytes
 from infra.sealed import LARGEST_COUNT
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ class Heartbeat:
 
 
 def beat(telemetry: 'Telemetry', ended: bool = False) -> None:
-    """Sends a heartbeat of this process; the telemetry adds `submission`."""
-    telemetry.record(HEARTBEAT, pid=os.getpid(), ended=ended)
+    """Sends a heartbeat of this process with its memory; the telemetry adds `submission`."""
+    telemetry.record(HEARTBEAT, pid=os.getpid(), ended=ended, memory_bytes=resident_bytes())
 
 
 def heartbeats_in(events: Iterable[Mapping[str, Any]]) -> Iterator[Heartbeat]:

@@ -69,7 +69,8 @@ def write_config(config: ExperimentConfig, launch: 'Launch', directory: RunDirec
     """
     try:
         row = {**provenance.describe(sys.orig_argv), 'engine': launch.runner}
-        row |= {'resumed': launch.resume, 'changed': {}, 'frames': 0, 'updates': 0}
+        row |= {'resumed': launch.resume, 'changed': {}}
+        row |= {'frames': 0, 'updates': 0, 'wall_seconds': 0.0}
         if launch.resume:
             row |= _resumption(config, directory)
         provenance.add_launch(directory.launches_file, row)
@@ -99,7 +100,9 @@ def _resumption(config: ExperimentConfig, directory: RunDirectory) -> dict[str, 
             f' {command("evaluate", directory.path)} and {command("export", directory.path)}.'
         )
     changed = config_lib.changes(config_lib.load(directory.config_file), config)
-    return {'changed': changed, 'frames': frames, 'updates': counters['updates']}
+    seconds = counters.get('wall_seconds', 0.0)
+    progress = {'frames': frames, 'updates': counters['updates'], 'wall_seconds': seconds}
+    return {'changed': changed, **progress}
 
 
 @one_line_errors('run.py')

@@ -53,7 +53,7 @@ def try_agent(config: ExperimentConfig) -> None:
     transition = Transition(frames, np.zeros(rows, np.int32), numbers, numbers, frames)
     try:
         learner = AgentGradient(model, config.agent.gradient_clip_norm, weighted)
-        gradient, _, _ = learner.gradient(transition, numbers if weighted else None)
+        gradient, *_ = learner.gradient(transition, numbers if weighted else None)
         learner.set_target(learner.parameters())
         GreedyPolicy(model).act(frames)
     except Exception as error:  # custom code may raise anything

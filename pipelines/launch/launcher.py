@@ -43,7 +43,8 @@ from pipelines.launch.shard_watch import Replay
 from pipelines.launch.training import FAILURES, Training
 from pipelines.monitoring.display import Display, open_display
 from pipelines.monitoring.drawing import Drawing
-from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result

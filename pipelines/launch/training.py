@@ -14,6 +14,7 @@ from typing import Any
 
 from infra.cluster import PARAMETER_SERVER, Cluster, ClusterError
 from infra.guard import Guard, UnforeseenError
+from infra.memory import resident_bytes
 from infra.own_time import OwnTime
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import ParameterServerError
@@ -25,7 +26,8 @@ from pipelines.launch.jobs import Jobs, WorkersFailedError
 from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import ASK_SECONDS, Replay, ServerWatch
 from pipelines.monitoring.display import Display
-from pipelines.monitoring.monitor import Monitor, RunState
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import RunState
 
 _POLL_SECONDS = 0.5
 _STOPPING = (
@@ -253,6 +255,7 @@ class Training:
             bundles = range(self.config.run.num_actors)
             statuses = [self._bundles.get(bundle, {}) for bundle in bundles]
         self.monitor.replay(statuses)
+        self.monitor.memory({n: resident_bytes(pid) for n, pid in self.cluster.pids.items()})
 
     def _count_reruns(self, reruns: Mapping[str, int]) -> None:
         """Counts the workers that the engine itself has restarted since this launch."""

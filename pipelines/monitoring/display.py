@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from infra.output import last_words
-from pipelines.monitoring.monitor import RunState
+from pipelines.monitoring.run_state import RunState
 
 COLUMNS = 80
 """Greatest width of the display."""

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from agents.config import STALENESS_BOUNDS
+from infra.cluster import PARAMETER_SERVER, REPLAY
 from infra.disk import write_json
-from pipelines.events import count, counts, finite, histogram, is_event
-from pipelines.monitoring import episodes, learning_curve, tensorboard
+from infra.memory import resident_bytes
+from pipelines.events import HEARTBEAT, count, counts, finite, histogram, is_event
+from pipelines.monitoring import boxes, episodes, learning_curve, tensorboard
 from pipelines.monitoring.counters import (
-    REJECTIONS,
     Rates,
     RejectionTally,
     ReplayTally,
@@ -25,123 +27,25 @@ from pipelines.monitoring.counters import (
     mean,
     remember,
 )
+from pipelines.monitoring.run_state import MonitorConfig, RunState, build_summary
 from pipelines.storage.run_directory import RunDirectory
 
 # Fields of a learner's event whose mean is meaningless.
 _NOT_AVERAGED = frozenset(
-    {'time', 'worker', 'session', 'submission', 'updates', 'agent_steps', 'rejected_outlier'}
+    {
+        'time',
+        'worker',
+        'session',
+        'submission',
+        'updates',
+        'agent_steps',
+        'gradients',
+        'rejected_outlier',
+    }
 )
-_EVALUATION_FIELDS = ('protocol', 'episodes', 'epsilon', 'mean', 'std')
 
 Worker = tuple[str, int]
 """A worker's component ('actor', 'learner', ...) and its index."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MonitorConfig:
-    """The settings that the monitor needs.
-
-    Attributes:
-      game, preset, seed: as in the summary.
-      max_frames: emulator frames that end the run.
-      action_repeat: emulator frames per agent step.
-      batch_size: transitions in an update.
-      scalars_period_seconds: seconds between two writes to TensorBoard.
-      rate_window_seconds: window of frames/s, updates/s and the ETA.
-      settings: value of each setting of the experiment, by its name.
-      launch: the line of `launches.jsonl` of this start or resume.
-    """
-
-    game: str
-    preset: str
-    seed: int
-    max_frames: int
-    action_repeat: int = 4
-    batch_size: int = 32
-    scalars_period_seconds: float = 10.0
-    rate_window_seconds: float = 60.0
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:
-    """A field of `RunState`, with its TensorBoard tag and whether the summary includes it."""
-    return dataclasses.field(
-        default_factory=default if callable(default) else lambda: default,
-        metadata={'scalar': scalar, 'summarised': summarised},
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class RunState:
-    """The run at one moment; None: not known yet.
-
-    `_figure` says where a value is written; a mapping's entries are scalars below its tag.
-
-    Attributes:
-      max_frames, frames: emulator frames, the budget and those made.
-      frames_per_second, updates_per_second: over the recent window.
-      updates: global updates.
-      episodes: games ended.
-      mean_return_100: mean raw return of the last 100 (fewer at the start).
-      epsilon: mean of the actors' latest values.
-      replay_size: transitions in all shards.
-      samples_per_insert: transitions sampled per transition inserted, over the whole run.
-      learned_per_insert: transitions in applied updates per transition inserted; less than
-        `samples_per_insert`, since learners prefetch batches and gradients are rejected.
-      rejected: gradients by reason (`REJECTIONS`).
-      outlier_share: gradients dropped as outliers, as a share of those computed.
-      staleness: of the gradients pushed (see `StalenessTally.summary`).
-      restarts: by component.
-      eta_seconds: until `max_frames` at the current rate.
-      wall_seconds: since the launch, earlier sessions included.
-      learner: means of the learners' other figures (loss, ...) over the last period.
-      malformed_events, repeated_events: telemetry events skipped.
-    """
-
-    game: str
-    preset: str
-    max_frames: int
-    frames: int = _figure(0, summarised=True)
-    agent_steps: int = _figure(0, summarised=True)
-    frames_per_second: float | None = _figure(None, 'rate/frames_per_second')
-    updates: int = _figure(0, 'progress/updates', summarised=True)
-    updates_per_second: float | None = _figure(None, 'rate/updates_per_second')
-    episodes: int = _figure(0, 'progress/episodes', summarised=True)
-    mean_return_100: float | None = _figure(None, 'return/mean_100', summarised=True)
-    last_return: float | None = None
-    epsilon: float | None = _figure(None, 'actor/epsilon')
-    replay_size: int | None = _figure(None, 'replay/size')
-    samples_per_insert: float | None = _figure(None, 'replay/samples_per_insert', True)
-    learned_per_insert: float | None = _figure(None, 'replay/learned_per_insert', True)
-    rejected: Mapping[str, int] = _figure(lambda: dict.fromkeys(REJECTIONS, 0), 'rejected', True)
-    outlier_share: float | None = _figure(None, 'learner/outlier_share', summarised=True)
-    staleness: Mapping[str, Any] = _figure(dict, 'staleness', summarised=True)
-    restarts: Mapping[str, int] = _figure(dict, summarised=True)
-    eta_seconds: float | None = None
-    wall_seconds: float = 0.0
-    learner: Mapping[str, float] = _figure(dict, 'learner')
-    malformed_events: int = _figure(0, 'telemetry/malformed_events')
-    repeated_events: int = _figure(0, 'telemetry/repeated_events')
-
-    def scalars(self) -> dict[str, float | None]:
-        """TensorBoard's scalars, by tag."""
-        scalars: dict[str, float | None] = {}
-        for field in dataclasses.fields(self):
-            tag, value = field.metadata.get('scalar'), getattr(self, field.name)
-            if tag and isinstance(value, Mapping):
-                scalars |= {f'{tag}/{name}': finite(entry) for name, entry in value.items()}
-            elif tag:
-                scalars[tag] = value
-        return scalars
-
-    def summarised(self) -> dict[str, Any]:
-        """The figures of the summary, by name."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata.get('summarised')
-        }
 
 
 class Monitor:
@@ -178,6 +82,9 @@ class Monitor:
         self._ended: float | None = None
         self._rejections = RejectionTally(before, resumed)
         self._staleness = StalenessTally(before)
+        self._learners = boxes.Learners(before.get('learners'))
+        self._box_rates = boxes.BoxRates(config.rate_window_seconds)
+        self._memory: collections.OrderedDict[str, int] = collections.OrderedDict()
         # Checkpoints of earlier versions count outliers but have no staleness.
         self._other_gradients = 0 if 'staleness' in before else self._updates
         self._replay = ReplayTally(before, resumed)
@@ -200,9 +107,14 @@ class Monitor:
         self._returns: collections.deque[float] = collections.deque(
             (row.raw_return for row in self._episodes.kept), maxlen=episodes.RETURN_WINDOW
         )
+        self._lengths: collections.deque[int] = collections.deque(
+            (row.agent_steps for row in self._episodes.kept if row.agent_steps is not None),
+            maxlen=episodes.RETURN_WINDOW,
+        )
         self._events = tensorboard.EventWriter(self._directory.events, self.frames)
         name, config = self._directory.path.name, self._config
         self._events.describe(name, config.settings, config.launch, self._wall_clock())
+        self._written_staleness = self._staleness.bins
         self._episode_step = self.frames
         self._scalars_due = self._started + self._config.scalars_period_seconds
 
@@ -222,8 +134,13 @@ class Monitor:
         self._rates.record(self._monotonic(), self.frames, self._updates)
 
     def parameter_server(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Records `rejected: {stale, invalid}` of each shard's report."""
+        """Records `version` and `rejected: {stale, invalid}` of each shard's report."""
         self._rejections.record_servers(shards)
+        for index, report in enumerate(shards):
+            pushes = (count(report.get('version')) or 0) + sum(
+                counts(report.get('rejected')).values()
+            )
+            self._box_rates.record(self._monotonic(), f'{PARAMETER_SERVER}_{index}', pushes)
 
     def replay(self, shards: Sequence[Mapping[str, Any]]) -> None:
         """Records each shard's `size`, `samples` and `inserts`, in transitions.
@@ -231,6 +148,16 @@ class Monitor:
         The status of a shard that did not answer is empty; its last one stays.
         """
         self._replay.record(shards)
+        for index, status in enumerate(shards):
+            inserts = count(status.get('inserts'))
+            if inserts is not None:
+                self._box_rates.record(self._monotonic(), f'{REPLAY}_{index}', inserts)
+
+    def memory(self, resident_bytes: Mapping[str, int | None]) -> None:
+        """Records the resident memory of processes, by name; None: not running."""
+        for name, size in resident_bytes.items():
+            if size is not None:
+                remember(self._memory, name, size, boxes.MOST_BOXES)
 
     def restarted(self, component: str) -> None:
         """Counts one restart of `component`."""
@@ -238,8 +165,12 @@ class Monitor:
 
     def fold(self, events: Iterable[Any]) -> list[Mapping[str, Any]]:
         """Folds telemetry events, in any order; returns the valid ones and counts the others."""
-        handlers = {'episode': self._fold_episode, 'actor': self._fold_actor}
-        handlers['learner'] = self._fold_learner
+        handlers = {
+            'episode': self._fold_episode,
+            'actor': self._fold_actor,
+            'learner': self._fold_learner,
+            HEARTBEAT: self._fold_heartbeat,
+        }
         valid = []
         for event in events:
             if not is_event(event):
@@ -292,9 +223,12 @@ class Monitor:
         remember(self._seen_episodes, episode.identity, None, episodes.REMEMBERED_EPISODES)
         self._episodes.append(episode)
         self._returns.append(raw_return)
+        if episode.agent_steps is not None:
+            self._lengths.append(episode.agent_steps)
         # TensorBoard drops values whose step does not increase.
         step = max(episode.frames, self._episode_step + 1)
-        self._events.write(step, {'return/episode': raw_return}, episode.time)
+        figures = {'return/episode': raw_return, 'episode/length': episode.agent_steps}
+        self._events.write(step, figures, episode.time)
         self._episode_step = step
         return True
 
@@ -302,6 +236,9 @@ class Monitor:
         epsilon = finite(event.get('epsilon'))
         if epsilon is not None:
             self._epsilon[worker] = epsilon
+        agent_steps = count(event.get('agent_steps'))
+        if agent_steps is not None:
+            self._box_rates.record(self._monotonic(), f'actor_{worker[1]}', agent_steps)
         return epsilon is not None or 'epsilon' not in event
 
     def _fold_learner(self, event: Mapping[str, Any], worker: Worker) -> bool:
@@ -312,12 +249,21 @@ class Monitor:
         staleness = histogram(event.get('staleness'))
         if staleness is not None:
             self._staleness.record(key, staleness)
+        name, gradients = f'learner_{worker[1]}', count(event.get('gradients'))
+        self._learners.record(name, key, (gradients or 0, outliers or 0), staleness)
+        if gradients is not None:
+            self._box_rates.record(self._monotonic(), name, gradients)
         for name, value in event.items():
             number = finite(value)
             if number is not None and name not in _NOT_AVERAGED:
                 total, numbers = self._learner_sums.get(name, (0.0, 0))
                 self._learner_sums[name] = (total + number, numbers + 1)
         return 'rejected_outlier' not in event or outliers is not None
+
+    def _fold_heartbeat(self, event: Mapping[str, Any], worker: Worker) -> bool:
+        size = count(event.get('memory_bytes'))
+        self.memory({f'{worker[0]}_{worker[1]}': size})
+        return True
 
     # Output.
 
@@ -341,6 +287,7 @@ class Monitor:
             updates_per_second=update_rate,
             episodes=self._episodes.count,
             mean_return_100=mean(self._returns),
+            mean_length_100=mean(self._lengths),
             last_return=self._returns[-1] if self._returns else None,
             epsilon=mean(self._epsilon.values()),
             replay_size=self._replay.size,
@@ -349,6 +296,11 @@ class Monitor:
             rejected=self._rejections.counts(),
             outlier_share=self._outlier_share(),
             staleness=self._staleness.summary(),
+            learner_staleness=self._learners.staleness(),
+            learners=self._learners.summary(),
+            recent_rates=self._box_rates.recent(self._monotonic()),
+            rates=self._box_rates.means(),
+            memory_bytes=dict(sorted(self._memory.items())),
             restarts=dict(self._restarts),
             eta_seconds=left / frame_rate if frame_rate else (None if left else 0.0),
             wall_seconds=self.wall_seconds,
@@ -380,6 +332,7 @@ class Monitor:
             'wall_seconds': round(self.wall_seconds, 3),
             'rejected': self._rejections.counts(),
             'staleness': self._staleness.bins,
+            'learners': self._learners.counters(),
             'restarts': dict(self._restarts),
             'samples': self._replay.total('samples'),
             'inserts': self._replay.total('inserts'),
@@ -403,26 +356,36 @@ class Monitor:
 
     def draw_learning_curve(self, evaluation: Mapping[str, Any] | None = None) -> None:
         """Draws the games so far; may run in another thread than the other methods."""
-        learning_curve.draw_learning_curve(
-            self._directory.episodes_file,
-            self._directory.learning_curve_file,
-            f'{self._config.game}, preset {self._config.preset}, seed {self._config.seed}',
-            evaluation,
-            self.frames,
-        )
+        end = {'frames': self.frames, 'updates': self._updates, 'minutes': self.wall_seconds / 60.0}
+        config = self._config
+        title = f'{config.game}, preset {config.preset}, seed {config.seed}'
+        learning_curve.draw_learning_curve(self._directory, title, evaluation, end)
 
     def _write_scalars(self, evaluation: Mapping[str, Any] | None = None) -> None:
-        self._learner = {
-            name: total / numbers for name, (total, numbers) in self._learner_sums.items()
-        }
+        figures = {name: total / numbers for name, (total, numbers) in self._learner_sums.items()}
         self._learner_sums.clear()
+        self._learner = figures or self._learner
+        self.memory({'launcher': resident_bytes()})
         state = self.state()
-        scalars = state.scalars()
+        scalars = dataclasses.replace(state, learner=figures).scalars()
         if evaluation is not None:
             scalars['return/evaluation'] = evaluation['mean']
         self._events.write(state.frames, scalars, self._wall_clock())
+        self._write_staleness(state.frames)
         self._events.flush()
         self._scalars_due = self._monotonic() + self._config.scalars_period_seconds
+
+    def _write_staleness(self, step: int) -> None:
+        """Writes the histogram of the gradients since the last one, if there are any."""
+        bins = self._staleness.bins
+        numbers = [new - old for new, old in zip(bins, self._written_staleness)]
+        self._written_staleness = bins
+        if any(numbers):
+            # The last bin has no bound; TensorBoard needs one.
+            bounds = (*STALENESS_BOUNDS, 2 * STALENESS_BOUNDS[-1])
+            self._events.write_histogram(
+                step, 'staleness/histogram', bounds, numbers, self._wall_clock()
+            )
 
     def close(self) -> None:
         """Closes the records. Repeated calls do nothing."""
@@ -436,34 +399,3 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def build_summary(
-    state: RunState,
-    config: MonitorConfig,
-    exit_reason: str,
-    evaluation: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The contents of `summary.json`.
-
-    Args:
-      state: the run at its end.
-      config: of the run.
-      exit_reason: why it ended, such as 'max_frames' or 'SIGINT'.
-      evaluation: has at least `{protocol, episodes, epsilon, mean, std}`; None: no evaluation.
-
-    `frames_per_second` and `updates_per_second` are means over `wall_seconds`.
-    """
-    seconds = state.wall_seconds
-    kept = {name: evaluation[name] for name in _EVALUATION_FIELDS} if evaluation else None
-    return {
-        'game': state.game,
-        'preset': state.preset,
-        'seed': config.seed,
-        **state.summarised(),
-        'evaluation': kept,
-        'wall_seconds': round(seconds, 3),
-        'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
-        'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,
-        'exit_reason': exit_reason,
-    }

@@ -3,7 +3,6 @@
 `launches.jsonl` of a run holds one line for its start and for each resume.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -16,8 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra.disk import write_atomically
-from infra.sealed import parse_object
+from infra.disk import read_json_lines, write_atomically
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PACKAGES = (
@@ -62,7 +60,7 @@ def add_launch(file: pathlib.Path, row: Mapping[str, Any]) -> None:
         engine: value of --runner;
         resumed: whether an earlier launch is continued;
         changed: [before, after] of each setting that the resume changes, by its name;
-        frames, updates: progress of the run at this moment.
+        frames, updates, wall_seconds: progress of the run at this moment.
 
     Raises:
       OSError: the file cannot be written.
@@ -72,19 +70,8 @@ def add_launch(file: pathlib.Path, row: Mapping[str, Any]) -> None:
 
 
 def launches(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's `launches.jsonl`, oldest first; empty for a run that has none.
-
-    Skips damaged lines.
-    """
-    try:
-        lines = file.read_text(errors='replace').splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(parse_object(line))
-    return rows
+    """The readable lines of a run's `launches.jsonl`, oldest first; empty for a run without."""
+    return read_json_lines(file)
 
 
 def _version(package: str) -> str | None:

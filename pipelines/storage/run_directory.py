@@ -193,6 +193,10 @@ class RunDirectory:
         return self.path / 'episodes.jsonl'
 
     @property
+    def evaluations_file(self) -> pathlib.Path:
+        return self.path / 'evaluations.jsonl'
+
+    @property
     def learning_curve_file(self) -> pathlib.Path:
         return self.path / 'learning_curve.png'
 

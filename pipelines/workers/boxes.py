@@ -60,6 +60,7 @@ class ActorWorker:
         self._telemetry = telemetry
         self._status = Status(telemetry, 'actor')
         self._sync_due = 0.0
+        self._made = 0  # agent steps
         self._budget_reached = budget_reached(config)
         self._replay = replay
         self._seeds = seeds
@@ -81,6 +82,7 @@ class ActorWorker:
                     run_updates=self._actor.clock.updates,
                 )
             made += self._config.actor.envs_per_actor
+            self._made += self._config.actor.envs_per_actor
             self._status.report(self._describe)
         return made
 
@@ -99,7 +101,7 @@ class ActorWorker:
 
     def _describe(self) -> dict[str, Any]:
         replay = {'replay': self._replay.read()[0]} if self._replay else {}
-        return {'epsilon': self._actor.epsilon, **replay}
+        return {'epsilon': self._actor.epsilon, 'agent_steps': self._made, **replay}
 
 
 class LearnerWorker:
@@ -142,8 +144,8 @@ class LearnerWorker:
     def _describe(self) -> dict[str, Any]:
         counters = self._learner.counters
         return {
-            'loss': counters.loss,
-            'mean_absolute_error': float(np.mean(counters.absolute_error)),
+            **self._learner.describe(),
+            'gradients': counters.gradients,
             'rejected_outlier': counters.outliers,
             'staleness': counters.staleness,
             'priorities_dropped': counters.priorities_dropped,

@@ -196,7 +196,7 @@ def test_an_agent_trains_on_the_dataset_as_on_our_own_transitions(addresses):
         experience.next_time_step.discount.numpy() * np.float32(GAMMA),
         experience.next_time_step.observation.numpy(),
     )
-    _, loss, _ = gradient.gradient(ours)
+    _, loss, *_ = gradient.gradient(ours)
     trained = dqn_agents.agent_of(gradient).train(experience)
     np.testing.assert_allclose(trained.loss, loss, rtol=1e-5)
 

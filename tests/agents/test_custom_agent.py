@@ -45,7 +45,7 @@ def test_the_gradient_is_that_of_the_agents_own_train(factory):
     theirs._optimizer = tf.keras.optimizers.legacy.SGD(1.0)
     transition = dqn_agents.transition(BATCH, GAMMA)
     before = learner.parameters()
-    gradient, loss, error = learner.gradient(transition)
+    gradient, loss, error, _ = learner.gradient(transition)
     trained = theirs.train(their_form(transition))
     np.testing.assert_allclose(loss, trained.loss, rtol=1e-5)
     np.testing.assert_allclose(error, np.abs(trained.extra.td_error), rtol=1e-4, atol=1e-5)
@@ -103,14 +103,14 @@ def test_a_layer_that_chance_leaves_out_is_trained():
 
 def test_an_agent_for_which_nothing_comes_after_needs_no_gamma():
     learner = AgentGradient(model('bandit'), gradient_clip_norm=0.0)
-    _, loss, _ = learner.gradient(dqn_agents.transition(BATCH, GAMMA))
+    _, loss, *_ = learner.gradient(dqn_agents.transition(BATCH, GAMMA))
     assert loss == learner.gradient(dqn_agents.transition(BATCH, GAMMA / 2))[1]
 
 
 def test_an_agent_that_takes_trajectories_only_is_given_one():
     learner = AgentGradient(model('stock_c51'), gradient_clip_norm=0.0)
     transition = dqn_agents.transition(BATCH, GAMMA)
-    _, loss, error = learner.gradient(transition)
+    _, loss, error, _ = learner.gradient(transition)
     theirs = transition._replace(discount=transition.discount / np.float32(GAMMA))
     experience = custom_loss.two_step_trajectory(Transition(*map(tf.constant, theirs)))
     np.testing.assert_allclose(loss, learner.model.agent.train(experience).loss, rtol=1e-5)
@@ -156,7 +156,7 @@ def test_its_target_is_set_by_its_own_initialize(stock):
 def test_weights_are_taken_by_an_agent_that_looks_at_them(factory):
     learner = AgentGradient(model(factory, weighted=True), 0.0, weighted=True)
     transition = dqn_agents.transition(BATCH, GAMMA)
-    gradient, loss, error = learner.gradient(transition, np.zeros(BATCH, np.float32))
+    gradient, loss, error, _ = learner.gradient(transition, np.zeros(BATCH, np.float32))
     plain = learner.model.loss(Transition(*map(tf.constant, transition)), None)
     np.testing.assert_allclose(loss, plain.weighted, rtol=1e-6)
     assert not gradient.any()

@@ -60,7 +60,7 @@ def test_a_step_along_the_gradient_equals_stock_tf_agents_train(double):
     )
     copy_parameters(ours, stock)
     parameters = FlatVariables(stock._q_network.trainable_variables)
-    gradient, loss, _ = learner.gradient(transition)
+    gradient, loss, *_ = learner.gradient(transition)
     # TF-Agents multiplies the discount of a ready-made transition by gamma once more.
     theirs = transition._replace(discount=transition.discount / np.float32(0.99))
     theirs = dqn_agents.Transition(*map(tf.constant, theirs))
@@ -118,7 +118,7 @@ def test_a_trajectory_gives_the_loss_of_our_transition_from_loss_and_from_train(
         (0.9**n_step * discount[:, :n_step].prod(axis=1)).astype(np.float32),
         experience.observation[:, -1].numpy(),
     )
-    _, loss, _ = learner.gradient(transition)
+    _, loss, *_ = learner.gradient(transition)
     ours = dqn_agents.agent_of(learner)
     np.testing.assert_allclose(ours.loss(experience).loss, loss, rtol=1e-5)
     np.testing.assert_allclose(ours.train(experience).loss, loss, rtol=1e-5)

@@ -29,6 +29,8 @@ class TestGradient:
         norm = float(np.linalg.norm(free))
         clipped = dqn_agents.gradient(clip_norm=norm / 4).gradient(dqn_agents.transition())[0]
         np.testing.assert_allclose(clipped, free / 4, rtol=1e-4, atol=1e-6 * norm)
+        *_, factor = dqn_agents.gradient(clip_norm=norm / 4).gradient(dqn_agents.transition())
+        assert factor == pytest.approx(0.25, rel=1e-5)
         below = dqn_agents.gradient(clip_norm=2 * norm).gradient(dqn_agents.transition())[0]
         np.testing.assert_array_equal(below, free)
 
@@ -43,7 +45,7 @@ class TestGradient:
     def test_batches_of_any_size_are_taken(self):
         learner = dqn_agents.gradient()
         for batch_size in (2, 5, 2):
-            _, _, absolute_error = learner.gradient(dqn_agents.transition(batch_size))
+            _, _, absolute_error, _ = learner.gradient(dqn_agents.transition(batch_size))
             assert absolute_error.shape == (batch_size,)
 
     def test_the_target_network_has_no_gradient_and_is_left_alone(self):

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -140,6 +141,64 @@ def test_updates_through_the_server_equal_tf_agents_own_train(connected, name, n
     ours = network.parameters()
     theirs = their_parameters(their_optimizer(), UPDATES)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_figures_are_those_of_the_latest_batch(connected):
+    (sample,) = our_samples(1)
+    learner, _, network = connected(iter([sample]))
+    assert learner.describe() == {}
+    gradient, loss, error, _ = network.gradient(sample.transition)
+    learner.update()
+    figures = learner.describe()
+    values = network.model.outputs(sample.transition.observation).numpy()  # newest parameters
+    taken = values[np.arange(BATCH), sample.transition.action]
+    assert figures == {
+        'loss': pytest.approx(float(loss)),
+        'mean_absolute_error': pytest.approx(error.mean()),
+        'gradient_norm': pytest.approx(np.linalg.norm(gradient)),
+        'mean_q': pytest.approx(taken.mean(), rel=1e-4),
+        'max_q': pytest.approx(values.max(), rel=1e-4),
+    }
+
+
+class FakeNetwork:
+    """A gradient of norm 5, clipped from 10, and errors of 1 and 3; a user's agent."""
+
+    def gradient(self, transition, weights):
+        assert weights.shape == (2,)
+        return (
+            np.array([3, 4], np.float32),
+            np.float32(2),
+            np.array([1, 3], np.float32),
+            np.float32(0.5),
+        )
+
+    def values(self, observation, action):
+        return None
+
+
+def test_figures_of_a_clipped_gradient_with_priorities_and_unknown_values():
+    clock = types.SimpleNamespace(updates=0)
+    snapshot = types.SimpleNamespace(clock=clock, parts=None, target_versions=None)
+    client = types.SimpleNamespace(
+        pull=lambda: snapshot,
+        push_async=lambda *_, **__: types.SimpleNamespace(
+            result=lambda: types.SimpleNamespace(rejected=None, staleness=0, snapshot=snapshot)
+        ),
+    )
+    priorities = types.SimpleNamespace(update=lambda *_: None, dropped=0)
+    sample = types.SimpleNamespace(
+        transition=types.SimpleNamespace(observation=None, action=None),
+        key=None,
+        shard=np.zeros(2, np.int32),
+        probability=np.full(2, 0.5),
+    )
+    learner = Learner(LearnerConfig(), FakeNetwork(), iter([sample]), client, priorities)  # type: ignore[arg-type]
+    learner.update()
+    # Priorities are errors plus 1e-6; the norm is that before clipping, 5 / 0.5.
+    expected = {'mean_priority': 2.0, 'max_priority': 3.0, 'gradient_norm': 10.0}
+    figures = learner.describe()
+    assert figures == pytest.approx({**expected, 'loss': 2.0, 'mean_absolute_error': 2.0}, abs=1e-5)
 
 
 def test_overlapped_pushes_lose_no_update(connected):

@@ -96,7 +96,7 @@ def learn(play: Play, num_actions: int, rule: LearnerConfig, updates: int) -> di
     for update, batch in zip(range(updates), batches(play)):
         if update % _TARGET_PERIOD == 0:
             gradient.set_target(part.parameters.numpy())
-        flat, loss, _ = gradient.gradient(batch)
+        flat, loss, *_ = gradient.gradient(batch)
         drops, rewarded = test.drops(float(loss)), bool(np.any(batch.reward))
         dropped += drops
         rewards += rewarded

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console, Group
 
 from pipelines.monitoring import display
-from pipelines.monitoring.monitor import RunState
+from pipelines.monitoring.run_state import RunState
 from tests.support.waiting import eventually
 
 STATE = RunState(

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from pipelines.monitoring.drawing import Drawing
-from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import MonitorConfig
 from tests.support.waiting import eventually
 
 

@@ -41,7 +41,9 @@ def run_dir():
             parameter_servers.connect(addresses, builders.layout_of(policy))
         )
         client.initialise(policy.parameters())
-        Checkpoints(directory, CONFIG).save(client, (), {'updates': 7, 'agent_steps': 100})
+        Checkpoints(directory, CONFIG).save(
+            client, (), {'updates': 7, 'agent_steps': 100, 'wall_seconds': 60.0}
+        )
         yield path
 
 
@@ -86,6 +88,7 @@ def test_each_resume_is_noted_beside_the_configuration_with_what_it_changes(run_
     for row, expected in zip(rows, (changed, {}), strict=True):
         # 100 agent steps of 4 frames.
         progress = {'resumed': True, 'changed': expected, 'frames': 400, 'updates': 7}
+        progress |= {'wall_seconds': 60.0}
         engine = {'engine': 'PrismRunner'}
         assert row == {**described, 'time': row['time'], **engine, **progress}
     assert old.read_text() == '{"time": 1.0}\n'

@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from tensorboard.util import tensor_util
 
 from agents.config import STALENESS_BOUNDS
-from pipelines.monitoring import counters, episodes, learning_curve, tensorboard
-from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.monitoring import counters, episodes, tensorboard
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import MonitorConfig
 
 CONFIG = MonitorConfig(game='pong', preset='laptop', seed=7, max_frames=4000)
 EVALUATION = {'protocol': 'no-op starts', 'episodes': 30, 'epsilon': 0.05, 'mean': 15.0, 'std': 2.0}
@@ -137,6 +139,90 @@ class TestState:
         clock.now += CONFIG.scalars_period_seconds
         monitor.tick()
         assert monitor.state().learner == {'loss': 2.0, 'mean_absolute_error': 2.0}
+
+    def test_the_summary_keeps_the_learners_last_figures_and_tensorboard_repeats_none(
+        self, monitor, directory, clock
+    ):
+        monitor.fold([event('learner', mean_q=1.5)])
+        for _ in range(2):
+            monitor.clock(1, 10)
+            clock.now += CONFIG.scalars_period_seconds
+            monitor.tick()
+        assert monitor.summary('max_frames')['learner'] == {'mean_q': 1.5}
+        assert shown_by_tensorboard(directory.events)['learner/mean_q'] == [(40, 1.5)]
+
+    def test_length_is_the_mean_of_the_last_hundred_games_also_after_a_resume(
+        self, make_monitor, directory
+    ):
+        monitor = make_monitor()
+        monitor.fold(episode(0.0, time, agent_steps=1000) for time in range(50))
+        monitor.fold(episode(0.0, time, agent_steps=time) for time in range(100, 200))
+        # Mean of 100 .. 199.
+        assert monitor.state().mean_length_100 == pytest.approx(149.5)
+        assert make_monitor(monitor.counters()).state().mean_length_100 == pytest.approx(149.5)
+        monitor = make_monitor()
+        monitor.fold([episode(0.0, 1, agent_steps=7)])
+        monitor.tick()
+        monitor.close()
+        assert shown_by_tensorboard(directory.events)['episode/length'] == [(1, 7.0)]
+
+
+class TestBoxes:
+    def test_rates_are_of_each_box_and_survive_its_restart(self, monitor, clock):
+        for steps, gradients, version, inserts in [
+            (0, 5, 100, 7),
+            (400, 25, 150, 207),
+            (8, 3, 0, 0),
+        ]:
+            monitor.fold([event('actor', 1, agent_steps=steps)])
+            monitor.fold([event('learner', 2, gradients=gradients)])
+            monitor.parameter_server([{'version': version, 'rejected': {'stale': version}}])
+            monitor.replay([{}, {'inserts': inserts}])
+            clock.now += 10
+        state = monitor.state()
+        # From the first reading to the last, 20 s; a fall is a restart and no growth. The shard
+        # received the 50 gradients that it applied and the 50 that it rejected.
+        rates = {'actor_1': 20.0, 'learner_2': 1.0, 'parameter_server_0': 5.0, 'replay_1': 10.0}
+        assert state.rates == state.recent_rates == rates
+
+    def test_recent_rates_leave_out_a_box_that_is_silent(self, monitor, clock):
+        for steps in (0, 100):
+            monitor.fold([event('actor', agent_steps=steps)])
+            clock.now += 10
+        clock.now += CONFIG.rate_window_seconds
+        assert monitor.state().recent_rates == {}
+        assert monitor.state().rates == {'actor_0': 10.0}
+
+    def test_memory_is_of_every_process_that_runs(self, monitor):
+        beat = {'pid': 3, 'time': 1.0, 'memory_bytes': 5_000_000}
+        monitor.fold([event('heartbeat', 1, **beat)])
+        monitor.memory({'replay_0': 7, 'parameter_server_0': None})
+        monitor.write_summary('max_frames')
+        memory = monitor.state().memory_bytes
+        assert memory.pop('launcher') > 1_000_000  # Python alone
+        assert memory == {'actor_1': 5_000_000, 'replay_0': 7}
+
+    def test_the_table_of_learners_is_of_the_whole_run(self, make_monitor):
+        monitor = make_monitor()
+        for worker, session, first in [(0, 'a', 3), (0, 'b', 2), (1, 'c', 4)]:
+            bins = [first, *[0] * 11, 0]
+            figures = {'gradients': first + 1, 'rejected_outlier': 1, 'staleness': bins}
+            monitor.fold([event('learner', worker, session, **figures)] * 2)
+        monitor = make_monitor(json.loads(json.dumps(monitor.counters())))
+        monitor.fold([event('learner', 1, 'd', gradients=9, staleness=[0] * 5 + [9] + [0] * 7)])
+        table = monitor.state().learners
+        assert {name: (row['gradients'], row['outliers']) for name, row in table.items()} == {
+            'learner_0': (7, 2),  # 4 + 3
+            'learner_1': (14, 1),  # 5 + 9
+        }
+        # Learner 1: four of staleness 0, nine of at most 10.
+        assert table['learner_1']['staleness']['median'] == 10
+        assert monitor.state().scalars()['staleness/learner_0/median'] == 0
+
+    def test_the_number_of_boxes_is_bounded(self, monitor):
+        for worker in range(5000):
+            monitor.fold([event('learner', worker, gradients=1), event('heartbeat', worker, pid=1)])
+        assert len(monitor.state().learners) == 4096
 
 
 class TestCounters:
@@ -426,12 +512,15 @@ class TestSummary:
         monitor.parameter_server([{'rejected': {'stale': 1, 'invalid': 0}}])
         bins = [60, 35, 0, 0, 0, 1, *[0] * 7]
         monitor.fold([event('learner', rejected_outlier=4, staleness=bins)])
+        monitor.fold([event('actor', epsilon=0.25)])
         monitor.restarted('actor')
         clock.now += 50
         monitor.end_training()
         clock.now += 1000  # the evaluation
         extra = {**EVALUATION, 'returns': [1.0]}
-        assert monitor.summary('max_frames', extra) == {
+        summary = monitor.summary('max_frames', extra)
+        assert summary.pop('learners')['learner_0']['staleness'] == summary['staleness']
+        assert summary == {
             'game': 'pong',
             'preset': 'laptop',
             'seed': 7,
@@ -440,6 +529,8 @@ class TestSummary:
             'updates': 100,
             'episodes': 2,
             'mean_return_100': -15.0,
+            'mean_length_100': 100.0,
+            'epsilon': 0.25,
             'evaluation': EVALUATION,
             'wall_seconds': 50.0,
             'frames_per_second': 40.0,  # 2000 / 50
@@ -467,6 +558,9 @@ class TestSummary:
                     'above 1000': 0,
                 },
             },
+            'rates': {},  # one reading each
+            'memory_bytes': {},
+            'learner': {},
             'restarts': {'actor': 1},
             'exit_reason': 'max_frames',
         }
@@ -478,11 +572,6 @@ class TestSummary:
         summary = monitor.write_summary('SIGINT', evaluation)
         assert json.loads(directory.summary_file.read_text()) == summary
         assert directory.learning_curve_file.read_bytes().startswith(b'\x89PNG')
-
-    def test_the_running_mean_equals_a_plain_one(self):
-        values = np.random.default_rng(0).normal(size=250)
-        plain = [np.mean(values[max(0, end - 100) : end]) for end in range(1, 251)]
-        np.testing.assert_allclose(learning_curve.running_mean(values.tolist()), plain, atol=1e-12)
 
 
 def read_events(directory):
@@ -555,14 +644,33 @@ class TestScalars:
         assert shown['return/episode'] == [(396, -20.0), (397, -20.0), (398, -20.0), (600, -10.0)]
         assert [step for step, _ in shown['return/mean_100']] == [400, 800]
 
+    def test_histograms_of_staleness_are_of_the_gradients_in_between(
+        self, monitor, directory, clock
+    ):
+        for agent_steps, first in [(10, 3), (20, 5), (30, 5)]:
+            monitor.clock(1, agent_steps)
+            monitor.fold([event('learner', staleness=[first, *[0] * 11, 1])])
+            clock.now += CONFIG.scalars_period_seconds
+            monitor.tick()
+        values = [
+            (each.step, tensor_util.make_ndarray(value.tensor))
+            for each in read_events(directory.events)
+            for value in each.summary.value
+            if value.tag == 'staleness/histogram'
+        ]
+        assert [step for step, _ in values] == [40, 80]  # the third period had no gradient
+        for (_, bins), numbers in zip(values, ([3, 1], [2, 0])):
+            np.testing.assert_array_equal(bins[0], [0, 0, numbers[0]])
+            np.testing.assert_array_equal(bins[-1], [1000, 2000, numbers[1]])
+
     def test_tensorflow_is_not_imported(self, tmp_path):
         program = (
             'import sys\n'
-            'from pipelines.monitoring import display, monitor\n'
+            'from pipelines.monitoring import display, monitor, run_state\n'
             'from pipelines.storage import run_directory\n'
             'heavy = ("tensorflow", "matplotlib", "rich", "apache_beam", "tensorboard")\n'
             'assert not set(heavy) & set(sys.modules), "at import"\n'
-            'config = monitor.MonitorConfig("pong", "laptop", 1, 100)\n'
+            'config = run_state.MonitorConfig("pong", "laptop", 1, 100)\n'
             'with run_directory.RunDirectory.open(sys.argv[1]) as directory:\n'
             '    with monitor.Monitor(directory, config) as it:\n'
             '        it.write_summary("max_frames")\n'

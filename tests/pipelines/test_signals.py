@@ -14,7 +14,8 @@ from pipelines.launch.interrupts import Signals
 from pipelines.launch.launcher import Launcher, Outcome
 from pipelines.launch.training import LastCheckpointError
 from pipelines.monitoring.display import PlainDisplay
-from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
 
 SHOWN = """

@@ -8,7 +8,8 @@ import urllib.request
 import portpicker
 import pytest
 
-from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.storage.run_directory import RunDirectory
 from tests.support import engines
 from tests.support.waiting import eventually

@@ -22,7 +22,8 @@ from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import Replay, ServerWatch
 from pipelines.launch.training import Due, LastCheckpointError, Training
 from pipelines.monitoring.display import PlainDisplay
-from pipelines.monitoring.monitor import Monitor, MonitorConfig
+from pipelines.monitoring.monitor import Monitor
+from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.run_directory import RunDirectory
 from tests.support import parameter_servers
@@ -55,6 +56,7 @@ def training(tmp_path, monkeypatch):
                 interrupted=str,
                 cluster=types.SimpleNamespace(  # type: ignore[arg-type]
                     restarts={},
+                    pids={},
                     abandoned=frozenset(),
                     news=list,
                     telemetry_address='replay:1',
