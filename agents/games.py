@@ -28,6 +28,8 @@ def rom_id(game: str) -> str:
     Raises:
       GameError: the game is unknown or unplayable.
     """
+    if not game.strip():
+        raise GameError(f'{game!r}: no name. Fix: name a game, such as pong.')
     name = _rom_of_id(game) or _known().get(_letters(game))
     if name is None:
         raise GameError(f'unknown game {game!r}: {_advice(_letters(game))}')

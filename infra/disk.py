@@ -132,7 +132,7 @@ def hold(directory: str | os.PathLike[str]) -> BinaryIO:
 class Generations:
     """Numbered directories `<stem>-<number>` in `parent`; the highest number is the newest.
 
-    A parent that does not exist holds none. One that is not readable raises PermissionError.
+    A parent that does not exist holds none. Any other that cannot be listed raises OSError.
     """
 
     parent: pathlib.Path

@@ -88,3 +88,14 @@ def nonempty_path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError('empty. Fix: name a path.')
     return text
+
+
+def nonempty(text: str) -> str:
+    """Parses the text of an optional flag, for argparse.
+
+    Raises:
+      ArgumentTypeError: the text is blank, or a list of nothing, and would silently mean a default.
+    """
+    if not text.strip(' ,'):
+        raise argparse.ArgumentTypeError('empty. Fix: give a value, or omit the flag.')
+    return text

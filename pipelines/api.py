@@ -112,8 +112,9 @@ def evaluate(
       UsageError: evaluate.py refuses an argument or the run.
       OSError: the parent directory of `output` cannot be created.
     """
-    if not os.fspath(run_dir):
-        raise UsageError("run_dir: ''. Fix: name the directory of a run.")
+    for name, path in (('run_dir', run_dir), ('output', output)):
+        if path is not None and not os.fspath(path):
+            raise UsageError(f'{name}: empty. Fix: name a path.')
     require_valid(episodes, epsilon, seed)
     request = Request(
         run_dirs=[os.fspath(run_dir)],
@@ -123,7 +124,7 @@ def evaluate(
         epsilon=epsilon,
         seed=seed,
     )
-    file = os.fspath(output) if output else None
+    file = None if output is None else os.fspath(output)
     cores = len(os.sched_getaffinity(0))
     (result,) = play_and_write(request, file, Work(num_workers=cores), ['api.evaluate']).values()
     return result

@@ -1,6 +1,8 @@
 """An error of the user's, and how every command reports it: one line, exit code 2."""
 
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,6 +12,43 @@ Main = Callable[[Sequence[str]], int]
 
 class UsageError(Exception):
     """A mistake the user can fix; the message is one line that names value and remedy."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: 'free some disk space',
+    errno.EDQUOT: 'free some of your disk quota',
+    errno.EACCES: 'ask its owner for access',
+    errno.EPERM: 'ask its owner for access',
+    errno.EROFS: 'mount the file system writable',
+    errno.ENOTDIR: 'put the directory back, or remove the file',
+    errno.EISDIR: 'put the file back, or remove the directory',
+}
+_WRONG_KIND = {errno.ENOTDIR: 'not a directory', errno.EISDIR: 'not a file'}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read or written, without its path; the text of another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    return str(error) if number is None else os.strerror(number)
+
+
+def remedy_of(error: Exception) -> str:
+    """What the user can do about a file that cannot be read or written."""
+    number = error.errno if isinstance(error, OSError) else None
+    return _REMEDIES.get(number or 0, 'check the disk')
+
+
+def unreadable(path: str | os.PathLike[str], error: OSError) -> UsageError:
+    """The error for a file or directory that cannot be read."""
+    problem = _WRONG_KIND.get(error.errno or 0, f'cannot be read ({reason_of(error)})')
+    return UsageError(f'{path}: {problem}. Fix: {remedy_of(error)}.')
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError, remedy: str = '') -> UsageError:
+    """The error for a file or directory that cannot be written; default: `remedy_of` it."""
+    return UsageError(
+        f'{path}: cannot be written ({reason_of(error)}). Fix: {remedy or remedy_of(error)}.'
+    )
 
 
 def one_line_errors(program: str, *others: type[Exception]) -> Callable[[Main], Main]:

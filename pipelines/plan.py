@@ -22,7 +22,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
 from infra.flags import Parser, integer, positive_number
 from infra.parameter_server.config import ParameterServerConfig
 from infra.sealed import parse_object
-from pipelines.errors import UsageError, one_line_errors
+from pipelines.errors import UsageError, one_line_errors, reason_of
 
 COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
 """Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
@@ -95,7 +95,7 @@ def read_costs(path: pathlib.Path) -> Costs:
         )
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UsageError(
-            f'--costs {path}: no valid costs ({type(error).__name__}: {error}).'
+            f'--costs {path}: no valid costs ({type(error).__name__}: {reason_of(error)}).'
             ' Fix: name a file with the JSON that tests/benchmarks/benchmark_run.py prints.'
         ) from error
 

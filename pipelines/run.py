@@ -12,7 +12,7 @@ from infra.addresses import reach_directly
 from infra.disk import write_atomically
 from infra.output import protect_output
 from infra.process import exit_with_launcher
-from pipelines.errors import UsageError, one_line_errors
+from pipelines.errors import UsageError, one_line_errors, unwritable
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
@@ -76,10 +76,7 @@ def write_config(config: ExperimentConfig, launch: 'Launch', directory: RunDirec
         provenance.add_launch(directory.launches_file, row)
         write_atomically(directory.config_file, config_lib.to_json(config))
     except OSError as error:
-        raise UsageError(
-            f'{directory.config_file}: cannot be written ({error}). Fix: free space, or'
-            ' gain write access.'
-        ) from error
+        raise unwritable(directory.path, error) from error
 
 
 def _resumption(config: ExperimentConfig, directory: RunDirectory) -> dict[str, Any]:

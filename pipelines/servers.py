@@ -23,9 +23,9 @@ from infra.cluster import (
     write_settings,
 )
 from infra.disk import is_remote
-from infra.flags import Parser
+from infra.flags import Parser, nonempty
 from infra.output import protect_output
-from pipelines.errors import UsageError, one_line_errors
+from pipelines.errors import UsageError, one_line_errors, unwritable
 from pipelines.experiment import command_line
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -82,9 +82,7 @@ def write_configurations(config: ExperimentConfig, launch: Launch, directory: pa
         for component in (REPLAY, PARAMETER_SERVER):
             print(write_settings(servers, component, directory))
     except OSError as error:
-        raise UsageError(
-            f'--config_dir {directory}: cannot be written ({error}). Fix: name another directory.'
-        ) from error
+        raise unwritable(f'--config_dir {directory}', error, 'name another directory') from error
 
 
 def _prepare(argv: Sequence[str]) -> tuple[ExperimentConfig, Launch]:
@@ -111,7 +109,9 @@ def _config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Splits off the one flag that run.py lacks; prints its help before that of run.py."""
     parser = Parser(prog='servers.py', description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument(
-        '--config_dir', help='Write replay.json and parameter_server.json here and start nothing.'
+        '--config_dir',
+        type=nonempty,
+        help='Write replay.json and parameter_server.json here and start nothing.',
     )
     own, others = parser.parse_known_args(argv)
     if {'-h', '--help'} & set(others):
@@ -125,8 +125,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         config_dir, argv = _config_dir(argv)
         config, launch = _prepare(argv)
-        if config_dir == '':
-            raise UsageError('--config_dir: empty. Fix: name a directory.')
         if config_dir is not None:
             launch = dataclasses.replace(launch, parameter_ports=(), replay_ports=())
             write_configurations(config, launch, pathlib.Path(config_dir))

@@ -361,12 +361,12 @@ def _check_file(file: pathlib.Path, expected: dict[str, Any]) -> None:
     try:
         found = _describe(file)
     except OSError as error:
-        raise DamagedCheckpointError(f'{file} cannot be read ({error})') from None
+        raise DamagedCheckpointError(f'{file} cannot be read ({error.strerror})') from None
     if found != expected:
         is_cut = found['bytes'] != expected.get('bytes')
         what = (
             f'{found["bytes"]} bytes instead of {expected.get("bytes")}'
             if is_cut
-            else 'its SHA-256'
+            else 'its content has changed'
         )
-        raise DamagedCheckpointError(f'{file} is damaged ({what}, by the manifest)')
+        raise DamagedCheckpointError(f'{file} is damaged ({what})')

@@ -144,7 +144,7 @@ def engine(runner: str) -> Engine:
       UsageError: no engine has that name.
     """
     if runner not in ENGINES:
-        raise UsageError(f'--runner {runner}: unknown. Fix: choose one of {", ".join(ENGINES)}.')
+        raise UsageError(f'--runner {runner!r}: unknown. Fix: choose one of {", ".join(ENGINES)}.')
     return ENGINES[runner]
 
 

@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from agents.games import GameError, not_taken_over, rom_id
 from infra.addresses import AddressError, is_port, split_address
 from infra.disk import is_remote
-from infra.flags import integer, value_of
+from infra.flags import integer, nonempty, value_of
 from infra.tls import TlsError, read_pair, read_roots
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
@@ -50,7 +50,7 @@ _EXTRA: Mapping[type, Mapping[str, Any]] = {
     bool: {'action': argparse.BooleanOptionalAction},
     int: {'type': integer, 'metavar': 'N'},
     float: {'type': float, 'metavar': 'X'},
-    str: {'metavar': 'NAME'},
+    str: {'type': nonempty, 'metavar': 'NAME'},
 }
 """Arguments of `add_argument`, by a field's type."""
 
@@ -85,12 +85,14 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     launch.add_argument(
         '--run_dir',
+        type=nonempty,
         help='Output directory, or a URL that Beam can write, such as gs://bucket/path: the run'
         ' then works in a local copy and mirrors it there (see docs/gcs.md).'
         ' Default: runs/<game>-<preset>-<time>.',
     )
     launch.add_argument(
         '--work_dir',
+        type=nonempty,
         help='Local copy of a remote --run_dir. Default: runs/<its last part>, numbered if another'
         ' run uses that name.',
     )
@@ -111,18 +113,21 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in ('parameter', 'replay'):
         servers.add_argument(
             f'--{kind}_addresses',
+            type=nonempty,
             metavar='HOST:PORT,...',
             help=f'Running {kind} shards to attach to, in shard order. Default: start new ones.',
         )
         servers.add_argument(
             f'--{kind}_ports',
+            type=nonempty,
             metavar='PORT,...',
             help=f'Ports of the {kind} shards that the run starts. Default: free ones.',
         )
     for name, text in _TLS_HELP.items():
-        servers.add_argument(f'--{name}', metavar='FILE', help=text)
+        servers.add_argument(f'--{name}', type=nonempty, metavar='FILE', help=text)
     servers.add_argument(
         '--host',
+        type=nonempty,
         default=LOOPBACK,
         help='Address of this machine at which workers reach the servers that the run starts; set'
         f' it if workers run on other machines. Default: {LOOPBACK}.',
@@ -172,6 +177,7 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
     else:
         parser.add_argument(
             '--runner',
+            type=nonempty,
             default='DirectRunner',
             help='Engine that runs the workers (see docs/engines.md):'
             f' {", ".join(catalog.ENGINES)}. Default: DirectRunner.',
@@ -289,7 +295,7 @@ def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple
     """
     engine = catalog.engine(known.runner)
     engine.register_flags()
-    every = _parser(False, known.preset or presets.DEFAULT)
+    every = _parser(False, presets.DEFAULT if known.preset is None else known.preset)
     if known.help_beam:
         every.print_help()
         raise SystemExit(0)
@@ -308,7 +314,8 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
       SystemExit: help was printed.
     """
     try:
-        preset = value_of('--preset', argv) or presets.DEFAULT
+        preset = value_of('--preset', argv)
+        preset = presets.DEFAULT if preset is None else preset
         known, rest = _parser(own_only=True, preset=preset).parse_known_args(argv)
         of_jobs = _flags_of_jobs(known, rest)
     except argparse.ArgumentError as error:
@@ -342,16 +349,12 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
 
 def _require_directories(launch: Launch) -> None:
     """Raises UsageError if --run_dir, --resume and --work_dir do not fit together."""
-    if launch.run_dir == '':
-        raise UsageError('--run_dir: empty. Fix: name a directory, or omit the flag.')
     if launch.resume and launch.run_dir is None:
         raise UsageError('--resume: no run given. Fix: name the directory of the run in --run_dir.')
     if launch.work_dir is not None and not is_remote(launch.run_dir or ''):
         raise UsageError(
             '--work_dir: --run_dir is not remote, so the run needs no local copy. Fix: omit it.'
         )
-    if launch.work_dir == '':
-        raise UsageError('--work_dir: empty. Fix: name a directory, or omit the flag.')
 
 
 def _attached_shards(launch: Launch, values: Mapping[str, Any]) -> dict[str, int]:
@@ -382,7 +385,7 @@ def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.Experim
     """
     if isinstance(values.get('game'), str):
         values = {**values, 'game': _game(values['game'])}
-    config = presets.experiment(preset or presets.DEFAULT, values)
+    config = presets.experiment(presets.DEFAULT if preset is None else preset, values)
     require_effect(config, values)
     return config
 

@@ -25,7 +25,7 @@ from infra.fields import (
 from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
 from infra.sealed import parse_object, seal, unseal
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unreadable
 
 TOPOLOGIES = ('separate', 'bundled')
 EVALUATION_PROTOCOLS = ('noop', 'machado', 'rainbow')
@@ -268,4 +268,4 @@ def load(path: pathlib.Path) -> ExperimentConfig:
     except UsageError as error:
         raise UsageError(f'{path.parent}: {error}') from error
     except OSError as error:
-        raise UsageError(f'{path}: cannot be read ({error}).') from error
+        raise unreadable(path, error) from error

@@ -225,6 +225,6 @@ def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.Experime
       UsageError: a preset or setting is unknown, or values are invalid or contradictory.
     """
     if preset not in PRESETS:
-        raise UsageError(f'--preset {preset}: unknown. Fix: choose one of {", ".join(PRESETS)}.')
+        raise UsageError(f'--preset {preset!r}: unknown. Fix: choose one of {", ".join(PRESETS)}.')
     values = {**PRESETS[preset], **overrides}
     return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

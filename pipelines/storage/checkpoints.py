@@ -22,7 +22,7 @@ from infra.replay import server as replay_server
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, no_checkpoint
 
 _KEEP = 2
 _PARAMETERS = 'parameters'
@@ -170,8 +170,8 @@ def _find(directory: RunDirectory) -> _Found:
     Raises:
       UsageError: no parameters are readable.
     """
-    paths = directory.latest_checkpoints()
-    reason = 'there is none'
+    paths = _existing(directory)
+    reason = ''
     for with_replay in (True, False):
         damaged: list[tuple[pathlib.Path, DamagedCheckpointError]] = []
         for path in paths:
@@ -181,7 +181,22 @@ def _find(directory: RunDirectory) -> _Found:
             except DamagedCheckpointError as error:
                 damaged.append((path, error))
                 reason = str(error)
-    raise UsageError(
+    raise _unreadable(directory, reason)
+
+
+def _existing(directory: RunDirectory) -> list[pathlib.Path]:
+    """The complete checkpoints, newest first.
+
+    Raises:
+      UsageError: there are none.
+    """
+    if paths := directory.latest_checkpoints():
+        return paths
+    raise no_checkpoint(directory.path)
+
+
+def _unreadable(directory: RunDirectory, reason: str) -> UsageError:
+    return UsageError(
         f'{directory.path}: no checkpoint can be read ({reason}). Fix: start a new run in another'
         ' --run_dir.'
     )
@@ -243,17 +258,17 @@ def _read_newest(
     directory: RunDirectory, notify: Callable[[str], None]
 ) -> tuple[str, parameter_checkpoint.Checkpoint]:
     """Raises UsageError if no parameters are readable."""
-    paths = directory.latest_checkpoints()
-    for path in paths:
+    damaged: list[str] = []
+    for path in _existing(directory):
         try:
-            return path.name, parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+            saved = parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
         except DamagedCheckpointError as error:
-            notify(f'{error}; skipped')
-    if paths:
-        raise UsageError(
-            f'{directory.path}: all {len(paths)} checkpoints are damaged. Fix: start a new run.'
-        )
-    raise UsageError(f'{directory.path}: no checkpoint yet. Fix: train for longer.')
+            damaged.append(str(error))
+            continue
+        for reason in damaged:
+            notify(f'{reason}; skipped')
+        return path.name, saved
+    raise _unreadable(directory, damaged[-1])
 
 
 def _counters(path: pathlib.Path) -> dict[str, Any]:
@@ -290,8 +305,6 @@ def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
         raise DamagedCheckpointError(f'{run_file} is damaged (no {_REPLAY_FILES})')
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise DamagedCheckpointError(
-                f'{path / _REPLAY / name} is damaged ([bytes, CRC-32] {found.get(name, "no file")},'
-                f' by {run_file.name} {expected.get(name, "no file")})'
-            )
+            gone = 'it is missing' if name not in found else 'its content has changed'
+            raise DamagedCheckpointError(f'{path / _REPLAY / name} is damaged ({gone})')
     return counters

@@ -17,7 +17,7 @@ from pipelines.storage.remote_run import (
     complete_checkpoints,
     files_below,
 )
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, no_checkpoint
 
 _TRIES = 3  # a checkpoint may be pruned while it is read
 _NEEDED = ('parameters', CHECKPOINT_RUN_FILE)  # of a checkpoint
@@ -79,7 +79,7 @@ def _fetch_parameters(place: Place, local: pathlib.Path) -> None:
         _require_run(place, files)
         complete = complete_checkpoints(files)
         if not complete:
-            raise UsageError(f'{place.url}: no checkpoint yet. Fix: train for longer.')
+            raise no_checkpoint(place.url)
         try:
             place.fetch(CONFIG_FILE, local / CONFIG_FILE, _nothing)
             # run.json last: a checkpoint that is pruned meanwhile stays incomplete.

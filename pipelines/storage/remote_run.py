@@ -18,7 +18,7 @@ from typing import Any
 
 from infra.disk import read_json, write_json
 from infra.sealed import parse_object, unseal
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unwritable
 from pipelines.events import finite
 from pipelines.storage.object_store import Place, RemoteError, Stamp, require_answer, within
 from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, dated
@@ -92,9 +92,7 @@ class RemoteRun:
         except (RemoteError, TakenOverError) as error:
             raise UsageError(str(error)) from error
         except OSError as error:
-            raise UsageError(
-                f'{self.local}: not writable ({error}). Fix: name another --work_dir.'
-            ) from error
+            raise unwritable(self.local, error, 'name another --work_dir') from error
         return self.local
 
     def reopen(self, local: pathlib.Path) -> None:
@@ -128,9 +126,7 @@ class RemoteRun:
         try:
             self._mark(self.local)
         except OSError as error:
-            raise UsageError(
-                f'{self.local}: not writable ({error}). Fix: name another --work_dir.'
-            ) from error
+            raise unwritable(self.local, error, 'name another --work_dir') from error
 
     def _mark(self, directory: pathlib.Path) -> None:
         write_json(directory / MARK_FILE, {'url': self.place.url, 'owner': self._id})

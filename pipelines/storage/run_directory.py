@@ -28,7 +28,7 @@ from infra.disk import (
     remove_leftovers,
     unfit_name,
 )
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unreadable, unwritable
 
 CHECKPOINT_RUN_FILE = 'run.json'
 """File of a checkpoint with the run's counters; a checkpoint without it is incomplete."""
@@ -37,6 +37,9 @@ SERVERS = pathlib.PurePath('servers')
 SHARD_CHECKPOINTS = SERVERS / 'replay'
 """Where replay shards write, below the run directory; then moved to the checkpoint."""
 
+_DIRECTORIES = frozenset({'checkpoints', 'events', 'logs', 'policy', 'servers'})
+_FILES = frozenset({LOCK_FILE, 'episodes.jsonl', 'launches.jsonl', 'summary.json'})
+_ANOTHER = 'choose another --run_dir'
 _PATTERN = re.compile(r'\[.*\]|\\', re.DOTALL)
 _STAGING_PREFIX = '.writing-'
 
@@ -85,6 +88,14 @@ def command(verb: str, path: pathlib.Path) -> str:
     return f'`python pipelines/{verb}.py --run_dir {shlex.quote(str(path))}`'
 
 
+def no_checkpoint(run: str | os.PathLike[str]) -> UsageError:
+    """The error for a run, local or remote, that has not saved anything."""
+    return UsageError(
+        f'{run}: no checkpoint yet. Fix: train for longer, or with a smaller'
+        ' --checkpoint_period_seconds.'
+    )
+
+
 def loading_hint(path: pathlib.Path) -> str:
     """A warning if TensorFlow cannot load a SavedModel from `path`, else empty."""
     if not _PATTERN.search(str(path)):
@@ -121,13 +132,15 @@ class RunDirectory:
         """Creates the directory of a new run, or opens that of a run to resume.
 
         Raises:
-          UsageError: the path is in use (with `resume`: holds no run), is not writable, has an
-            unsuitable name, or is locked by another process.
+          UsageError: the path is in use (with `resume`: holds no run, or a file where a directory
+            belongs), is not writable, has an unsuitable name, or is locked by another process.
         """
         path = pathlib.Path(path).absolute()  # workers may have another current directory
         require_fit(path)
+        remedy = '' if resume else _ANOTHER
         if resume:
             _require_run(path, ', or leave out --resume to start a new run')
+            _require_layout(path)
         else:
             _require_unused(path)
         created = _topmost_missing(path)
@@ -140,7 +153,7 @@ class RunDirectory:
             ) from None
         except OSError as error:
             _remove_empty(path, created)
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error, remedy) from error
         directory = cls(path, held, created, new=not resume)
         try:
             # Again under the lock: another process may have been first.
@@ -149,7 +162,7 @@ class RunDirectory:
             directory._make_layout()
         except OSError as error:
             directory.close()
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error, remedy) from error
         except UsageError:
             directory.close()
             raise
@@ -173,7 +186,7 @@ class RunDirectory:
         Raises:
           UsageError: the lock file is not readable.
         """
-        with _permitted(self.path):
+        with _readable(self.path):
             return lock_holder(self.path)
 
     @property
@@ -242,7 +255,7 @@ class RunDirectory:
         Raises:
           UsageError: the directory is not readable.
         """
-        with _permitted(self.checkpoints):
+        with _readable(self.checkpoints):
             paths = self._generations.paths()
             return [path for path in paths if (path / CHECKPOINT_RUN_FILE).is_file()]
 
@@ -316,20 +329,18 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def _permitted(path: pathlib.Path) -> Iterator[None]:
-    """Raises PermissionError of the block as UsageError."""
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Raises OSError of the block as UsageError."""
     try:
         yield
-    except PermissionError as error:
-        raise UsageError(
-            f'{path}: not readable ({error.strerror}). Fix: ask its owner for access.'
-        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _require_run(path: pathlib.Path, alternative: str) -> None:
     """Raises UsageError unless `path` holds a run; `alternative` is a second remedy."""
-    with _permitted(path):
-        is_directory, is_run = path.is_dir(), (path / 'config.json').is_file()
+    with _readable(path):
+        is_directory, is_run = path.is_dir(), (path / 'config.json').exists()
     if not is_directory:
         raise UsageError(f'{path}: no such run directory. Fix: check --run_dir{alternative}.')
     if not is_run:
@@ -339,6 +350,17 @@ def _require_run(path: pathlib.Path, alternative: str) -> None:
         )
 
 
+def _require_layout(path: pathlib.Path) -> None:
+    """Raises UsageError if a file of a run to resume is a directory, or the other way round."""
+    with _readable(path):
+        entries = list(path.iterdir())
+    for entry in entries:
+        if entry.name in _DIRECTORIES and not entry.is_dir():
+            raise unreadable(entry, NotADirectoryError(errno.ENOTDIR, ''))
+        if entry.name in _FILES and not entry.is_file():
+            raise unreadable(entry, IsADirectoryError(errno.EISDIR, ''))
+
+
 def _require_unused(path: pathlib.Path) -> None:
     """Raises UsageError unless `path` is missing or an empty directory."""
     try:
@@ -346,7 +368,7 @@ def _require_unused(path: pathlib.Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error, _ANOTHER) from error
     if used and (path / 'config.json').is_file():
         raise UsageError(
             f'{path}: already holds a run. Fix: choose another --run_dir, or add --resume to resume'
@@ -354,13 +376,6 @@ def _require_unused(path: pathlib.Path) -> None:
         )
     if used:
         raise UsageError(f'{path}: not an empty directory. Fix: choose another --run_dir.')
-
-
-def _unwritable(path: pathlib.Path, error: OSError) -> UsageError:
-    return UsageError(
-        f'{path}: cannot be written ({os.strerror(error.errno or errno.EIO)}). Fix: choose another'
-        ' --run_dir.'
-    )
 
 
 def _topmost_missing(path: pathlib.Path) -> pathlib.Path | None:

@@ -109,6 +109,6 @@ def test_help_beside_a_preset_shows_its_values(preset, capsys):
 
 def test_help_beside_a_preset_that_does_not_exist_names_those_that_do():
     with pytest.raises(
-        UsageError, match='--preset desktop: unknown. Fix: choose one of laptop, nature'
+        UsageError, match="--preset 'desktop': unknown. Fix: choose one of laptop, nature"
     ):
         command_line.parse(['--preset=desktop', '--help'])

@@ -35,6 +35,8 @@ def test_the_flags_of_an_experiment_make_the_same_one(experiment, resume):
     [
         ('laptop', {'nosuch': 1}, 'nosuch: unknown setting'),
         ('nosuch', {}, 'nosuch'),
+        ('', {}, "--preset '': unknown"),
+        ('laptop', {'game': ''}, "'': no name. Fix: name a game, such as pong"),
         ('laptop', {'learning_rate': float('inf')}, '--learning_rate inf: must be a finite'),
         ('laptop', {'num_atoms': 11}, '--num_atoms'),
         ('laptop', {'num_actors': '2'}, "--num_actors '2': must be of type int"),
@@ -49,6 +51,12 @@ def test_the_flags_of_an_experiment_make_the_same_one(experiment, resume):
 def test_a_wrong_setting_is_told_as_the_command_line_tells_it(preset, settings, told):
     with pytest.raises(api.UsageError, match=told):
         api.experiment(preset, **settings)
+
+
+@pytest.mark.parametrize(('run_dir', 'output'), [('', None), ('runs/a', '')])
+def test_an_empty_path_is_no_default(run_dir, output):
+    with pytest.raises(api.UsageError, match=': empty. Fix: name a path.'):
+        api.evaluate(run_dir, output=output)
 
 
 def test_a_game_is_named_as_on_the_command_line():

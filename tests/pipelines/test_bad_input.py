@@ -33,6 +33,19 @@ def rejected(tmp_path, capsys):
     return check
 
 
+@pytest.fixture
+def run_dir(tmp_path):
+    """The directory of a run without checkpoints."""
+    experiment = presets.experiment('laptop', {'replay_capacity': 10_000})
+    directory = tmp_path / 'run'
+    directory.mkdir()
+    (directory / 'config.json').write_text(config_lib.to_json(experiment))
+    return directory
+
+
+RUN_COMMANDS = ((run, '--resume'), (evaluate,), (export,))
+
+
 def test_unknown_game_names_the_nearest(rejected):
     line = rejected('--game=brekout')
     assert 'brekout' in line
@@ -57,6 +70,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--num_actors=0',), '--num_actors 0'),
         (('--max_frames=-4',), '--max_frames -4'),
         (('--preset=desktop',), 'laptop'),
+        (('--preset=',), "--preset '': unknown. Fix: choose one of laptop, "),
         (('--topology=ring',), 'bundled'),
         (('--topology=bundled', '--num_actors=3', '--num_learners=2'), '--num_learners 2'),
         (('--num_replay_shards=3',), '--num_actors'),
@@ -169,22 +183,61 @@ def test_resume_with_servers_of_one_kind_alone_is_refused(rejected, kind):
     assert f'--{kind}_addresses: contradicts --resume' in message
 
 
-def test_resume_without_a_readable_checkpoint_leaves_the_configuration_alone(tmp_path, capsys):
-    before = config_lib.to_json(presets.experiment('laptop', {'replay_capacity': 10_000}))
-    directory = tmp_path / 'run'
-    (directory / 'checkpoints').mkdir(parents=True)
-    (directory / 'config.json').write_text(before)
-    assert run.main(['--resume', f'--run_dir={directory}', '--max_frames=9000000']) == 2
-    assert 'no checkpoint can be read' in capsys.readouterr().err
-    assert (directory / 'config.json').read_text() == before
+@pytest.mark.parametrize('command', RUN_COMMANDS)
+def test_a_run_without_a_checkpoint_is_refused_and_left_alone(run_dir, capsys, command):
+    before = (run_dir / 'config.json').read_text()
+    main, flags = command[0].main, command[1:]
+    assert main([f'--run_dir={run_dir}', *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ': no checkpoint yet. Fix: ' in line
+    assert line.endswith(' --checkpoint_period_seconds.')
+    assert (run_dir / 'config.json').read_text() == before
 
 
-def test_configuration_that_cannot_be_written_is_one_line(rejected, monkeypatch):
+def test_configuration_that_cannot_be_written_is_one_line(rejected, monkeypatch, tmp_path):
     def fail(path, content):
-        raise OSError(28, 'No space left on device')
+        raise OSError(28, 'No space left on device', f'{path.parent}/.config.json.0123456789ab')
 
     monkeypatch.setattr(run, 'write_atomically', fail)
-    assert 'No space left' in rejected('--replay_capacity=10000')
+    assert rejected('--replay_capacity=10000') == (
+        f'run.py: {tmp_path / "run"}: cannot be written (No space left on device). Fix: free some'
+        ' disk space.'
+    )
+
+
+@pytest.mark.parametrize('command', RUN_COMMANDS)
+def test_a_file_in_place_of_the_checkpoints_is_one_line(run_dir, capsys, command):
+    (run_dir / 'checkpoints').write_text('')
+    main, flags = command[0].main, command[1:]
+    assert main([f'--run_dir={run_dir}', *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f': {run_dir}/checkpoints: not a directory. Fix: ' in line
+
+
+@pytest.mark.parametrize('command', RUN_COMMANDS)
+def test_a_configuration_that_cannot_be_read_is_named_once_with_a_remedy(run_dir, capsys, command):
+    (run_dir / 'config.json').unlink()
+    (run_dir / 'config.json').mkdir()
+    main, flags = command[0].main, command[1:]
+    assert main([f'--run_dir={run_dir}', *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    remedy = 'put the file back, or remove the directory'
+    assert line.endswith(f'.py: {run_dir}/config.json: not a file. Fix: {remedy}.')
+
+
+EMPTY = ('game', 'runner', 'host', 'run_dir', 'work_dir', 'topology', 'learner_device')
+LISTS = ('parameter_addresses', 'replay_addresses', 'parameter_ports', 'replay_ports')
+
+
+@pytest.mark.parametrize(
+    'flag',
+    [
+        *(f'--{name}=' for name in (*EMPTY, *LISTS, 'tls_certificate', 'tls_key', 'tls_roots')),
+        *(f'--{name}=,' for name in LISTS),
+    ],
+)
+def test_an_empty_value_never_means_the_default(rejected, flag):
+    assert f'{flag.split("=")[0]}: empty. Fix: ' in rejected(flag)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

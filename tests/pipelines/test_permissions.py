@@ -86,7 +86,7 @@ def test_a_run_that_may_not_be_read_is_one_line_in_every_command(owned, hidden, 
         assert code == 2
         assert line.startswith(command.__name__.removeprefix('pipelines.') + '.py: ')
         assert str(owned.parent) in line
-        assert 'no checkpoint' not in line
+        assert 'no checkpoint yet' not in line
 
 
 @pytest.mark.parametrize('hidden', ['.', '..'])

@@ -1,5 +1,6 @@
 """The run directory: refusals with a remedy, the lock, numbered checkpoints."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -76,6 +77,27 @@ class TestOpening:
     def test_resume_of_a_directory_without_a_run_is_refused(self, tmp_path):
         with pytest.raises(UsageError, match=r'config\.json is missing'):
             RunDirectory.open(tmp_path, resume=True)
+
+    @pytest.mark.parametrize('name', ['checkpoints', 'events', 'logs', 'policy', 'servers'])
+    def test_resume_names_a_file_where_a_directory_belongs(self, tmp_path, name):
+        path = started_run(tmp_path / 'a')
+        with contextlib.suppress(FileNotFoundError):
+            (path / name).rmdir()
+        (path / name).write_text('')
+        with pytest.raises(UsageError) as refusal:
+            RunDirectory.open(path, resume=True)
+        remedy = 'put the directory back, or remove the file'
+        assert str(refusal.value) == f'{path / name}: not a directory. Fix: {remedy}.'
+
+    @pytest.mark.parametrize('name', ['.lock', 'episodes.jsonl', 'launches.jsonl', 'summary.json'])
+    def test_resume_names_a_directory_where_a_file_belongs(self, tmp_path, name):
+        path = started_run(tmp_path / 'a')
+        (path / name).unlink(missing_ok=True)
+        (path / name).mkdir()
+        with pytest.raises(UsageError) as refusal:
+            RunDirectory.open(path, resume=True)
+        remedy = 'put the file back, or remove the directory'
+        assert str(refusal.value) == f'{path / name}: not a file. Fix: {remedy}.'
 
     def test_existing_reads_a_directory_in_use_but_not_one_without_a_run(self, tmp_path):
         path = started_run(tmp_path / 'a')

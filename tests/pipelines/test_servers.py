@@ -118,7 +118,9 @@ def test_what_only_a_run_can_do_is_refused(flag, tmp_path, capsys):
 
 
 def test_an_empty_name_for_the_configurations_is_refused(capsys):
-    assert servers.main(['--config_dir=']) == 2
+    with pytest.raises(SystemExit) as refusal:
+        servers.main(['--config_dir='])
+    assert refusal.value.code == 2
     assert '--config_dir: empty' in capsys.readouterr().err
 
 
