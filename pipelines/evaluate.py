@@ -166,7 +166,8 @@ def main(argv: Sequence[str]) -> int:
     )
     work = Work(arguments.runner, arguments.num_workers, arguments.beam_flags)
     try:
-        with temporary_files():
+        # Beam removes its own files as the process ends, after this block.
+        with temporary_files() if work.runner is None else contextlib.nullcontext():
             written = evaluate(request, arguments.output, work, ['evaluate.py', *argv])
     except KeyboardInterrupt:
         print('evaluate.py: interrupted; no result written.', file=sys.stderr)

@@ -70,8 +70,8 @@ def flags_of(command: str) -> frozenset[str]:
     if command in ('make run', 'pipelines.run'):
         return flags_of_a_run()
     named = declared((ROOT / command.replace('.', '/')).with_suffix('.py'))
-    also = command in ('pipelines.servers', 'pipelines.suite')
-    return named | flags_of_a_run() if also else named
+    takes_beam_flags = command in ('pipelines.servers', 'pipelines.evaluate', 'pipelines.suite')
+    return named | flags_of_a_run() if takes_beam_flags else named
 
 
 def has(flags: frozenset[str], flag: str) -> bool:

@@ -3,7 +3,7 @@
 Sources: [G] Nair et al. 2015 (the paper), [N] Mnih et al. 2015 (Nature DQN, extended data table 1),
 [DQN 3.0] the program published with it, [Zoo] DeepMind's DQN Zoo, [A] Horgan et al. 2018 (Ape-X,
 section 4.1 and appendix C), [R] Hessel et al. 2018 (Rainbow, table 1 and "Evaluation
-Methodology"), [here] not stated in a paper, chosen by us.
+Methodology"), [M] Machado et al. 2018 (section 5), [here] not stated in a paper, chosen by us.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,14 @@ PREPROCESSING: Mapping[str, Any] = {
 }
 
 EVALUATION: Mapping[str, Any] = {
+    'evaluation_protocol': 'noop',  # [G] 5
     'evaluation_episodes': 30,  # [G] 5: no-op starts
     'evaluation_epsilon': 0.05,  # [G] 5
     'evaluation_max_frames': 18_000,  # [G] 5: five minutes of play
 }
 
 LATER_EVALUATION: Mapping[str, Any] = {
+    'evaluation_protocol': 'rainbow',
     'evaluation_episodes': 30,  # [here] as the other presets
     'evaluation_max_frames': 108_000,  # [A], [R]: thirty minutes of play
 }
@@ -207,12 +209,28 @@ RAINBOW_LITE: Mapping[str, Any] = {
     'evaluation_epsilon': 0.001,  # [Zoo] of its agents without noisy networks; [R] with them: 0
 }
 
+MACHADO: Mapping[str, Any] = {
+    # DQN of [N] under the rules of [M].
+    **NATURE,
+    'sticky_action_probability': 0.25,  # [M]
+    'full_action_space': True,  # [M]: all 18 actions
+    'life_loss_ends_episode': False,  # [M]: no signal of lives
+    'max_noops': 0,  # [M]: sticky actions instead
+    'max_episode_frames': 108_000,  # [M]: thirty minutes
+    'epsilon_end': 0.01,  # [M]
+    'max_frames': 200_000_000,  # [M]
+    'evaluation_protocol': 'machado',
+    'evaluation_epsilon': 0.01,  # [M] reports training games at the end
+    'evaluation_max_frames': 108_000,  # [M]
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     'laptop': LAPTOP,
     'nature': NATURE,
     'paper': PAPER,
     'apex': APEX,
     'rainbow_lite': RAINBOW_LITE,
+    'machado': MACHADO,
 }
 
 DEFAULT = 'laptop'

@@ -18,6 +18,7 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from infra.disk import scratch
 from infra.flags import value_of
 from infra.process import own_code
 from pipelines.engines import catalog
@@ -57,7 +58,7 @@ def run(
     os.environ.update(own_code(os.environ.get('PYTHONPATH', '')))  # of Beam's worker processes
     if engine.runs_locally:
         beam_job.end_with_workers(num_workers)
-    with _shared_directory(engine, flags) as directory:
+    with _shared_directory(engine, flags) as directory, _temporary_files_of_children():
         for index, entrant in enumerate(entrants):
             with FileSystems.create(policy_file(directory, index)) as file:
                 file.write(packed(entrant.policy))
@@ -84,6 +85,20 @@ def _shared_directory(engine: Engine, flags: Sequence[str]) -> Iterator[str]:
         yield directory
     finally:
         FileSystems.delete([directory])
+
+
+@contextlib.contextmanager
+def _temporary_files_of_children() -> Iterator[None]:
+    """Lets worker processes on this machine write temporary files where they are removed."""
+    tempfile.gettempdir()  # this process keeps its own
+    before = dict(os.environ)
+    with scratch() as directory:
+        os.environ['TMPDIR'] = str(directory)
+        try:
+            yield
+        finally:
+            os.environ.pop('TMPDIR')
+            os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import uuid
 
 import psutil
 import pytest
@@ -13,8 +14,9 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineResult
 
+from pipelines.experiment import presets
 from tests.end_to_end import launching
-from tests.support import engines
+from tests.support import engines, saved_run
 from tests.support.fake_dataflow import FakeDataflow
 from tests.support.waiting import eventually
 
@@ -198,3 +200,41 @@ def run_portably(file: pathlib.Path, flags: tuple[str, ...]) -> PipelineResult:
         pipeline.components.environments[name].urn = pool.urn
         pipeline.components.environments[name].payload = pool.payload
     return PortableRunner().run_portable_pipeline(pipeline, options)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory) -> pathlib.Path:
+    """A run with a checkpoint of an untrained network, whose games are short."""
+    path = tmp_path_factory.mktemp('saved') / 'run'
+    settings = {'evaluation_episodes': 6, 'evaluation_max_frames': 400}
+    saved_run.write(path, presets.experiment('laptop', settings))
+    return path
+
+
+def evaluated(run_dir: pathlib.Path, *flags: str) -> dict:
+    """Evaluates in a process of its own; returns the scores alone."""
+    output = run_dir.parent / f'{uuid.uuid4().hex}.json'
+    command = [sys.executable, '-m', 'pipelines.evaluate', f'--run_dir={run_dir}']
+    ended = subprocess.run(
+        [*command, f'--output={output}', *flags], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert not re.search('Traceback|INFO', ended.stderr)  # Beam's own lines stay in its log
+    result = json.loads(output.read_text())
+    assert (result['episodes'], result['failed']) == (6, 0)
+    return {name: result[name] for name in ('mean', 'std', 'median', 'returns', 'details')}
+
+
+def test_an_evaluation_is_the_same_on_every_engine(saved, dask_flags):
+    expected = evaluated(saved, '--num_workers=1')
+    assert len({game['frames'] for game in expected['details']}) == 1  # all cut at the limit
+    assert evaluated(saved, '--num_workers=4') == expected
+    for workers in (1, 2, 4):
+        assert evaluated(saved, '--runner=DirectRunner', f'--num_workers={workers}') == expected
+    assert evaluated(saved, *dask_flags, '--num_workers=2') == expected
+
+
+def test_an_evaluation_is_the_same_on_prism(saved):
+    expected = evaluated(saved, '--num_workers=1')
+    flags = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
+    assert evaluated(saved, *flags) == expected

@@ -7,6 +7,7 @@ import pytest
 
 from infra.sealed import unseal
 from pipelines.errors import UsageError
+from pipelines.evaluation import protocols
 from pipelines.experiment import command_line, presets
 from pipelines.experiment import config as config_lib
 from tests.support.flips import flips_of
@@ -117,18 +118,29 @@ def test_nature_preset_is_that_of_one_process():
 
 
 @pytest.mark.parametrize(
-    ('preset', 'minutes', 'epsilon'),
+    ('preset', 'protocol', 'minutes', 'epsilon'),
     [
-        ('nature', 5, 0.05),
-        ('paper', 5, 0.05),
-        ('apex', 30, 0.0),
-        ('rainbow_lite', 30, 0.001),
+        ('nature', 'noop', 5, 0.05),
+        ('paper', 'noop', 5, 0.05),
+        ('apex', 'rainbow', 30, 0.0),
+        ('rainbow_lite', 'rainbow', 30, 0.001),
+        ('machado', 'machado', 30, 0.01),
     ],
 )
-def test_each_preset_is_evaluated_by_the_rules_of_its_paper(preset, minutes, epsilon):
+def test_each_preset_is_evaluated_by_the_rules_of_its_paper(preset, protocol, minutes, epsilon):
     run = presets.experiment(preset, {}).run
+    assert run.evaluation_protocol == protocol
     assert run.evaluation_max_frames == minutes * 60 * 60  # 60 frames a second
     assert run.evaluation_epsilon == epsilon
+    values = {'epsilon': epsilon, 'max_frames': run.evaluation_max_frames}
+    assert protocols.deviations(protocols.protocol(protocol, values)) == {}
+
+
+def test_machado_preset_trains_by_the_rules_of_its_protocol():
+    environment = presets.experiment('machado', {}).environment
+    rules = protocols.PROTOCOLS['machado'].environment(environment)
+    assert rules == environment
+    assert environment.full_action_space
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What is asked of a run that has ended: evaluations and policies, there and elsewhere."""
 
-import contextlib
 import datetime
 import json
 import pathlib
@@ -14,12 +13,11 @@ from infra import disk
 from pipelines import evaluate, export, finish, run
 from pipelines.errors import UsageError
 from pipelines.evaluation import results
-from pipelines.experiment import builders, command_line, presets
+from pipelines.experiment import command_line, presets
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
-from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.run_directory import RunDirectory
-from tests.support import parameter_servers, sharing
+from tests.support import saved_run, sharing
 
 CONFIG = presets.experiment(
     'laptop', {'torso': 'dqn2013', 'evaluation_episodes': 2, 'evaluation_max_frames': 200}
@@ -29,21 +27,9 @@ CONFIG = presets.experiment(
 @pytest.fixture(scope='module')
 def run_dir():
     """The directory of a run with a checkpoint and its own evaluation."""
-    policy = builders.build_policy(CONFIG)
-    with contextlib.ExitStack() as stack:
-        path = stack.enter_context(sharing.public_directory()) / 'run'
-        directory = stack.enter_context(RunDirectory.open(path))
-        directory.config_file.write_text(config_lib.to_json(CONFIG))
+    with sharing.public_directory() as directory, saved_run.active(directory / 'run', CONFIG):
+        path = directory / 'run'
         (path / evaluations.EVALUATION_FILE).write_text('the own one')
-        shards = stack.enter_context(parameter_servers.serve(parameter_servers.config()))
-        addresses = [shard.address for shard in shards]
-        client = stack.enter_context(
-            parameter_servers.connect(addresses, builders.layout_of(policy))
-        )
-        client.initialise(policy.parameters())
-        Checkpoints(directory, CONFIG).save(
-            client, (), {'updates': 7, 'agent_steps': 100, 'wall_seconds': 60.0}
-        )
         yield path
 
 

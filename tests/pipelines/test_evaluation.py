@@ -1,18 +1,24 @@
 """Evaluation games: what a protocol changes, and what a game's score depends on."""
 
 import dataclasses
+import json
 import pathlib
 
+import apache_beam as beam
 import numpy as np
 import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing.test_pipeline import TestPipeline
 
 from agents.config import EnvironmentConfig
 from pipelines.errors import UsageError
-from pipelines.evaluation import local, results, starts
+from pipelines.evaluation import local, policies, results, starts
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
 from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.protocols import PROTOCOLS, Protocol, deviations, protocol
 from pipelines.evaluation.starts import Start, StartFile
+from pipelines.experiment import presets
+from pipelines.transforms.evaluate import Evaluate, Write
 
 SHORT = Protocol('noop', epsilon=0.5, max_frames=400)
 PONG = EnvironmentConfig(game='pong')
@@ -205,3 +211,35 @@ def test_a_rom_is_told_apart_by_its_content(tmp_path):
     path = tmp_path / 'starts.json'
     starts.write(path, StartFile('pong', 4, 'person', (Start(b'\x00'),)))
     assert pathlib.Path(path).read_text().count('rom_md5') == 1
+
+
+def test_on_an_engine_a_game_that_fails_is_told_and_the_others_stand(tmp_path):
+    rules = dataclasses.replace(PROTOCOLS['human'], epsilon=1.0, max_frames=40)
+    # FIRE alone is in Pong's minimal set, DOWN (5) is not.
+    points = [Start(b'\x00' * 8), Start(b'\x05'), Start(b'\x01' * 3)]
+    games = [game(i, rules, start=point, start_index=i) for i, point in enumerate(points)]
+    chance = of_chance('pong', full_action_space=False)
+    (tmp_path / 'policy-0.npz').write_bytes(policies.packed(chance))
+    with TestPipeline(runner=FnApiRunner()) as pipeline:
+        scores = pipeline | Evaluate(games, str(tmp_path))
+        _ = scores | beam.ParDo(Write(str(tmp_path)))
+    written = json.loads((tmp_path / 'scores-0.json').read_text())
+    assert written == results.by_policy(local.play_all([chance], games, 1))[0]
+    assert (written['episodes'], written['failed']) == (2, 1)
+    assert written['failures'][0]['episode'] == 1
+    assert "outside the policy's action set" in written['failures'][0]['reason']
+
+
+@pytest.mark.parametrize('kind', ['run', 'saved_model', 'random'])
+def test_a_policy_is_the_same_after_its_way_to_a_worker(kind):
+    policy = Policy('a', dataclasses.replace(PONG, frame_stack=3))
+    if kind == 'run':
+        parameters = np.arange(5, dtype=np.float32)
+        experiment = presets.experiment('laptop', {})
+        policy = Policy('a', PONG, experiment, parameters, checkpoint='checkpoint-1', updates=9)
+    if kind == 'saved_model':
+        policy = dataclasses.replace(policy, saved_model=b'archive', updates=3)
+    there = policies.unpacked(policies.packed(policy))
+    assert there.kind == kind
+    assert np.array_equal(there.parameters, policy.parameters)  # type: ignore[arg-type]
+    assert dataclasses.replace(there, parameters=policy.parameters) == policy
