@@ -30,6 +30,7 @@ from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
 from pipelines.storage.space import temporary_files
+from pipelines.suites.games import games_of
 
 _PROGRESS_SECONDS = 10.0
 _CHECKPOINT = re.compile(r'newest|best|\d{1,8}')
@@ -38,7 +39,7 @@ _DESCRIPTION = """Plays games with one policy or several and writes their scores
   evaluate.py --run_dir runs/a                              a run's newest checkpoint, its own rules
   evaluate.py --run_dir runs/a runs/b --checkpoint best     several runs, each in a file of its own
   evaluate.py --policy runs/a/policy --protocol rainbow     a SavedModel, by another protocol
-  evaluate.py --policy random --games pong,breakout         random actions
+  evaluate.py --policy random --games atari49               random actions in each of 49 games
   evaluate.py --run_dir runs/a --runner DirectRunner --num_workers 4      in parallel, by Beam
 
 Flags of Beam follow --runner. A game depends on its seed alone: the scores are the same on any
@@ -81,9 +82,9 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--games',
-        type=lambda text: [game for game in text.split(',') if game],
-        default=[],
-        help='Games of the --policy, separated by commas. Default: that of the run which holds it.',
+        metavar='GAME,...',
+        help='Games of the --policy, or the groups atari49 and atari5. Default: that of the run'
+        ' which holds it.',
     )
 
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
         run_dirs=arguments.run_dir,
         checkpoint=arguments.checkpoint,
         policies=arguments.policy,
-        games=arguments.games,
+        games=() if arguments.games is None else games_of(arguments.games),
         protocol=arguments.protocol,
         starts=arguments.starts,
         episodes=arguments.episodes,
