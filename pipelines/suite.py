@@ -285,16 +285,17 @@ def main(argv: Sequence[str]) -> int:
             print(listing(shutil.get_terminal_size().columns))
             return 0
         from pipelines.suites import plan, room
-        from pipelines.suites.directory import SuiteDirectory
+        from pipelines.suites.directory import SuiteDirectory, is_done
 
         runs = asked(arguments, flags)
         path = place(arguments.suite_dir, runs)
         prepared = plan.prepare(planned(path, runs, arguments))
-        parallel = at_once(arguments.parallel, prepared)
-        for warning in room.require_room(prepared, parallel, path):
+        runs = [each.run for each in prepared]
+        left = [each for each in prepared if not is_done(path / each.run.name, each.run)]
+        parallel = at_once(arguments.parallel, left or prepared)
+        for warning in room.require_room(left, parallel, path) if left else ():
             print(f'suite.py: {warning}', file=sys.stderr)
         with SuiteDirectory.open(path) as directory:
-            runs = [each.run for each in prepared]
             directory.require_own(runs)
             directory.write(runs, shlex.join(['suite.py', *argv]))
             print(f'suite directory: {path}; runs: {len(runs)}, at once: {parallel}', flush=True)

@@ -70,11 +70,13 @@ class SuiteDirectory:
         return self.path / 'logs' / 'report.log'
 
     def write(self, runs: Sequence[Run], command: str) -> None:
-        """Writes the plan.
+        """Writes the plan, with the command that made it, unless it is there already.
 
         Raises:
-          UsageError: the disk is full.
+          UsageError: the disk is full, or the plan that is there is damaged.
         """
+        if stored(self.path) == [*runs]:
+            return
         values = {'version': _VERSION, 'command': command, 'runs': [*map(plan.to_json, runs)]}
         try:
             write_json(self.path / _PLAN_FILE, seal(values))
@@ -162,11 +164,14 @@ def unfinished(parent: pathlib.Path, runs: Sequence[Run]) -> pathlib.Path | None
     for path in sorted(parent.glob(f'{_STEM}-*'), reverse=True):
         with contextlib.suppress(UsageError):
             held = stored(path)
-            if held == [*runs] and any(
-                standing.stage(path / run.name, run.max_frames) is not Stage.DONE for run in held
-            ):
+            if held == [*runs] and not all(is_done(path / run.name, run) for run in held):
                 return path
     return None
+
+
+def is_done(path: pathlib.Path, run: Run) -> bool:
+    """Whether the directory of a run holds all of it."""
+    return standing.stage(path, run.max_frames) is Stage.DONE
 
 
 def _unwritable(path: pathlib.Path, error: OSError) -> UsageError:

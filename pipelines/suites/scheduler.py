@@ -6,6 +6,7 @@ reaches it only from here, once.
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import signal
 import sys
@@ -23,7 +24,7 @@ from pipelines.suites.standing import Figures, Stage
 WAITING, RUNNING, DONE, FAILED, STOPPED = 'waiting', 'running', 'done', 'failed', 'stopped'
 
 _ATTEMPTS = 2
-_HELD_SECONDS = 500.0  # above what a run whose suite was killed needs for its last checkpoint
+_END_SECONDS = 500.0  # above what a run needs for its last checkpoint
 _LOG_LINES = 100
 _PROBLEM = 'run.py: '
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,6 +72,7 @@ class Scheduler:
         self._parallel = parallel
         self._notify = notify
         self._opened = time.monotonic()
+        self._deadline = math.inf  # for the runs to end, once the user has asked for it
         self.stopping = False
         self.entries = [Entry(run, directory.run(run), directory.log(run)) for run in runs]
         for entry in self.entries:
@@ -90,12 +92,13 @@ class Scheduler:
 
     def poll(self) -> None:
         """Notes which runs have ended, reads what the others print, and starts new ones."""
+        late = time.monotonic() > self._deadline
         for entry in self.of(RUNNING):
             process = entry.process
             assert process is not None
             lines = process.last_log_lines(_LOG_LINES)
             entry.figures = standing.printed(lines, entry.figures)
-            code = process.poll()
+            code = process.terminate() if late else process.poll()
             if code is not None:
                 self._ended(entry, process, code)
         waiting = [] if self.stopping else self.of(WAITING)
@@ -109,6 +112,7 @@ class Scheduler:
     def interrupt(self) -> None:
         """Asks the active runs to end with a checkpoint; a second call, to end at once."""
         self.stopping = True
+        self._deadline = min(self._deadline, time.monotonic() + _END_SECONDS)
         for entry in self.of(RUNNING):
             assert entry.process is not None
             entry.process.signal(signal.SIGINT)
@@ -127,7 +131,7 @@ class Scheduler:
         holder = self._holder(entry)
         if holder is None:
             return False
-        if time.monotonic() > self._opened + _HELD_SECONDS:
+        if time.monotonic() > self._opened + _END_SECONDS:
             entry.attempts = _ATTEMPTS
             self._fail(entry, f'its directory is in use by process {holder}')
             return False
@@ -152,7 +156,8 @@ class Scheduler:
             self._fail(entry, f'not started ({error})')
             return False
         entry.state, entry.reason = RUNNING, ''
-        entry.figures = dataclasses.replace(entry.figures, phase='starting')
+        phase = 'evaluating' if stage is Stage.TRAINED else 'starting'
+        entry.figures = dataclasses.replace(entry.figures, phase=phase)
         return True
 
     def _spec(self, entry: Entry, stage: Stage) -> ProcessSpec:

@@ -54,8 +54,10 @@ def test_a_killed_suite_continues_and_repeats_no_run(tmp_path):
     assert [launch['resumed'] for launch in launches(runs[1])] == [False]
     page = (suite_dir / 'report.html').read_text()
     assert all(game in page for game in _GAMES)
+    (runs[1] / 'evaluation.json').unlink()  # as if it had been killed while it evaluated
     process = start(suite_dir, '--resume')
     assert launching.finish(process, suite_dir) == 0, launching.output(suite_dir)
-    assert len(launches(runs[0])) == 2
+    assert (runs[1] / 'evaluation.json').exists()
+    assert [len(launches(run)) for run in runs] == [2, 1]
     assert launching.output(suite_dir).count('2 of 2 runs are done, 0 failed') == 2
     launching.assert_nothing_runs(suite_dir, within_seconds=10)
