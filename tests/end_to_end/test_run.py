@@ -62,7 +62,23 @@ def assert_says_where_it_comes_from(run_dir: pathlib.Path) -> None:
     events = event_accumulator.EventAccumulator(str(run_dir / 'events'))
     events.Reload()
     assert {'configuration', 'provenance'} <= set(events.Tags()['tensors'])
-    assert 'return/evaluation' in events.Tags()['scalars']
+    assert 'staleness/histogram' in events.Tags()['tensors']
+    figures = ('mean_q', 'max_q', 'gradient_norm', 'mean_absolute_error', 'max_priority')
+    boxes = [f'{kind}_{number}' for kind in ('actor', 'learner', 'replay') for number in range(2)]
+    assert {
+        'return/evaluation',
+        'episode/length',
+        'staleness/learner_1/percentile_99',
+        *(f'learner/{name}' for name in figures),
+        *(f'{figure}/{box}' for figure in ('rate', 'memory_bytes') for box in boxes),
+        'memory_bytes/launcher',
+        'rate/parameter_server_0',
+    } <= set(events.Tags()['scalars'])
+    summary = launching.summary(run_dir)
+    assert summary['learner'].keys() >= set(figures)
+    assert summary['learners']['learner_0']['gradients'] > 0
+    assert all(summary['rates'][box] > 0 for box in boxes)
+    assert all(size > 10_000_000 for size in summary['memory_bytes'].values())
 
 
 def assert_policy_loads_and_acts(path: pathlib.Path) -> None:
