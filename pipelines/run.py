@@ -16,6 +16,7 @@ from pipelines.errors import UsageError, one_line_errors, unwritable
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
+from pipelines.monitoring import weights_and_biases
 from pipelines.storage import provenance
 from pipelines.storage.run_directory import RunDirectory, command, default_path
 
@@ -40,6 +41,8 @@ def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, '
     launch, preset, values = command_line.parse(argv)
     reach_directly((*launch.parameter_addresses, *launch.replay_addresses), launch.host)
     checklist.require_restorable(launch)
+    if launch.wandb_project is not None:
+        weights_and_biases.require_ready(launch.wandb_project)
     # Checked before a new run claims its remote place; a run to resume must be fetched first.
     new = None if launch.resume else command_line.experiment(preset, values)
     launch = start_up.localized(launch)
@@ -73,6 +76,9 @@ def write_config(config: ExperimentConfig, launch: 'Launch', directory: RunDirec
         row |= {'frames': 0, 'updates': 0, 'wall_seconds': 0.0}
         if launch.resume:
             row |= _resumption(config, directory)
+        if launch.wandb_project is not None:
+            before = provenance.launches(directory.launches_file)
+            row['wandb'] = weights_and_biases.identity(launch.wandb_project, before)
         provenance.add_launch(directory.launches_file, row)
         write_atomically(directory.config_file, config_lib.to_json(config))
     except OSError as error:

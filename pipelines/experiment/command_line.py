@@ -99,6 +99,12 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     launch.add_argument(
         '--resume', action='store_true', help='Continue from the last checkpoint in --run_dir.'
     )
+    launch.add_argument(
+        '--wandb_project',
+        metavar='NAME',
+        help='Project of Weights & Biases that also receives figures, settings and summary (see'
+        ' docs/training.md). Name it again to continue it with --resume. Default: none.',
+    )
     for kind, job in zip(_KINDS, ("actors'", "learners' or bundles'")):
         launch.add_argument(
             f'--{kind}_flags',
@@ -342,6 +348,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         tls_roots=known.tls_roots or known.tls_certificate,
         actor_flags=of_jobs[0],
         learner_flags=of_jobs[1],
+        wandb_project=known.wandb_project,
     )
     _require_directories(launch)
     return launch, known.preset, {**values, **_attached_shards(launch, values)}

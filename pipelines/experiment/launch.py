@@ -25,6 +25,7 @@ class Launch:
     tls_roots: str | None = None  # file
     actor_flags: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
+    wandb_project: str | None = None
 
     def flags_of(self, kind: str) -> tuple[str, ...]:
         """Beam flags of one kind of job; bundles take the learners' flags."""

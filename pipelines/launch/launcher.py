@@ -45,6 +45,7 @@ from pipelines.monitoring.display import Display, open_display
 from pipelines.monitoring.drawing import Drawing
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
+from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
@@ -100,7 +101,7 @@ class Launcher:
         ours = not self.launch.replay_addresses
         checkpoints = Checkpoints(self.directory, self.config, replay_is_ours=ours)
         resumed = checkpoints.open(self.launch.resume, self.display.message)
-        with Monitor(self.directory, self._monitor_config(), resumed) as monitor:
+        with self._monitor(resumed) as monitor:
             if resumed is not None:
                 self.display.update(monitor.state())
             try:
@@ -175,6 +176,27 @@ class Launcher:
             batch_size=self.config.learner.batch_size,
             settings={'preset': self.config.preset, **config_lib.settings(self.config)},
             launch=(provenance.launches(self.directory.launches_file) or [{}])[-1],
+        )
+
+    @contextlib.contextmanager
+    def _monitor(self, resumed: Mapping[str, Any] | None) -> Iterator[Monitor]:
+        """Opens the monitor, and the writer to Weights & Biases with --wandb_project."""
+        config = self._monitor_config()
+        with contextlib.ExitStack() as stack:
+            known = 'wandb' in config.launch
+            wandb = stack.enter_context(self._wandb(config)) if known else None
+            yield stack.enter_context(Monitor(self.directory, config, resumed, wandb=wandb))
+
+    def _wandb(self, config: MonitorConfig) -> WandbWriter:
+        return WandbWriter(
+            self.directory.path,
+            self.directory.logs / 'wandb.log',
+            {
+                **config.launch['wandb'],
+                'name': self.directory.path.name,
+                'config': {**config.settings, 'launch': config.launch},
+            },
+            self.display.message,
         )
 
     def _train(

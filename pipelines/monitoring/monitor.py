@@ -28,6 +28,7 @@ from pipelines.monitoring.counters import (
     remember,
 )
 from pipelines.monitoring.run_state import MonitorConfig, RunState, build_summary
+from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage.run_directory import RunDirectory
 
 # Fields of a learner's event whose mean is meaningless.
@@ -62,6 +63,7 @@ class Monitor:
         resumed_from: Mapping[str, Any] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        wandb: WandbWriter | None = None,
     ):
         """Opens the run's records.
 
@@ -70,8 +72,9 @@ class Monitor:
           config: of the run.
           resumed_from: `counters()` from the checkpoint; None for a new run.
           monotonic, wall_clock: clocks, seconds.
+          wandb: also receives the scalars and the summary.
         """
-        self._config, self._directory = config, directory
+        self._config, self._directory, self._wandb = config, directory, wandb
         self._monotonic, self._wall_clock = monotonic, wall_clock
         before, resumed = resumed_from or {}, resumed_from is not None
         self._agent_steps = count(before.get('agent_steps')) or 0
@@ -90,13 +93,13 @@ class Monitor:
         self._replay = ReplayTally(before, resumed)
         self._rates = Rates(config.rate_window_seconds)
         self._epsilon: dict[Worker, float] = {}
-        self._learner_sums: dict[str, tuple[float, int]] = {}
-        self._learner: dict[str, float] = {}
         self._malformed = self._repeated = 0
         self._unexpected: set[type[Exception]] = set()
         self._open_records(resumed)
 
     def _open_records(self, resumed: bool) -> None:
+        self._learner_sums: dict[str, tuple[float, int]] = {}
+        self._learner: dict[str, float] = {}
         self._episodes = episodes.EpisodeLog(
             self._directory.episodes_file, self.frames if resumed else None
         )
@@ -228,7 +231,7 @@ class Monitor:
         # TensorBoard drops values whose step does not increase.
         step = max(episode.frames, self._episode_step + 1)
         figures = {'return/episode': raw_return, 'episode/length': episode.agent_steps}
-        self._events.write(step, figures, episode.time)
+        self._write(step, figures, episode.time)
         self._episode_step = step
         return True
 
@@ -351,6 +354,8 @@ class Monitor:
         summary = self.summary(exit_reason, evaluation)
         write_json(self._directory.summary_file, summary)
         self._write_scalars(evaluation)
+        if self._wandb is not None:
+            self._wandb.summarise(summary)
         self.draw_learning_curve(evaluation)
         return summary
 
@@ -370,10 +375,15 @@ class Monitor:
         scalars = dataclasses.replace(state, learner=figures).scalars()
         if evaluation is not None:
             scalars['return/evaluation'] = evaluation['mean']
-        self._events.write(state.frames, scalars, self._wall_clock())
+        self._write(state.frames, scalars, self._wall_clock())
         self._write_staleness(state.frames)
         self._events.flush()
         self._scalars_due = self._monotonic() + self._config.scalars_period_seconds
+
+    def _write(self, step: int, scalars: Mapping[str, float | None], when: float) -> None:
+        self._events.write(step, scalars, when)
+        if self._wandb is not None:
+            self._wandb.write(step, scalars)
 
     def _write_staleness(self, step: int) -> None:
         """Writes the histogram of the gradients since the last one, if there are any."""

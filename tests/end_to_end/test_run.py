@@ -133,11 +133,12 @@ def test_killed_launcher_leaves_no_orphan(tmp_path):
 
 
 def test_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_run_reaches_its_budget(
-    tmp_path,
+    tmp_path, monkeypatch
 ):
+    monkeypatch.setenv('WANDB_MODE', 'offline')
     run_dir = tmp_path / 'run'
     flags = ('--topology=bundled', '--num_actors=2', '--num_learners=2', '--max_frames=12000')
-    process = launching.start(run_dir, *flags, *launching.SMALL)
+    process = launching.start(run_dir, '--wandb_project=gorila', *flags, *launching.SMALL)
     launching.wait_for_updates(process, run_dir)
     job = next(p for p in launching.processes_of(run_dir) if '--kind=bundle' in p.cmdline())
     for worker in job.children(recursive=True):
@@ -148,3 +149,6 @@ def test_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_run_reaches
     restarts = launching.check_run_directory(run_dir, 12_000)['restarts']
     assert restarts.get('bundle', 0) >= 1
     assert restarts.get('parameter_server', 0) >= 1
+    (launch,) = provenance.launches(run_dir / 'launches.jsonl')
+    (logged,) = run_dir.glob(f'wandb/offline-run-*-{launch["wandb"]["id"]}/*.wandb')
+    assert b'max_frames' in logged.read_bytes()  # the summary

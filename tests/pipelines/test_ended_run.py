@@ -62,7 +62,8 @@ def test_each_resume_is_noted_beside_the_configuration_with_what_it_changes(run_
     new = config_lib.replace(CONFIG, {'learning_rate': 0.1, 'max_frames': 9_000_000})
     old = tmp_path / 'run' / 'resumptions.jsonl'  # of an earlier version
     old.write_text('{"time": 1.0}\n')
-    resume = launch('--resume', f'--run_dir={tmp_path / "run"}', '--runner=PrismRunner')
+    flags = ('--runner=PrismRunner', '--wandb_project=gorila')
+    resume = launch('--resume', f'--run_dir={tmp_path / "run"}', *flags)
     with RunDirectory.open(tmp_path / 'run', resume=True) as directory:
         for _ in range(2):
             run.write_config(new, resume, directory)
@@ -71,11 +72,13 @@ def test_each_resume_is_noted_beside_the_configuration_with_what_it_changes(run_
     before, frames = CONFIG.parameter_server.learning_rate, CONFIG.run.max_frames
     changed = {'learning_rate': [before, 0.1], 'max_frames': [frames, 9_000_000]}
     described = provenance.describe(sys.orig_argv)
+    logged = {'project': 'gorila', 'id': rows[0]['wandb']['id']}
     for row, expected in zip(rows, (changed, {}), strict=True):
         # 100 agent steps of 4 frames.
         progress = {'resumed': True, 'changed': expected, 'frames': 400, 'updates': 7}
         progress |= {'wall_seconds': 60.0}
         engine = {'engine': 'PrismRunner'}
+        assert row.pop('wandb') == logged
         assert row == {**described, 'time': row['time'], **engine, **progress}
     assert old.read_text() == '{"time": 1.0}\n'
 
