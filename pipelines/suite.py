@@ -33,6 +33,7 @@ _POLL_SECONDS = 1.0
 _END_SECONDS = 500.0  # for the last checkpoints after the process that started the suite is gone
 _PARENT = pathlib.Path('runs')
 _AUTO = 'auto'
+_ONE = '1'
 _SEEDS = '1'
 _MOST_PARALLEL = 1_000
 
@@ -109,7 +110,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_conduct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--parallel',
-        default='1',
+        default=_ONE,
         help='Runs at once, or auto: as many as cores and memory allow. Default: 1. Raise it if'
         ' cores are idle.',
     )
@@ -251,13 +252,16 @@ def _stop(scheduler: 'Scheduler', notify: Callable[[str], None]) -> None:
         notify(f'stopping {active} runs, which write checkpoints; once more stops them at once')
 
 
-def outcome(entries: Sequence['Entry'], path: pathlib.Path, number: int | None) -> int:
+def outcome(
+    entries: Sequence['Entry'], path: pathlib.Path, at_once: str, number: int | None
+) -> int:
     """Prints the result of a suite that has ended, by a signal or not; returns the exit code."""
     from pipelines.suites import scheduler, table
 
     for entry in entries:
         print(table.line(entry))
-    resume = f'`python pipelines/suite.py --resume --suite_dir {shlex.quote(str(path))}`'
+    flags = ['--resume', '--suite_dir', str(path), *(['--parallel', at_once] * (at_once != _ONE))]
+    resume = f'`python pipelines/suite.py {shlex.join(flags)}`'
     failed = [entry for entry in entries if entry.state == scheduler.FAILED]
     done = sum(entry.state == scheduler.DONE for entry in entries)
     for entry in failed:
@@ -300,7 +304,7 @@ def main(argv: Sequence[str]) -> int:
             directory.write(runs, shlex.join(['suite.py', *argv]))
             print(f'suite directory: {path}; runs: {len(runs)}, at once: {parallel}', flush=True)
             entries = conduct(directory, runs, parallel, signals)
-    return outcome(entries, path, signals.first)
+    return outcome(entries, path, arguments.parallel, signals.first)
 
 
 if __name__ == '__main__':

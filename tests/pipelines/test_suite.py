@@ -10,6 +10,7 @@ import types
 import pytest
 
 from infra.disk import lock
+from infra.sealed import seal
 from pipelines import suite
 from pipelines.errors import UsageError
 from pipelines.monitoring import display
@@ -129,7 +130,7 @@ class TestGames:
         (('--games=pong', '--replay_addresses=h:1'), '--replay_addresses: such servers hold'),
         (('--games=pong', '--nosuch=1'), '--nosuch=1: unknown flag'),
         (('--games=pong', 'stray'), 'stray: not a flag'),
-        (('--games=pong', '--presets=x'), '--preset x: unknown'),
+        (('--games=pong', '--presets=x'), 'unknown. Fix: choose one of laptop'),
         (('--games=pong', '--parallel=0'), '--parallel 0: must be auto or from 1'),
         (('--games=pong', '--suite_dir=gs://a/b'), '--suite_dir gs://a/b: not on this machine'),
         (('--games=pong', '--seeds=1..3', '--parallel=3', '--replay_capacity=1e12'), 'GiB of mem'),
@@ -217,6 +218,16 @@ class TestStanding:
         (tmp_path / 'run' / 'policy').rmdir()
         assert standing.stage(tmp_path / 'run', 100) is not Stage.DONE
 
+    def test_a_run_resumes_below_its_budget_and_is_only_evaluated_at_it(self, tmp_path):
+        checkpoint = tmp_path / 'checkpoints' / 'checkpoint-00000001'
+        checkpoint.mkdir(parents=True)
+        (tmp_path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
+        # 24 agent steps are 96 frames, 25 are 100.
+        for steps, expected in ((24, Stage.HALF), (25, Stage.TRAINED)):
+            counters = json.dumps(seal({'updates': 1, 'agent_steps': steps}))
+            (checkpoint / 'run.json').write_text(counters)
+            assert standing.stage(tmp_path, 100) is expected
+
     def test_a_run_with_unreadable_checkpoints_is_not_begun_anew(self, tmp_path):
         (tmp_path / 'checkpoints' / 'checkpoint-00000001').mkdir(parents=True)
         (tmp_path / 'checkpoints' / 'checkpoint-00000001' / 'run.json').write_text('{')
@@ -246,7 +257,7 @@ class TestStanding:
 
 # Stands for run.py: does what its seed says, and appends its arguments to a file.
 FAKE = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 argv = dict(a.partition('=')[::2] for a in sys.argv[1:])
 path = pathlib.Path(argv['--run_dir'])
 with open(path.parent / 'calls', 'a') as calls:
@@ -256,6 +267,12 @@ if argv['--seed'] == '2':
     sys.exit(1)
 if argv['--seed'] == '3':
     sys.exit(130)
+if argv['--seed'] == '4':
+    print('[0:00:00] training', flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        sys.exit(130)
 (path / 'policy').mkdir(parents=True)
 result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.0, 'mean': 1.0, 'std': 0.0}
 (path / 'evaluation.json').write_text(json.dumps(result))
@@ -279,7 +296,7 @@ def conducted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Scheduler, '_spec', spec)
 
-    def conduct(runs, parallel=1):
+    def conduct(runs, parallel=1, interrupt=lambda running: False):
         told: list[str] = []
         with (
             SuiteDirectory.open(tmp_path / 'suite') as opened,
@@ -289,6 +306,8 @@ def conducted(tmp_path, monkeypatch):
 
             def ended():
                 running.poll()
+                if not running.stopping and interrupt(running):
+                    running.interrupt()
                 return not running.active
 
             assert eventually(ended, 60.0)
@@ -316,6 +335,16 @@ def test_a_run_stopped_by_its_user_is_not_started_again(conducted):
     assert [entry.state for entry in entries] == [scheduler.FAILED, scheduler.DONE]
     assert entries[0].reason == 'stopped by SIGINT'
     assert len(calls) == 2
+
+
+def test_ctrl_c_reaches_the_active_run_and_nothing_else_starts(conducted):
+    def training(running):
+        return running.entries[0].figures.phase == 'training'
+
+    runs = plan.expand(sweep(seeds=(4, 1)))
+    entries, calls, told = conducted(runs, interrupt=training)
+    assert [entry.state for entry in entries] == [scheduler.STOPPED, scheduler.WAITING]
+    assert (len(calls), told) == (1, [])
 
 
 def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):
