@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint format prism images-check clean
+.PHONY: help setup run test test-fast lint format prism browser images-check clean
 
 # Without compiled byte-code TensorFlow takes twice as long to import, in every process of a run.
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME PIP_NO_COMPILE
@@ -86,7 +86,7 @@ setup: $(RUN_STAMP)  ## make .venv with everything a run needs
 run: $(RUN_STAMP)  ## train; flags: make run ARGS="--game breakout" (ARGS=--help lists them)
 	@exec $(BIN)/python pipelines/run.py --runner=DirectRunner $(ARGS)
 
-test: $(TEST_STAMP)  ## lint, format, types and the whole suite; flags of pytest: ARGS="-k replay"
+test: $(TEST_STAMP) browser  ## lint, format, types and the whole suite; flags of pytest: ARGS="-k replay"
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -121,6 +121,16 @@ $(BIN)/prism:
 	command -v go > /dev/null || { echo "Prism is built with Go, which is not on PATH: install it (Debian, Ubuntu: apt-get install golang)." >&2; exit 2; }
 	echo "Building Prism into $@ (some minutes) ..."
 	GOBIN="$$(cd $(BIN) && pwd)" go install github.com/apache/beam/sdks/v2/go/cmd/prism@$(PRISM_VERSION)
+
+browser:  ## install Debian's Chromium, which shows the report in tests; needs root
+	@if command -v chromium > /dev/null; then exit 0; fi
+	if [ "$$(id -u 2> /dev/null)" != 0 ] || ! command -v apt-get > /dev/null; then
+	  echo "Tests of the report's page need Chromium: install it (Debian: apt-get install chromium), or make browser as root. They skip without it, and fail if CI=true." >&2
+	  exit 0
+	fi
+	echo "Installing Chromium (a minute) ..."
+	{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; } > $(VENV)/apt.log 2>&1 \
+	  || echo "Chromium is not installed: apt-get failed, see $(CURDIR)/$(VENV)/apt.log." >&2
 
 images-check:  ## build and try the container images without an engine; needs root, debootstrap, 25 GB
 	@exec "$(CHOSEN_PYTHON)" -m tests.images.check $(ARGS)

@@ -106,12 +106,12 @@ def _paint_scores(
     axes.set_title(title)
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
     _ticks(axes)
-    axes.figure.legend(loc='outside lower left', ncols=4)
+    axes.figure.legend(loc='outside lower left', ncols=5)
 
 
 def _ticks(axes: Any) -> None:
     low, high = axes.get_xlim()
-    steps = [-100, 0, 50, 100, 300, 1000, 3000, 10_000, 30_000]
+    steps = [-100, 0, 50, 100, 300, 1000, 10_000]
     axes.set_xticks([step for step in steps if low <= step <= high])
     axes.minorticks_off()
 
@@ -182,7 +182,7 @@ def _paint_profiles(
     axes.set_xlim(thresholds[0], thresholds[-1])
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
-    axes.figure.legend(loc='outside lower left', ncols=4)
+    axes.figure.legend(loc='outside lower left', ncols=5)
 
 
 def aggregates(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
@@ -224,7 +224,7 @@ def _paint_aggregates(axes: Any, verdicts: Sequence[Verdict], variants: Sequence
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlim(min(0, axes.get_xlim()[0]))
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
-    axes.figure.legend(loc='outside lower left', ncols=4)
+    axes.figure.legend(loc='outside lower left', ncols=5)
 
 
 # Learning curves.

@@ -25,7 +25,7 @@ _VARIABLES = {
 _COLOUR = re.compile('|'.join(_VARIABLES))
 _FONT = re.compile(r'font: ([^;"]*?px) [^;"]*')
 _UNREFERENCED = re.compile(r'(<g) id="[^"]*"')
-_DOTS_PER_INCH = 200
+_DOTS_PER_INCH = 150
 _STYLE = {
     'svg.fonttype': 'none',  # text stays text
     'text.parse_math': False,  # a dollar sign in a name is one
@@ -54,7 +54,9 @@ _STYLE = {
     'legend.frameon': False,
     'legend.fontsize': 9,
     'legend.labelcolor': INK,
-    'legend.handlelength': 1.6,
+    'legend.handlelength': 1.4,
+    'legend.columnspacing': 1.3,
+    'legend.handletextpad': 0.5,
     'text.color': INK,
     'figure.facecolor': 'white',
     'axes.facecolor': 'none',

@@ -18,6 +18,7 @@ GENERATOR = 'Gorila on Beam report'
 """Marks a page as a report, which a later report may replace."""
 
 _FEW_SEEDS = 5
+_FOLDED_PICTURES = 12  # a chart of more opens on a click
 _MIB = 2**20
 
 
@@ -59,7 +60,12 @@ def render(content: Content) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        number=number, percent=percent, signed=_signed, game=_game, interval=_interval, value=_value
+        number=number,
+        percent=percent,
+        game=_game,
+        interval=_interval,
+        value=_value,
+        duration=_duration,
     )
     template = environment.from_string(TEMPLATE_FILE.read_text(encoding='utf-8'))
     best = _headliner(content.verdicts)
@@ -79,6 +85,7 @@ def render(content: Content) -> str:
         core_minutes=_sum([tables.core_minutes(run) for run in content.runs]),
         videos=_videos(content),
         few_seeds=_few_seeds(content.verdicts),
+        fold=_FOLDED_PICTURES,
         series=len(drawing.SERIES),
         generator=GENERATOR,
         now=datetime.datetime.now(datetime.UTC),
@@ -155,11 +162,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def percent(value: float | None) -> str:
-    return '–' if value is None else f'{number(value, 0 if abs(value) >= 10 else 1)} %'
-
-
-def _signed(value: float) -> str:
-    return f'{"+" if value >= 0 else ""}{number(value)}'
+    return '–' if value is None else f'{number(value, 0 if abs(value) >= 10 else 1)}\u00a0%'
 
 
 def _interval(estimate: Estimate, factor: float = 1.0) -> str:
@@ -167,6 +170,10 @@ def _interval(estimate: Estimate, factor: float = 1.0) -> str:
     if estimate.low is None or estimate.high is None:
         return 'one seed'
     return f'{percent(factor * float(estimate.low))} to {percent(factor * float(estimate.high))}'
+
+
+def _duration(minutes: float) -> str:
+    return f'{number(minutes)} min' if minutes < 60 else f'{number(minutes / 60)} h'
 
 
 def _game(name: str) -> str:

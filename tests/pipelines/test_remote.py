@@ -17,7 +17,8 @@ from apache_beam.io.gcp import gcsio_retry
 from apache_beam.io.localfilesystem import LocalFileSystem
 from google.cloud.storage.retry import DEFAULT_RETRY  # type: ignore[import-untyped]
 
-from pipelines import evaluate, export, job, run, stop
+from infra.disk import write_json
+from pipelines import evaluate, export, job, report, run, stop
 from pipelines import mirror as mirror_command
 from pipelines.errors import UsageError
 from pipelines.experiment import builders, command_line, presets
@@ -762,6 +763,22 @@ class TestReading:
         assert 'policy/saved_model.pb' in names
         assert 'policy/variables/variables.data-00000-of-00001' in names
         assert 'policy/variables/variables.data-00007-of-00008' not in names
+
+    def test_a_report_reads_results_and_leaves_checkpoints_alone(self, gcs, start, tmp_path):
+        new = start()
+        new.save()
+        result = {'protocol': 'noop', 'episodes': 30, 'epsilon': 0.05, 'mean': 20.0, 'std': 1.0}
+        write_json(new.directory.path / 'evaluation.json', result)
+        new.mirror.copy()  # and the run goes on
+        gcs.refuse = lambda _, address: 403 if '/parameters' in address else None
+        assert report.main([URL, '--output', str(tmp_path / 'report.html')]) == 0
+        assert 'Pong: 20.0 points' in (tmp_path / 'report.html').read_text()
+
+    def test_a_report_of_nothing_remote_names_the_url(self, gcs, tmp_path, capsys):
+        assert report.main([URL, '--output', str(tmp_path / 'report.html')]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert URL in line
+        assert not (tmp_path / 'report.html').exists()
 
     def test_a_checkpoint_pruned_meanwhile_is_no_obstacle(self, gcs, start, capsys):
         new = start()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.reporting import reference, statistics
+from pipelines.reporting.page import TEMPLATE_FILE
 from tests.support.paper_games import PAPER_GAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,7 @@ class TestReference:
         assert built.returncode == 0, built.stderr
         room = tmp_path / 'lib' / 'pipelines' / 'reporting'
         assert (room / 'atari49_scores.json').read_bytes() == reference.DATA_FILE.read_bytes()
+        assert (room / 'template.html').read_bytes() == TEMPLATE_FILE.read_bytes()
 
 
 # Two agents, four runs (rows) of five games (columns).

@@ -206,6 +206,51 @@ class TestInstallation:
         assert (checkout / 'runs').exists()
 
 
+class TestBrowser:
+    """`make browser`, with stand-ins for `id` and `apt-get` and no other program of that name."""
+
+    @pytest.fixture
+    def tools(self, tmp_path: Path) -> Path:
+        directory = tmp_path / 'tools'
+        for tool in TOOLS:
+            directory.mkdir(exist_ok=True)
+            (directory / tool).symlink_to(str(shutil.which(tool)))
+        script(directory / 'id', 'echo 0')
+        return directory
+
+    def browser(self, checkout: Path, tools: Path) -> subprocess.CompletedProcess[str]:
+        (checkout / '.venv').mkdir(exist_ok=True)
+        return make(checkout, 'browser', PATH=str(tools))
+
+    def test_root_installs_chromium_with_fresh_lists(self, checkout, tools):
+        script(tools / 'apt-get', f'echo "$@" >> {tools}/calls')
+        assert self.browser(checkout, tools).returncode == 0
+        update, install = (tools / 'calls').read_text().splitlines()
+        assert update == 'update'
+        assert install == 'install --yes --no-install-recommends chromium'
+
+    def test_nothing_is_installed_where_chromium_is(self, checkout, tools):
+        script(tools / 'apt-get', f'touch {tools}/called')
+        script(tools / 'chromium', 'true')
+        assert self.browser(checkout, tools).stdout == ''
+        assert not (tools / 'called').exists()
+
+    def test_another_user_is_told_the_command(self, checkout, tools):
+        script(tools / 'id', 'echo 1000')
+        script(tools / 'apt-get', f'touch {tools}/called')
+        result = self.browser(checkout, tools)
+        assert result.returncode == 0  # the other tests run
+        assert 'apt-get install chromium' in result.stderr
+        assert not (tools / 'called').exists()
+
+    def test_a_failure_of_apt_get_names_its_log(self, checkout, tools):
+        script(tools / 'apt-get', 'echo no network; exit 100')
+        result = self.browser(checkout, tools)
+        assert result.returncode == 0
+        assert '.venv/apt.log' in result.stderr
+        assert 'no network' in (checkout / '.venv' / 'apt.log').read_text()
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_run_which_may_end_in_its_own_time(checkout, python, number):
     """Ctrl-C goes to the terminal's group, SIGTERM from a service manager to make alone."""

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -20,11 +21,18 @@ _START = 1_795_000_000.0  # seconds since 1970
 
 
 class _Clock:
+    """Seconds that pass only when told to; also in place of the module `time`."""
+
     def __init__(self, now: float):
         self.now = now
 
     def __call__(self) -> float:
         return self.now
+
+    time = __call__
+
+    def time_ns(self) -> int:
+        return int(self.now * 1e9)
 
 
 def make_run(
@@ -75,7 +83,11 @@ def _launch(
     provenance.add_launch(directory.launches_file, row)
     settings = MonitorConfig(config.environment.game, config.preset, config.run.seed, 8000)
     before = (resumed_from or {}).get('agent_steps', 0)
-    with Monitor(directory, settings, resumed_from, clock, clock) as monitor:
+    # The first event of a file has the time of the real clock.
+    with (
+        mock.patch('pipelines.monitoring.tensorboard.time', clock),
+        Monitor(directory, settings, resumed_from, clock, clock) as monitor,
+    ):
         for number in range(1, games + 1):
             clock.now += _SECONDS_PER_GAME
             steps = before + number * _STEPS_PER_GAME
