@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
@@ -29,11 +28,11 @@ from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
+from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.space import temporary_files
 from pipelines.suites.games import games_of
 
 _PROGRESS_SECONDS = 10.0
-_CHECKPOINT = re.compile(r'newest|best|\d{1,8}')
 _DESCRIPTION = """Plays games with one policy or several and writes their scores.
 
   evaluate.py --run_dir runs/a                              a run's newest checkpoint, its own rules
@@ -70,13 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _add_policies(parser: argparse.ArgumentParser) -> None:
     several: Any = {'nargs': '+', 'action': 'extend', 'type': nonempty_path, 'default': []}
     parser.add_argument('--run_dir', **several, help='Run directories, local or gs://...')
-    parser.add_argument(
-        '--checkpoint',
-        default='newest',
-        type=_checkpoint,
-        help="Of the runs: 'newest' (default), 'best' (by the evaluations during training) or a"
-        ' number.',
-    )
+    parser.add_argument('--checkpoint', **CHECKPOINT_FLAG)
     parser.add_argument(
         '--policy', **several, help="Directories of SavedModels, or 'random' for random actions."
     )
@@ -124,12 +117,6 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         default=len(os.sched_getaffinity(0)),
         help='Games at a time. Default: the cores of this machine.',
     )
-
-
-def _checkpoint(text: str) -> str:
-    if not _CHECKPOINT.fullmatch(text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not newest, best or a number')
-    return text
 
 
 def require_valid(episodes: int | None, epsilon: float | None, seed: int | None) -> None:

@@ -4,6 +4,7 @@ Runs at the end of training, or as a command:
   python pipelines/export.py --run_dir runs/my-run
 """
 
+import argparse
 import contextlib
 import logging
 import pathlib
@@ -22,8 +23,8 @@ from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
 from pipelines.storage.checkpoints import read_parameters
-from pipelines.storage.reading import readable
-from pipelines.storage.run_directory import RunDirectory, loading_hint, output_path
+from pipelines.storage.reading import CHECKPOINT_FLAG, readable
+from pipelines.storage.run_directory import BEST, RunDirectory, loading_hint, output_path
 from pipelines.storage.space import temporary_files
 
 
@@ -59,27 +60,19 @@ def _quiet_saving() -> Iterator[None]:
 
 @one_line_errors('export.py', OSError)
 def main(argv: Sequence[str]) -> int:
-    """Exports the newest checkpoint of a run; returns the exit code."""
-    parser = Parser(
-        prog='export.py', description="Write a run's newest parameters as a TF-Agents policy."
-    )
-    parser.add_argument(
-        '--run_dir', type=nonempty_path, required=True, help='Run directory, local or gs://...'
-    )
-    parser.add_argument(
-        '--output',
-        type=nonempty_path,
-        help='Directory for the policy. Default: policy/ in --run_dir.',
-    )
-    arguments = parser.parse_args(argv)
+    """Exports a checkpoint of a run; returns the exit code."""
+    arguments = _parse(argv)
     exit_with_launcher()
-    target = arguments.output or f'{arguments.run_dir}/policy'
+    which = arguments.checkpoint
+    name = 'policy_best' if which == BEST else 'policy'
+    target = arguments.output or f'{arguments.run_dir}/{name}'
     try:
-        outputs = () if arguments.output else ('policy',)
-        with temporary_files(), readable(arguments.run_dir, outputs) as path:
+        outputs = () if arguments.output else (name,)
+        with temporary_files(), readable(arguments.run_dir, outputs, which) as path:
             directory = RunDirectory.existing(path)
-            output = _output(arguments.output) if arguments.output else directory.policy
-            updates = _export_newest(directory, output)
+            own = directory.best_policy if which == BEST else directory.policy
+            output = _output(arguments.output) if arguments.output else own
+            updates = _export_checkpoint(directory, which, output)
     except KeyboardInterrupt:
         print(f'export.py: interrupted; {target} is unchanged.', file=sys.stderr)
         return 130
@@ -87,6 +80,20 @@ def main(argv: Sequence[str]) -> int:
     if hint := loading_hint(output):
         print(hint)
     return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog='export.py', description="Write a run's parameters as a TF-Agents policy.")
+    parser.add_argument(
+        '--run_dir', type=nonempty_path, required=True, help='Run directory, local or gs://...'
+    )
+    parser.add_argument('--checkpoint', **CHECKPOINT_FLAG)
+    parser.add_argument(
+        '--output',
+        type=nonempty_path,
+        help='Directory for the policy. Default: policy/ in --run_dir, policy_best/ for the best.',
+    )
+    return parser.parse_args(argv)
 
 
 def _output(path: str) -> pathlib.Path:
@@ -103,15 +110,15 @@ def _output(path: str) -> pathlib.Path:
     return output
 
 
-def _export_newest(directory: RunDirectory, output: pathlib.Path) -> int:
-    """Exports to `output`; returns the number of updates behind the policy.
+def _export_checkpoint(directory: RunDirectory, which: str, output: pathlib.Path) -> int:
+    """Exports `which` to `output`; returns the number of updates behind the policy.
 
     Raises:
-      UsageError: the configuration or the checkpoints are not readable, or `output` not writable.
+      UsageError: the configuration or the checkpoint is not readable, or `output` not writable.
     """
     config = config_lib.load(directory.config_file)
     _, saved = read_parameters(
-        directory, 'newest', lambda text: print(f'export.py: {text}', file=sys.stderr)
+        directory, which, lambda text: print(f'export.py: {text}', file=sys.stderr)
     )
     import tensorflow as tf
 

@@ -1,9 +1,11 @@
 """Exports, then evaluates the newest parameters of a run, in one separate process.
 
 The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION`. One
-process for both, since each would import TensorFlow and build the agent.
+process for both, since each would import TensorFlow and build the agent. Exports the best
+parameters too, if evaluations during training have found some.
 """
 
+import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,13 +13,18 @@ from collections.abc import Sequence
 from infra.output import protect_output
 from pipelines import evaluate, export
 from pipelines.errors import Main
+from pipelines.storage.run_directory import BEST
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs export.py and evaluate.py; the second also if the first fails."""
+    """Runs export.py and evaluate.py, each also if another fails."""
     run_dir, output = argv
-    exported = _code_of(export.main, f'--run_dir={run_dir}')
-    return _code_of(evaluate.main, f'--run_dir={run_dir}', f'--output={output}') or exported
+    run = f'--run_dir={run_dir}'
+    codes = [_code_of(export.main, run)]
+    if pathlib.Path(run_dir, BEST).is_dir():
+        codes.append(_code_of(export.main, run, '--checkpoint=best'))
+    codes.append(_code_of(evaluate.main, run, f'--output={output}'))
+    return max(filter(None, codes), default=0)
 
 
 def _code_of(command: Main, *argv: str) -> int:

@@ -23,7 +23,8 @@ from infra.disk import by_descriptor, scratch, sync, write_atomically
 from infra.parameter_server.layout import Layout
 from infra.sealed import parse_object, seal, unseal
 
-_MANIFEST = 'manifest.json'
+MANIFEST = 'manifest.json'
+"""File written last."""
 _FORMAT = 1
 _READ_BYTES = 1 << 20
 _REASON_LENGTH = 200
@@ -167,13 +168,13 @@ def publish(directory: str, optimizer: str, parts: list[dict[str, Any]]) -> None
         'layout': parts[0]['layout'],
         'parts': [{key: part[key] for key in part if key != 'layout'} for part in parts],
     }
-    write_atomically(pathlib.Path(directory, _MANIFEST), json.dumps(seal(manifest)))
+    write_atomically(pathlib.Path(directory, MANIFEST), json.dumps(seal(manifest)))
     sync(directory)
 
 
 def is_published(directory: str) -> bool:
     """Whether the directory has a manifest; its files may still be damaged."""
-    return pathlib.Path(directory, _MANIFEST).exists()
+    return pathlib.Path(directory, MANIFEST).exists()
 
 
 def validate(directory: str) -> dict[str, Any]:
@@ -182,7 +183,33 @@ def validate(directory: str) -> dict[str, Any]:
     Raises:
       DamagedCheckpointError: a file is missing or changed; the message names it.
     """
-    path = pathlib.Path(directory, _MANIFEST)
+    manifest, files = _read_manifest(directory)
+    for name, expected in files.items():
+        _check_file(pathlib.Path(directory, name), expected)
+    return manifest
+
+
+def read_clock(directory: str) -> dict[str, int]:
+    """The clock of a checkpoint, as in `Checkpoint`; does not check its other files.
+
+    Raises:
+      DamagedCheckpointError: the manifest is missing or damaged.
+    """
+    return _clock(_read_manifest(directory)[0])
+
+
+def _clock(manifest: dict[str, Any]) -> dict[str, int]:
+    counters = manifest['parts'][0]['counters']
+    return {'updates': counters['version'], 'agent_steps': counters['agent_steps']}
+
+
+def _read_manifest(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest, and the expected size and checksum of each file.
+
+    Raises:
+      DamagedCheckpointError: it is missing or damaged.
+    """
+    path = pathlib.Path(directory, MANIFEST)
     try:
         manifest = unseal(parse_object(path.read_bytes()))
         if manifest['format'] != _FORMAT:
@@ -201,9 +228,7 @@ def validate(directory: str) -> dict[str, Any]:
         raise DamagedCheckpointError(
             f'{path} is damaged ({type(error).__name__}: {error})'
         ) from error
-    for name, expected in files.items():
-        _check_file(pathlib.Path(directory, name), expected)
-    return manifest
+    return manifest, files
 
 
 def require_usable(directory: str) -> None:
@@ -312,12 +337,11 @@ def read_checkpoint(directory: str) -> Checkpoint:
     manifest = validate(directory)
     layout = Layout(**manifest['layout'])
     everything = slice(0, layout.size)
-    counters = manifest['parts'][0]['counters']
     return Checkpoint(
         layout=layout,
         parameters=_gather(directory, manifest, 'parameters', everything),
         target=_gather(directory, manifest, 'target', everything),
-        clock={'updates': counters['version'], 'agent_steps': counters['agent_steps']},
+        clock=_clock(manifest),
     )
 
 

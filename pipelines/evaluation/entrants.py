@@ -11,7 +11,7 @@ from pipelines.evaluation import policies
 from pipelines.evaluation import starts as start_points
 from pipelines.evaluation.play import Game
 from pipelines.evaluation.policies import RANDOM, Policy
-from pipelines.evaluation.protocols import Protocol, deviations, protocol
+from pipelines.evaluation.protocols import Protocol, deviations, own_values, protocol
 
 DEFAULT_SEED = 1
 
@@ -121,12 +121,8 @@ def _of_run(request: Request, run_dir: str, notify: Callable[[str], None]) -> En
     policy = policies.of_run(run_dir, request.checkpoint, notify)
     assert policy.experiment is not None
     run = policy.experiment.run
-    own = {
-        'epsilon': run.evaluation_epsilon,
-        'max_frames': run.evaluation_max_frames,
-        'episodes': run.evaluation_episodes,
-    }
-    rules = _rules(request, run.evaluation_protocol, own if request.protocol is None else {})
+    own = own_values(run) if request.protocol is None else {}
+    rules = _rules(request, run.evaluation_protocol, own)
     return _entrant(request, policy, rules, run.seed)
 
 

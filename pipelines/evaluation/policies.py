@@ -97,7 +97,7 @@ def of_run(run_dir: str, checkpoint: str, notify: Callable[[str], None]) -> Poli
     Raises:
       UsageError: the run or the checkpoint is not readable.
     """
-    with readable(run_dir, ()) as path:
+    with readable(run_dir, (), checkpoint) as path:
         directory = RunDirectory.existing(path)
         experiment = config_lib.load(directory.config_file)
         name, saved = read_parameters(directory, checkpoint, notify)

@@ -75,12 +75,28 @@ class RunConfig:
         18_000,
         'Emulator frames after which an evaluation game is cut off (paper: 18,000, 5 minutes).',
     )
+    evaluator_cpu_share: float = described(
+        0.03,
+        "Share of the CPU of the launcher's machine, from 0 to 1, that evaluations during training"
+        ' may take; 0 turns them off. Raise it for more evaluations, each of which slows training.',
+    )
+    evaluator_episodes: int = described(
+        5,
+        'Games of an evaluation during training. Raise it for less noise and fewer evaluations.',
+    )
+    evaluation_period_updates: int = described(
+        10_000,
+        'Least number of updates between two evaluations during training, and before the first.'
+        ' Lower it for short runs; --evaluator_cpu_share may allow fewer.',
+    )
 
     def __post_init__(self) -> None:
         require_choice(self, 'topology', TOPOLOGIES)
         require_choice(self, 'evaluation_protocol', EVALUATION_PROTOCOLS)
         counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes')
         require_at_least(self, 1, *counts, 'evaluation_max_frames')
+        require_at_least(self, 1, 'evaluator_episodes', 'evaluation_period_updates')
+        require_fraction(self, 'evaluator_cpu_share')
         require_from_to(self, 0, 2**63 - 1, 'seed')
         require_from_to(self, 1, 1024, 'worker_threads')
         require_fraction(self, 'evaluation_epsilon')
@@ -234,6 +250,9 @@ _ADDED = {
     ('learner', 'outlier_rule'): 'every',
     ('environment', 'full_action_space'): False,
     ('run', 'evaluation_protocol'): 'noop',
+    ('run', 'evaluator_cpu_share'): 0.03,
+    ('run', 'evaluator_episodes'): 5,
+    ('run', 'evaluation_period_updates'): 10_000,
 }
 """Settings (group, name) that earlier versions lack, and the values that they used."""
 

@@ -20,6 +20,10 @@ _C51 = ('--agent c51', _agents('c51'))
 _ANNEALED = ('--no-epsilon_ladder', lambda config: not config.actor.epsilon_ladder)
 _LADDER = ('--epsilon_ladder', lambda config: config.actor.epsilon_ladder)
 _PRIORITIZED = ('--priority_exponent above 0', lambda config: config.replay.prioritized)
+_EVALUATOR = (
+    '--evaluator_cpu_share above 0',
+    lambda config: config.run.evaluator_cpu_share > 0,
+)
 _SEPARATE = ('--topology separate', lambda config: config.run.topology == 'separate')
 _RMSPROP = ('--optimizer rmsprop', _optimizer('rmsprop'))
 _ADAM = ('--optimizer adam', _optimizer('adam'))
@@ -39,6 +43,8 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'importance_exponent_end': _PRIORITIZED,
     'importance_updates': _PRIORITIZED,
     'actor_priorities': _PRIORITIZED,
+    'evaluator_episodes': _EVALUATOR,
+    'evaluation_period_updates': _EVALUATOR,
     'replay_mode': _SEPARATE,
     'sample_insert_tolerance': _SEPARATE,
     'checkpoint_replay': _SEPARATE,

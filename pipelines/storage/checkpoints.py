@@ -22,10 +22,17 @@ from infra.replay import server as replay_server
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, no_checkpoint
+from pipelines.storage.run_directory import (
+    BEST,
+    CHECKPOINT_RUN_FILE,
+    SERVERS,
+    RunDirectory,
+    no_checkpoint,
+)
 
 _KEEP = 2
-_PARAMETERS = 'parameters'
+PARAMETERS = 'parameters'
+"""Directory of the parameters in a checkpoint; begins the name of those saved alone."""
 _REPLAY = 'replay'
 _REPLAY_FILES = 'replay_files'  # in run.json: [bytes, CRC-32] by path below `replay/`
 _COUNTS = {'agent_steps', 'submissions'}  # in run.json; the first versions have none
@@ -72,7 +79,7 @@ class Checkpoints:
         if not found.with_replay:
             notify(f'{found.path.name}: its replay is damaged; resuming with an empty one')
         self._newest = found.path if found.with_replay else None
-        self._parameters = (found.path / _PARAMETERS,)
+        self._parameters = (found.path / PARAMETERS,)
         notify(f'resuming from {found.path.name}: {found.counters["updates"]} updates')
         return found.counters
 
@@ -108,9 +115,8 @@ class Checkpoints:
           OSError: the directory is not writable; the previous state stays in force.
           ParameterServerError: a shard did not write its part; likewise.
         """
-        servers = self._directory.path / 'servers'
-        servers.mkdir(exist_ok=True)
-        saved = Generations(servers, 'parameters')
+        saved = Generations(self._directory.path / SERVERS, PARAMETERS)
+        saved.parent.mkdir(exist_ok=True)
         path = saved.next()
         try:
             client.save(path)
@@ -130,7 +136,7 @@ class Checkpoints:
           ParameterServerError, ReplayUnavailable: a shard did not write its part; likewise.
         """
         with self._directory.new_checkpoint() as staging:
-            client.save(staging / _PARAMETERS)
+            client.save(staging / PARAMETERS)
             if replay and self.with_replay:
                 (staging / _REPLAY).mkdir()
                 for shard, path in enumerate(replay_server.save(replay, self._save_seconds)):
@@ -138,7 +144,7 @@ class Checkpoints:
             files = {_REPLAY_FILES: digests(staging / _REPLAY)}
             write_json(staging / CHECKPOINT_RUN_FILE, seal({**counters, **files}))
         self._newest = self._directory.latest_checkpoints()[0]
-        self._in_force(self._newest / _PARAMETERS)
+        self._in_force(self._newest / PARAMETERS)
         self._directory.prune(_KEEP)
         logging.info('wrote %s', self._newest)
 
@@ -240,16 +246,16 @@ def read_parameters(
     """
     if which == 'newest':
         return _read_newest(directory, notify)
-    path = directory.best if which == 'best' else directory.checkpoint(int(which))
+    path = directory.best if which == BEST else directory.checkpoint(int(which))
     if not path.is_dir():
         held = [checkpoint.name for checkpoint in directory.latest_checkpoints()]
-        held += ['best'] * directory.best.is_dir()
+        held += [BEST] * directory.best.is_dir()
         raise UsageError(
             f'{directory.path}: no checkpoint {which} (there are: {", ".join(held) or "none"}).'
             ' Fix: name one of them, or omit --checkpoint.'
         )
     try:
-        return path.name, parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+        return path.name, parameter_checkpoint.read_checkpoint(str(path / PARAMETERS))
     except DamagedCheckpointError as error:
         raise UsageError(f'{error}. Fix: name another --checkpoint.') from error
 
@@ -261,7 +267,7 @@ def _read_newest(
     damaged: list[str] = []
     for path in _existing(directory):
         try:
-            saved = parameter_checkpoint.read_checkpoint(str(path / _PARAMETERS))
+            saved = parameter_checkpoint.read_checkpoint(str(path / PARAMETERS))
         except DamagedCheckpointError as error:
             damaged.append(str(error))
             continue
@@ -294,7 +300,7 @@ def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
     Raises:
       DamagedCheckpointError: a file is missing or changed, or a value is not finite.
     """
-    parameter_checkpoint.require_usable(str(path / _PARAMETERS))
+    parameter_checkpoint.require_usable(str(path / PARAMETERS))
     run_file = path / CHECKPOINT_RUN_FILE
     counters = _counters(path)
     expected = counters.pop(_REPLAY_FILES, None)

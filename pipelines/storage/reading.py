@@ -1,27 +1,49 @@
 """Opens a run for reading, wherever it is: its path in, a local directory out."""
 
+import argparse
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from infra.disk import is_remote
 
+_CHECKPOINT = re.compile(r'newest|best|\d{1,8}')
+
+
+def _checkpoint(text: str) -> str:
+    if not _CHECKPOINT.fullmatch(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not newest, best or a number')
+    return text
+
+
+CHECKPOINT_FLAG: Mapping[str, Any] = {
+    'default': 'newest',
+    'type': _checkpoint,
+    'help': "Of the run: 'newest' (default), 'best' (by the evaluations during training) or a"
+    ' number.',
+}
+"""Arguments of `add_argument` for the flag that chooses the checkpoint of a run."""
+
 
 @contextlib.contextmanager
-def readable(path: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
+def readable(
+    path: str, outputs: Sequence[str], checkpoint: str = 'newest'
+) -> Iterator[pathlib.Path]:
     """Yields a local directory with a run, active or not.
 
-    For a remote run, a `temporary_copy`.
+    For a remote run, a `temporary_copy` with `checkpoint`: 'newest', 'best' or a number.
 
     Raises:
-      UsageError: the remote run does not exist, has no checkpoint, or is not writable.
+      UsageError: the remote run does not exist, has no such checkpoint, or is not writable.
     """
     if not is_remote(path):
         yield pathlib.Path(path)
         return
     from pipelines.storage.remote_reading import temporary_copy  # imports Beam
 
-    with temporary_copy(path, outputs) as local:
+    with temporary_copy(path, outputs, checkpoint) as local:
         yield local
 
 

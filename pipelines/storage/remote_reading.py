@@ -6,7 +6,7 @@ In: the URL. Out: a local directory; results written there are uploaded.
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from infra.disk import scratch
 from pipelines.errors import UsageError
@@ -17,7 +17,7 @@ from pipelines.storage.remote_run import (
     complete_checkpoints,
     files_below,
 )
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, no_checkpoint
+from pipelines.storage.run_directory import BEST, CHECKPOINT_RUN_FILE, no_checkpoint
 
 _TRIES = 3  # a checkpoint may be pruned while it is read
 _NEEDED = ('parameters', CHECKPOINT_RUN_FILE)  # of a checkpoint
@@ -25,19 +25,22 @@ _RECORDS = re.compile(r'[^/]+\.(json|jsonl|mp4)|events/[^/]+')
 
 
 @contextlib.contextmanager
-def temporary_copy(run_dir: str, outputs: Sequence[str]) -> Iterator[pathlib.Path]:
-    """Yields a local directory with a remote run's configuration and newest parameters.
+def temporary_copy(run_dir: str, outputs: Sequence[str], checkpoint: str) -> Iterator[pathlib.Path]:
+    """Yields a local directory with a remote run's configuration and parameters.
 
-    `outputs` are files or directories that the block may write there; they are uploaded at its end.
+    Args:
+      run_dir: its URL.
+      outputs: files or directories that the block may write there; they are uploaded at its end.
+      checkpoint: 'newest' (with those before it, should it be damaged), 'best' or a number.
 
     Raises:
-      UsageError: the remote run does not exist, has no checkpoint, or is not writable.
+      UsageError: the remote run does not exist, has no such checkpoint, or is not writable.
     """
     place = Place.at(run_dir)
     with scratch() as directory:
         local = directory / place.name
         try:
-            _fetch_parameters(place, local)
+            _fetch_parameters(place, local, checkpoint)
             yield local
             _send_outputs(place, local, outputs)
         except RemoteError as error:
@@ -73,23 +76,45 @@ def _require_run(place: Place, files: Iterable[str]) -> None:
         )
 
 
-def _fetch_parameters(place: Place, local: pathlib.Path) -> None:
+def _fetch_parameters(place: Place, local: pathlib.Path, checkpoint: str) -> None:
     for tries_left in reversed(range(_TRIES)):
         files = require_answer(place)
         _require_run(place, files)
-        complete = complete_checkpoints(files)
-        if not complete:
-            raise no_checkpoint(place.url)
+        wanted = _wanted(place, files, checkpoint)
         try:
             place.fetch(CONFIG_FILE, local / CONFIG_FILE, _nothing)
             # run.json last: a checkpoint that is pruned meanwhile stays incomplete.
-            for name in sorted(files, key=lambda name: name.endswith(f'/{CHECKPOINT_RUN_FILE}')):
-                if checkpoint_of(name) in complete and name.split('/')[2] in _NEEDED:
-                    place.fetch(name, local / name, _nothing)
+            for name in sorted(wanted, key=lambda name: name.endswith(f'/{CHECKPOINT_RUN_FILE}')):
+                place.fetch(name, local / name, _nothing)
             return
         except MissingError:
             if not tries_left:
                 raise
+
+
+def _wanted(place: Place, files: Mapping[str, int], checkpoint: str) -> list[str]:
+    """The files of `checkpoint` that evaluation and export read.
+
+    Raises:
+      UsageError: there is no such checkpoint.
+    """
+    chosen = complete = complete_checkpoints(files)
+    if checkpoint == BEST:
+        wanted = [name for name in files if name.startswith(f'{BEST}/')]
+    else:
+        if checkpoint != 'newest':
+            chosen = {name for name in complete if int(name.rpartition('-')[2]) == int(checkpoint)}
+        of_chosen = [name for name in files if checkpoint_of(name) in chosen]
+        wanted = [name for name in of_chosen if name.split('/')[2] in _NEEDED]
+    if not wanted and checkpoint == 'newest':
+        raise no_checkpoint(place.url)
+    if not wanted:
+        raise UsageError(
+            f'{place.url}: no checkpoint {checkpoint} (there are:'
+            f' {", ".join(sorted(complete)) or "none"}). Fix: name one of them, or omit'
+            ' --checkpoint.'
+        )
+    return wanted
 
 
 def _send_outputs(place: Place, local: pathlib.Path, outputs: Sequence[str]) -> None:

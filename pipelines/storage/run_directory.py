@@ -37,8 +37,15 @@ SERVERS = pathlib.PurePath('servers')
 SHARD_CHECKPOINTS = SERVERS / 'replay'
 """Where replay shards write, below the run directory; then moved to the checkpoint."""
 
-_DIRECTORIES = frozenset({'checkpoints', 'events', 'logs', 'policy', 'servers'})
-_FILES = frozenset({LOCK_FILE, 'episodes.jsonl', 'launches.jsonl', 'summary.json'})
+BEST = 'best'
+"""Directory of the best checkpoint, and its name as --checkpoint."""
+
+_DIRECTORIES = frozenset(
+    {BEST, 'checkpoints', 'events', 'logs', 'policy', 'policy_best', 'servers'}
+)
+_FILES = frozenset(
+    {LOCK_FILE, 'episodes.jsonl', 'evaluations.jsonl', 'launches.jsonl', 'summary.json'}
+)
 _ANOTHER = 'choose another --run_dir'
 _PATTERN = re.compile(r'\[.*\]|\\', re.DOTALL)
 _STAGING_PREFIX = '.writing-'
@@ -224,7 +231,7 @@ class RunDirectory:
     @property
     def best(self) -> pathlib.Path:
         """Checkpoint (parameters only) of the best evaluation during training."""
-        return self.path / 'best'
+        return self.path / BEST
 
     def checkpoint(self, number: int) -> pathlib.Path:
         """The checkpoint of this number, which may not exist."""
@@ -233,6 +240,10 @@ class RunDirectory:
     @property
     def policy(self) -> pathlib.Path:
         return self.path / 'policy'
+
+    @property
+    def best_policy(self) -> pathlib.Path:
+        return self.path / 'policy_best'
 
     @property
     def logs(self) -> pathlib.Path:
