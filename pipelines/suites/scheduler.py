@@ -40,6 +40,7 @@ class Entry:
       attempts: how often this suite process has started it.
       reason: why it failed.
       process: of the attempt, if it is running.
+      end_signal: asks that process to end.
     """
 
     run: Run
@@ -50,6 +51,7 @@ class Entry:
     attempts: int = 0
     reason: str = ''
     process: SupervisedProcess | None = None
+    end_signal: signal.Signals = signal.SIGINT
 
 
 class Scheduler:
@@ -115,7 +117,7 @@ class Scheduler:
         self._deadline = min(self._deadline, time.monotonic() + _END_SECONDS)
         for entry in self.of(RUNNING):
             assert entry.process is not None
-            entry.process.signal(signal.SIGINT)
+            entry.process.signal(entry.end_signal)
 
     def __enter__(self) -> 'Scheduler':
         return self
@@ -156,7 +158,10 @@ class Scheduler:
             self._fail(entry, f'not started ({error})')
             return False
         entry.state, entry.reason = RUNNING, ''
-        phase = 'evaluating' if stage is Stage.TRAINED else 'starting'
+        trained = stage is Stage.TRAINED
+        phase = 'evaluating' if trained else 'starting'
+        # Export and evaluation have nothing to save; SIGINT would end only one of them.
+        entry.end_signal = signal.SIGTERM if trained else signal.SIGINT
         entry.figures = dataclasses.replace(entry.figures, phase=phase)
         return True
 

@@ -1,5 +1,6 @@
 """Suites: which runs a command plans, how far each is, what starts next; bad input on one line."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -219,13 +220,9 @@ class TestStanding:
         assert standing.stage(tmp_path / 'run', 100) is not Stage.DONE
 
     def test_a_run_resumes_below_its_budget_and_is_only_evaluated_at_it(self, tmp_path):
-        checkpoint = tmp_path / 'checkpoints' / 'checkpoint-00000001'
-        checkpoint.mkdir(parents=True)
-        (tmp_path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
         # 24 agent steps are 96 frames, 25 are 100.
         for steps, expected in ((24, Stage.HALF), (25, Stage.TRAINED)):
-            counters = json.dumps(seal({'updates': 1, 'agent_steps': steps}))
-            (checkpoint / 'run.json').write_text(counters)
+            train(tmp_path, steps)
             assert standing.stage(tmp_path, 100) is expected
 
     def test_a_run_with_unreadable_checkpoints_is_not_begun_anew(self, tmp_path):
@@ -280,6 +277,23 @@ result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.0, 'mean': 1.0, 'std':
 """
 
 
+# Stands for pipelines.finish, whose export survives SIGINT.
+ENDLESS = """
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print('[0:00:00] evaluating 0/2', flush=True)
+time.sleep(60)
+"""
+
+
+def train(path, steps):
+    """Writes what a run leaves that was killed after so many agent steps."""
+    checkpoint = path / 'checkpoints' / 'checkpoint-00000001'
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
+    (checkpoint / 'run.json').write_text(json.dumps(seal({'updates': 1, 'agent_steps': steps})))
+
+
 @pytest.fixture
 def conducted(tmp_path, monkeypatch):
     """Runs a plan with a fake run.py to its end; returns entries, calls and messages."""
@@ -289,7 +303,12 @@ def conducted(tmp_path, monkeypatch):
 
     def spec(self, entry, stage):
         made = original(self, entry, stage)
-        assert made.argv[1:3] == ['-m', 'pipelines.run']
+        assert made.argv[1:3] == [
+            '-m',
+            'pipelines.finish' if stage is Stage.TRAINED else 'pipelines.run',
+        ]
+        if stage is Stage.TRAINED:
+            return types.SimpleNamespace(**{**vars(made), 'argv': [sys.executable, '-c', ENDLESS]})
         return types.SimpleNamespace(
             **{**vars(made), 'argv': [sys.executable, str(fake), *made.argv[3:]]}
         )
@@ -345,6 +364,21 @@ def test_ctrl_c_reaches_the_active_run_and_nothing_else_starts(conducted):
     entries, calls, told = conducted(runs, interrupt=training)
     assert [entry.state for entry in entries] == [scheduler.STOPPED, scheduler.WAITING]
     assert (len(calls), told) == (1, [])
+
+
+def test_ctrl_c_ends_a_run_that_only_evaluates(tmp_path, conducted):
+    (run,) = plan.expand(sweep(flags=('--max_frames=100',)))
+    run = dataclasses.replace(run, max_frames=100)
+    path = tmp_path / 'suite' / run.name
+    with SuiteDirectory.open(tmp_path / 'suite') as opened:
+        opened.write([run], '')
+    train(path, steps=25)
+    (tmp_path / 'suite' / 'calls').touch()
+    entries, _, _ = conducted(
+        [run], interrupt=lambda running: running.entries[0].figures.phase == 'evaluating 0/2'
+    )
+    assert entries[0].state == scheduler.STOPPED
+    assert path.exists()
 
 
 def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):
