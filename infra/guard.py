@@ -42,6 +42,7 @@ class Guard:
             act()
         except Exception as error:
             if isinstance(error, self._foreseen) and not at_any_rate:
+                self._told.add(_kind(error))  # the caller reports it
                 raise
             self._in_a_row[act] += 1
             self._note(error)
@@ -54,12 +55,18 @@ class Guard:
             del self._in_a_row[act]
 
     def _note(self, error: Exception) -> None:
-        place = type(error), _place(error)
-        if place in self._told:
+        if _kind(error) in self._told:
             return
-        self._told.add(place)
+        self._told.add(_kind(error))
         _LOGGER.error('unexpected', exc_info=error)
         self._tell(f'launcher: {_described(error)}; going on, the log has the traceback')
+
+
+def _kind(error: Exception) -> tuple[type[Exception], str]:
+    """Equal for errors of one cause: one place in the code, or one reason of the system."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return type(error), os.strerror(error.errno)
+    return type(error), _place(error)
 
 
 def _place(error: Exception) -> str:

@@ -23,6 +23,7 @@ _REMEDIES = {
     errno.ENOTDIR: 'put the directory back, or remove the file',
     errno.EISDIR: 'put the file back, or remove the directory',
 }
+_CHECK = 'check the disk'
 _WRONG_KIND = {errno.ENOTDIR: 'not a directory', errno.EISDIR: 'not a file'}
 
 
@@ -33,22 +34,30 @@ def reason_of(error: Exception) -> str:
 
 
 def remedy_of(error: Exception) -> str:
-    """What the user can do about a file that cannot be read or written."""
-    number = error.errno if isinstance(error, OSError) else None
-    return _REMEDIES.get(number or 0, 'check the disk')
+    """What the user can do about a file that cannot be read or written; empty if unknown.
+
+    Also finds the system's reason in the text of an error that comes from another process.
+    """
+    text = reason_of(error)
+    return next((fix for number, fix in _REMEDIES.items() if os.strerror(number) in text), '')
+
+
+def with_remedy(text: str, error: Exception) -> str:
+    """Appends the remedy for `error`, if one is known, to a message."""
+    remedy = remedy_of(error)
+    return f'{text}. Fix: {remedy}' if remedy else text
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> UsageError:
     """The error for a file or directory that cannot be read."""
     problem = _WRONG_KIND.get(error.errno or 0, f'cannot be read ({reason_of(error)})')
-    return UsageError(f'{path}: {problem}. Fix: {remedy_of(error)}.')
+    return UsageError(f'{path}: {problem}. Fix: {remedy_of(error) or _CHECK}.')
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError, remedy: str = '') -> UsageError:
     """The error for a file or directory that cannot be written; default: `remedy_of` it."""
-    return UsageError(
-        f'{path}: cannot be written ({reason_of(error)}). Fix: {remedy or remedy_of(error)}.'
-    )
+    fix = remedy or remedy_of(error) or _CHECK
+    return UsageError(f'{path}: cannot be written ({reason_of(error)}). Fix: {fix}.')
 
 
 def one_line_errors(program: str, *others: type[Exception]) -> Callable[[Main], Main]:

@@ -13,8 +13,8 @@ from infra.output import protect_output
 from pipelines.errors import UsageError, one_line_errors
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.object_store import RemoteError
-from pipelines.storage.remote_run import MARK_FILE, RemoteRun, TakenOverError
-from pipelines.storage.run_directory import RunDirectory
+from pipelines.storage.remote_run import RemoteRun, TakenOverError
+from pipelines.storage.run_directory import MARK_FILE, RunDirectory
 
 
 def send_again(path: str) -> RemoteRun:

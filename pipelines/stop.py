@@ -6,7 +6,6 @@ written. Waits until the run has ended.
 
 import os
 import pathlib
-import shlex
 import signal
 import sys
 import time
@@ -15,10 +14,11 @@ from collections.abc import Sequence
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
-from infra.disk import is_remote, read_json
+from infra.disk import is_remote
 from infra.flags import Parser, nonempty_path, positive_number
 from infra.output import protect_output
 from pipelines.errors import UsageError, one_line_errors
+from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.5
@@ -35,7 +35,8 @@ def stop(directory: RunDirectory, timeout_seconds: float) -> bool:
     """
     process = directory.holder()
     if process is None:
-        raise UsageError(f'{directory.path}: no run is active. Fix: name an active one.')
+        remedy = resuming(directory) or 'name the directory of an active run'
+        raise UsageError(f'{directory.path}: the run has already ended. Fix: {remedy}.')
     try:
         os.kill(process, signal.SIGINT)
     except (ProcessLookupError, PermissionError) as error:
@@ -62,10 +63,7 @@ def _outcome(directory: RunDirectory) -> str:
         return f'{directory.path}: ended before its first frame; nothing is kept'
     if not directory.latest_checkpoints():
         return f'{directory.path}: ended without a checkpoint; logs: {directory.logs}'
-    resume = f'`run.py --run_dir {shlex.quote(str(directory.path))} --resume`'
-    if (read_json(directory.summary_file) or {}).get('exit_reason') == 'max_frames':
-        return f'ended at its budget; resume with {resume} and a larger --max_frames'
-    return f'ended; resume with {resume}'
+    return f'ended; {resuming(directory)}'
 
 
 @one_line_errors('stop.py', OSError)

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import os
+import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from infra.disk import is_remote
 from infra.output import last_words
 from infra.process import end_signals
 from pipelines.errors import UsageError
+from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory
 
 # Beam and TensorFlow take seconds to import, and the first signals come before they are.
@@ -21,14 +24,18 @@ if TYPE_CHECKING:
     from pipelines.storage.remote_run import RemoteRun
 
 
+_TELL_SECONDS = 5.0  # a terminal that pauses
+
+
 class Ended(BaseException):
     """Raised on a signal that requests the end; not an `Exception`, since Beam catches those."""
 
 
 def raise_ended(*_: Any) -> None:
-    """A handler: raises `Ended`, once, in the main thread."""
-    for number in (signal.SIGINT, *end_signals()):
+    """A handler: raises `Ended`, once, in the main thread; a second SIGINT ends the process."""
+    for number in end_signals():
         signal.signal(number, signal.SIG_IGN)  # the end takes seconds
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
     raise Ended
 
 
@@ -102,24 +109,38 @@ class StartUp:
 
 
 class Signals:
-    """Records the first signal; a second one ends the process at once. A context manager.
+    """Records and acknowledges the first signal; a second one ends the process at once.
+
+    A context manager. A thread acknowledges: the handler may have interrupted a print, and the main
+    thread may wait for a server.
 
     Attributes:
-      received: its number, None before the first.
+      received: number of the first signal, None before it.
+      effect: what a first signal leads to now.
     """
 
     def __init__(self, display: 'Display', directory: RunDirectory) -> None:
         self._display = display
         self._directory = directory
         self._handled = handled(self._note)
+        self._texts: queue.SimpleQueue[str] = queue.SimpleQueue()  # `put` is reentrant
+        self._acknowledging = threading.Thread(target=self._acknowledge, daemon=True)
         self.received: int | None = None
+        self.effect = 'stopping'
 
     def __enter__(self) -> 'Signals':
+        self._acknowledging.start()
         self._handled.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._handled.__exit__(*exception)
+        self._texts.put('')
+        self._acknowledging.join(_TELL_SECONDS)
+
+    def _acknowledge(self) -> None:
+        while text := self._texts.get():
+            self._display.message(text)
 
     @property
     def name(self) -> str:
@@ -134,9 +155,10 @@ class Signals:
                 self._display.abandon(f'{signal.Signals(number).name} again: {self._loss()}')
             finally:
                 os._exit(128 + number)  # the child processes find their parent dead and end too
+        if self.received is None:
+            self._texts.put(f'{signal.Signals(number).name}: {self.effect}')
         self.received = number
 
     def _loss(self) -> str:
-        if self._directory.has_checkpoint():
-            return 'stopped at once; --resume continues from the last checkpoint'
-        return f'stopped at once, without a checkpoint; logs: {self._directory.logs}'
+        without = f'without a checkpoint; logs: {self._directory.logs}'
+        return f'stopped at once; {resuming(self._directory) or without}'

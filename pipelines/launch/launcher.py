@@ -29,7 +29,7 @@ from infra.process import ProcessSpec, SupervisedProcess
 from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
 from infra.tls import read_roots
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, reason_of, with_remedy
 from pipelines.events import count
 from pipelines.experiment import builders
 from pipelines.experiment import config as config_lib
@@ -51,6 +51,7 @@ from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.remote_run import RemoteRun
+from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory, command, loading_hint
 from pipelines.storage.space import temporary_files
 from pipelines.workers.boxes import SERVER_SECONDS
@@ -100,24 +101,14 @@ class Launcher:
         """Trains, evaluates and writes the summary; returns the exit code."""
         ours = not self.launch.replay_addresses
         checkpoints = Checkpoints(self.directory, self.config, replay_is_ours=ours)
-        resumed = checkpoints.open(self.launch.resume, self.display.message)
+        notes: list[str] = []
+        resumed = checkpoints.open(self.launch.resume, notes.append)
         with self._monitor(resumed) as monitor:
             if resumed is not None:
-                self.display.update(monitor.state())
-            try:
-                with Drawing(monitor.draw_learning_curve, self.display.message):
-                    reason = self._train(checkpoints, monitor, resumed)
-            except UsageError:
-                raise
-            except Exception as error:  # of any kind: the summary must be written
-                self.failures += 1
-                logging.exception('the run failed')
-                kind = '' if isinstance(error, FAILURES) else f'unexpected {type(error).__name__}: '
-                text = '; '.join([f'{kind}{error}', *getattr(error, '__notes__', ())])
-                reason = f'{_FAILED}: {text}'
-                self.display.message(f'run.py: {text}')
-                if self.directory.has_checkpoint():
-                    self.display.message('run.py: --resume continues from the last checkpoint')
+                self.display.update(monitor.state())  # sets the clock of the notes
+            for note in notes:
+                self.display.message(note)
+            reason = self._train_or_fail(checkpoints, monitor, resumed)
             monitor.end_training()
             unused = resumed is None and not monitor.state().agent_steps
             if self.signals.received and unused and not self.failures:
@@ -125,14 +116,45 @@ class Launcher:
                 self.display.end(monitor.state())
                 self.directory.discard()
                 return 128 + self.signals.received
-            outcome = self._evaluate() if reason == 'max_frames' else Outcome()
+            at_budget = reason == 'max_frames'
+            outcome = self._evaluate() if at_budget else Outcome()
             reason = exit_reason(reason, self.signals.name)
             summarised = self._write_summary(monitor, reason, outcome)
             self._tell_result(outcome, summarised)
+            if not at_budget and (how := resuming(self.directory)):
+                self.display.message(f'run.py: {how}')
         if self.signals.received:
             return 128 + self.signals.received
         whole = summarised and outcome.exported and outcome.evaluation is not None
         return 0 if whole else _FAILED_EXIT_CODE
+
+    def _train_or_fail(
+        self, checkpoints: Checkpoints, monitor: Monitor, resumed: Mapping[str, Any] | None
+    ) -> str:
+        """Trains; returns why it ended, and prints that if it failed.
+
+        Raises:
+          UsageError: the servers belong to another run.
+        """
+        try:
+            with Drawing(monitor.draw_learning_curve, self.display.message):
+                return self._train(checkpoints, monitor, resumed)
+        except UsageError:
+            raise
+        except Exception as error:  # of any kind: the summary must be written
+            self.failures += 1
+            logging.exception('the run failed')
+            self.display.message(f'run.py: {self._failure(error)}')
+            return f'{_FAILED}: {self._failure(error)}'
+
+    def _failure(self, error: Exception) -> str:
+        """Why the run failed, the remedy if one is known, and what that costs."""
+        if isinstance(error, OSError):
+            text = f'{self.directory.path}: {reason_of(error)}'
+        else:
+            kind = '' if isinstance(error, FAILURES) else f'unexpected {type(error).__name__}: '
+            text = f'{kind}{error}'
+        return '; '.join([with_remedy(text, error), *getattr(error, '__notes__', ())])
 
     def _write_summary(self, monitor: Monitor, reason: str, outcome: Outcome) -> bool:
         """Ends the display, writes summary and learning curve; returns whether it succeeded."""
@@ -141,7 +163,7 @@ class Launcher:
             monitor.write_summary(reason, outcome.evaluation)
         except Exception as error:  # of any kind: checkpoint and evaluation are already written
             logging.exception('results')
-            self.display.message(f'run.py: some results are not written: {error}')
+            self.display.message(with_remedy(f'run.py: {self.directory.path}: {error}', error))
             return False
         return True
 
@@ -156,9 +178,10 @@ class Launcher:
             )
         result, evaluation = 'no evaluation', outcome.evaluation
         if evaluation is not None:
+            episodes = evaluation['episodes']
             result = (
                 f'mean return {evaluation["mean"]:.1f} (standard deviation'
-                f' {evaluation["std"]:.1f}) over {evaluation["episodes"]} games'
+                f' {evaluation["std"]:.1f}) over {episodes} game{"s" * (episodes != 1)}'
             )
         names = ['summary.json'] * summarised + ['policy/'] * outcome.exported or ['logs/']
         self.display.message(
@@ -205,6 +228,7 @@ class Launcher:
         """Trains until the budget is reached or a signal arrives; returns which."""
         attached = self.launch.parameter_addresses and self.launch.replay_addresses
         self.display.phase('connecting to servers' if attached else 'starting servers')
+        self.signals.effect = 'stopping once the servers answer; a second signal stops at once'
         with self._training(checkpoints, monitor, resumed) as training:
             return training.run()
 
@@ -240,7 +264,7 @@ class Launcher:
                 self.config,
                 self.display,
                 owner,
-                lambda: self.signals.name,
+                self.signals,
                 cluster,
                 client,
                 reader,
@@ -266,13 +290,16 @@ class Launcher:
         """Exports and evaluates the last checkpoint, in a separate process."""
         file, policy = self.directory.path / EVALUATION_FILE, self.directory.policy
         before = _identity(file), _identity(policy)
+        self.signals.effect = 'ending the evaluation; the training is complete and saved'
         child = self._finish(file)
         if not self.signals.received:
             try:
                 child.start()
                 self._await(child, progress_file(file))
             except OSError as error:  # a full disk; the summary follows
-                self.display.message(f'evaluation: not started ({error})')
+                self.display.message(
+                    with_remedy(f'evaluation: not started ({reason_of(error)})', error)
+                )
             finally:
                 child.terminate()
         evaluated, exported = _identity(file) != before[0], _identity(policy) != before[1]

@@ -12,6 +12,7 @@ from typing import Any
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import ParameterServerError
 from infra.replay.errors import ReplayError
+from pipelines.errors import reason_of, with_remedy
 from pipelines.storage.checkpoints import Checkpoints
 
 
@@ -36,6 +37,11 @@ class Saver:
         self._saving: concurrent.futures.Future[None] | None = None
         self.whole = False
         self.replay: Sequence[str] = ()
+
+    @property
+    def newest(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and counters of the newest checkpoint; None before the first."""
+        return self._checkpoints.newest
 
     @property
     def busy(self) -> bool:
@@ -68,7 +74,7 @@ class Saver:
             logging.exception('no checkpoint')
             foreseen = isinstance(error, OSError | ParameterServerError | ReplayError)
             kind = '' if foreseen else f'unexpected {type(error).__name__}: '
-            self._tell(f'checkpoint: not written ({kind}{error})')
+            self._tell(with_remedy(f'checkpoint: not written ({kind}{reason_of(error)})', error))
             return False
         return True
 

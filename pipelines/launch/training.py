@@ -22,6 +22,7 @@ from infra.replay.errors import ReplayError
 from infra.telemetry import TelemetryReader
 from pipelines.events import heartbeats_in
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs, WorkersFailedError
 from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import ASK_SECONDS, Replay, ServerWatch
@@ -34,6 +35,10 @@ _STOPPING = (
     'stopping and writing a checkpoint; a second signal stops at once and loses what came after the'
     ' last checkpoint'
 )
+_ENDING = (
+    'the run is ending already and will not be evaluated; a second signal stops at once and loses'
+    ' what came after the last checkpoint'
+)
 _STATUS_SECONDS = 2.0
 DRAIN_SECONDS = 120.0  # an update, the end of a segment and of a writer, on a busy machine
 _RETURN_SECONDS = 90.0  # a server that hangs is killed after 30 and restarts within a minute
@@ -43,10 +48,7 @@ _FEW_GRADIENTS = 1_000  # too few to estimate that share
 
 
 class LastCheckpointError(Exception):
-    """A run's last checkpoint could not be written."""
-
-    def __init__(self) -> None:
-        super().__init__('progress since the last checkpoint, if any, could not be saved')
+    """A run's last checkpoint could not be written; the message says what that costs."""
 
 
 FAILURES = (
@@ -85,7 +87,7 @@ class Training:
       config: the experiment.
       display: shows progress.
       owner: the run's name at the parameter server.
-      interrupted: returns the name of the user's signal, empty before it.
+      signals: the user's.
       cluster, client, reader, jobs, monitor, saver, replay: the boxes.
       hearing: a clock that pauses while no heartbeat can arrive.
     """
@@ -93,7 +95,7 @@ class Training:
     config: ExperimentConfig
     display: Display
     owner: str
-    interrupted: Callable[[], str]
+    signals: Signals
     cluster: Cluster
     client: ParameterClient
     reader: TelemetryReader
@@ -117,6 +119,7 @@ class Training:
         )
         self._guard = Guard(self.display.message, FAILURES)
         self._clock_before: tuple[int, int] | None = None
+        self._held_before: int | None = None
         self._learned = self._ending = False
         self._shown: set[str] = set()
         self._rollbacks = 0
@@ -133,8 +136,9 @@ class Training:
           UnforeseenError: an act of the loop fails again and again.
           LastCheckpointError: the run has ended, but its last checkpoint could not be written.
         """
-        if self.interrupted():
-            return self.interrupted()
+        if self.signals.name:
+            return self.signals.name
+        self.signals.effect = _STOPPING
         self.display.phase('starting workers')
         self.jobs.start(self.hearing.look())
         try:
@@ -144,10 +148,6 @@ class Training:
             raise
         self._end()
         return reason
-
-    def _acknowledge(self) -> None:
-        if name := self.interrupted():
-            self._message_once(name, _STOPPING)
 
     def _message_once(self, subject: str, text: str) -> None:
         """Prints a message unless there was one about this subject."""
@@ -159,7 +159,7 @@ class Training:
         """Saves what the working servers hold; a second failure becomes a note of the first."""
         try:
             if self._servers.parameters or PARAMETER_SERVER in self.cluster.abandoned:
-                raise LastCheckpointError
+                raise self._unsaved()
             self._end()
         except FAILURES as second:
             error.add_note(str(second))
@@ -180,7 +180,7 @@ class Training:
 
     def _end(self) -> None:
         self._ending = True
-        self._acknowledge()
+        self.signals.effect = _ENDING
         self.display.phase('stopping workers')
         if not self.monitor.state().agent_steps:
             self.jobs.stop()  # nothing to save; the workers may still be importing TensorFlow
@@ -190,13 +190,12 @@ class Training:
         self.write_last_checkpoint()
 
     def _reason(self) -> str:
-        if signal := self.interrupted():
-            return signal
+        if self.signals.name:
+            return self.signals.name
         return 'max_frames' if self.monitor.frames >= self.config.run.max_frames else ''
 
     def look(self) -> None:
         """Collects statistics from workers and servers and shows them."""
-        self._acknowledge()
         if self._status_due.take():
             self._ask()
         events = self.reader.drain(timeout_seconds=0.2)
@@ -270,11 +269,17 @@ class Training:
             self.display.phase('checkpointing')
         elif state.updates > updates:
             self.display.phase('training')
-        elif state.agent_steps > agent_steps:
+        elif state.agent_steps > agent_steps or self._fills(state):
             needed = self.config.replay.min_replay_size
             held = state.agent_steps if state.replay_size is None else state.replay_size
             if held < needed:
                 self.display.phase(f'filling replay {held}/{needed}')
+
+    def _fills(self, state: RunState) -> bool:
+        """Whether the replay has grown: its rows arrive before the actors report their steps."""
+        if self._held_before is None:
+            self._held_before = state.replay_size
+        return (state.replay_size or 0) > (self._held_before or 0)
 
     def _count_restarts(self) -> None:
         # An engine that replaces workers itself does not report it; the parameter server does.
@@ -353,7 +358,7 @@ class Training:
         self.display.phase('checkpointing')
         self._await_servers()
         if self._servers.parameters:
-            raise LastCheckpointError
+            raise self._unsaved()
         with_replay = self._begin_checkpoint(self.replay.addresses)
         saved = self._await_saver()
         if not saved and with_replay:
@@ -361,7 +366,21 @@ class Training:
             self._begin_checkpoint(())
             saved = self._await_saver()
         if not saved:
-            raise LastCheckpointError
+            raise self._unsaved()
+
+    def _unsaved(self) -> LastCheckpointError:
+        """The error for a last checkpoint that cannot be written."""
+        state = self.monitor.state()
+        name, counters = self.saver.newest or ('', {})
+        frames = counters.get('agent_steps', 0) * self.config.environment.action_repeat
+        updates = counters.get('updates', 0)
+        lost = _progress(max(0, state.frames - frames), max(0, state.updates - updates))
+        kept = f'{name} remains ({_progress(frames, updates)})' if name else 'no checkpoint exists'
+        return LastCheckpointError(f'the last {lost} could not be saved; {kept}')
+
+
+def _progress(frames: int, updates: int) -> str:
+    return f'{frames:,} frames and {updates:,} updates'
 
 
 def _bundle_replays(events: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:

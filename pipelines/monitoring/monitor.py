@@ -8,6 +8,7 @@ server; the replay's counters. Out: a `RunState` to show, `episodes.jsonl`, Tens
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from agents.config import STALENESS_BOUNDS
 from infra.cluster import PARAMETER_SERVER, REPLAY
 from infra.disk import write_json
 from infra.memory import resident_bytes
+from pipelines.errors import reason_of
 from pipelines.events import HEARTBEAT, count, counts, finite, histogram, is_event
 from pipelines.monitoring import boxes, episodes, learning_curve, tensorboard
 from pipelines.monitoring.counters import (
@@ -47,6 +49,10 @@ _NOT_AVERAGED = frozenset(
 
 Worker = tuple[str, int]
 """A worker's component ('actor', 'learner', ...) and its index."""
+
+
+class ResultsError(Exception):
+    """Results of a run could not be written; the message names each, with its reason."""
 
 
 class Monitor:
@@ -350,13 +356,29 @@ class Monitor:
     def write_summary(
         self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Writes `summary.json` and the learning curve; returns the summary."""
+        """Writes `summary.json`, the last scalars and the learning curve; returns the summary.
+
+        Raises:
+          ResultsError: at least one of them could not be written; the others are.
+        """
         summary = self.summary(exit_reason, evaluation)
-        write_json(self._directory.summary_file, summary)
-        self._write_scalars(evaluation)
+        results: dict[str, Callable[[], object]] = {
+            'summary.json': lambda: write_json(self._directory.summary_file, summary),
+            'events/': lambda: self._write_scalars(evaluation),
+            'learning_curve.png': lambda: self.draw_learning_curve(evaluation),
+        }
         if self._wandb is not None:
-            self._wandb.summarise(summary)
-        self.draw_learning_curve(evaluation)
+            results['Weights & Biases'] = functools.partial(self._wandb.summarise, summary)
+        failures: dict[str, list[str]] = {}
+        for name, write in results.items():
+            try:
+                write()
+            except Exception as error:  # of any kind: the other results must be written
+                logging.exception('%s', name)
+                failures.setdefault(reason_of(error), []).append(name)
+        if failures:
+            told = (f'{", ".join(names)} ({reason})' for reason, names in failures.items())
+            raise ResultsError(f'not written: {"; ".join(told)}')
         return summary
 
     def draw_learning_curve(self, evaluation: Mapping[str, Any] | None = None) -> None:

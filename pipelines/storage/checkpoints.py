@@ -47,6 +47,7 @@ class Checkpoints:
 
     Attributes:
       with_replay: whether checkpoints include the replay.
+      newest: name and counters of the newest checkpoint; None before the first.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Checkpoints:
         self.with_replay = replay_is_ours and config.run.checkpoint_replay
         transitions = config.replay.replay_capacity
         self._save_seconds = _SAVE_SECONDS + transitions * _SAVE_SECONDS_PER_TRANSITION
+        self.newest: tuple[str, Mapping[str, Any]] | None = None
         self._newest: pathlib.Path | None = None  # with the replay
         # Of this run since it was started or resumed, newest first; the oldest may be removed.
         self._parameters: tuple[pathlib.Path, ...] = ()
@@ -80,6 +82,7 @@ class Checkpoints:
             notify(f'{found.path.name}: its replay is damaged; resuming with an empty one')
         self._newest = found.path if found.with_replay else None
         self._parameters = (found.path / PARAMETERS,)
+        self.newest = found.path.name, found.counters
         notify(f'resuming from {found.path.name}: {found.counters["updates"]} updates')
         return found.counters
 
@@ -144,6 +147,7 @@ class Checkpoints:
             files = {_REPLAY_FILES: digests(staging / _REPLAY)}
             write_json(staging / CHECKPOINT_RUN_FILE, seal({**counters, **files}))
         self._newest = self._directory.latest_checkpoints()[0]
+        self.newest = self._newest.name, counters
         self._in_force(self._newest / PARAMETERS)
         self._directory.prune(_KEEP)
         logging.info('wrote %s', self._newest)

@@ -21,13 +21,17 @@ from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError, unwritable
 from pipelines.events import finite
 from pipelines.storage.object_store import Place, RemoteError, Stamp, require_answer, within
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, dated
+from pipelines.storage.run_directory import (
+    CHECKPOINT_RUN_FILE,
+    MARK_FILE,
+    RunDirectory,
+    command,
+    dated,
+)
 from pipelines.storage.space import require_disk
 
 CONFIG_FILE = 'config.json'
 OWNER_FILE = 'owner.json'
-MARK_FILE = '.remote.json'
-"""Marker in the local copy: the URL it mirrors and the ID of the last launcher that wrote to it."""
 PERIOD_SECONDS = 30.0
 """Between two passes of the mirror, each of which renews the claim."""
 RELEASE_SECONDS = 10.0
@@ -113,7 +117,7 @@ class RemoteRun:
         if newest > here:
             raise UsageError(
                 f'{self.url}: has {newest} updates, {local} only {here}; nothing copied.'
-                f' Fix: resume the run with `--run_dir {self.url} --resume`.'
+                f' Fix: resume the run with {command("run", self.url, "--resume")}.'
             )
         self._mark_uploaded(there)
 

@@ -12,6 +12,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import BinaryIO
@@ -32,6 +33,9 @@ from pipelines.errors import UsageError, unreadable, unwritable
 
 CHECKPOINT_RUN_FILE = 'run.json'
 """File of a checkpoint with the run's counters; a checkpoint without it is incomplete."""
+
+MARK_FILE = '.remote.json'
+"""Marker in the local copy of a remote run: its URL and the launcher that wrote there last."""
 
 SERVERS = pathlib.PurePath('servers')
 SHARD_CHECKPOINTS = SERVERS / 'replay'
@@ -90,9 +94,20 @@ def output_path(path: str) -> pathlib.Path:
     return output
 
 
-def command(verb: str, path: pathlib.Path) -> str:
-    """The shell command `pipelines/<verb>.py` for the run in `path`, quoted for a message."""
-    return f'`python pipelines/{verb}.py --run_dir {shlex.quote(str(path))}`'
+def command(verb: str, run: str | os.PathLike[str], *flags: str) -> str:
+    """The shell command `pipelines/<verb>.py` for a run, quoted for a message.
+
+    Paths below the current directory are relative to it, as a user types them.
+    """
+    script = pathlib.Path(__file__).resolve().parents[2] / 'pipelines' / f'{verb}.py'
+    words = [_from_here(sys.executable), _from_here(script), '--run_dir', _from_here(run), *flags]
+    return f'`{shlex.join(words)}`'
+
+
+def _from_here(path: str | os.PathLike[str]) -> str:
+    with contextlib.suppress(OSError, ValueError):  # no current directory; not below it
+        return str(pathlib.Path(path).relative_to(pathlib.Path.cwd()))
+    return os.fspath(path)
 
 
 def no_checkpoint(run: str | os.PathLike[str]) -> UsageError:
@@ -155,9 +170,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             held = lock(path)
         except InUseError as error:
-            raise UsageError(
-                f'{error}. Fix: wait until it ends, or choose another --run_dir.'
-            ) from None
+            raise _in_use(path, str(error)) from None
         except OSError as error:
             _remove_empty(path, created)
             raise unwritable(path, error, remedy) from error
@@ -381,12 +394,23 @@ def _require_unused(path: pathlib.Path) -> None:
     except OSError as error:
         raise unwritable(path, error, _ANOTHER) from error
     if used and (path / 'config.json').is_file():
+        with _readable(path):
+            holder = lock_holder(path)
+        if holder not in (None, os.getpid()):
+            raise _in_use(path, f'{path}: in use by process {holder}')
         raise UsageError(
             f'{path}: already holds a run. Fix: choose another --run_dir, or add --resume to resume'
             ' it.'
         )
     if used:
         raise UsageError(f'{path}: not an empty directory. Fix: choose another --run_dir.')
+
+
+def _in_use(path: pathlib.Path, problem: str) -> UsageError:
+    return UsageError(
+        f'{problem}. Fix: wait until it ends, stop it with {command("stop", path)}, or choose'
+        ' another --run_dir.'
+    )
 
 
 def _topmost_missing(path: pathlib.Path) -> pathlib.Path | None:

@@ -45,5 +45,18 @@ def test_foreseen_errors_pass_and_at_any_rate_none_does(told):
     with pytest.raises(BrokenPipeError):
         guard.attempt(lambda: lines(guard, told, [BrokenPipeError()]))
     assert told == []
-    lines(guard, told, [BrokenPipeError(), *[ValueError()] * 30], at_any_rate=True)
-    assert len(told) == 2  # of each kind the first
+    errors = [BrokenPipeError(), TimeoutError(), *[ValueError()] * 30]
+    lines(guard, told, errors, at_any_rate=True)
+    assert len(told) == 2  # of each kind the first, unless the caller has reported it
+
+
+def test_one_reason_of_the_system_is_told_once_wherever_it_strikes(told):
+    full = [OSError(28, 'No space left on device', name) for name in ('a', 'b')]
+
+    def elsewhere():
+        raise full[0]
+
+    guard = Guard(told.append, (OSError,))
+    guard.attempt(elsewhere, at_any_rate=True)
+    (line,) = lines(guard, told, full, at_any_rate=True)
+    assert 'No space left on device' in line

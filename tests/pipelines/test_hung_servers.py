@@ -4,6 +4,7 @@ import contextlib
 import io
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def training(tmp_path, cluster, monkeypatch):
                 config=run.config,
                 display=display,
                 owner='run',
-                interrupted=str,
+                signals=types.SimpleNamespace(name='', effect=''),  # type: ignore[arg-type]
                 cluster=servers,
                 client=connect[0],
                 reader=stack.enter_context(TelemetryReader(servers.telemetry_address)),

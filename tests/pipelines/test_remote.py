@@ -30,8 +30,8 @@ from pipelines.storage import mirror, object_store, remote_run
 from pipelines.storage.checkpoints import Checkpoints, readable_counters
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.object_store import MissingError, Place, RemoteError
-from pipelines.storage.remote_run import MARK_FILE, RemoteRun
-from pipelines.storage.run_directory import RunDirectory
+from pipelines.storage.remote_run import RemoteRun
+from pipelines.storage.run_directory import MARK_FILE, RunDirectory, command
 from tests.support import parameter_servers
 from tests.support.gcs import BUCKET, Gcs
 from tests.support.waiting import eventually
@@ -348,7 +348,7 @@ class TestMirror:
         line = capsys.readouterr().out.strip().splitlines()[-1]
         assert URL in line
         assert 'Connection refused' in line
-        assert f'python pipelines/mirror.py --run_dir {new.directory.path}' in line
+        assert f'Fix: run {command("mirror", new.directory.path)}.' in line
         assert line.count('Fix: ') == 1
         new.remote.close()
         new.directory.close()

@@ -146,6 +146,16 @@ class TestOpening:
         assert run_directory.default_path('pong', 'laptop', now).name == path.name + '-2'
 
 
+def test_a_command_is_what_the_user_types_in_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'executable', str(ROOT / '.venv' / 'bin' / 'python'))
+    monkeypatch.chdir(ROOT)
+    typed = run_directory.command('run', ROOT / 'runs' / 'a run', '--resume')
+    assert typed == "`.venv/bin/python pipelines/run.py --run_dir 'runs/a run' --resume`"
+    monkeypatch.chdir(tmp_path)
+    typed = run_directory.command('stop', 'gs://bucket/a')
+    assert typed == (f'`{ROOT}/.venv/bin/python {ROOT}/pipelines/stop.py --run_dir gs://bucket/a`')
+
+
 class TestLock:
     def test_a_second_run_is_refused_naming_the_first(self, tmp_path):
         path = started_run(tmp_path / 'a')
@@ -157,6 +167,30 @@ class TestLock:
         path = started_run(tmp_path / 'a')
         for _ in range(2):
             RunDirectory.open(path, resume=True).close()
+
+    def test_a_new_run_in_an_active_runs_directory_is_told_to_wait(self, tmp_path):
+        path = started_run(tmp_path / 'a')
+        program = (
+            'import sys\n'
+            'from pipelines.storage.run_directory import RunDirectory\n'
+            'directory = RunDirectory.open(sys.argv[1], resume=True)\n'
+            'print("held", flush=True)\n'
+            'sys.stdin.read()\n'
+        )
+        argv = [sys.executable, '-c', program, str(path)]
+        with subprocess.Popen(
+            argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b'held\n'
+            for resume in (False, True):
+                with pytest.raises(UsageError) as refusal:
+                    RunDirectory.open(path, resume=resume)
+                assert str(refusal.value) == (
+                    f'{path}: in use by process {holder.pid}. Fix: wait until it ends, stop it with'
+                    f' {run_directory.command("stop", path)}, or choose another --run_dir.'
+                )
+            holder.communicate()
 
     def test_a_killed_run_gives_the_lock_free(self, tmp_path):
         path = started_run(tmp_path / 'a')

@@ -1,6 +1,8 @@
 """What the launcher makes of signals, real ones, and of results that cannot be written."""
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -16,7 +18,9 @@ from pipelines.launch.training import LastCheckpointError
 from pipelines.monitoring.display import PlainDisplay
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
+from pipelines.storage.checkpoints import Checkpoints
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, command
+from tests.support.waiting import eventually
 
 SHOWN = """
 import os, signal, sys
@@ -83,7 +87,7 @@ def test_a_second_one_ends_the_process_though_its_words_cannot_be_written(signal
 @pytest.mark.parametrize(
     ('saved', 'told'),
     [
-        (True, '--resume continues from the last checkpoint'),
+        (True, '; resume with `'),
         (False, 'without a checkpoint; logs: '),
     ],
 )
@@ -147,8 +151,8 @@ def test_an_evaluation_that_a_signal_prevents_is_replaced_by_commands(
     monkeypatch.setattr(launcher, '_await', lambda *_: pytest.fail('the evaluation has begun'))
     assert launcher.run() == 128 + signal.SIGINT
     hint, result = capsys.readouterr().out.splitlines()[-2:]
-    assert 'evaluate and export: not finished. Fix: run `python pipelines/evaluate.py ' in hint
-    assert f'`python pipelines/export.py --run_dir {directory.path}`' in hint
+    assert f'not finished. Fix: run {command("evaluate", directory.path)} and ' in hint
+    assert command('export', directory.path) in hint
     assert 'no evaluation; summary.json and the rest are in' in result
 
 
@@ -157,7 +161,7 @@ def test_a_run_that_failed_names_a_checkpoint_only_where_one_is(
     directory, signals, capsys, monkeypatch, saved
 ):
     def fail(*_):
-        raise LastCheckpointError
+        raise LastCheckpointError('the last 8 frames could not be saved')
 
     if saved:
         with directory.new_checkpoint() as path:
@@ -167,8 +171,79 @@ def test_a_run_that_failed_names_a_checkpoint_only_where_one_is(
     assert launcher.run() == 1
     lines = capsys.readouterr().out.splitlines()
     assert 'could not be saved' in lines[0]
-    assert ('--resume' in lines[1]) == saved
-    assert '] ended | frames 0' in lines[1 + saved]
+    assert '] ended | frames 0' in lines[1]
+    assert lines[-1].endswith(f'resume with {command("run", directory.path, "--resume")}') == saved
+
+
+def test_a_full_disk_is_named_first_with_its_remedy_and_each_result_that_is_missing(
+    directory, signals, capsys, monkeypatch
+):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f'{directory.path}/.summary.json.01')
+
+    def fail(*_):
+        raise full
+
+    launcher = launcher_in(directory, signals)
+    monkeypatch.setattr(launcher, '_train', fail)
+    monkeypatch.setattr('pipelines.monitoring.monitor.write_json', fail)
+    monkeypatch.setattr(Monitor, 'draw_learning_curve', fail)
+    assert launcher.run() == 1
+    first, *_, results, _ = (line.split('] ')[1] for line in capsys.readouterr().out.splitlines())
+    reason, remedy = 'No space left on device', 'Fix: free some disk space'
+    assert first == f'run.py: {directory.path}: {reason}. {remedy}'
+    assert results == (
+        f'run.py: {directory.path}: not written: summary.json, learning_curve.png ({reason}).'
+        f' {remedy}'
+    )
+
+
+@pytest.mark.parametrize('phase', ['starting servers', 'evaluating'])
+def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
+    directory, monkeypatch, phase
+):
+    """The main thread is busy, and shows nothing itself."""
+    said = io.StringIO()
+
+    def busy(*_):
+        send(signal.SIGTERM)
+        assert eventually(lambda: 'SIGTERM' in said.getvalue())
+        return 'max_frames'
+
+    with Signals(PlainDisplay(said), directory) as signals:
+        launcher = launcher_in(directory, signals)
+        if phase == 'evaluating':
+            monkeypatch.setattr(launcher, '_train', lambda *_: 'max_frames')
+            child = types.SimpleNamespace(start=busy, terminate=str, describe_failure=str)
+            monkeypatch.setattr(launcher, '_finish', lambda *_: child)
+            monkeypatch.setattr(launcher, '_await', lambda *_: None)
+            launcher._evaluate()
+        else:
+            training = contextlib.nullcontext(types.SimpleNamespace(run=busy))
+            monkeypatch.setattr(launcher, '_training', lambda *_: training)
+            launcher._train(None, None, None)
+    effect = {
+        'starting servers': 'stopping once the servers answer; a second signal stops at once',
+        'evaluating': 'ending the evaluation; the training is complete and saved',
+    }
+    assert f'] SIGTERM: {effect[phase]}\n' in said.getvalue()
+
+
+def test_a_resumed_run_begins_its_clock_where_the_last_session_ended(
+    directory, signals, capsys, monkeypatch
+):
+    def open_(checkpoints, resume, notify):
+        notify('resuming from checkpoint-00000001')
+        return {'updates': 7, 'wall_seconds': 3_661.0}
+
+    monkeypatch.setattr(Checkpoints, 'open', open_)
+    launcher = launcher_in(directory, signals)
+    monkeypatch.setattr(launcher, '_train', lambda *_: 'SIGINT')
+    launcher.run()
+    # 3,661 s are an hour, a minute and a second.
+    assert {line[:10] for line in capsys.readouterr().out.splitlines()} <= {
+        '[1:01:01] ',
+        '[1:01:02] ',
+    }
 
 
 def test_a_picture_that_cannot_be_drawn_hides_no_other_result(directory, signals, capsys):
@@ -177,4 +252,5 @@ def test_a_picture_that_cannot_be_drawn_hides_no_other_result(directory, signals
     with Monitor(directory, MonitorConfig('pong', 'laptop', seed=1, max_frames=1000)) as monitor:
         assert not launcher._write_summary(monitor, 'max_frames', Outcome())
     assert directory.summary_file.exists()
-    assert 'run.py: some results are not written: ' in capsys.readouterr().out.splitlines()[-1]
+    *_, line = capsys.readouterr().out.splitlines()
+    assert f'run.py: {directory.path}: not written: learning_curve.png (' in line

@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from pipelines import stop
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
+from pipelines.experiment import config as config_lib
+from pipelines.experiment import presets
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, command
 from tests.support.waiting import eventually
 
 # Holds the directory; ends itself after a signal, when it has been told to.
@@ -56,7 +58,7 @@ def test_an_active_run_is_asked_to_end_and_waited_for(hold, capsys):
     path, process = hold()
     assert stop.main([f'--run_dir={path}']) == 0
     assert process.wait(5) == 0
-    assert f"ended; resume with `run.py --run_dir '{path}' --resume`" in capsys.readouterr().out
+    assert f'ended; resume with {command("run", path, "--resume")}\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,11 @@ def test_a_run_that_left_nothing_is_not_said_to_continue(hold, capsys, temper, t
 
 def test_a_run_that_ended_at_its_budget_needs_a_larger_one(hold, capsys):
     path, _ = hold()
-    (path / 'summary.json').write_text('{"exit_reason": "max_frames"}')
+    experiment = presets.experiment('laptop', {'max_frames': 400_000})
+    (path / 'config.json').write_text(config_lib.to_json(experiment))
+    (checkpoint,) = (path / 'checkpoints').iterdir()
+    (checkpoint / CHECKPOINT_RUN_FILE).write_text('{"agent_steps": 100000}')  # of 4 frames each
+    (path / 'summary.json').write_text('{"exit_reason": "SIGINT"}')  # while it was evaluated
     assert stop.main([f'--run_dir={path}']) == 0
     assert '--resume` and a larger --max_frames' in capsys.readouterr().out
 
@@ -91,7 +97,9 @@ def test_a_directory_without_a_running_run_is_refused(hold, tmp_path, capsys):
     process.kill()
     process.wait()
     assert stop.main([f'--run_dir={path}']) == 2
-    assert 'no run is active' in capsys.readouterr().err
+    *_, line = capsys.readouterr().err.splitlines()
+    remedy = f'resume with {command("run", path, "--resume")}'
+    assert line == f'stop.py: {path}: the run has already ended. Fix: {remedy}.'
 
 
 def test_a_killed_run_holds_nothing(hold):

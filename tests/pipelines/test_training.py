@@ -1,7 +1,9 @@
 """The watch over a run: real parameter shards and checkpoints, servers that fail as told."""
 
 import contextlib
+import errno
 import io
+import os
 import types
 from unittest.mock import Mock
 
@@ -11,7 +13,7 @@ import pytest
 from infra.guard import UnforeseenError
 from infra.own_time import OwnTime
 from infra.parameter_server.client import ParameterClient
-from infra.parameter_server.protocol import ParameterServerUnavailable
+from infra.parameter_server.protocol import ParameterServerError, ParameterServerUnavailable
 from infra.replay.errors import ReplayUnavailable
 from pipelines.experiment import presets
 from pipelines.launch import shard_watch
@@ -53,7 +55,7 @@ def training(tmp_path, monkeypatch):
                 config=config,
                 display=display,
                 owner='run',
-                interrupted=str,
+                signals=types.SimpleNamespace(name='', effect=''),  # type: ignore[arg-type]
                 cluster=types.SimpleNamespace(  # type: ignore[arg-type]
                     restarts={},
                     pids={},
@@ -158,8 +160,31 @@ def test_a_run_whose_learning_cannot_be_saved_says_so(training, dead_replay, mon
     run, _, _ = training
     full = OSError(28, 'No space left on device')
     monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=full))
-    with pytest.raises(LastCheckpointError, match='could not be saved'):
+    run.look = lambda: None
+    run.monitor.clock(7, 2_000)
+    # 2,000 agent steps of 4 frames each.
+    lost = 'the last 8,000 frames and 7 updates could not be saved; no checkpoint exists'
+    with pytest.raises(LastCheckpointError, match=lost):
         run.write_last_checkpoint()
+
+
+def test_what_could_not_be_saved_is_counted_from_the_checkpoint_that_remains(training, monkeypatch):
+    run, told, directory = training
+    without_replay(run, directory)
+    run.look = lambda: None
+    run.monitor.clock(7, 2_000)
+    run.write_last_checkpoint()
+    run.monitor.clock(9, 2_500)
+    full = ParameterServerError(f'host:1: {os.strerror(errno.ENOSPC)}')  # in a shard's process
+    monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=full))
+    with pytest.raises(LastCheckpointError) as failure:
+        run.write_last_checkpoint()
+    # 500 agent steps of 4 frames each, after 2,000.
+    assert str(failure.value) == (
+        'the last 2,000 frames and 2 updates could not be saved; checkpoint-00000001 remains (8,000'
+        ' frames and 7 updates)'
+    )
+    assert 'left on device). Fix: free some disk space\n' in told.getvalue()
 
 
 def test_a_run_with_servers_of_others_has_a_checkpoint_from_its_first_update_on(training):
@@ -289,7 +314,8 @@ def test_a_run_that_fails_says_so_of_its_last_checkpoint_too(hanging, monkeypatc
     run.cluster.check = lambda: None
     with pytest.raises(WorkersFailedError) as failure:
         run.run()
-    assert failure.value.__notes__ == [str(LastCheckpointError())]
+    (note,) = failure.value.__notes__
+    assert note == 'the last 0 frames and 0 updates could not be saved; no checkpoint exists'
 
 
 @pytest.fixture
@@ -322,7 +348,7 @@ def test_a_look_that_fails_as_nobody_foresaw_is_one_line_and_the_watch_goes_on(b
     def fold(events):
         if errors:
             raise errors.pop()
-        run.interrupted = lambda: 'SIGINT'
+        run.signals.name = 'SIGINT'
         return []
 
     monkeypatch.setattr(run.monitor, 'fold', fold)
@@ -350,22 +376,26 @@ def test_a_look_that_fails_for_ever_ends_the_run_with_its_last_checkpoint(busy, 
     assert len(directory.latest_checkpoints()) == 1
 
 
-def test_a_signal_while_the_workers_end_is_acknowledged_once(busy, monkeypatch):
-    run, told, directory = busy
+def test_a_signal_while_the_workers_end_is_said_to_cost_the_evaluation(busy, monkeypatch):
+    run, _, directory = busy
     run.jobs.running, run.jobs.end_stranded = True, lambda *_: None
+    effects = []
 
     def ask_to_stop(timeout_seconds):
-        run.interrupted = lambda: 'SIGINT'
+        run.signals.name = 'SIGINT'
 
     def fold(events):
-        run.jobs.running = not run.interrupted()
+        effects.append(run.signals.effect)
+        run.jobs.running = not run.signals.name
         return []
 
     monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
     monkeypatch.setattr(run.client, 'request_stop', ask_to_stop)
     monkeypatch.setattr(run.monitor, 'fold', fold)
     assert run.run() == 'max_frames'
-    assert told.getvalue().count('SIGINT: stopping') == 1
+    assert {effect.partition(';')[0] for effect in effects} == {
+        'the run is ending already and will not be evaluated'
+    }
     assert len(directory.latest_checkpoints()) == 1
 
 
@@ -377,7 +407,7 @@ def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
 
 
 def test_a_users_signal_hides_no_failure():
-    lost = f'failed: {LastCheckpointError()}'
+    lost = f'failed: {LastCheckpointError("the last 8 frames could not be saved")}'
     assert exit_reason('max_frames', '') == 'max_frames'
     assert exit_reason('max_frames', 'SIGINT') == 'SIGINT'  # while it was evaluated
     assert exit_reason(lost, 'SIGINT') == f'SIGINT; {lost}'
@@ -397,7 +427,8 @@ def test_a_resumed_run_trains_when_its_clock_moves_and_not_before(training):
     run.display.phase('starting workers')
     assert 'training' not in look(700, 90_000, 0)
     assert 'training' not in look(700, 90_000, needed)
-    assert f'filling replay 40/{needed}' in look(700, 90_040, 40)
+    # Rows arrive before the actors report their steps.
+    assert f'filling replay 40/{needed}' in look(700, 90_000, 40)
     assert 'training' not in look(700, 99_000, needed)
     assert '] training' in look(701, 99_000, needed)
 
