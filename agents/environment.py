@@ -24,7 +24,7 @@ from ale_py import vector_env
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
-from agents.games import rom_id
+from agents.games import loaded, rom_id
 
 FRAME_SHAPE = (84, 84)  # Mnih et al. (2015)
 _BITS_PER_PIXEL = 8
@@ -47,9 +47,15 @@ class Frames:
 
 
 def make_emulators(
-    config: EnvironmentConfig, num_environments: int, autoreset_mode: AutoresetMode
+    config: EnvironmentConfig,
+    num_environments: int,
+    autoreset_mode: AutoresetMode,
+    colour: bool = False,
 ) -> vector_env.AtariVectorEnv:
     """Opens emulators that ignore life loss, do not clip rewards and return one frame per step.
+
+    With `colour` a frame is the screen, uint8 [height, width, 3], the maximum of the last two
+    emulator frames. Rewards and ends are those of the grey emulators for equal seeds and actions.
 
     Raises:
       GameError: `config.game` is unknown or unplayable.
@@ -57,6 +63,7 @@ def make_emulators(
     """
     if not isinstance(num_environments, int) or num_environments < 1:
         raise ValueError(f'num_environments is {num_environments!r}; it must be at least 1')
+    height, width = loaded(config.game).getScreenDims() if colour else FRAME_SHAPE
     return vector_env.AtariVectorEnv(
         rom_id(config.game),
         num_environments,
@@ -66,8 +73,9 @@ def make_emulators(
         repeat_action_probability=config.sticky_action_probability,
         full_action_space=config.full_action_space,
         autoreset_mode=autoreset_mode,
-        img_height=FRAME_SHAPE[0],
-        img_width=FRAME_SHAPE[1],
+        img_height=height,
+        img_width=width,
+        grayscale=not colour,
         stack_num=1,
         frameskip=config.action_repeat,
         # ale_py draws from 0 .. noop_max - 1.

@@ -8,7 +8,7 @@ import difflib
 import io
 
 import gymnasium
-from ale_py import ALEInterface, roms
+from ale_py import ALEInterface, LoggerMode, roms
 
 _ENTRY_POINT = 'ale_py.env:AtariEnv'
 
@@ -36,6 +36,18 @@ def rom_id(game: str) -> str:
     if reason := _obstacle(name):
         raise GameError(f'game {game!r} cannot be played: {reason}; choose another.')
     return name
+
+
+def loaded(game: str) -> ALEInterface:
+    """A new emulator of a game, to read its properties.
+
+    Raises:
+      GameError: as `rom_id`.
+    """
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    emulator = ALEInterface()
+    emulator.loadROM(roms.get_rom_path(rom_id(game)))
+    return emulator
 
 
 def not_taken_over(game: str) -> str:

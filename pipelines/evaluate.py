@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
@@ -31,6 +31,9 @@ from pipelines.storage import evaluations, provenance
 from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.space import temporary_files
 from pipelines.suites.games import games_of
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.video import Film
 
 _PROGRESS_SECONDS = 10.0
 _DESCRIPTION = """Plays games with one policy or several and writes their scores.
@@ -57,6 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_policies(parser)
     _add_rules(parser)
     _add_work(parser)
+    _add_video(parser)
     arguments, beam_flags = parser.parse_known_args(argv)
     if beam_flags and not arguments.runner:
         parser.error(f'unrecognized arguments: {" ".join(beam_flags)}')
@@ -119,6 +123,25 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--video',
+        type=nonempty_path,
+        help='New .mp4 or .gif file that shows one game of the policy. Default: no video.',
+    )
+    parser.add_argument(
+        '--video_episode',
+        type=integer,
+        default=0,
+        help="The game that --video shows, by its number in the result's details. Default: 0.",
+    )
+    parser.add_argument(
+        '--video_overlay',
+        action='store_true',
+        help='Show score, actions and expected returns beside the picture.',
+    )
+
+
 def require_valid(episodes: int | None, epsilon: float | None, seed: int | None) -> None:
     """Checks an evaluation's numbers before anything is read.
 
@@ -156,13 +179,28 @@ def main(argv: Sequence[str]) -> int:
     try:
         # Beam removes its own files as the process ends, after this block.
         with temporary_files() if work.runner is None else contextlib.nullcontext():
-            written = evaluate(request, arguments.output, work, ['evaluate.py', *argv])
+            film = _film(arguments)
+            written = evaluate(request, arguments.output, work, ['evaluate.py', *argv], film)
     except KeyboardInterrupt:
         print('evaluate.py: interrupted; no result written.', file=sys.stderr)
         return 130
     for file, result in written.items():
         print(f'{_line(result)}\nwritten to {file}')
     return int(any(result['failed'] for result in written.values()))
+
+
+def _film(arguments: argparse.Namespace) -> 'Film | None':
+    """What to film.
+
+    Raises:
+      UsageError: no video can be written there.
+    """
+    if arguments.video is None:
+        return None
+    from pipelines.evaluation import video  # imports FFmpeg
+
+    path = video.new_file(arguments.video)
+    return video.Film(path, arguments.video_episode, arguments.video_overlay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +219,11 @@ class Work:
 
 
 def evaluate(
-    request: Request, output: str | None, work: Work, command: Sequence[str]
+    request: Request,
+    output: str | None,
+    work: Work,
+    command: Sequence[str],
+    film: 'Film | None' = None,
 ) -> dict[str, dict[str, Any]]:
     """Plays the requested games and writes a result for each policy and game.
 
@@ -190,19 +232,36 @@ def evaluate(
       output: as the flag.
       work: where to play.
       command: for the results' provenance.
+      film: a video to make of a game, after the results are written.
 
     Returns:
       The results, by the path of their file.
 
     Raises:
-      UsageError: the request cannot be carried out, or no game of a policy could be played.
+      UsageError: the request cannot be carried out, no game of a policy could be played, or the
+        video cannot be written.
       OSError: the parent directory of `output` cannot be created.
     """
     found = entrants(request, _notify)
+    filmed = _game_of(found, film)
     files = [_target(entrant, output, len(found)) for entrant in found]
     with _writable():
         for file in files:
             evaluations.require_new(file)
+    written = _results(found, work, files, command)
+    _require_played(written)
+    with _writable():
+        for file, result in written.items():
+            evaluations.write(file, result)
+    if film is not None and filmed is not None:
+        _record(found[0], filmed, film, files[0])
+    return written
+
+
+def _results(
+    found: Sequence[Entrant], work: Work, files: Sequence[str], command: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Plays all games; returns the results by their files."""
     began = monotonic()
     scores = _play(found, work, files)
     own = {
@@ -211,14 +270,46 @@ def evaluate(
         'seconds': round(monotonic() - began, 3),
         'provenance': provenance.describe(command),
     }
-    written = {
+    return {
         file: entrant.result(scores[i]) | own for i, (entrant, file) in enumerate(zip(found, files))
     }
-    _require_played(written)
-    with _writable():
-        for file, result in written.items():
-            evaluations.write(file, result)
-    return written
+
+
+@one_line_errors('video.mp4', OSError)
+def film_run(argv: Sequence[str]) -> int:
+    """Makes the video at the end of the run in the directory `argv`; returns the exit code."""
+    from pipelines.evaluation import video  # imports FFmpeg
+
+    (run_dir,) = argv
+    video.record_run(run_dir, _notify)
+    return 0
+
+
+def _game_of(found: Sequence[Entrant], film: 'Film | None') -> Game | None:
+    """
+    Raises:
+      UsageError: see `video.game_of`.
+    """
+    if film is None:
+        return None
+    from pipelines.evaluation import video
+
+    return video.game_of(found, film)
+
+
+def _record(entrant: Entrant, game: Game, film: 'Film', result: str) -> None:
+    """Makes the video.
+
+    Raises:
+      UsageError: it cannot be written; `result` is already.
+    """
+    from pipelines.evaluation import video
+
+    try:
+        score = video.record(entrant.policy, game, film)
+    except UsageError as error:
+        raise UsageError(f'{error} The scores are in {result}.') from error
+    print(f'{film.path}: game {game.episode}, score {score.value:g}, {score.frames} frames')
 
 
 def _play(

@@ -1,7 +1,7 @@
-"""Exports, then evaluates the newest parameters of a run, in one separate process.
+"""Exports and evaluates the newest parameters of a run and films it, in one separate process.
 
 The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION`. One
-process for both, since each would import TensorFlow and build the agent. Exports the best
+process for all, since each would import TensorFlow and build the agent. Exports the best
 parameters too, if evaluations during training have found some.
 """
 
@@ -17,13 +17,14 @@ from pipelines.storage.run_directory import BEST
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs export.py and evaluate.py, each also if another fails."""
+    """Exports, evaluates and films, each also if another fails; the video is not in the code."""
     run_dir, output = argv
     run = f'--run_dir={run_dir}'
     codes = [_code_of(export.main, run)]
     if pathlib.Path(run_dir, BEST).is_dir():
         codes.append(_code_of(export.main, run, '--checkpoint=best'))
     codes.append(_code_of(evaluate.main, run, f'--output={output}'))
+    _code_of(evaluate.film_run, run_dir)
     return max(filter(None, codes), default=0)
 
 

@@ -115,12 +115,9 @@ def play(
       GameError: the game cannot be played.
       ValueError: the start point does not fit the game.
     """
-    emulator_seed, exploration_seed = np.random.SeedSequence(
-        [game.seed, _STREAM, game.episode]
-    ).generate_state(2)
-    rng = np.random.default_rng(exploration_seed)
+    rng = np.random.default_rng(_seeds(game)[1])
     total = 0.0
-    with _Emulator(game, int(emulator_seed)) as emulator:
+    with Emulator(game) as emulator:
         while not emulator.ended:
             if cancelled():
                 raise CancelledError
@@ -137,19 +134,36 @@ def play(
     return Score(game.policy, game.episode, game.seed, game.start_index, total, frames, cut)
 
 
-class _Emulator:
-    """An emulator at the start point of a game; a context manager."""
+def _seeds(game: Game) -> tuple[int, int]:
+    """Seeds of the emulator and of the exploration."""
+    emulator, exploration = np.random.SeedSequence(
+        [game.seed, _STREAM, game.episode]
+    ).generate_state(2)
+    return int(emulator), int(exploration)
 
-    def __init__(self, game: Game, seed: int):
+
+class Emulator:
+    """An emulator at the start point of a game; a context manager.
+
+    Two of the same game stay in step under the same actions.
+
+    Attributes:
+      num_actions: size of the action set.
+      observation: uint8 [1, 84, 84, stack]; the screen uint8 [height, width, 3] if in colour.
+      ended: whether the game has ended.
+      cut: whether the limit of frames ended it.
+    """
+
+    def __init__(self, game: Game, colour: bool = False):
         rules = game.protocol.environment(game.environment)
         prefix = _prefix(game)
         most = rules.max_episode_frames + len(prefix) * rules.action_repeat
         rules = dataclasses.replace(rules, max_episode_frames=most)
-        self._emulator = make_emulators(rules, 1, AutoresetMode.NEXT_STEP)
+        self._emulator = make_emulators(rules, 1, AutoresetMode.NEXT_STEP, colour)
         self.num_actions = int(self._emulator.single_action_space.n)
-        self._stack = FrameStack(1, rules.frame_stack)
+        self._stack = None if colour else FrameStack(1, rules.frame_stack)
         self.ended = self.cut = False
-        frame, info = self._emulator.reset(seed=emulator_seeds(seed, 1))
+        frame, info = self._emulator.reset(seed=emulator_seeds(_seeds(game)[0], 1))
         self._show(frame, info, first=True)
         for action in prefix:
             self.step(int(action))
@@ -173,10 +187,13 @@ class _Emulator:
         return self._frames - self._frames_at_start
 
     def _show(self, frame: np.ndarray, info: dict[str, Any], first: bool = False) -> None:
-        self.observation = self._stack.push(frame[:, 0], np.array([first]))
+        if self._stack is None:
+            self.observation = frame[0, 0]
+        else:
+            self.observation = self._stack.push(frame[:, 0], np.array([first]))
         self._frames = int(info['episode_frame_number'][0])
 
-    def __enter__(self) -> '_Emulator':
+    def __enter__(self) -> 'Emulator':
         return self
 
     def __exit__(self, *_: object) -> None:

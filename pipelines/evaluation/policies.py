@@ -29,6 +29,9 @@ _ALL_ACTIONS = 18
 Player = Callable[[], Act]
 """Begins a game: returns what chooses its actions."""
 
+Values = Callable[[np.ndarray], np.ndarray]
+"""Expected returns float32 [actions] of an observation uint8 [1, 84, 84, stack]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -75,11 +78,19 @@ class Policy:
           ValueError: the parameters are of another network.
           UsageError: the SavedModel cannot be loaded or does not fit the game.
         """
+        return self.opened()[0]
+
+    def opened(self) -> tuple[Player, Values | None]:
+        """As `player`, and what it expects; None if that is unknown, as of a SavedModel.
+
+        Raises:
+          ValueError, UsageError: as `player`.
+        """
         if self.experiment is not None:
-            return _run_player(self.experiment, self.parameters)
+            return _opened_run(self.experiment, self.parameters)
         if self.saved_model is not None:
-            return _saved_model_player(self)
-        return lambda: _unreachable  # its protocol has epsilon 1
+            return _saved_model_player(self), None
+        return lambda: _unreachable, None  # its protocol has epsilon 1
 
 
 def _unreachable(observation: np.ndarray) -> int:
@@ -170,12 +181,23 @@ def _environment_of_run(run_dir: pathlib.Path) -> EnvironmentConfig | None:
         return None
 
 
-def _run_player(experiment: ExperimentConfig, parameters: np.ndarray | None) -> Player:
+def _opened_run(
+    experiment: ExperimentConfig, parameters: np.ndarray | None
+) -> tuple[Player, Values | None]:
     from pipelines.experiment.builders import build_policy
 
     policy = build_policy(experiment)
     policy.set_parameters(parameters)
-    return lambda: lambda observation: int(policy.act(observation)[0])
+    head = policy.model.head
+
+    def player() -> Act:
+        return lambda observation: int(policy.act(observation)[0])
+
+    def values(observation: np.ndarray) -> np.ndarray:
+        assert head is not None
+        return np.asarray(head.values(policy.evaluate(observation)[1]))[0]
+
+    return player, None if head is None else values
 
 
 def _fitted(policy: Policy) -> Policy:

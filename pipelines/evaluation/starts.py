@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from ale_py import ALEInterface, roms
+from ale_py import roms
 
-from agents.games import rom_id
+from agents.games import loaded, rom_id
 from infra.disk import write_atomically
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError
@@ -53,9 +53,7 @@ def action_codes(game: str, full_action_space: bool) -> tuple[int, ...]:
     """ALE's code of each action of the game's action set, in the set's order."""
     if full_action_space:
         return tuple(range(_NUM_ACTIONS))
-    emulator = ALEInterface()
-    emulator.loadROM(roms.get_rom_path(rom_id(game)))
-    return tuple(int(action.value) for action in emulator.getMinimalActionSet())
+    return tuple(int(action.value) for action in loaded(game).getMinimalActionSet())
 
 
 def indices(start: Start, codes: tuple[int, ...]) -> np.ndarray:

@@ -71,6 +71,7 @@ RESUMABLE = frozenset(
         'evaluator_cpu_share',
         'evaluator_episodes',
         'evaluation_period_updates',
+        'video',
         'max_staleness',
         'learning_rate',
         'wire_dtype',

@@ -89,6 +89,11 @@ class RunConfig:
         'Least number of updates between two evaluations during training, and before the first.'
         ' Lower it for short runs; --evaluator_cpu_share may allow fewer.',
     )
+    video: bool = described(
+        True,
+        'Film a game of the best policy at the end, up to five minutes of play, as video.mp4 in the'
+        ' run directory. Disable it to save the time (see docs/evaluation.md).',
+    )
 
     def __post_init__(self) -> None:
         require_choice(self, 'topology', TOPOLOGIES)
@@ -253,6 +258,7 @@ _ADDED = {
     ('run', 'evaluator_cpu_share'): 0.03,
     ('run', 'evaluator_episodes'): 5,
     ('run', 'evaluation_period_updates'): 10_000,
+    ('run', 'video'): False,
 }
 """Settings (group, name) that earlier versions lack, and the values that they used."""
 

@@ -69,11 +69,13 @@ class Outcome:
     Attributes:
       evaluation: as in the summary; None without one.
       exported: whether `policy/` holds the final parameters.
+      filmed: whether `video.mp4` shows this policy.
       missing: commands that were due and did not finish.
     """
 
     evaluation: Mapping[str, Any] | None = None
     exported: bool = False
+    filmed: bool = False
     missing: Sequence[str] = ()
 
 
@@ -176,6 +178,12 @@ class Launcher:
             self.display.message(
                 f'{" and ".join(outcome.missing)}: not finished. Fix: run {" and ".join(commands)}.'
             )
+        filmed = outcome.filmed or not self.config.run.video or self.signals.received
+        if outcome.evaluation is not None and not filmed:
+            self.display.message(
+                'video.mp4: not made (logs/finish.log has the reason). Fix: run'
+                f' {command("evaluate", self.directory.path)} with --video FILE.mp4.'
+            )
         result, evaluation = 'no evaluation', outcome.evaluation
         if evaluation is not None:
             episodes = evaluation['episodes']
@@ -183,7 +191,8 @@ class Launcher:
                 f'mean return {evaluation["mean"]:.1f} (standard deviation'
                 f' {evaluation["std"]:.1f}) over {episodes} game{"s" * (episodes != 1)}'
             )
-        names = ['summary.json'] * summarised + ['policy/'] * outcome.exported or ['logs/']
+        names = ['summary.json'] * summarised + ['policy/'] * outcome.exported
+        names = names + ['video.mp4'] * outcome.filmed or ['logs/']
         self.display.message(
             f'{self.config.environment.game}: {result}; {", ".join(names)} and the rest are in'
             f' {self.directory.path}'
@@ -288,37 +297,40 @@ class Launcher:
 
     def _evaluate(self) -> Outcome:
         """Exports and evaluates the last checkpoint, in a separate process."""
-        file, policy = self.directory.path / EVALUATION_FILE, self.directory.policy
-        before = _identity(file), _identity(policy)
+        file = self.directory.path / EVALUATION_FILE
+        outputs = file, self.directory.policy, self.directory.video
+        before = [_identity(path) for path in outputs]
         self.signals.effect = 'ending the evaluation; the training is complete and saved'
         child = self._finish(file)
         if not self.signals.received:
             try:
                 child.start()
-                self._await(child, progress_file(file))
+                self._await(child, file)
             except OSError as error:  # a full disk; the summary follows
                 self.display.message(
                     with_remedy(f'evaluation: not started ({reason_of(error)})', error)
                 )
             finally:
                 child.terminate()
-        evaluated, exported = _identity(file) != before[0], _identity(policy) != before[1]
+        evaluated, exported, filmed = (_identity(path) != old for path, old in zip(outputs, before))
         missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
         if missing and not self.signals.received:
             self.display.message(child.describe_failure())
-        return Outcome(read_result(file) if evaluated else None, exported, missing)
+        return Outcome(read_result(file) if evaluated else None, exported, filmed, missing)
 
-    def _await(self, child: SupervisedProcess, progress: pathlib.Path) -> None:
-        """Shows the number of games until the child has ended, or a signal arrives."""
+    def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:
+        """Shows the progress until the child has ended, or a signal arrives."""
         deadline = time.monotonic() + _FINISH_SECONDS
         done, episodes = 0, self.config.run.evaluation_episodes
+        progress, before = progress_file(evaluation), _identity(evaluation)
         progress.unlink(missing_ok=True)  # may remain from a killed evaluation
         while child.poll() is None and not self.signals.received:
             if time.monotonic() > deadline:
                 self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
                 return
             done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
-            self.display.phase(f'evaluating {done}/{episodes}')
+            films = self.config.run.video and _identity(evaluation) != before
+            self.display.phase('filming' if films else f'evaluating {done}/{episodes}')
             time.sleep(_POLL_SECONDS)
 
     def _finish(self, evaluation: pathlib.Path) -> SupervisedProcess:

@@ -259,6 +259,11 @@ class RunDirectory:
         return self.path / 'policy_best'
 
     @property
+    def video(self) -> pathlib.Path:
+        """The policy at play, filmed at the end of the run."""
+        return self.path / 'video.mp4'
+
+    @property
     def logs(self) -> pathlib.Path:
         return self.path / 'logs'
 

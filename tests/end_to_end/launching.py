@@ -30,10 +30,11 @@ SMALL_SETTINGS: dict[str, Any] = {
     'envs_per_actor': 4,
     'evaluation_episodes': 2,
     'evaluation_max_frames': 800,
+    'video': False,
 }
 STARTED: list[subprocess.Popen] = []
 """Runs of the present test: one that fails must not leave them to the others."""
-SMALL = tuple(f'--{name}={value}' for name, value in SMALL_SETTINGS.items())
+SMALL = (*(f'--{name}={value}' for name, value in SMALL_SETTINGS.items() if value), '--no-video')
 
 
 def start(run_dir: pathlib.Path, *flags: str) -> subprocess.Popen:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -28,7 +29,7 @@ def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_dir
         monkeypatch.setenv(name, 'http://127.0.0.1:9')  # the port of `discard`, where nobody is
     run_dir = tmp_path / ODD_NAME
     parts = {'actor_priorities': True, 'epsilon_ladder': True, 'max_frames': 10_000}
-    workers = {'num_actors': 2, 'num_replay_shards': 2}
+    workers = {'num_actors': 2, 'num_replay_shards': 2, 'video': True}
     settings = {**launching.SMALL_SETTINGS, **parts, **workers}
     experiment = api.experiment('rainbow_lite', game='breakout', **settings)
     with sharing.shared_umask(), open(f'{run_dir}.out', 'w') as out:
@@ -49,6 +50,8 @@ def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_dir
     for log in (run_dir / 'logs').glob('learner-*.log'):
         assert 'took no priorities' not in log.read_text()
     assert 'copy it to another directory' in pathlib.Path(f'{run_dir}.out').read_text()
+    assert_video_shows_the_policy(run_dir / 'video.mp4')
+    assert ', video.mp4 and the rest are in' in pathlib.Path(f'{run_dir}.out').read_text()
     assert_policy_loads_and_acts(shutil.copytree(run_dir / 'policy', tmp_path / 'policy'))
     assert sharing.unshared(run_dir) == []
     assert_says_where_it_comes_from(run_dir)
@@ -79,6 +82,11 @@ def assert_says_where_it_comes_from(run_dir: pathlib.Path) -> None:
     assert summary['learners']['learner_0']['gradients'] > 0
     assert all(summary['rates'][box] > 0 for box in boxes)
     assert all(size > 10_000_000 for size in summary['memory_bytes'].values())
+
+
+def assert_video_shows_the_policy(path: pathlib.Path) -> None:
+    with av.open(str(path)) as video:
+        assert 1 < sum(1 for _ in video.decode(video=0)) <= 201  # 800 frames, and the last picture
 
 
 def assert_policy_loads_and_acts(path: pathlib.Path) -> None:

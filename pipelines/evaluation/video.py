@@ -1,0 +1,201 @@
+"""A video of a game: its description and a policy in, a file with the emulator's screen out.
+
+A game is determined by its description, so it is played again with a second emulator, in colour,
+that takes the same actions.
+"""
+
+import dataclasses
+import fractions
+import pathlib
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+import ale_py
+import numpy as np
+
+from infra.disk import beside, is_remote
+from pipelines.errors import UsageError
+from pipelines.evaluation.encoder import SUFFIXES, encoder
+from pipelines.evaluation.entrants import Entrant, Request, entrants
+from pipelines.evaluation.panel import Panel
+from pipelines.evaluation.play import CancelledError, Emulator, Game, Score, Step, play
+from pipelines.evaluation.policies import Policy, Values
+from pipelines.evaluation.starts import action_codes
+from pipelines.experiment import config as config_lib
+from pipelines.storage.run_directory import RunDirectory, output_path
+
+SCALE = 3
+"""Pixels of the video for one of the emulator, in each direction."""
+RUN_SECONDS = 300.0
+"""For the video at the end of a run."""
+
+_FRAMES_PER_SECOND = 60  # of the emulator
+_RUN_FRAMES = 18_000  # of the emulator, five minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """What to film and where.
+
+    Attributes:
+      path: the file, .mp4 or .gif.
+      episode: number of the game.
+      overlay: whether score, actions and expected returns stand beside the screen.
+    """
+
+    path: pathlib.Path
+    episode: int = 0
+    overlay: bool = False
+
+
+def new_file(path: str) -> pathlib.Path:
+    """Checks that a video can be written to `path`; creates its parent.
+
+    Raises:
+      UsageError: it exists, is remote or not writable, or its suffix is unknown.
+    """
+    file = pathlib.Path(path)
+    if is_remote(path):
+        raise UsageError(f'--video {path}: not on this machine. Fix: name a local file.')
+    if file.suffix.lower() not in SUFFIXES:
+        raise UsageError(f'--video {path}: unknown kind. Fix: name a .mp4 or .gif file.')
+    if file.exists():
+        raise UsageError(
+            f'--video {path}: already exists and is not overwritten. Fix: name a new file.'
+        )
+    try:
+        output = output_path(path)
+        probe = beside(output)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _not_written(path, error) from error
+    return output
+
+
+def game_of(found: Sequence[Entrant], film: Film) -> Game:
+    """The game to film.
+
+    Raises:
+      UsageError: there are several policies or games, or too few episodes.
+    """
+    if len(found) != 1:
+        raise UsageError(
+            f'--video {film.path}: {len(found)} policies or games. Fix: evaluate one in one game.'
+        )
+    for game in found[0].games(0):
+        if game.episode == film.episode:
+            return game
+    raise UsageError(
+        f'--video_episode {film.episode}: the evaluation has games 0 to'
+        f' {found[0].protocol.episodes - 1}. Fix: name one of them, or raise --episodes.'
+    )
+
+
+def record(
+    policy: Policy, game: Game, film: Film, cancelled: Callable[[], bool] = lambda: False
+) -> Score:
+    """Plays a game and films it.
+
+    Args:
+      policy: of the game.
+      game: what to play; its limit of frames bounds the video.
+      film: where to; its directory exists.
+      cancelled: whether to stop without a video; asked at every step.
+
+    Raises:
+      UsageError: the file cannot be written, or the policy cannot be opened; no file is left.
+      CancelledError: `cancelled()` returned True.
+      ValueError: see `Policy.player` and `play`.
+    """
+    player, values = policy.opened()
+    rate = fractions.Fraction(_FRAMES_PER_SECOND, game.environment.action_repeat)
+    try:
+        with Emulator(game, colour=True) as screen, encoder(film.path, rate) as add:
+            view = _View(screen, _action_names(game), values, film.overlay)
+
+            def observe(step: Step) -> None:
+                add(view.picture(step))
+                view.advance(step)
+
+            score = play(game, player(), observe, cancelled)
+            add(view.picture(None))
+    except OSError as error:
+        raise _not_written(film.path, error) from error
+    return score
+
+
+def record_run(run_dir: str, notify: Callable[[str], None]) -> None:
+    """Films the first evaluation game of a run's best policy, or of its newest, as `video.mp4`.
+
+    Does nothing if the run's setting `video` is false.
+
+    Args:
+      run_dir: its directory, on this machine.
+      notify: receives a line for each damaged checkpoint that is skipped.
+
+    Raises:
+      UsageError: it takes too long, the file cannot be written, or the run is not readable.
+    """
+    directory = RunDirectory.existing(run_dir)
+    if not config_lib.load(directory.config_file).run.video:
+        return
+    checkpoint = 'best' if directory.best.is_dir() else 'newest'
+    (entrant,) = entrants(Request(run_dirs=[run_dir], checkpoint=checkpoint), notify)
+    game = next(entrant.games(0))
+    frames = min(game.protocol.max_frames, _RUN_FRAMES)
+    shown = dataclasses.replace(game.protocol, max_frames=frames)
+    film = Film(directory.video, overlay=True)
+    deadline = monotonic() + RUN_SECONDS
+    try:
+        game = dataclasses.replace(game, protocol=shown)
+        record(entrant.policy, game, film, lambda: monotonic() > deadline)
+    except CancelledError as error:
+        raise UsageError(f'not made within {RUN_SECONDS:g} s') from error
+
+
+def _not_written(path: str | pathlib.Path, error: OSError) -> UsageError:
+    return UsageError(
+        f'--video {path}: cannot be written ({error.strerror or error}). Fix: free disk space, or'
+        ' name another file.'
+    )
+
+
+def _action_names(game: Game) -> Sequence[str]:
+    codes = action_codes(game.environment.game, game.environment.full_action_space)
+    return [ale_py.Action(code).name for code in codes]
+
+
+class _View:
+    """What the video shows at each step."""
+
+    def __init__(
+        self, screen: Emulator, actions: Sequence[str], values: Values | None, overlay: bool
+    ):
+        height = screen.observation.shape[0] * SCALE
+        self._screen = screen
+        self._values = values
+        self._panel = Panel(height, actions) if overlay else None
+        self._score = 0.0
+
+    def picture(self, step: Step | None) -> np.ndarray:
+        """The picture before a step uint8 [height, width, 3]; None: after the last one."""
+        enlarged = self._screen.observation.repeat(SCALE, 0).repeat(SCALE, 1)
+        if self._panel is None:
+            return enlarged
+        action = values = None
+        if step is not None:
+            action = step.action
+            values = self._values(step.observation) if self._values is not None else None
+        panel = self._panel.draw(self._score, self._screen.frames, action, values)
+        return np.concatenate([enlarged, panel], axis=1)
+
+    def advance(self, step: Step) -> None:
+        """
+        Raises:
+          RuntimeError: the screen does not show the game that is played.
+        """
+        reward = self._screen.step(step.action)
+        if (reward, self._screen.ended) != (step.reward, step.ended):
+            raise RuntimeError('the screen is out of step with the game')
+        self._score += reward
