@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.protocols import PROTOCOLS
+from pipelines.evaluation.protocols import Protocol as Rules
 from pipelines.reporting import reference, statistics
 from pipelines.reporting.runs import Evaluation, Run
 from pipelines.reporting.statistics import Estimate
@@ -19,14 +21,21 @@ _NO_VARIANT = ('game', 'seed')
 _NO_VARIANT_PREFIXES = ('checkpoint_', 'evaluation_', 'seal', 'checksum')
 """Settings that do not change what is learned."""
 
-_NOOP_EPSILON, _NOOP_FRAMES = 0.05, 18_000  # Nair et al. 2015, section 5
-_NOOP_NAMES = ('noop', 'no-op starts')  # today's, and that of earlier versions
+_EARLIER_NAMES = {'no-op starts': 'noop'}
+"""Names of protocols in results of earlier versions."""
+_TITLES = {'noop': 'no-op starts', 'human': 'human starts'}
+_SOURCES = {
+    'noop': 'Nair et al. 2015',
+    'human': 'Nair et al. 2015, whose start points were never published: these are others',
+    'rainbow': 'Hessel et al. 2018; Ape-X’s scores are of such games with epsilon 0',
+    'machado': 'Machado et al. 2018',
+}
+
 AGGREGATES: Mapping[str, statistics.Statistic] = {
     'median': statistics.median,
     'interquartile mean': statistics.interquartile_mean,
     'mean': statistics.mean,
 }
-_NAMES = {'noop': 'no-op starts', 'human': 'human starts'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,26 +203,58 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 def protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
     """The rules of an evaluation, of this version or an earlier one."""
-    name, epsilon = evaluation.protocol, evaluation.epsilon
-    if name in _NOOP_NAMES:
-        frames = settings.get('evaluation_max_frames', _NOOP_FRAMES)
-        if name == 'noop':  # the protocol says so
-            frames = _NOOP_FRAMES
-        sticky = settings.get('sticky_action_probability') or 0
-        note = f'up to 30 no-ops, {frames:,} frames at most, epsilon {epsilon}'
-        if (epsilon, frames) == (_NOOP_EPSILON, _NOOP_FRAMES) and not (sticky and name != 'noop'):
-            return Protocol(_NAMES['noop'], 'noop', True, f'{note} (Nair et al. 2015)')
-        sticky_note = f', sticky actions {sticky}' if sticky else ''
-        shown = f'no-op starts, epsilon {epsilon}, {frames:,} frames{sticky_note}'
-        return Protocol(shown, 'noop', False, _differs('no-op starts'))
-    if name == 'human':
-        note = 'recorded start points, 108,000 frames at most, only the score after the start'
-        return Protocol(_NAMES['human'], 'human', True, f'{note} (Nair et al. 2015)')
-    return Protocol(f'{name}, epsilon {epsilon}', 'noop', False, _differs('no-op starts'))
+    name = _EARLIER_NAMES.get(evaluation.protocol, evaluation.protocol)
+    exact = PROTOCOLS.get(name)
+    if exact is None:
+        return Protocol(name, 'noop', False, 'a protocol that this version does not know')
+    changed = evaluation.deviations
+    if changed is None:
+        changed = _earlier_deviations(evaluation, settings, exact)
+    title = ', '.join([_TITLES.get(name, name), *(f'{n} {v}' for n, v in changed.items())])
+    note = f'{_rules(dataclasses.replace(exact, **_known(changed)))} ({_SOURCES[name]})'
+    starts = 'human' if name == 'human' else 'noop'
+    if changed or name not in reference.STARTS:
+        published = _TITLES[starts]
+        note += f'; the published scores are of {published} by other rules, so none is won or lost'
+        return Protocol(title, starts, False, note)
+    return Protocol(title, starts, True, note)
 
 
-def _differs(starts: str) -> str:
-    return f'other rules than those of the published scores ({starts}): no win or loss is counted'
+def _known(changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are fields of a protocol."""
+    names = {field.name for field in dataclasses.fields(Rules)}
+    return {name: value for name, value in changed.items() if name in names}
+
+
+def _rules(rules: Rules) -> str:
+    """A protocol's rules, in words."""
+    parts = [
+        'recorded start points' if rules.starts else '',
+        f'up to {rules.max_noops} no-ops' if rules.max_noops else '',
+        f'{rules.max_frames:,} frames at most',
+        f'epsilon {rules.epsilon:g}',
+        f'sticky actions {rules.sticky_action_probability:g}'
+        if rules.sticky_action_probability
+        else '',
+        'all 18 actions' if rules.full_action_space else '',
+    ]
+    return ', '.join(part for part in parts if part)
+
+
+def _earlier_deviations(
+    evaluation: Evaluation, settings: Mapping[str, Any], exact: Rules
+) -> dict[str, Any]:
+    """Deviations of a result that does not name them, by its run's settings."""
+    used = {
+        'epsilon': evaluation.epsilon,
+        'max_frames': evaluation.max_frames or settings.get('evaluation_max_frames'),
+        'sticky_action_probability': settings.get('sticky_action_probability'),
+    }
+    return {
+        name: value
+        for name, value in used.items()
+        if value is not None and value != getattr(exact, name)
+    }
 
 
 def verdicts(found: Sequence[Variant]) -> list[Verdict]:

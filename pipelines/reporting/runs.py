@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from infra.disk import is_remote
+from infra.disk import is_remote, read_json_lines
 from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError
 from pipelines.events import count, finite
 from pipelines.monitoring.episodes import Episode, read_episodes
 from pipelines.reporting.sessions import Session, read_sessions
-from pipelines.storage import provenance
 from pipelines.storage.evaluations import EVALUATION_FILE
 from pipelines.storage.reading import readable_records
 from pipelines.storage.run_directory import RunDirectory
@@ -26,6 +25,7 @@ from pipelines.storage.run_directory import RunDirectory
 CURVE_FILE = 'evaluations.jsonl'
 VIDEO_FILE = 'video.mp4'
 _CONFIG = 'config.json'
+_CLOCK_SECONDS = 60.0  # a launch is described this long after its first event at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Evaluation:
       policy: 'run', 'saved_model' or 'random'.
       episodes: games that ended.
       failed: games that did not.
-      epsilon: share of random actions.
+      epsilon: share of random actions; None: unknown.
+      max_frames: emulator frames at which a game is cut off; None: unknown.
+      deviations: from the protocol's rules; None: the file, of an earlier version, does not say.
       mean, std: of the raw returns; `std` None: unknown.
       updates: of the parameters, None: unknown.
       frames: emulator frames of the run at that moment; None: unknown.
@@ -52,6 +54,8 @@ class Evaluation:
     episodes: int
     failed: int
     epsilon: float | None
+    max_frames: int | None
+    deviations: Mapping[str, Any] | None
     mean: float
     std: float | None
     updates: int | None
@@ -109,28 +113,33 @@ class Run:
     @property
     def frames(self) -> int:
         """Emulator frames made, as far as the run's files say."""
-        reached = [count(self.summary.get('frames')) or 0]
-        reached += [row.frames for row in self.episodes[-1:]]
-        return max(reached + [int(rows[-1, 0]) for rows in self.scalar('progress/updates', True)])
+        written = self.scalar('progress/updates')
+        return max(
+            count(self.summary.get('frames')) or 0,
+            self.episodes[-1].frames if self.episodes else 0,
+            int(written[-1, 0]) if len(written) else 0,
+        )
 
     @property
     def state(self) -> str:
         """Why the run ended, or that it has not."""
         return str(self.summary.get('exit_reason') or 'no summary: active or killed')
 
-    def scalar(self, tag: str, by_session: bool = False) -> Any:
-        """<float64>[points, 3] of a tag (see `Session`) over all sessions; or one per session."""
-        parts = [s.scalars[tag] for s in self.sessions if tag in s.scalars]
-        return parts if by_session else np.concatenate([np.empty((0, 3)), *parts])
+    def scalar(self, tag: str) -> np.ndarray:
+        """<float64>[points, 3] of a tag (see `Session`) over all sessions."""
+        held = [s.scalars[tag] for s in self.sessions if tag in s.scalars]
+        return np.concatenate([np.empty((0, 3)), *held])
 
     def cores(self, when: float) -> int | None:
         """Cores of the launcher's machine at a time (seconds since 1970); None: unknown."""
-        known = [(launch_time(row), count(row.get('cores'))) for row in self.launches]
-        before = [cores for time, cores in known if time is not None and time <= when + 60]
+        known = [(_launch_time(row), count(row.get('cores'))) for row in self.launches]
+        before = [
+            cores for time, cores in known if time is not None and time <= when + _CLOCK_SECONDS
+        ]
         return before[-1] if before else None
 
 
-def launch_time(row: Mapping[str, Any]) -> float | None:
+def _launch_time(row: Mapping[str, Any]) -> float | None:
     """Seconds since 1970 of a row of `launches.jsonl`; None: unknown."""
     try:
         return datetime.datetime.fromisoformat(str(row.get('time'))).timestamp()
@@ -191,7 +200,7 @@ def read(path: str, video_bytes: int) -> Run:
             evaluations=tuple(_evaluations(local, problems)),
             curve=tuple(_curve(local / CURVE_FILE, problems)),
             sessions=tuple(read_sessions(directory.events, problems.append)),
-            launches=tuple(_launches(directory.launches_file, problems)),
+            launches=tuple(_lines(directory.launches_file, problems)),
             video=_video(local / VIDEO_FILE, video_bytes, problems),
             problems=tuple(problems),
         )
@@ -239,9 +248,9 @@ def _episodes(file: pathlib.Path, problems: list[str]) -> tuple[Episode, ...]:
     return tuple(rows)
 
 
-def _launches(file: pathlib.Path, problems: list[str]) -> list[dict[str, Any]]:
+def _lines(file: pathlib.Path, problems: list[str]) -> list[dict[str, Any]]:
     try:
-        return provenance.launches(file)
+        return read_json_lines(file)
     except OSError as error:
         problems.append(f'{file.name}: skipped, not readable ({_reason(error)})')
         return []
@@ -262,8 +271,7 @@ def _evaluations(directory: pathlib.Path, problems: list[str]) -> list[Evaluatio
 
 
 def _curve(file: pathlib.Path, problems: list[str]) -> list[Evaluation]:
-    rows = _launches(file, problems)  # of the same form: an object a line
-    found = [_evaluation(file.name, row) for row in rows]
+    found = [_evaluation(file.name, row) for row in _lines(file, problems)]
     return sorted(
         (row for row in found if row is not None and row.frames is not None),
         key=lambda row: row.frames or 0,
@@ -276,6 +284,7 @@ def _evaluation(file: str, held: Mapping[str, Any]) -> Evaluation | None:
     if not isinstance(protocol, str) or not episodes or finite(mean) is None:
         return None
     policy, made_by = held.get('policy'), held.get('provenance')
+    deviations = held.get('deviations')
     return Evaluation(
         file=file,
         protocol=protocol,
@@ -283,6 +292,8 @@ def _evaluation(file: str, held: Mapping[str, Any]) -> Evaluation | None:
         episodes=episodes,
         failed=count(held.get('failed')) or 0,
         epsilon=finite(held.get('epsilon')),
+        max_frames=count(held.get('max_frames')),
+        deviations=deviations if isinstance(deviations, dict) else None,
         mean=float(mean),  # type: ignore[arg-type]
         std=finite(held.get('std')),
         updates=count(held.get('updates')),

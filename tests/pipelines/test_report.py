@@ -126,15 +126,27 @@ class TestResults:
 
     def test_scores_under_other_rules_win_and_lose_nothing(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, None)
-        write_json(path / 'evaluation.json', evaluation(20.0, protocol='rainbow', epsilon=0.001))
+        write_json(path / 'evaluation.json', evaluation(20.0, protocol='rainbow'))
         verdict = verdicts_of(path)[0]
         assert not verdict.protocol.comparable
         assert verdict.scores[0].beats('gorila') is None
         assert verdict.wins('gorila') == (0, 0)
 
-    def test_no_op_starts_with_another_epsilon_are_other_rules(self, tmp_path):
+    @pytest.mark.parametrize('written', ['now', 'before'])
+    def test_no_op_starts_cut_off_earlier_are_other_rules(self, tmp_path, written):
+        path = make_run(tmp_path / 'run', 'pong', 1, None, evaluation_max_frames=2000)
+        result = evaluation(20.0, max_frames=2000, deviations={'max_frames': 2000})
+        if written == 'before':  # the run's settings say it
+            result['protocol'] = 'no-op starts'
+            del result['max_frames'], result['deviations']
+        write_json(path / 'evaluation.json', result)
+        verdict = verdicts_of(path)[0]
+        assert verdict.protocol.name == 'no-op starts, max_frames 2000'
+        assert not verdict.protocol.comparable
+
+    def test_a_protocol_of_a_later_version_is_shown_but_not_compared(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, None)
-        write_json(path / 'evaluation.json', evaluation(20.0, epsilon=0.001))
+        write_json(path / 'evaluation.json', {**evaluation(20.0), 'protocol': 'of-tomorrow'})
         assert not verdicts_of(path)[0].protocol.comparable
 
     def test_the_evaluation_with_most_games_counts_not_the_best(self, tmp_path):

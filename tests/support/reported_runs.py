@@ -9,13 +9,13 @@ import numpy as np
 
 from agents.config import STALENESS_BOUNDS
 from infra.disk import write_json
+from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
 from pipelines.monitoring.monitor import Monitor, MonitorConfig
 from pipelines.storage import provenance
 from pipelines.storage.run_directory import RunDirectory
 
-NOOP = 'noop'
 _SECONDS_PER_GAME, _STEPS_PER_GAME = 30.0, 50  # 200 frames
 _START = 1_795_000_000.0  # seconds since 1970
 
@@ -118,13 +118,13 @@ def _iso(seconds: float) -> str:
 
 
 def evaluation(
-    mean: float, protocol: str = NOOP, episodes: int = 30, epsilon: float = 0.05, **others: Any
+    mean: float, protocol: str = 'noop', episodes: int = 30, **others: Any
 ) -> dict[str, Any]:
-    """A result as `evaluate.py` writes it."""
-    returns = [mean] * episodes
-    values = {'protocol': protocol, 'episodes': episodes, 'failed': 0, 'epsilon': epsilon}
-    values |= {'mean': mean, 'std': 0.0, 'updates': 480, 'returns': returns}
-    return {**values, 'policy': {'kind': 'run'}, **others}
+    """A result as `evaluate.py` writes it, without the details of its games."""
+    rules = PROTOCOLS[protocol]
+    values = {'protocol': protocol, 'deviations': {}, 'epsilon': rules.epsilon, 'failed': 0}
+    values |= {'max_frames': rules.max_frames, 'episodes': episodes, 'mean': mean, 'std': 0.0}
+    return {**values, 'updates': 480, 'returns': [mean] * episodes, **others}
 
 
 def make_video(file: pathlib.Path, frames: int = 60) -> None:
