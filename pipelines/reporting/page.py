@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.monitoring.episodes import RETURN_WINDOW
 from pipelines.reporting import drawing, reference, results, tables
 from pipelines.reporting.charts import Chart
 from pipelines.reporting.results import Variant, Verdict
@@ -102,9 +103,7 @@ def _headliner(verdicts: Sequence[Verdict]) -> Verdict | None:
 def headline(best: Verdict | None, content: Content) -> str:
     """The page's first sentence."""
     if best is None:
-        games = sorted({run.game for run in content.runs})
-        named = _game(games[0]) if len(games) == 1 else f'{len(games)} games'
-        return f'{named}: no score to hold against the published ones yet'
+        return _headline_without_comparison(content)
     won, of = best.wins('gorila')
     if of == 1:
         score = best.known[0]
@@ -112,6 +111,22 @@ def headline(best: Verdict | None, content: Content) -> str:
         place = 'above' if won else 'below'
         return f'{_game(score.game)}: {number(score.mean)} points, {place} Gorila’s {gorila}'
     return f'Beats Gorila on {won} of {of} games'
+
+
+def _headline_without_comparison(content: Content) -> str:
+    scores = [score for verdict in content.verdicts for score in verdict.scores]
+    if len(scores) == 1:
+        score = scores[0]
+        return f'{_game(score.game)}: {number(score.mean)} points under {score.protocol.name}'
+    returns = [episode.raw_return for run in content.runs for episode in run.episodes]
+    if not scores and len(content.runs) == 1 and returns:
+        last = returns[-RETURN_WINDOW:]
+        mean = number(sum(last) / len(last))
+        game = _game(content.runs[0].game)
+        return f'{game}: {mean} points in the last {len(last)} training games, not evaluated yet'
+    games = sorted({run.game for run in content.runs})
+    named = _game(games[0]) if len(games) == 1 else f'{len(games)} games'
+    return f'{named}: no score to hold against the published ones yet'
 
 
 def _by_protocol(verdicts: Sequence[Verdict]) -> list[tuple[Any, list[Verdict]]]:

@@ -214,8 +214,7 @@ def protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
     note = f'{_rules(dataclasses.replace(exact, **_known(changed)))} ({_SOURCES[name]})'
     starts = 'human' if name == 'human' else 'noop'
     if changed or name not in reference.STARTS:
-        published = _TITLES[starts]
-        note += f'; the published scores are of {published} by other rules, so none is won or lost'
+        note += '; the published scores are of other rules, so no win or loss is counted'
         return Protocol(title, starts, False, note)
     return Protocol(title, starts, True, note)
 

@@ -4,6 +4,7 @@ Reads runs that are active, have no summary, or were written by earlier versions
 skipped and named.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import pathlib
@@ -16,6 +17,7 @@ from infra.disk import is_remote, read_json_lines
 from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError
 from pipelines.events import count, finite
+from pipelines.experiment import config as config_lib
 from pipelines.monitoring.episodes import Episode, read_episodes
 from pipelines.reporting.sessions import Session, read_sessions
 from pipelines.storage.evaluations import EVALUATION_FILE
@@ -207,13 +209,20 @@ def read(path: str, video_bytes: int) -> Run:
 
 
 def _settings(file: pathlib.Path, path: str) -> dict[str, Any]:
-    """The settings of any version: `pipelines.experiment.config` accepts today's only."""
+    """The settings of any version; those that this version reads have the defaults of the others.
+
+    Raises:
+      UsageError: the file is not readable or damaged.
+    """
     try:
-        groups = unseal(parse_object(file.read_bytes()))
+        content = file.read_bytes()
+        groups = unseal(parse_object(content))
     except (OSError, ValueError) as error:
         raise UsageError(
             f'{path}: {_CONFIG} is damaged ({error}). Fix: restore a copy, or leave this run out.'
         ) from error
+    with contextlib.suppress(UsageError):  # of another version: as it is
+        groups = dataclasses.asdict(config_lib.from_json(content))
     settings = {name: value for name, value in groups.items() if not isinstance(value, dict)}
     for group in groups.values():
         settings |= group if isinstance(group, dict) else {}

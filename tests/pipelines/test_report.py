@@ -58,6 +58,21 @@ class TestRuns:
         assert curves.core_minutes(read(path)) is None  # cores unknown
         assert curves.minutes(read(path)) is not None
 
+    def test_settings_that_an_earlier_version_lacked_have_its_values(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=None)
+        held = json.loads((path / 'config.json').read_text())
+        del held['seal'], held['checksum'], held['learner']['outlier_rule']
+        (path / 'config.json').write_text(json.dumps(held))
+        assert read(path).settings['outlier_rule'] == 'every'
+
+    def test_settings_of_a_later_version_are_read_as_they_are(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=None)
+        held = json.loads((path / 'config.json').read_text())
+        del held['seal'], held['checksum'], held['learner']
+        held['learners'] = {'of_tomorrow': 7}
+        (path / 'config.json').write_text(json.dumps(held))
+        assert read(path).settings['of_tomorrow'] == 7
+
     @pytest.mark.parametrize('name', ['summary.json', 'evaluation.json'])
     def test_a_damaged_result_is_skipped_and_named(self, tmp_path, name):
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0)
@@ -231,6 +246,13 @@ class TestReport:
         written = write_report([str(second)], tmp_path / 'report.html')
         assert 'Breakout' in written.page.read_text()
         assert not (written.files / 'curve-frames-pong.svg').exists()
+
+    def test_the_headline_of_a_run_without_evaluation_says_so(self, tmp_path):
+        # Returns -21, -19, ..., 57: 18 in the mean.
+        path = make_run(tmp_path / 'run', 'pong', 1, None)
+        assert page.headline(None, _content(path)) == (
+            'Pong: 18.0 points in the last 40 training games, not evaluated yet'
+        )
 
     def test_a_run_without_games_or_scores_makes_a_page(self, tmp_path):
         # Only `config.json` and what a monitor writes at once.
