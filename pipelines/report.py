@@ -14,7 +14,6 @@ from infra.flags import Parser, nonempty_path, positive_number
 from infra.output import protect_output
 from pipelines.errors import one_line_errors
 from pipelines.reporting.report import VIDEO_MIB, write_report
-from pipelines.storage.space import temporary_files
 
 
 def _parser() -> Parser:
@@ -55,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes the report; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        with temporary_files():
-            written = write_report(arguments.runs, arguments.output, arguments.video_mib, _notify)
+        written = write_report(arguments.runs, arguments.output, arguments.video_mib, _notify)
     except KeyboardInterrupt:
         print('report.py: interrupted; no report written.', file=sys.stderr)
         return 130
