@@ -59,9 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print('report.py: interrupted; no report written.', file=sys.stderr)
         return 130
     skipped = f', {len(written.problems)} problems (see the page)' if written.problems else ''
-    print(
-        f'{written.page}: report of {written.runs} runs{skipped}\ntables, charts: {written.files}'
-    )
+    print(f'{written.page}: runs: {written.runs}{skipped}\ntables and charts: {written.files}')
     return 0
 
 

@@ -25,6 +25,7 @@ _VARIABLES = {
 _COLOUR = re.compile('|'.join(_VARIABLES))
 _FONT = re.compile(r'font: ([^;"]*?px) [^;"]*')
 _UNREFERENCED = re.compile(r'(<g) id="[^"]*"')
+_UNFIT = re.compile(r'[^\w.-]+')  # a run's files may name a game as they like
 _DOTS_PER_INCH = 150
 _STYLE = {
     'svg.fonttype': 'none',  # text stays text
@@ -90,7 +91,7 @@ def draw(
     """Draws `paint(axes)`.
 
     Args:
-      name: of the files; unique in a report.
+      name: of the files; unique in a report. Signs that a file name should not have become '-'.
       description: of what is shown, one sentence.
       paint: draws into matplotlib's axes with the colours of this module.
       inches: width and height.
@@ -99,6 +100,7 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    name = _UNFIT.sub('-', name)
     with matplotlib.rc_context({**_STYLE, 'svg.hashsalt': name}):
         figure = Figure(figsize=inches, layout='constrained')
         FigureCanvasAgg(figure)

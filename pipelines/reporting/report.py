@@ -92,7 +92,7 @@ def write_report(
     _require_replaceable(target, files)
     video_bytes = int(video_mib * 2**20)
     found, problems = _read(runs.find(run_dirs), video_bytes)
-    for text in (*problems, f'drawing {len(found)} runs'):
+    for text in (*problems, f'runs read: {len(found)}; drawing'):
         notify(text)
     content = _content(results.variants(found), problems, files.name, video_bytes)
     html = page.render(content)

@@ -160,7 +160,8 @@ def find(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         found += [path] if is_remote(path) else _below(path)
-    return list(dict.fromkeys(found))
+    # A run that is named twice would count as two seeds.
+    return list({p if is_remote(p) else str(pathlib.Path(p).resolve()): p for p in found}.values())
 
 
 def _below(path: str) -> list[str]:

@@ -95,6 +95,10 @@ class TestRuns:
         (tmp_path / 'notes').mkdir()
         assert runs.find([str(tmp_path)]) == [str(tmp_path / 'run-1'), str(tmp_path / 'run-2')]
 
+    def test_a_run_named_twice_counts_once(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, 1.0)
+        assert len(runs.find([str(path), f'{path}/', str(tmp_path)])) == 1
+
     def test_time_between_two_launches_is_not_training(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=None, resumed_after_seconds=3600)
         run = read(path)
@@ -239,6 +243,17 @@ class TestReport:
         assert odd.runs == 1
         assert 'bad: config.json is damaged' in odd.page.read_text()
 
+    def test_a_game_of_any_name_writes_into_the_reports_directory_only(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, None, games=4)
+        config = (path / 'config.json').read_text().replace('"pong"', '"../../evil"')
+        held = json.loads(config)
+        del held['seal'], held['checksum']
+        (path / 'config.json').write_text(json.dumps(held))
+        written = write_report([str(path)], tmp_path / 'a b#c.html')
+        assert (written.files / 'curve-frames-..-..-evil.svg').exists()
+        assert not list(tmp_path.parent.glob('*evil*'))
+        assert 'href="a%20b%23c_files/runs.csv"' in written.page.read_text()
+
     def test_a_later_report_replaces_an_earlier_one(self, tmp_path):
         first = make_run(tmp_path / 'first', 'pong', 1, 1.0)
         second = make_run(tmp_path / 'second', 'breakout', 1, 1.0)
@@ -283,7 +298,7 @@ class TestCommand:
 
     def test_it_says_what_it_wrote(self, tmp_path, run_dir, capsys):
         assert report.main([str(run_dir), '--output', str(tmp_path / 'r.html')]) == 0
-        assert f'{tmp_path}/r.html: report of 1 run' in capsys.readouterr().out
+        assert f'{tmp_path}/r.html: runs: 1' in capsys.readouterr().out
 
     def test_a_missing_directory_is_refused(self, tmp_path, capsys):
         self.refused(capsys, tmp_path / 'nowhere', '--output', tmp_path / 'r.html')

@@ -1,5 +1,6 @@
 """Small runs as the project's own writers write them, for tests of the report."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -77,7 +78,7 @@ def _launch(
     score: float | None,
 ) -> dict[str, Any]:
     """Plays one launch; returns its counters."""
-    row = provenance.describe(['pipelines/run.py', '--seed', str(config.run.seed)])
+    row = _described() | {'command': f'pipelines/run.py --seed {config.run.seed}'}
     row |= {'engine': 'DirectRunner', 'resumed': resumed_from is not None, 'changed': {}}
     row |= {'time': _iso(clock.now), 'cores': 2 if resumed_from is None else 4}
     provenance.add_launch(directory.launches_file, row)
@@ -96,6 +97,12 @@ def _launch(
             monitor.tick()
         monitor.write_summary('max_frames', None if score is None else evaluation(score))
         return monitor.counters()
+
+
+@functools.cache
+def _described() -> dict[str, Any]:
+    """This process; git takes seconds on a busy machine."""
+    return provenance.describe([])
 
 
 def _events(number: int, steps: int, now: float) -> list[dict[str, Any]]:
