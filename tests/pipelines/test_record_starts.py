@@ -1,0 +1,157 @@
+"""The recorder of start points: whose play it records, and what its file is good for."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pygame
+import pytest
+
+from agents.config import EnvironmentConfig
+from pipelines import evaluate, record_starts
+from pipelines.evaluation import person, starts
+from pipelines.evaluation.play import Game, Step, play
+from pipelines.evaluation.protocols import PROTOCOLS
+
+SHORT = dataclasses.replace(record_starts._RULES, max_frames=400)
+PONG = EnvironmentConfig(game='pong')
+CODES = starts.action_codes('pong', full_action_space=False)
+RANDOM_PONG = ['--policy=random', '--game=pong']
+
+
+@pytest.fixture(autouse=True)
+def short_games(monkeypatch):
+    monkeypatch.setattr(record_starts, '_RULES', SHORT)
+
+
+@pytest.fixture
+def window(monkeypatch):
+    """A window without a screen, and without waiting between its pictures."""
+    monkeypatch.setenv('SDL_VIDEODRIVER', 'dummy')
+    monkeypatch.setattr(person, '_FRAMES_PER_SECOND', 0)
+    pygame.display.init()
+    pygame.event.clear()
+
+
+def press(*keys: int) -> None:
+    for key in keys:
+        pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
+
+
+def observations(game: Game, act) -> list[np.ndarray]:
+    steps: list[Step] = []
+    play(game, act, steps.append)
+    return [step.observation for step in steps]
+
+
+def test_recorded_points_lead_to_what_was_seen_there(tmp_path):
+    path = tmp_path / 'new' / 'pong.json'
+    flags = [*RANDOM_PONG, '--count=20', '--games_played=2', f'--output={path}', '--seed=3']
+    assert record_starts.main(flags) == 0
+    points = starts.read(path, 'pong', 4).starts
+    assert len(set(points)) == 20
+    # The same two games again, with what was seen at each step by the actions before it.
+    seen: dict[bytes, np.ndarray] = {}
+    for number in range(2):
+        taken = b''
+        game = Game(0, number, 3, PONG, dataclasses.replace(SHORT, epsilon=1.0))
+        steps: list[Step] = []
+        play(game, lambda _: 0, steps.append)
+        for step in steps:
+            seen[taken] = step.observation
+            taken += bytes([CODES[step.action]])
+    human = dataclasses.replace(PROTOCOLS['human'], max_frames=4)
+    for point in points[::5]:
+        there = observations(Game(0, 0, 99, PONG, human, point), lambda _: 0)[0]
+        np.testing.assert_array_equal(there, seen[point.actions])
+
+
+def test_a_recorded_file_is_evaluated_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert record_starts.main([*RANDOM_PONG, '--count=2', '--output=starts.json']) == 0
+    flags = ['--protocol=human', '--starts=starts.json', '--output=result.json']
+    assert evaluate.main(['--policy=random', '--games=pong', *flags]) == 0
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert (result['episodes'], result['starts']) == (2, {'file': 'starts.json', 'count': 2})
+
+
+class TestAPerson:
+    def test_plays_with_the_keyboard_until_the_game_ends(self, window, tmp_path):
+        press(pygame.K_RIGHT, pygame.K_SPACE)
+        path = tmp_path / 'pong.json'
+        flags = ['--person', '--game=pong', '--count=5', '--games_played=1', f'--output={path}']
+        assert record_starts.main(flags) == 0
+        file = starts.read(path, 'pong', 4)
+        assert file.source == 'person'
+        right_fire = bytes([11])  # ALE's code
+        assert all(point.actions == right_fire * len(point.actions) for point in file.starts)
+        assert max(len(point.actions) for point in file.starts) < 100  # 400 frames
+
+    def test_sees_the_picture_and_the_score(self, window, monkeypatch):
+        shown: list[np.ndarray] = []
+        flip = pygame.display.flip
+
+        def look():
+            shown.append(pygame.surfarray.array3d(pygame.display.get_surface()))
+            flip()
+
+        monkeypatch.setattr(pygame.display, 'flip', look)
+        game = Game(0, 0, 1, PONG, dataclasses.replace(SHORT, max_frames=40))
+        ((taken, score),) = person.play_in_window([game], CODES)
+        assert (taken, score) == ([0] * 10, 0.0)
+        assert shown[-1].shape == (640, 840, 3)  # columns first, four times 160 x 210
+        assert len(np.unique(shown[-1].reshape(-1, 3), axis=0)) >= 3
+
+    @pytest.mark.parametrize('ending', ['escape', 'close'])
+    def test_ends_the_session_and_keeps_what_was_played(self, window, ending):
+        if ending == 'escape':
+            press(pygame.K_ESCAPE)
+        else:
+            pygame.event.post(pygame.event.Event(pygame.QUIT))
+        games = [Game(0, number, 1, PONG, SHORT) for number in range(3)]
+        assert list(person.play_in_window(games, CODES)) == [([0], 0.0)]
+
+    def test_needs_a_display(self, monkeypatch, tmp_path, capsys):
+        for name in person._DISPLAYS:
+            monkeypatch.delenv(name, raising=False)
+        flags = ['--person', '--game=pong', f'--output={tmp_path / "a.json"}']
+        assert record_starts.main(flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert 'no window can be opened (none of DISPLAY and WAYLAND_DISPLAY is set)' in line
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ('held', 'name'),
+        [
+            ([], 'NOOP'),
+            ([pygame.K_a], 'LEFT'),
+            ([pygame.K_LEFT, pygame.K_SPACE], 'LEFTFIRE'),
+            ([pygame.K_UP, pygame.K_RIGHT], 'RIGHT'),  # Pong has no UP
+            ([pygame.K_q], 'NOOP'),
+        ],
+    )
+    def test_asks_for_an_action_that_the_game_has(self, held, name):
+        names = ['NOOP', 'FIRE', 'RIGHT', 'LEFT', 'RIGHTFIRE', 'LEFTFIRE']
+        assert names[person.action_of(frozenset(held), names)] == name
+
+
+@pytest.mark.parametrize(
+    ('flags', 'said'),
+    [
+        (['--policy=random'], 'no game is named'),
+        (['--person'], 'no game is named'),
+        (['--person', '--game=pogn'], 'did you mean pong'),
+        ([*RANDOM_PONG, '--count=0'], '--count 0: must be at least 1'),
+        ([*RANDOM_PONG, '--epsilon=2'], '--epsilon 2: must be from 0 to 1'),
+        ([*RANDOM_PONG, '--seed=-1'], '--seed -1: must be at least 0'),
+        ([*RANDOM_PONG, '--output=old.json'], 'already exists'),
+        ([*RANDOM_PONG, '--games_played=1', '--count=101'], 'only 100 steps were played'),
+        (['--policy=nowhere', '--game=pong'], 'not a SavedModel'),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'old.json').touch()
+    assert record_starts.main(['--output=new.json', *flags]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == ['old.json']
