@@ -12,7 +12,13 @@ class Parser(argparse.ArgumentParser):
     """A command's parser that reports an invalid flag on one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: {message}\n')
+        self.exit(2, f'{self.prog}: {with_fix(message, "see --help")}\n')
+
+
+def with_fix(problem: object, remedy: str) -> str:
+    """Appends a remedy to the text of an error that names none."""
+    text = str(problem)
+    return text if 'Fix: ' in text else f'{text.rstrip(".")}. Fix: {remedy}.'
 
 
 def value_of(flag: str, flags: Sequence[str]) -> str | None:

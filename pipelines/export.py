@@ -1,7 +1,7 @@
 """Export: a checkpoint's parameters in, a TF-Agents SavedModel policy out.
 
 Runs at the end of training, or as a command:
-  python pipelines/export.py --run_dir runs/my-run
+  .venv/bin/python pipelines/export.py --run_dir runs/my-run
 """
 
 import argparse

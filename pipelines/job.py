@@ -10,9 +10,6 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
-
 from infra.addresses import reach_directly
 from infra.disk import is_remote
 from infra.output import protect_output
@@ -56,6 +53,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     """Builds the pipeline of one kind of worker and runs it to its end."""
+    import apache_beam as beam  # here: the import of this project silences others' notices first
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     arguments, extra = _parse(argv)
     engine = catalog.engine(arguments.runner)
     exit_with_parent(engine.end_seconds)

@@ -1,4 +1,4 @@
-"""Upload the local copy of an ended run: `python pipelines/mirror.py --run_dir DIR`."""
+"""Upload the local copy of an ended run: `.venv/bin/python pipelines/mirror.py --run_dir DIR`."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""Sizes a run for a target rate: `python pipelines/plan.py --target_fps 20000`.
+"""Sizes a run for a target rate: `.venv/bin/python pipelines/plan.py --target_fps 20000`.
 
 In: the target, and each component's CPU time per agent step and per update as measured by
 tests/benchmarks/benchmark_run.py. Out: actors, learners, shards, cores, network load and price.
@@ -170,7 +170,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         '--costs',
         type=pathlib.Path,
         default=COSTS,
-        help=f'JSON printed by benchmark_run.py; measure your own machines. Default: {COSTS.name}.',
+        help='JSON file with the costs of an agent step and an update on your machines, printed by'
+        ' tests/benchmarks/benchmark_run.py. Default: docs/costs_laptop.json, of two cores.',
     )
     parser.add_argument(
         '--machine_cores', type=integer, default=4, help='Cores per machine. Default: 4.'
@@ -197,7 +198,7 @@ def _steps_per_second(arguments: argparse.Namespace) -> float:
     """
     for name, value in vars(arguments).items():
         if isinstance(value, float | int) and not 0 < value < math.inf:
-            raise UsageError(f'--{name} {value}: must be positive.')
+            raise UsageError(f'--{name} {value}: must be positive. Fix: correct the value.')
     if arguments.target_fps is not None:
         return arguments.target_fps / arguments.action_repeat
     return arguments.target_ups * arguments.agent_steps_per_update

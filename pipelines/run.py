@@ -1,4 +1,4 @@
-"""Train an Atari agent: `python pipelines/run.py --runner=DirectRunner` (see `--help`)."""
+"""Train an Atari agent: `.venv/bin/python pipelines/run.py --runner=DirectRunner`."""
 
 import pathlib
 import sys

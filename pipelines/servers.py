@@ -1,4 +1,4 @@
-"""Run the servers of a run to attach to: `python pipelines/servers.py --host 10.0.0.1 ...`.
+"""Run the servers of a run to attach to: `.venv/bin/python pipelines/servers.py --host HOST ...`.
 
 In: the run's flags. Out: replay and parameter shards on this machine until a signal, and the flags
 with which the run attaches. Servers are for one run; a shard that dies restarts from its saved

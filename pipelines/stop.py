@@ -1,4 +1,4 @@
-"""Stop a run from another terminal: `python pipelines/stop.py --run_dir DIR`.
+"""Stop a run from another terminal: `.venv/bin/python pipelines/stop.py --run_dir DIR`.
 
 Like Ctrl-C in the run's terminal: workers and engine jobs end, a checkpoint and the summary are
 written. Waits until the run has ended.

@@ -478,7 +478,9 @@ def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog='python -m infra.parameter_server.server', description=__doc__, allow_abbrev=False
+    )
     add_shard_flags(parser, '--restore', 'Checkpoint directory to start from.', _STATE_SECONDS)
     parser.add_argument(
         '--host', default='127.0.0.1', help='Address to listen on. Default: 127.0.0.1.'

@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from agents.games import GameError, not_taken_over, rom_id
 from infra.addresses import AddressError, is_port, split_address
 from infra.disk import is_remote
-from infra.flags import integer, nonempty, value_of
+from infra.flags import integer, nonempty, value_of, with_fix
 from infra.tls import TlsError, read_pair, read_roots
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
@@ -28,10 +28,10 @@ from pipelines.experiment.launch import LOOPBACK, Launch
 from pipelines.experiment.unused_flags import require_effect
 
 _EPILOG = """examples:
-  python pipelines/run.py --runner=DirectRunner
-  python pipelines/run.py --game breakout --preset nature --run_dir runs/breakout
-  python pipelines/run.py --topology bundled --num_actors 2 --num_learners 2
-  python pipelines/run.py --run_dir runs/breakout --resume
+  .venv/bin/python pipelines/run.py --runner=DirectRunner
+  .venv/bin/python pipelines/run.py --game breakout --preset nature --run_dir runs/breakout
+  .venv/bin/python pipelines/run.py --topology bundled --num_actors 2 --num_learners 2
+  .venv/bin/python pipelines/run.py --run_dir runs/breakout --resume
 
 A frame is an emulator frame, an update a gradient that the parameter server has applied.
 Defaults are those of the preset `{preset}`. `--preset NAME --help` shows those of another.
@@ -329,7 +329,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         known, rest = _parser(own_only=True, preset=preset).parse_known_args(argv)
         of_jobs = _flags_of_jobs(known, rest)
     except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(with_fix(error, 'see --help')) from error
     values = {
         name: getattr(known, name)
         for name in config_lib.fields()

@@ -22,6 +22,7 @@ from infra.fields import (
     require_from_to,
     require_positive,
 )
+from infra.flags import with_fix
 from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
 from infra.sealed import parse_object, seal, unseal
@@ -206,7 +207,7 @@ def replace(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentCo
         }
         return dataclasses.replace(config, **changed)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(with_fix(error, 'correct the value, or omit it')) from error
 
 
 def settings(config: ExperimentConfig) -> dict[str, Any]:

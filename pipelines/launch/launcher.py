@@ -247,6 +247,7 @@ class Launcher:
     ) -> Iterator[Training]:
         """Opens servers and everything that supervises them; closes them in reverse order."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.directory.remove_shard_checkpoints)  # after the servers' end
             servers = cluster_config(self.config, self.launch, self.directory.path)
             cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
             addresses = self._addresses(cluster)

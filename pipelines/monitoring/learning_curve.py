@@ -164,6 +164,7 @@ def _draw_evaluations(
     if best := [row for row in evaluations if row['best']]:
         axes.plot(best[-1][name], best[-1]['mean'], '*', color='C1', markersize=13, label='best')
     if final is not None:
-        label = f'final evaluation: {final["mean"]:.1f} ({final["episodes"]} games)'
+        games = f'{final["episodes"]} game{"s" * (final["episodes"] != 1)}'
+        label = f'final evaluation: {final["mean"]:.1f} ({games})'
         style = {'fmt': 'D', 'color': 'C3', 'capsize': 4}
         axes.errorbar(final[name], final['mean'], yerr=final['std'], label=label, **style)

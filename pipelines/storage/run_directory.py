@@ -276,7 +276,11 @@ class RunDirectory:
             shutil.rmtree(leftover)
         for directory in (self.path, self.checkpoints, self.path / SERVERS):
             remove_leftovers(directory)
-        shutil.rmtree(self.path / SHARD_CHECKPOINTS, ignore_errors=True)  # not moved in time
+        self.remove_shard_checkpoints()  # not moved in time
+
+    def remove_shard_checkpoints(self) -> None:
+        """Removes what replay shards wrote and no checkpoint took; no shard may be running."""
+        shutil.rmtree(self.path / SHARD_CHECKPOINTS, ignore_errors=True)
 
     def latest_checkpoints(self) -> list[pathlib.Path]:
         """The complete checkpoints, newest first.

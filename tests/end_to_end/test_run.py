@@ -61,6 +61,7 @@ def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_dir
 def assert_says_where_it_comes_from(run_dir: pathlib.Path) -> None:
     (launch,) = provenance.launches(run_dir / 'launches.jsonl')
     assert f'--run_dir={run_dir}' in shlex.split(launch['command'])
+    assert not (run_dir / 'servers' / 'replay').exists()
     assert (launch['engine'], launch['resumed'], launch['frames']) == ('DirectRunner', False, 0)
     events = event_accumulator.EventAccumulator(str(run_dir / 'events'))
     events.Reload()

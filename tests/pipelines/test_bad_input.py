@@ -67,7 +67,12 @@ def test_value_of_the_wrong_type_is_named(rejected):
 @pytest.mark.parametrize(
     ('flags', 'named'),
     [
-        (('--num_actors=0',), '--num_actors 0'),
+        (
+            ('--num_actors=0',),
+            '--num_actors 0: must be at least 1. Fix: correct the value, or omit',
+        ),
+        (('--num_actors=',), "'' is not a 64-bit integer. Fix: see --help."),
+        (('--learning_rate=',), "invalid float value: ''. Fix: see --help."),
         (('--max_frames=-4',), '--max_frames -4'),
         (('--preset=desktop',), 'laptop'),
         (('--preset=',), "--preset '': unknown. Fix: choose one of laptop, "),

@@ -117,6 +117,26 @@ def test_what_only_a_run_can_do_is_refused(flag, tmp_path, capsys):
     assert 'for run.py' in capsys.readouterr().err
 
 
+def test_a_second_ctrl_c_ends_servers_that_hang():
+    program = (
+        'import time\n'
+        'from pipelines.launch.interrupts import handled, raise_ended\n'
+        'with handled(raise_ended):\n'
+        '    try:\n'
+        '        print("serving", flush=True)\n'
+        '        time.sleep(60)\n'
+        '    finally:\n'
+        '        print("ending", flush=True)\n'
+        '        time.sleep(60)\n'  # a server that hangs
+    )
+    with subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        for line in (b'serving\n', b'ending\n'):
+            assert run.stdout.readline() == line
+            run.send_signal(signal.SIGINT)
+        assert run.wait(30) == 128 + signal.SIGINT
+
+
 def test_an_empty_name_for_the_configurations_is_refused(capsys):
     with pytest.raises(SystemExit) as refusal:
         servers.main(['--config_dir='])
