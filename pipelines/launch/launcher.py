@@ -269,7 +269,6 @@ class Launcher:
             jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
             stack.callback(self._count_failures, cluster, jobs)
             stack.callback(jobs.stop)
-            replay = Replay(addresses.replay, StatusReader(addresses.replay))
             yield Training(
                 self.config,
                 self.display,
@@ -281,7 +280,7 @@ class Launcher:
                 jobs,
                 monitor,
                 saver,
-                replay,
+                Replay(addresses.replay, StatusReader(addresses.replay)),
             )
 
     def _count_failures(self, cluster: Cluster, jobs: Jobs) -> None:
