@@ -85,6 +85,16 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def cpu_seconds(pid: int) -> float | None:
+    """CPU seconds of a process and its ended children; None if there is no such process."""
+    try:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return None
+    # utime, stime, cutime and cstime: fields 14 to 17 of proc(5), the third is the first here.
+    return sum(map(int, fields[11:15])) / os.sysconf('SC_CLK_TCK')
+
+
 def back_off_seconds(failures: int, first: float, longest: float) -> float:
     """Delay before the next start after so many failures in a row: doubles up to `longest`."""
     return min(longest, first * 2.0 ** min(failures - 1, 30))

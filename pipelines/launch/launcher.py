@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -35,6 +36,7 @@ from pipelines.experiment import builders
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses, Launch
+from pipelines.launch.evaluator import EvaluatorProcess
 from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs
 from pipelines.launch.saver import Saver
@@ -52,7 +54,7 @@ from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_r
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.remote_run import RemoteRun
 from pipelines.storage.resuming import resuming
-from pipelines.storage.run_directory import RunDirectory, command, loading_hint
+from pipelines.storage.run_directory import BEST, RunDirectory, command, loading_hint
 from pipelines.storage.space import temporary_files
 from pipelines.workers.boxes import SERVER_SECONDS
 
@@ -208,6 +210,7 @@ class Launcher:
             batch_size=self.config.learner.batch_size,
             settings={'preset': self.config.preset, **config_lib.settings(self.config)},
             launch=(provenance.launches(self.directory.launches_file) or [{}])[-1],
+            cores=len(os.sched_getaffinity(0)),
         )
 
     @contextlib.contextmanager
@@ -251,15 +254,7 @@ class Launcher:
             servers = cluster_config(self.config, self.launch, self.directory.path)
             cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
             addresses = self._addresses(cluster)
-            layout = builders.layout_of(builders.build_policy(self.config))
-            connect = functools.partial(
-                ParameterClient,
-                addresses.parameters,
-                layout,
-                shared_memory=False,
-                timeout_seconds=SERVER_SECONDS,
-                tls_roots=addresses.tls_roots,
-            )
+            connect = self._connector(addresses)
             client = stack.enter_context(connect())
             saver = Saver(checkpoints, stack.enter_context(connect()), self.display.message)
             owner = str(self.directory.path)
@@ -269,6 +264,9 @@ class Launcher:
             jobs = Jobs(self.config, self.launch, addresses, self.directory, first_submission)
             stack.callback(self._count_failures, cluster, jobs)
             stack.callback(jobs.stop)
+            seconds, tell = monitor.wall_seconds, self.display.message
+            evaluator = EvaluatorProcess(self.config, self.directory, seconds, tell)
+            stack.callback(evaluator.close)
             yield Training(
                 self.config,
                 self.display,
@@ -281,7 +279,19 @@ class Launcher:
                 monitor,
                 saver,
                 Replay(addresses.replay, StatusReader(addresses.replay)),
+                evaluator,
             )
+
+    def _connector(self, addresses: Addresses) -> Callable[[], ParameterClient]:
+        """Makes clients of the parameter shards."""
+        return functools.partial(
+            ParameterClient,
+            addresses.parameters,
+            builders.layout_of(builders.build_policy(self.config)),
+            shared_memory=False,
+            timeout_seconds=SERVER_SECONDS,
+            tls_roots=addresses.tls_roots,
+        )
 
     def _count_failures(self, cluster: Cluster, jobs: Jobs) -> None:
         self.failures += cluster.failures + jobs.failures
@@ -298,7 +308,8 @@ class Launcher:
     def _evaluate(self) -> Outcome:
         """Exports and evaluates the last checkpoint, in a separate process."""
         file = self.directory.path / EVALUATION_FILE
-        outputs = file, self.directory.policy, self.directory.video
+        directory = self.directory
+        outputs = file, directory.policy, directory.video, directory.best_policy
         before = [_identity(path) for path in outputs]
         self.signals.effect = 'ending the evaluation; the training is complete and saved'
         child = self._finish(file)
@@ -312,10 +323,14 @@ class Launcher:
                 )
             finally:
                 child.terminate()
-        evaluated, exported, filmed = (_identity(path) != old for path, old in zip(outputs, before))
+        written = [_identity(path) != old for path, old in zip(outputs, before)]
+        evaluated, exported, filmed, best_exported = written
         missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
         if missing and not self.signals.received:
             self.display.message(child.describe_failure())
+        if directory.best.is_dir() and not best_exported and not self.signals.received:
+            fix = command('export', directory.path, '--checkpoint', BEST)
+            self.display.message(f'policy_best/: not exported. Fix: run {fix}.')
         return Outcome(read_result(file) if evaluated else None, exported, filmed, missing)
 
     def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from infra.replay.errors import ReplayError
 from infra.telemetry import TelemetryReader
 from pipelines.events import heartbeats_in
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.launch.evaluator import EvaluatorProcess
 from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs, WorkersFailedError
 from pipelines.launch.saver import Saver
@@ -88,7 +89,7 @@ class Training:
       display: shows progress.
       owner: the run's name at the parameter server.
       signals: the user's.
-      cluster, client, reader, jobs, monitor, saver, replay: the boxes.
+      cluster, client, reader, jobs, monitor, saver, replay, evaluator: the boxes.
       hearing: a clock that pauses while no heartbeat can arrive.
     """
 
@@ -103,6 +104,7 @@ class Training:
     monitor: Monitor
     saver: Saver
     replay: Replay
+    evaluator: EvaluatorProcess
 
     def __post_init__(self) -> None:
         self._restarts: dict[str, int] = {}
@@ -166,10 +168,17 @@ class Training:
 
     def _watch(self) -> str:
         while not (reason := self._reason()):
-            for act in (self.look, self.cluster.check, self._supervise, self.save_if_due):
+            acts = (self.look, self.cluster.check, self._supervise, self.save_if_due)
+            for act in (*acts, self.evaluate):
                 self._guard.attempt(act)
             time.sleep(_POLL_SECONDS)
         return reason
+
+    def evaluate(self) -> None:
+        """Keeps the evaluator running and collects its scores."""
+        done = self.monitor.evaluations
+        self.evaluator.look(self.monitor.state().updates, done.updates, done.number)
+        self.monitor.evaluator(self.evaluator.cpu_seconds)
 
     def _supervise(self) -> None:
         self.jobs.supervise(self.hearing.seconds, self._own_time.look())
@@ -181,6 +190,7 @@ class Training:
     def _end(self) -> None:
         self._ending = True
         self.signals.effect = _ENDING
+        self.evaluator.stop()
         self.display.phase('stopping workers')
         if not self.monitor.state().agent_steps:
             self.jobs.stop()  # nothing to save; the workers may still be importing TensorFlow
@@ -254,7 +264,10 @@ class Training:
             bundles = range(self.config.run.num_actors)
             statuses = [self._bundles.get(bundle, {}) for bundle in bundles]
         self.monitor.replay(statuses)
-        self.monitor.memory({n: resident_bytes(pid) for n, pid in self.cluster.pids.items()})
+        pids = dict(self.cluster.pids)
+        if self.evaluator.pid is not None:
+            pids['evaluator'] = self.evaluator.pid
+        self.monitor.memory({name: resident_bytes(pid) for name, pid in pids.items()})
 
     def _count_reruns(self, reruns: Mapping[str, int]) -> None:
         """Counts the workers that the engine itself has restarted since this launch."""
@@ -319,7 +332,7 @@ class Training:
             self._attempt(self.look)
             self._attempt(self._end_stranded)
             time.sleep(_POLL_SECONDS)
-        for act in (self.jobs.stop, self._ask, self.look):
+        for act in (self.jobs.stop, self._ask, self.evaluate, self.look):
             self._attempt(act)
 
     def _ask_to_stop(self) -> None:

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -368,6 +368,7 @@ def _figures(state: RunState, width: int) -> Any:
         ('epsilon', _number(state.epsilon, '.3f')),
         ('last return', _number(state.last_return, '.1f')),
         ('learned/insert', _number(state.learned_per_insert, '.2f')),
+        *((name, f'{row["mean"]:.1f}') for name, row in _evaluations(state)),
     )
     columns = max(1, min(3, (width + _GAP) // (_CELL_COLUMNS + _GAP)))
     cell_width = (width + _GAP) // columns - _GAP
@@ -379,6 +380,12 @@ def _figures(state: RunState, width: int) -> Any:
         lines.append(f'{value:>{max(1, cell_width - len(label))}}', style='bold')
     lines.append('\n')
     return lines.append(_tallies(state, width))
+
+
+def _evaluations(state: RunState) -> list[tuple[str, Mapping[str, Any]]]:
+    """The last evaluation during training and the best, by name; empty before the first."""
+    rows = {'evaluation': state.evaluations.get('last'), 'best': state.evaluations.get('best')}
+    return [(name, row) for name, row in rows.items() if row is not None]
 
 
 def _tallies(state: RunState, width: int) -> Any:
@@ -414,6 +421,8 @@ def state_line(state: RunState, phase: str = '') -> str:
         f'rejected {rejected}',
         f'eta {eta}',
     ]
+    for name, row in _evaluations(state):
+        parts.insert(-1, f'{name} {row["mean"]:.1f} at {row["updates"]:,} updates')
     if any(state.restarts.values()):
         parts.insert(-1, f'restarts {sum(state.restarts.values())}')
     return ' | '.join(([phase] if phase else []) + parts)

@@ -29,6 +29,7 @@ from pipelines.monitoring.counters import (
     mean,
     remember,
 )
+from pipelines.monitoring.evaluations import EvaluationLog
 from pipelines.monitoring.run_state import MonitorConfig, RunState, build_summary
 from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage.run_directory import RunDirectory
@@ -101,9 +102,11 @@ class Monitor:
         self._epsilon: dict[Worker, float] = {}
         self._malformed = self._repeated = 0
         self._unexpected: set[type[Exception]] = set()
-        self._open_records(resumed)
+        self._open_records(before, resumed)
 
-    def _open_records(self, resumed: bool) -> None:
+    def _open_records(self, before: Mapping[str, Any], resumed: bool) -> None:
+        self._evaluator_cpu_before = finite(before.get('evaluator_cpu_seconds')) or 0.0
+        self._evaluator_cpu = self._evaluator_cpu_before
         self._learner_sums: dict[str, tuple[float, int]] = {}
         self._learner: dict[str, float] = {}
         self._episodes = episodes.EpisodeLog(
@@ -120,6 +123,7 @@ class Monitor:
             (row.agent_steps for row in self._episodes.kept if row.agent_steps is not None),
             maxlen=episodes.RETURN_WINDOW,
         )
+        self.evaluations = EvaluationLog(self._directory, self.frames if resumed else None)
         self._events = tensorboard.EventWriter(self._directory.events, self.frames)
         name, config = self._directory.path.name, self._config
         self._events.describe(name, config.settings, config.launch, self._wall_clock())
@@ -171,6 +175,13 @@ class Monitor:
     def restarted(self, component: str) -> None:
         """Counts one restart of `component`."""
         self._restarts[component] = self._restarts.get(component, 0) + 1
+
+    def evaluator(self, cpu_seconds: float) -> None:
+        """Reads new evaluations; `cpu_seconds`: of the evaluator since the launch."""
+        self._evaluator_cpu = self._evaluator_cpu_before + cpu_seconds
+        for row in self.evaluations.read():
+            scalars = {'return/evaluator': row['mean'], 'return/evaluator_std': row['std']}
+            self._write(row['frames'], scalars, row['time'])
 
     def fold(self, events: Iterable[Any]) -> list[Mapping[str, Any]]:
         """Folds telemetry events, in any order; returns the valid ones and counts the others."""
@@ -310,6 +321,7 @@ class Monitor:
             recent_rates=self._box_rates.recent(self._monotonic()),
             rates=self._box_rates.means(),
             memory_bytes=dict(sorted(self._memory.items())),
+            evaluations=self._evaluations(),
             restarts=dict(self._restarts),
             eta_seconds=left / frame_rate if frame_rate else (None if left else 0.0),
             wall_seconds=self.wall_seconds,
@@ -317,6 +329,14 @@ class Monitor:
             malformed_events=self._malformed,
             repeated_events=self._repeated,
         )
+
+    def _evaluations(self) -> dict[str, Any]:
+        capacity = self._config.cores * self.wall_seconds
+        return {
+            **self.evaluations.summary(),
+            'cpu_seconds': round(self._evaluator_cpu, 2),
+            'cpu_share': round(self._evaluator_cpu / capacity, 5) if capacity > 0 else 0.0,
+        }
 
     def _outlier_share(self) -> float | None:
         dropped = self._rejections.counts()['outlier']
@@ -342,6 +362,7 @@ class Monitor:
             'rejected': self._rejections.counts(),
             'staleness': self._staleness.bins,
             'learners': self._learners.counters(),
+            'evaluator_cpu_seconds': round(self._evaluator_cpu, 2),
             'restarts': dict(self._restarts),
             'samples': self._replay.total('samples'),
             'inserts': self._replay.total('inserts'),

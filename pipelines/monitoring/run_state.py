@@ -23,6 +23,7 @@ class MonitorConfig:
       rate_window_seconds: window of frames/s, updates/s and the ETA.
       settings: value of each setting of the experiment, by its name.
       launch: the line of `launches.jsonl` of this start or resume.
+      cores: of this machine.
     """
 
     game: str
@@ -35,6 +36,7 @@ class MonitorConfig:
     rate_window_seconds: float = 60.0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cores: int = 1
 
 
 def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:
@@ -72,6 +74,8 @@ class RunState:
         agent steps/s, a learner's gradients/s, a parameter shard's pushes/s, a replay shard's
         inserts/s.
       memory_bytes: latest resident memory of each process.
+      evaluations: during training: number, last, best, and the evaluator's CPU time in seconds and
+        as a share of that of the launcher's machine over `wall_seconds`.
       restarts: by component.
       eta_seconds: until `max_frames` at the current rate.
       wall_seconds: since the launch, earlier sessions included.
@@ -103,6 +107,7 @@ class RunState:
     recent_rates: Mapping[str, float] = _figure(dict, 'rate')
     rates: Mapping[str, float] = _figure(dict, summarised=True)
     memory_bytes: Mapping[str, int] = _figure(dict, 'memory_bytes', summarised=True)
+    evaluations: Mapping[str, Any] = _figure(dict, summarised=True)
     restarts: Mapping[str, int] = _figure(dict, summarised=True)
     eta_seconds: float | None = None
     wall_seconds: float = 0.0

@@ -17,6 +17,7 @@ _BYTES_PER_JOB = 200_000_000
 _BYTES_PER_ENVIRONMENT = 2_000_000  # emulator and its share of Nature inference
 _BYTES_PER_BATCHED_TRANSITION = 400_000  # gradient of the Nature network
 _BYTES_OF_LAUNCHER = 700_000_000
+_BYTES_OF_EVALUATOR = 600_000_000
 _KEPT_CHECKPOINTS = 3  # two complete ones and the one being written
 _BYTES_WITHOUT_REPLAY = 300_000_000  # parameters, slots, logs, events
 
@@ -25,6 +26,8 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the run's processes and replay on this machine, in bytes."""
     run = config.run
     total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers_bytes(config, launch)
+    if run.evaluator_cpu_share > 0:
+        total += _BYTES_OF_EVALUATOR
     if launch.engine.runs_locally:
         total += sum(run.workers.values()) * _BYTES_PER_WORKER
         total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT

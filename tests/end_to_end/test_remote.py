@@ -11,10 +11,24 @@ import pytest
 
 from tests.end_to_end import launching
 from tests.support.gcs import BUCKET, Gcs
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
 BELOW = 'runs/pong/'
+
+
+EVALUATOR = (
+    '--evaluator_cpu_share=1',
+    '--evaluator_episodes=1',
+    '--evaluation_period_updates=1',
+)
+
+
+def evaluations(run_dir):
+    """The evaluations during training."""
+    lines = (run_dir / 'evaluations.jsonl').read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def content(gcs, name):
@@ -46,9 +60,11 @@ def test_an_interrupted_run_at_a_bucket_exits_130_and_goes_on_from_the_bucket_al
         for name, value in gcs.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         copy = tmp_path / 'copy'
-        process = start(copy, '--max_frames=400000', *launching.SMALL)
+        process = start(copy, '--max_frames=400000', *launching.SMALL, *EVALUATOR)
         launching.wait_for_updates(process, copy)
         assert_example_follows(copy)
+        best = copy / 'best' / 'evaluation.json'
+        assert eventually(best.exists, launching.START_SECONDS), launching.output(copy)
         process.send_signal(signal.SIGINT)
         assert launching.finish(process, copy) == 130, launching.output(copy)
         told = launching.output(copy)
@@ -60,9 +76,16 @@ def test_an_interrupted_run_at_a_bucket_exits_130_and_goes_on_from_the_bucket_al
         assert first == launching.summary(copy)
         assert first['exit_reason'] == 'SIGINT'
         assert first['updates'] > 0
+        (evaluated, *_) = evaluations(copy)
+        assert 0 < evaluated['updates'] <= first['updates']
+        assert evaluated['frames'] <= first['frames']
+        assert first['evaluations']['number'] == len(evaluations(copy))
+        assert first['evaluations']['cpu_seconds'] > 1.0  # its imports alone take longer
+        assert 0.0 < first['evaluations']['cpu_share'] < 1.0
 
         elsewhere, goal = tmp_path / 'elsewhere', first['frames'] + 4_000
-        process = start(elsewhere, '--resume', f'--max_frames={goal}')
+        flags = (f'--max_frames={goal}', '--evaluator_cpu_share=0')
+        process = start(elsewhere, '--resume', *flags)
         assert launching.finish(process, elsewhere) == 0, launching.output(elsewhere)
         launching.assert_nothing_runs(elsewhere, within_seconds=10)
         assert 'fetching' in launching.output(elsewhere)
@@ -70,6 +93,9 @@ def test_an_interrupted_run_at_a_bucket_exits_130_and_goes_on_from_the_bucket_al
         assert second == content(gcs, 'summary.json')
         assert second['updates'] > first['updates']
         assert second['wall_seconds'] > first['wall_seconds']
+        assert second['evaluations']['best'] == first['evaluations']['best']
+        assert evaluations(elsewhere) == evaluations(copy)
+        assert 'policy_best/saved_model.pb' in gcs.names(BELOW)
         newest = max(name for name in gcs.names(BELOW) if name.endswith('/run.json'))
         # The replay came back: learning went on without filling it again.
         saved = content(gcs, newest)

@@ -38,6 +38,15 @@ STATE = RunState(
     eta_seconds=400_000.0,
     wall_seconds=3_700.0,
 )
+EVALUATED = RunState(
+    game='pong',
+    preset='laptop',
+    max_frames=1000,
+    evaluations={
+        'last': {'mean': -3.21, 'updates': 30_000},
+        'best': {'mean': 15.1, 'updates': 20_000},
+    },
+)
 EMPTY = RunState(game='pong', preset='laptop', max_frames=1000)
 
 
@@ -58,6 +67,12 @@ def rendered(state, width, phase='training', lines=24):
 
 
 class TestPanel:
+    def test_shows_evaluations_once_there_are_some(self):
+        shown = rendered(EVALUATED, 80)
+        assert re.search(r'evaluation +-3\.2 +best +15\.1', '\n'.join(shown))
+        assert len(shown) == len(rendered(EMPTY, 80))
+        assert 'evaluation' not in '\n'.join(rendered(EMPTY, 80))
+
     @pytest.mark.parametrize('width', [60, 80, 200])
     @pytest.mark.parametrize('state', [None, EMPTY, STATE])
     def test_it_fits_and_is_never_wider_than_eighty_columns(self, state, width):
@@ -160,6 +175,11 @@ class TestPlain:
             ' | episodes 123,456 | return -18.32 | epsilon 0.512 | replay 1,000,000'
             ' | rejected 1234 stale, 56789 outlier, 3 invalid | restarts 2 | eta 111:06:40'
         ]
+
+    def test_a_line_shows_the_last_and_the_best_evaluation(self):
+        assert '| evaluation -3.2 at 30,000 updates | best 15.1 at 20,000 updates | eta' in (
+            display.state_line(EVALUATED)
+        )
 
     def test_what_is_not_known_yet_is_a_dash(self):
         assert 'return - | epsilon - | replay -' in display.state_line(EMPTY)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from pipelines.evaluation.allowance import Allowance, level_after
 from pipelines.evaluation.policies import of_run
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
+from pipelines.launch import evaluator as launch_evaluator
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.run_directory import RunDirectory
 from pipelines.storage.snapshots import WORK, Snapshot, Snapshots, keep_best, read_best
 from tests.support import parameter_servers
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, has_ended, pause
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -228,6 +230,103 @@ def test_a_line_cut_by_a_kill_costs_no_other(tmp_path):
         stream.write('{"mean": 2')
     evaluator.append_line(file, {'mean': 3.0})
     assert file.read_text() == '{"mean": 1.0}\n{"mean": 2\n{"mean": 3.0}\n'
+
+
+STAND_IN = """import os, pathlib, sys, time
+if 'pipelines.evaluator' in sys.orig_argv:
+    {act}
+"""
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """An `EvaluatorProcess` by what its process does instead of evaluating, and its messages."""
+    monkeypatch.setattr(launch_evaluator, '_BACK_OFF_SECONDS', 0.0)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    config = presets.experiment('laptop', SETTINGS)
+    with RunDirectory.open(tmp_path / 'run') as directory, contextlib.ExitStack() as stack:
+
+        def start(act):
+            (tmp_path / 'sitecustomize.py').write_text(STAND_IN.format(act=act))
+            told: list[str] = []
+            process = launch_evaluator.EvaluatorProcess(config, directory, 0.0, told.append)
+            stack.callback(process.close)
+            return process, told
+
+        yield start
+
+
+def look(process, number=0):
+    process.look(5, 0, number)
+    return process.pid
+
+
+class TestEvaluatorProcess:
+    def test_starts_when_the_first_evaluation_is_due(self, launched):
+        process, _ = launched('time.sleep(600)')
+        process.look(0, 0, 0)
+        assert process.pid is None
+        process.look(1, 0, 0)
+        assert process.pid is not None
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+
+    def test_is_restarted_after_a_kill_and_its_cpu_time_stays_counted(self, launched):
+        process, told = launched('sum(range(10_000_000)); time.sleep(600)')
+        killed = look(process)
+        assert eventually(lambda: look(process) and process.cpu_seconds >= 0.1)
+        used = process.cpu_seconds
+        os.kill(killed, signal.SIGKILL)
+        assert eventually(lambda: look(process) not in (killed, None))
+        assert told[0].startswith('evaluator: was ended by SIGKILL, failure 1 in a row (5 end')
+        assert process.cpu_seconds >= used
+
+    def test_that_hangs_is_killed_and_restarted(self, launched, monkeypatch):
+        monkeypatch.setattr(launch_evaluator, '_HUNG_SECONDS', 1.0)
+        process, told = launched('time.sleep(600)')
+        hung = look(process)
+        pause(hung)
+        assert eventually(lambda: look(process) not in (hung, None))
+        assert told[0] == 'evaluator: no sign of life for 1 s, killed'
+
+    def test_that_fails_again_and_again_is_given_up_in_one_line(self, launched):
+        process, told = launched('print("OSError: no licence", flush=True); os._exit(3)')
+        assert eventually(lambda: look(process) is None and len(told) == 5)
+        assert told[0].startswith(
+            'evaluator: ended with exit code 3 (OSError: no licence), failure 1 in a row (5 end the'
+        )
+        assert told[4].startswith(
+            'evaluator: failed 5 times in a row (last: ended with exit code 3'
+        )
+        assert 'training continues without evaluations; log: ' in told[4]
+        assert look(process) is None
+
+    def test_that_scores_in_between_is_not_given_up(self, launched):
+        process, told = launched('os._exit(3)')
+        assert eventually(lambda: look(process, number=len(told)) and len(told) == 7)
+        assert all('failure 1 in a row' in text for text in told)
+
+    def test_that_cannot_start_costs_no_training(self, launched, monkeypatch):
+        process, told = launched('time.sleep(600)')
+        monkeypatch.setattr(sys, 'executable', '/nonexistent')
+        assert look(process) is None
+        assert told[0].startswith('evaluator: unexpected FileNotFoundError')
+
+    def test_that_hangs_delays_no_end(self, launched):
+        process, _ = launched('time.sleep(600)')
+        pid = look(process)
+        pause(pid)
+        before = time.monotonic()
+        process.stop()
+        process.close()
+        assert time.monotonic() - before < 10.0
+        assert has_ended(pid)
+        assert look(process) is None
+
+    def test_is_off_without_a_share(self, tmp_path):
+        config = presets.experiment('laptop', {**SETTINGS, 'evaluator_cpu_share': 0.0})
+        with RunDirectory.open(tmp_path / 'run') as directory:
+            process = launch_evaluator.EvaluatorProcess(config, directory, 0.0, print)
+            assert look(process) is None
 
 
 def rows(run_dir) -> list[dict]:

@@ -18,6 +18,7 @@ from infra.telemetry import Telemetry, TelemetryReader
 from pipelines.events import HEARTBEAT
 from pipelines.launch import jobs as jobs_lib
 from pipelines.launch import shard_watch
+from pipelines.launch.evaluator import EvaluatorProcess
 from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import Replay
 from pipelines.launch.training import Training
@@ -104,6 +105,7 @@ def training(tmp_path, cluster, monkeypatch):
                 monitor=stack.enter_context(Monitor(run.directory, MONITOR)),
                 saver=Saver(checkpoints, connect[1], display.message),
                 replay=Replay(servers.replay_addresses, StatusReader(servers.replay_addresses)),
+                evaluator=EvaluatorProcess(run.config, run.directory, 0.0, display.message),
             ),
             run,
             told,

@@ -461,6 +461,67 @@ class TestEpisodeFile:
         assert [row.raw_return for row in episodes.read_episodes(directory.episodes_file)] == [1.0]
 
 
+def evaluation(frames, mean, best):
+    """A line of `evaluations.jsonl`."""
+    row = {'time': 1_000.0 + frames, 'frames': frames, 'updates': frames // 4, 'wall_seconds': 1.0}
+    return row | {'episodes': 5, 'mean': mean, 'std': 1.5, 'best': best}
+
+
+def append(directory, *rows):
+    with directory.evaluations_file.open('a') as file:
+        file.write(''.join(row if isinstance(row, str) else json.dumps(row) + '\n' for row in rows))
+
+
+class TestEvaluations:
+    def test_are_read_as_they_are_appended(self, monitor, directory, clock):
+        monitor.evaluator(0.0)  # there is no file yet
+        append(
+            directory,
+            evaluation(400, 3.0, True),
+            '{"cut"\n',
+            json.dumps(evaluation(800, 2.0, False)),
+        )
+        monitor.evaluator(0.0)
+        assert monitor.state().evaluations['number'] == 1  # the last line is incomplete
+        append(directory, '\n')
+        clock.now += 100
+        monitor.evaluator(3.0)
+        told = monitor.state().evaluations
+        assert told['last'] == {
+            'updates': 200,
+            'frames': 800,
+            'episodes': 5,
+            'mean': 2.0,
+            'std': 1.5,
+        }
+        assert (told['number'], told['best']['mean'], monitor.evaluations.updates) == (2, 3.0, 200)
+        # 3 CPU seconds in 100 s of one core.
+        assert (told['cpu_seconds'], told['cpu_share']) == (3.0, 0.03)
+        monitor.close()
+        shown = shown_by_tensorboard(directory.events)
+        assert shown['return/evaluator'] == [(400, 3.0), (800, 2.0)]
+        assert shown['return/evaluator_std'] == [(400, 1.5), (800, 1.5)]
+
+    def test_after_the_checkpoint_are_dropped_by_a_resume_but_the_best_stays(
+        self, make_monitor, directory
+    ):
+        monitor = make_monitor()
+        append(directory, evaluation(400, 3.0, True), evaluation(800, 4.0, True))
+        directory.best.mkdir()
+        (directory.best / 'evaluation.json').write_text(json.dumps(evaluation(800, 4.0, True)))
+        monitor.evaluator(2.0)
+        checkpoint = {**monitor.counters(), 'agent_steps': 150}  # 600 frames
+        monitor = make_monitor(resumed_from=checkpoint)
+        told = monitor.state().evaluations
+        assert (told['number'], told['last']['frames'], told['best']['frames']) == (1, 400, 800)
+        assert told['cpu_seconds'] == 2.0
+        append(directory, evaluation(1200, 4.5, True))
+        monitor.evaluator(1.0)
+        told = monitor.state().evaluations
+        assert (told['number'], told['best']['mean'], told['cpu_seconds']) == (2, 4.5, 3.0)
+        assert len(directory.evaluations_file.read_text().splitlines()) == 2
+
+
 class TestResume:
     def test_totals_go_on_where_the_checkpoint_was(self, make_monitor, clock):
         monitor = make_monitor()
@@ -561,6 +622,13 @@ class TestSummary:
             'rates': {},  # one reading each
             'memory_bytes': {},
             'learner': {},
+            'evaluations': {
+                'number': 0,
+                'last': None,
+                'best': None,
+                'cpu_seconds': 0.0,
+                'cpu_share': 0.0,
+            },
             'restarts': {'actor': 1},
             'exit_reason': 'max_frames',
         }

@@ -32,6 +32,7 @@ from pipelines.storage.mirror import Mirror
 from pipelines.storage.object_store import MissingError, Place, RemoteError
 from pipelines.storage.remote_run import RemoteRun
 from pipelines.storage.run_directory import MARK_FILE, RunDirectory, command
+from pipelines.storage.snapshots import Snapshots, keep_best
 from tests.support import parameter_servers
 from tests.support.gcs import BUCKET, Gcs
 from tests.support.waiting import eventually
@@ -751,6 +752,30 @@ class TestReading:
         assert (result['episodes'], result['updates']) == (2, updates)
         new.mirror.copy(last=True)
         assert evaluations(gcs) == [written]  # the mirror leaves alone what it does not know
+
+    def test_export_of_the_best_reads_it_alone(self, gcs, start):
+        new = start()
+        new.save()
+        new.checkpoints.save_parameters(new._client)
+        snapshot = Snapshots(new.directory, since=0.0).take(1)
+        assert snapshot is not None
+        keep_best(new.directory, snapshot, {'mean': 3.0})
+        new.mirror.copy()  # and the run goes on
+        gcs.refuse = lambda _, address: 403 if 'checkpoint-' in address else None
+        assert export.main([f'--run_dir={URL}', '--checkpoint=best']) == 0
+        assert 'policy_best/saved_model.pb' in gcs.names(BELOW)
+        assert 'policy/saved_model.pb' not in gcs.names(BELOW)
+
+    @pytest.mark.parametrize('which', ['7', 'best'])
+    def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(
+        self, gcs, start, capsys, which
+    ):
+        new = start()
+        new.save()
+        new.mirror.copy()
+        assert evaluate.main([f'--run_dir={URL}', f'--checkpoint={which}']) == 2
+        told = capsys.readouterr().err
+        assert f'no checkpoint {which} (there are: checkpoint-00000001)' in told
 
     def test_export_writes_the_policy_back_in_place_of_the_one_before(self, gcs, start, capsys):
         new = start()

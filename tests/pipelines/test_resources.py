@@ -24,15 +24,15 @@ def config(**values):
 @pytest.mark.parametrize(
     ('topology', 'flags', 'expected'),
     [
-        # Launcher 0.7; jobs 2 x 0.2; servers 2 x 0.55; workers 4 x 0.8; environments 2 x 8 x 0.002;
-        # batches 2 x 32 x 0.0004.
-        ('separate', (), 5.4576 * GB + REPLAY_BYTES),
+        # Launcher 0.7; evaluator 0.6; jobs 2 x 0.2; servers 2 x 0.55; workers 4 x 0.8;
+        # environments 2 x 8 x 0.002; batches 2 x 32 x 0.0004.
+        ('separate', (), 6.0576 * GB + REPLAY_BYTES),
         # One job and one worker for each bundle.
-        ('bundled', (), 3.6576 * GB + REPLAY_BYTES),
-        ('separate', ('--replay_addresses=host:1',), 4.9076 * GB),
-        ('separate', ('--parameter_addresses=host:1',), 4.9076 * GB + REPLAY_BYTES),
+        ('bundled', (), 4.2576 * GB + REPLAY_BYTES),
+        ('separate', ('--replay_addresses=host:1',), 5.5076 * GB),
+        ('separate', ('--parameter_addresses=host:1',), 5.5076 * GB + REPLAY_BYTES),
         # Bundles hold the replay, whoever holds the telemetry.
-        ('bundled', ('--replay_addresses=host:1',), 3.1076 * GB + REPLAY_BYTES),
+        ('bundled', ('--replay_addresses=host:1',), 3.7076 * GB + REPLAY_BYTES),
     ],
 )
 def test_memory_counts_each_process_on_this_machine_once(topology, flags, expected):

@@ -18,6 +18,7 @@ from infra.replay.errors import ReplayUnavailable
 from pipelines.experiment import presets
 from pipelines.launch import shard_watch
 from pipelines.launch import training as training_lib
+from pipelines.launch.evaluator import EvaluatorProcess
 from pipelines.launch.jobs import WorkersFailedError
 from pipelines.launch.launcher import exit_reason
 from pipelines.launch.saver import Saver
@@ -72,6 +73,7 @@ def training(tmp_path, monkeypatch):
                 monitor=stack.enter_context(Monitor(directory, MONITOR)),
                 saver=Saver(Checkpoints(directory, config), for_saving, display.message),
                 replay=Replay(('replay:1',), types.SimpleNamespace(read=list)),  # type: ignore[arg-type]
+                evaluator=EvaluatorProcess(config, directory, 0.0, display.message),
             ),
             told,
             directory,
