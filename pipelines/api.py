@@ -25,12 +25,12 @@ from infra.disk import is_remote
 from infra.process import LAUNCHER_VARIABLE, own_code
 from infra.sealed import parse_object
 from pipelines.errors import UsageError
-from pipelines.evaluate import Work, require_valid
-from pipelines.evaluate import evaluate as play_and_write
 from pipelines.evaluation.entrants import Request
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.launch.evaluation import Work, require_valid
+from pipelines.launch.evaluation import evaluate as play_and_write
 from pipelines.storage.run_directory import default_path
 
 __all__ = ['RunFailedError', 'UsageError', 'evaluate', 'experiment', 'train']

@@ -12,23 +12,41 @@ from collections.abc import Sequence
 
 from infra.output import protect_output
 from pipelines import evaluate, export
-from pipelines.errors import Main
+from pipelines.errors import Main, one_line_errors
+from pipelines.launch.evaluation import notify
 from pipelines.storage.run_directory import BEST
+
+_INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def main(argv: Sequence[str]) -> int:
     """Exports, evaluates and films, each also if another fails; the video is not in the code."""
     run_dir, output = argv
     run = f'--run_dir={run_dir}'
-    codes = [_code_of(export.main, run)]
+    commands: list[tuple[Main, list[str]]] = [(export.main, [run])]
     if pathlib.Path(run_dir, BEST).is_dir():
-        codes.append(_code_of(export.main, run, '--checkpoint=best'))
-    codes.append(_code_of(evaluate.main, run, f'--output={output}'))
-    _code_of(evaluate.film_run, run_dir)
-    return max(filter(None, codes), default=0)
+        commands.append((export.main, [run, '--checkpoint=best']))
+    commands.append((evaluate.main, [run, f'--output={output}']))
+    worst = 0
+    for command, arguments in commands:
+        if (code := _code_of(command, arguments)) == _INTERRUPTED:
+            return code
+        worst = max(worst, code or 0)
+    _code_of(film, [run_dir])
+    return worst
 
 
-def _code_of(command: Main, *argv: str) -> int:
+@one_line_errors('video.mp4', OSError)
+def film(argv: Sequence[str]) -> int:
+    """Makes the video of the run in the directory `argv`; returns the exit code."""
+    from pipelines.evaluation import video  # imports FFmpeg
+
+    (run_dir,) = argv
+    video.record_run(run_dir, notify)
+    return 0
+
+
+def _code_of(command: Main, argv: Sequence[str]) -> int:
     try:
         return command(argv)
     except Exception:  # of any kind: an agent may be the user's own

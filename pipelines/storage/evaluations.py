@@ -52,14 +52,17 @@ def write(path: str, result: Mapping[str, Any]) -> None:
     """Writes a result to `path`, local or remote; keeps a result that has this name.
 
     Raises:
-      OSError: the file is not writable.
-      RemoteError: likewise.
+      OSError: the local file is not writable.
+      UsageError: the remote one is not.
     """
     if is_remote(path):
-        from pipelines.storage.object_store import Place  # imports Beam
+        from pipelines.storage.object_store import Place, RemoteError  # imports Beam
 
         folder, _, name = path.rpartition('/')
-        Place.at(folder).write(name, (json.dumps(dict(result), indent=2) + '\n').encode())
+        try:
+            Place.at(folder).write(name, (json.dumps(dict(result), indent=2) + '\n').encode())
+        except RemoteError as error:
+            raise UsageError(str(error)) from error
         return
     file = pathlib.Path(path)
     if (before := read_result(file)) is not None:

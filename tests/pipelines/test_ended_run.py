@@ -145,11 +145,11 @@ def test_a_policy_that_cannot_be_exported_is_evaluated_all_the_same(monkeypatch,
     def fail(_):
         raise TypeError("the agent's own")
 
-    evaluated: list[tuple[str, ...]] = []
+    evaluated: list[list[str]] = []
     monkeypatch.setattr(finish.export, 'main', fail)
     monkeypatch.setattr(finish.evaluate, 'main', evaluated.append)
     assert finish.main(['runs/a', 'runs/a/evaluation.json']) == 1
-    assert evaluated == [('--run_dir=runs/a', '--output=runs/a/evaluation.json')]
+    assert evaluated == [['--run_dir=runs/a', '--output=runs/a/evaluation.json']]
     assert "TypeError: the agent's own" in capsys.readouterr().err
 
 
@@ -161,7 +161,7 @@ class TestTheVideoOfARun:
 
     def test_shows_the_newest_policy_and_replaces_the_one_before(self, filmed):
         (filmed / 'video.mp4').write_text('the one before')
-        assert evaluate.film_run([str(filmed)]) == 0
+        assert finish.film([str(filmed)]) == 0
         with av.open(str(filmed / 'video.mp4')) as video:
             assert sum(1 for _ in video.decode(video=0)) == 200 / 4 + 1
 
@@ -170,17 +170,17 @@ class TestTheVideoOfARun:
         shutil.copytree(newest / 'parameters', filmed / 'best' / 'parameters')
         shown: list[str | None] = []
         monkeypatch.setattr(video, 'record', lambda policy, *_: shown.append(policy.checkpoint))
-        assert evaluate.film_run([str(filmed)]) == 0
+        assert finish.film([str(filmed)]) == 0
         assert shown == ['best']
 
     def test_is_not_made_without_the_setting(self, filmed):
         silent = config_lib.replace(CONFIG, {'video': False})
         (filmed / 'config.json').write_text(config_lib.to_json(silent))
-        assert evaluate.film_run([str(filmed)]) == 0
+        assert finish.film([str(filmed)]) == 0
         assert not (filmed / 'video.mp4').exists()
 
     def test_that_takes_too_long_is_one_line(self, filmed, monkeypatch, capsys):
         monkeypatch.setattr(video, 'RUN_SECONDS', -1.0)
-        assert evaluate.film_run([str(filmed)]) == 2
+        assert finish.film([str(filmed)]) == 2
         assert capsys.readouterr().err == 'video.mp4: not made within -1 s\n'
         assert not (filmed / 'video.mp4').exists()

@@ -13,6 +13,7 @@ from pipelines.evaluation import entrants, local, policies
 from pipelines.evaluation.play import Failure, Score
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
+from pipelines.launch import evaluation
 from pipelines.storage import evaluations
 
 
@@ -73,7 +74,7 @@ def test_a_long_evaluation_shows_its_progress_every_ten_seconds(run_dir, monkeyp
             yield record
 
     monkeypatch.setattr(local, 'play_all', one_game_in_six_seconds)
-    monkeypatch.setattr(evaluate, 'monotonic', lambda: now)
+    monkeypatch.setattr(evaluation, 'monotonic', lambda: now)
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=4']) == 0
     assert capsys.readouterr().err == (
         'evaluate.py: 2 of 4 episodes, mean return 1.5\n'

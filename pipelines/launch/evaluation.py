@@ -1,0 +1,220 @@
+"""Carries out an evaluation: a request in, scores played here or on an engine, results out."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from infra.disk import is_remote, write_json
+from pipelines.errors import UsageError
+from pipelines.evaluation import local, results
+from pipelines.evaluation.entrants import Entrant, Request, entrants
+from pipelines.evaluation.play import Failure, Game, Score
+from pipelines.experiment import config as config_lib
+from pipelines.storage import evaluations, provenance
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.video import Film
+
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where games are played.
+
+    Attributes:
+      runner: Beam's engine; None: threads of this process.
+      num_workers: games at a time.
+      beam_flags: of the engine.
+    """
+
+    runner: str | None = None
+    num_workers: int = 1
+    beam_flags: Sequence[str] = ()
+
+
+def require_valid(episodes: int | None, epsilon: float | None, seed: int | None) -> None:
+    """Checks an evaluation's numbers before anything is read.
+
+    Raises:
+      UsageError: a value is out of range.
+    """
+    given = {'evaluation_episodes': episodes, 'evaluation_epsilon': epsilon, 'seed': seed}
+    values = {name: value for name, value in given.items() if value is not None}
+    try:
+        config_lib.replace(config_lib.ExperimentConfig(), values)
+    except UsageError as error:  # begins with the name of the setting
+        raise UsageError(
+            f'--{str(error).removeprefix("--").removeprefix("evaluation_")}'
+        ) from error
+
+
+def evaluate(
+    request: Request,
+    output: str | None,
+    work: Work,
+    command: Sequence[str],
+    film: 'Film | None' = None,
+) -> dict[str, dict[str, Any]]:
+    """Plays the requested games and writes a result for each policy and game.
+
+    Args:
+      request: what to evaluate.
+      output: as the flag.
+      work: where to play.
+      command: for the results' provenance.
+      film: a video to make of a game, after the results are written.
+
+    Returns:
+      The results, by the path of their file.
+
+    Raises:
+      UsageError: the request cannot be carried out, no game of a policy could be played, or the
+        video cannot be written.
+      OSError: the parent directory of `output` cannot be created.
+    """
+    found = entrants(request, notify)
+    filmed = _game_of(found, film)
+    files = [_target(entrant, output, len(found)) for entrant in found]
+    with _writable():
+        for file in files:
+            evaluations.require_new(file)
+    written = _results(found, work, files, command)
+    _require_played(written)
+    with _writable():
+        for file, result in written.items():
+            evaluations.write(file, result)
+    if film is not None and filmed is not None:
+        _record(found[0], filmed, film, files[0])
+    return written
+
+
+def _results(
+    found: Sequence[Entrant], work: Work, files: Sequence[str], command: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Plays all games; returns the results by their files."""
+    began = monotonic()
+    scores = _play(found, work, files)
+    own = {
+        'engine': work.runner or 'threads',
+        'workers': work.num_workers,
+        'seconds': round(monotonic() - began, 3),
+        'provenance': provenance.describe(command),
+    }
+    return {
+        file: entrant.result(scores[i]) | own for i, (entrant, file) in enumerate(zip(found, files))
+    }
+
+
+def _game_of(found: Sequence[Entrant], film: 'Film | None') -> Game | None:
+    """
+    Raises:
+      UsageError: see `video.game_of`.
+    """
+    if film is None:
+        return None
+    from pipelines.evaluation import video
+
+    return video.game_of(found, film)
+
+
+def _record(entrant: Entrant, game: Game, film: 'Film', result: str) -> None:
+    """Makes the video.
+
+    Raises:
+      UsageError: it cannot be written; `result` is already.
+    """
+    from pipelines.evaluation import video
+
+    try:
+        score = video.record(entrant.policy, game, film)
+    except UsageError as error:
+        raise UsageError(f'{error} The scores are in {result}.') from error
+    print(f'{film.path}: game {game.episode}, score {score.value:g}, {score.frames} frames')
+
+
+def _play(
+    found: Sequence[Entrant], work: Work, files: Sequence[str]
+) -> Mapping[int, Mapping[str, Any]]:
+    """Plays all games; returns the scores of each entrant by its index."""
+    games = [game for index, entrant in enumerate(found) for game in entrant.games(index)]
+    if work.runner is None:
+        return _play_here(found, games, work.num_workers, files)
+    from pipelines.launch import evaluation_job  # imports Beam
+
+    return evaluation_job.run(found, games, work.runner, work.num_workers, work.beam_flags, notify)
+
+
+def _target(entrant: Entrant, output: str | None, count: int) -> str:
+    """Path of the file for a result."""
+    named = entrant.result({})
+    if output is not None and count == 1:
+        return output
+    if output is not None:
+        return f'{output.rstrip("/")}/{results.file_name(named, elsewhere=True)}'
+    if entrant.policy.kind == 'run':
+        folder = entrant.policy.path.rstrip('/')
+        return f'{folder}/{results.file_name(named, elsewhere=False)}'
+    return f'evaluations/{results.file_name(named, elsewhere=True)}'
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """Turns an error of a write in the block into one line with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f'{error.filename}: cannot be written ({error.strerror}). Fix: name another file as'
+            ' --output.'
+        ) from error
+
+
+def _play_here(
+    found: Sequence[Entrant], games: Sequence[Game], num_threads: int, files: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """Plays in this process and shows progress; returns the scores by policy."""
+    records: list[Score | Failure] = []
+    due = monotonic() + _PROGRESS_SECONDS
+    progress = None
+    if len(files) == 1 and not is_remote(files[0]):  # the launcher reads it
+        progress = evaluations.progress_file(pathlib.Path(files[0]))
+    try:
+        policies = [entrant.policy for entrant in found]
+        for record in local.play_all(policies, games, num_threads):
+            records.append(record)
+            if progress is not None:
+                write_json(progress, {'episodes': len(records)})
+            if monotonic() >= due:
+                due = monotonic() + _PROGRESS_SECONDS
+                notify(_progress(records, len(games), single=len(found) == 1))
+    finally:
+        if progress is not None:
+            progress.unlink(missing_ok=True)
+    return results.by_policy(records)
+
+
+def _progress(records: Sequence[Score | Failure], total: int, single: bool) -> str:
+    done = f'{len(records)} of {total} episodes'
+    mean = results.combined(records)['mean']
+    return f'{done}, mean return {mean:.1f}' if single and mean is not None else done
+
+
+def _require_played(written: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UsageError if no game of a policy could be played; reports single failures."""
+    for result in written.values():
+        name = f'{result["policy"]["path"]} in {result["game"]}'
+        for failure in result['failures']:
+            notify(f'{name}: game {failure["episode"]} failed ({failure["reason"]})')
+        if not result['episodes']:
+            reason = result['failures'][0]['reason'] if result['failures'] else 'no game ended'
+            raise UsageError(f'{name}: no game could be played ({reason}). Fix: see the reason.')
+
+
+def notify(text: str) -> None:
+    """Prints a line of progress."""
+    print(f'evaluate.py: {text}', file=sys.stderr, flush=True)
