@@ -83,6 +83,8 @@ def component(process: psutil.Process) -> str:
     for name in ('parameter_server', 'replay'):
         if f'infra.{name}.server' in command:
             return name
+    if 'pipelines.evaluator' in command:
+        return 'evaluator'
     if 'pipelines.job' in command:
         return 'beam_job'
     for ancestor in process.parents():  # Beam puts a shell between a job and its workers

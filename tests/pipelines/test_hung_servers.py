@@ -1,10 +1,12 @@
 """Servers that hang, as real processes that are stopped: the watch goes on, workers live on."""
 
 import contextlib
+import dataclasses
 import io
 import threading
 import time
 import types
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -112,6 +114,18 @@ def training(tmp_path, cluster, monkeypatch):
         )
 
 
+@dataclasses.dataclass
+class Interruption:
+    """Stands in for the user's signals: asks `received` at each look."""
+
+    received: Callable[[], str]
+    effect: str = ''
+
+    @property
+    def name(self) -> str:
+        return self.received()
+
+
 def test_servers_that_hang_are_replaced_while_the_watch_goes_on_and_workers_live(training):
     watch, run, told = training
     looks: list[float] = []
@@ -144,7 +158,7 @@ def test_servers_that_hang_are_replaced_while_the_watch_goes_on_and_workers_live
         looks.append(time.monotonic())
         return next(events, 'done')
 
-    watch.interrupted = interrupted
+    watch.signals = Interruption(interrupted)
     with beating(run, watch.cluster.telemetry_address):
         assert watch.run() == 'done'
     text = told.getvalue()
