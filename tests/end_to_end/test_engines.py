@@ -211,12 +211,14 @@ def saved(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def evaluated(run_dir: pathlib.Path, *flags: str) -> dict:
+def evaluated(directory: pathlib.Path, *flags: str) -> dict:
     """Evaluates in a process of its own; returns the scores alone."""
-    output = run_dir.parent / f'{uuid.uuid4().hex}.json'
-    command = [sys.executable, '-m', 'pipelines.evaluate', f'--run_dir={run_dir}']
+    output = directory / f'{uuid.uuid4().hex}.json'
     ended = subprocess.run(
-        [*command, f'--output={output}', *flags], capture_output=True, text=True, timeout=300
+        [sys.executable, '-m', 'pipelines.evaluate', *flags, f'--output={output}'],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     assert not re.search('Traceback|INFO', ended.stderr)  # Beam's own lines stay in its log
@@ -225,16 +227,22 @@ def evaluated(run_dir: pathlib.Path, *flags: str) -> dict:
     return {name: result[name] for name in ('mean', 'std', 'median', 'returns', 'details')}
 
 
-def test_an_evaluation_is_the_same_on_every_engine(saved, dask_flags):
-    expected = evaluated(saved, '--num_workers=1')
+def test_an_evaluation_is_the_same_on_every_engine(saved, dask_flags, tmp_path):
+    flags = (f'--run_dir={saved}', '--episodes=6')
+    expected = evaluated(tmp_path, *flags, '--num_workers=1')
     assert len({game['frames'] for game in expected['details']}) == 1  # all cut at the limit
-    assert evaluated(saved, '--num_workers=4') == expected
+    assert evaluated(tmp_path, *flags, '--num_workers=4') == expected
+    assert evaluated(tmp_path, *flags, '--runner=DirectRunner', '--num_workers=2') == expected
+    assert evaluated(tmp_path, *flags, *dask_flags, '--num_workers=2') == expected
+    prism = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
+    assert evaluated(tmp_path, *flags, *prism) == expected
+
+
+def test_an_evaluation_is_the_same_with_any_number_of_workers(tmp_path):
+    # Of random actions: its workers start without TensorFlow.
+    flags = ('--policy=random', '--games=breakout', '--episodes=6')
+    expected = evaluated(tmp_path, *flags, '--num_workers=1')
+    assert len({game['frames'] for game in expected['details']}) == 6
     for workers in (1, 2, 4):
-        assert evaluated(saved, '--runner=DirectRunner', f'--num_workers={workers}') == expected
-    assert evaluated(saved, *dask_flags, '--num_workers=2') == expected
-
-
-def test_an_evaluation_is_the_same_on_prism(saved):
-    expected = evaluated(saved, '--num_workers=1')
-    flags = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
-    assert evaluated(saved, *flags) == expected
+        direct = ('--runner=DirectRunner', f'--num_workers={workers}')
+        assert evaluated(tmp_path, *flags, *direct) == expected
