@@ -18,6 +18,7 @@ from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import StartUp
 from pipelines.monitoring import weights_and_biases
 from pipelines.storage import provenance
+from pipelines.storage.resuming import is_complete
 from pipelines.storage.run_directory import RunDirectory, command, default_path
 
 # Beam and TensorFlow take seconds to import: functions do it, under `StartUp`, after the checks.
@@ -68,7 +69,7 @@ def write_config(config: ExperimentConfig, launch: 'Launch', directory: RunDirec
     """Writes `config.json` and a line of `launches.jsonl`, unless the run cannot resume.
 
     Raises:
-      UsageError: a file is not writable, no checkpoint readable, or nothing left to train.
+      UsageError: a file is not writable, no checkpoint readable, or nothing left to do.
     """
     try:
         row = {**provenance.describe(sys.orig_argv), 'engine': launch.runner}
@@ -89,18 +90,18 @@ def _resumption(config: ExperimentConfig, directory: RunDirectory) -> dict[str, 
     """The progress of a run to resume, and the settings that the resumption changes.
 
     Raises:
-      UsageError: no checkpoint is readable, or nothing is left to train.
+      UsageError: no checkpoint is readable, or the run is at its budget and complete.
     """
     from pipelines.storage.checkpoints import readable_counters
 
     counters = readable_counters(directory)
     done = counters.get('agent_steps', 0)
     frames = done * config.environment.action_repeat
-    if done >= config.max_agent_steps:
+    if done >= config.max_agent_steps and is_complete(directory):
         raise UsageError(
-            f'{directory.path}: nothing is left to train ({frames} of --max_frames'
-            f' {config.run.max_frames}). Fix: raise --max_frames, or run'
-            f' {command("evaluate", directory.path)} and {command("export", directory.path)}.'
+            f'{directory.path}: nothing is left to do ({frames} of --max_frames'
+            f' {config.run.max_frames}, evaluated and exported). Fix: raise --max_frames, or'
+            f' evaluate it again with {command("evaluate", directory.path)}.'
         )
     changed = config_lib.changes(config_lib.load(directory.config_file), config)
     seconds = counters.get('wall_seconds', 0.0)

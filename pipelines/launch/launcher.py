@@ -1,4 +1,4 @@
-"""Runs an experiment: starts servers and workers, supervises them, checkpoints, evaluates.
+"""Runs an experiment: starts servers and workers, supervises them, checkpoints, has it evaluated.
 
     cluster (replay, parameter server) <- actors' job, learners' job -> telemetry -> monitor
 
@@ -12,31 +12,27 @@ import functools
 import logging
 import os
 import pathlib
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from infra.cluster import Cluster
-from infra.disk import read_json
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import (
     LayoutMismatchError,
     RequestRefusedError,
 )
-from infra.process import ProcessSpec, SupervisedProcess
 from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
 from infra.tls import read_roots
 from pipelines.errors import UsageError, reason_of, with_remedy
-from pipelines.events import count
 from pipelines.experiment import builders
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses, Launch
 from pipelines.launch.evaluator import EvaluatorProcess
+from pipelines.launch.finishing import Finishing, Outcome
 from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs
 from pipelines.launch.saver import Saver
@@ -50,35 +46,16 @@ from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import Checkpoints
-from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.remote_run import RemoteRun
 from pipelines.storage.resuming import resuming
-from pipelines.storage.run_directory import BEST, RunDirectory, command, loading_hint
+from pipelines.storage.run_directory import RunDirectory, command
 from pipelines.storage.space import temporary_files
 from pipelines.workers.boxes import SERVER_SECONDS
 
-_POLL_SECONDS = 0.5
-_FINISH_SECONDS = 1_800.0
 _FAILED_EXIT_CODE = 1
+_AT_BUDGET = 'max_frames'  # the reason of a run that has trained all of them
 _FAILED = 'failed'  # begins the reason of a run that failed
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Results of evaluation and export.
-
-    Attributes:
-      evaluation: as in the summary; None without one.
-      exported: whether `policy/` holds the final parameters.
-      filmed: whether `video.mp4` shows this policy.
-      missing: commands that were due and did not finish.
-    """
-
-    evaluation: Mapping[str, Any] | None = None
-    exported: bool = False
-    filmed: bool = False
-    missing: Sequence[str] = ()
 
 
 @dataclasses.dataclass
@@ -112,7 +89,9 @@ class Launcher:
                 self.display.update(monitor.state())  # sets the clock of the notes
             for note in notes:
                 self.display.message(note)
-            reason = self._train_or_fail(checkpoints, monitor, resumed)
+            trained = (resumed or {}).get('agent_steps', 0) >= self.config.max_agent_steps
+            # A run that was ended while it was evaluated has only its end left.
+            reason = _AT_BUDGET if trained else self._train_or_fail(checkpoints, monitor, resumed)
             monitor.end_training()
             unused = resumed is None and not monitor.state().agent_steps
             if self.signals.received and unused and not self.failures:
@@ -120,11 +99,12 @@ class Launcher:
                 self.display.end(monitor.state())
                 self.directory.discard()
                 return 128 + self.signals.received
-            at_budget = reason == 'max_frames'
-            outcome = self._evaluate() if at_budget else Outcome()
+            at_budget = reason == _AT_BUDGET
+            finishing = Finishing(self.config, self.directory, self.display, self.signals)
+            outcome = finishing.evaluate() if at_budget else Outcome()
             reason = exit_reason(reason, self.signals.name)
             summarised = self._write_summary(monitor, reason, outcome)
-            self._tell_result(outcome, summarised)
+            finishing.tell_result(outcome, summarised)
             if not at_budget and (how := resuming(self.directory)):
                 self.display.message(f'run.py: {how}')
         if self.signals.received:
@@ -170,35 +150,6 @@ class Launcher:
             self.display.message(with_remedy(f'run.py: {self.directory.path}: {error}', error))
             return False
         return True
-
-    def _tell_result(self, outcome: Outcome, summarised: bool) -> None:
-        """Prints the result and where it is, after hints on loading it and on what is missing."""
-        if outcome.exported and (hint := loading_hint(self.directory.policy)):
-            self.display.message(hint)
-        if outcome.missing:
-            commands = [command(verb, self.directory.path) for verb in outcome.missing]
-            self.display.message(
-                f'{" and ".join(outcome.missing)}: not finished. Fix: run {" and ".join(commands)}.'
-            )
-        filmed = outcome.filmed or not self.config.run.video or self.signals.received
-        if outcome.evaluation is not None and not filmed:
-            self.display.message(
-                'video.mp4: not made (logs/finish.log has the reason). Fix: run'
-                f' {command("evaluate", self.directory.path)} with --video FILE.mp4.'
-            )
-        result, evaluation = 'no evaluation', outcome.evaluation
-        if evaluation is not None:
-            episodes = evaluation['episodes']
-            result = (
-                f'mean return {evaluation["mean"]:.1f} (standard deviation'
-                f' {evaluation["std"]:.1f}) over {episodes} game{"s" * (episodes != 1)}'
-            )
-        names = ['summary.json'] * summarised + ['policy/'] * outcome.exported
-        names = names + ['video.mp4'] * outcome.filmed or ['logs/']
-        self.display.message(
-            f'{self.config.environment.game}: {result}; {", ".join(names)} and the rest are in'
-            f' {self.directory.path}'
-        )
 
     def _monitor_config(self) -> MonitorConfig:
         return MonitorConfig(
@@ -304,74 +255,6 @@ class Launcher:
             cluster.telemetry_address,
             read_roots(roots) if roots else None,
         )
-
-    def _evaluate(self) -> Outcome:
-        """Exports and evaluates the last checkpoint, in a separate process."""
-        file = self.directory.path / EVALUATION_FILE
-        directory = self.directory
-        outputs = file, directory.policy, directory.video, directory.best_policy
-        before = [_identity(path) for path in outputs]
-        self.signals.effect = 'ending the evaluation; the training is complete and saved'
-        child = self._finish(file)
-        if not self.signals.received:
-            try:
-                child.start()
-                self._await(child, file)
-            except OSError as error:  # a full disk; the summary follows
-                self.display.message(
-                    with_remedy(f'evaluation: not started ({reason_of(error)})', error)
-                )
-            finally:
-                child.terminate()
-        written = [_identity(path) != old for path, old in zip(outputs, before)]
-        evaluated, exported, filmed, best_exported = written
-        missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
-        if missing and not self.signals.received:
-            self.display.message(child.describe_failure())
-        if directory.best.is_dir() and not best_exported and not self.signals.received:
-            fix = command('export', directory.path, '--checkpoint', BEST)
-            self.display.message(f'policy_best/: not exported. Fix: run {fix}.')
-        return Outcome(read_result(file) if evaluated else None, exported, filmed, missing)
-
-    def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:
-        """Shows the progress until the child has ended, or a signal arrives."""
-        deadline = time.monotonic() + _FINISH_SECONDS
-        done, episodes = 0, self.config.run.evaluation_episodes
-        progress, before = progress_file(evaluation), _identity(evaluation)
-        progress.unlink(missing_ok=True)  # may remain from a killed evaluation
-        while child.poll() is None and not self.signals.received:
-            if time.monotonic() > deadline:
-                self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
-                return
-            done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
-            films = self.config.run.video and _identity(evaluation) != before
-            self.display.phase('filming' if films else f'evaluating {done}/{episodes}')
-            time.sleep(_POLL_SECONDS)
-
-    def _finish(self, evaluation: pathlib.Path) -> SupervisedProcess:
-        run_dir = str(self.directory.path)
-        return SupervisedProcess(
-            ProcessSpec(
-                name='evaluation and export',
-                argv=[sys.executable, '-m', 'pipelines.finish', run_dir, str(evaluation)],
-                log_file=self.directory.logs / 'finish.log',
-                environment={
-                    'TF_CPP_MIN_LOG_LEVEL': '2',
-                    'TF_NUM_INTRAOP_THREADS': '1',
-                    'CUDA_VISIBLE_DEVICES': '-1',  # accelerators are for learners
-                },
-                unset=('PYTHONDONTWRITEBYTECODE',),
-            )
-        )
-
-
-def _identity(path: pathlib.Path) -> tuple[int, int] | None:
-    """Differs once a file or directory has been replaced; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def exit_reason(reason: str, signal_name: str) -> str:

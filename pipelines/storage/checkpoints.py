@@ -5,7 +5,6 @@ In: running servers. Out: `checkpoints/checkpoint-<n>/` with `parameters/`, `rep
 the state from which each server starts or restarts.
 """
 
-import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -219,20 +218,6 @@ def readable_counters(directory: RunDirectory) -> Mapping[str, Any]:
       UsageError: no checkpoint is readable.
     """
     return _find(directory).counters
-
-
-def newest_counters(directory: RunDirectory) -> Mapping[str, Any] | None:
-    """The counters of the newest checkpoint, without a look at the rest of it.
-
-    Returns None if there is none or its counters are damaged.
-
-    Raises:
-      UsageError: the directory is not readable.
-    """
-    for path in directory.latest_checkpoints()[:1]:
-        with contextlib.suppress(DamagedCheckpointError):
-            return _counters(path)
-    return None
 
 
 def read_parameters(

@@ -1,6 +1,8 @@
-"""How to resume an ended run: its directory in, the command out."""
+"""What an ended run lacks and how to resume it: its directory in, the command out."""
 
 from infra.disk import read_json
+from pipelines.events import count
+from pipelines.storage.evaluations import EVALUATION_FILE, read_result
 from pipelines.storage.provenance import launches
 from pipelines.storage.run_directory import (
     CHECKPOINT_RUN_FILE,
@@ -23,17 +25,42 @@ def resuming(directory: RunDirectory) -> str:
     if engine != 'DirectRunner':
         flags.append(f'--runner={engine}')
         conditions.append('the flags of the engine')
-    if _at_budget(directory):
+    if _at_budget(directory) and is_complete(directory):
         conditions.append('a larger --max_frames')
     return ' and '.join([f'resume with {command("run", run, *flags)}', *conditions])
 
 
+def is_complete(directory: RunDirectory) -> bool:
+    """Whether summary, evaluation and policy of the newest checkpoint exist.
+
+    `summary.json` holds an evaluation only if that was made at the same end of the run.
+
+    Raises:
+      UsageError: the directory is not readable.
+    """
+    summary = read_json(directory.summary_file) or {}
+    told = summary.get('evaluation') is not None
+    whole = told and (count(summary.get('frames')) or 0) >= (_saved_frames(directory) or 0)
+    evaluated = read_result(directory.path / EVALUATION_FILE) is not None
+    return whole and evaluated and directory.policy.is_dir()
+
+
 def _at_budget(directory: RunDirectory) -> bool:
     """Whether the newest checkpoint has all frames of --max_frames."""
-    counters = read_json(directory.latest_checkpoints()[0] / CHECKPOINT_RUN_FILE) or {}
-    config = read_json(directory.config_file) or {}
+    frames, config = _saved_frames(directory), read_json(directory.config_file) or {}
     try:
-        frames = counters['agent_steps'] * config['environment']['action_repeat']
-        return bool(frames >= config['run']['max_frames'])
+        return frames is not None and bool(frames >= config['run']['max_frames'])
     except (KeyError, TypeError):  # of the first versions, or damaged: `--resume` says so
         return False
+
+
+def _saved_frames(directory: RunDirectory) -> int | None:
+    """Frames of the newest checkpoint, None if there is none or it does not say."""
+    for checkpoint in directory.latest_checkpoints()[:1]:
+        counters = read_json(checkpoint / CHECKPOINT_RUN_FILE) or {}
+        config = read_json(directory.config_file) or {}
+        try:
+            return count(counters['agent_steps'] * config['environment']['action_repeat'])
+        except (KeyError, TypeError):  # as in `_at_budget`
+            return None
+    return None

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 from infra.disk import lock_holder
 from infra.process import ProcessSpec, SupervisedProcess, describe_exit
-from pipelines.storage.evaluations import EVALUATION_FILE
 from pipelines.suites import standing
 from pipelines.suites.directory import SuiteDirectory
 from pipelines.suites.plan import Run
@@ -40,7 +39,6 @@ class Entry:
       attempts: how often this suite process has started it.
       reason: why it failed.
       process: of the attempt, if it is running.
-      end_signal: asks that process to end.
     """
 
     run: Run
@@ -51,7 +49,6 @@ class Entry:
     attempts: int = 0
     reason: str = ''
     process: SupervisedProcess | None = None
-    end_signal: signal.Signals = signal.SIGINT
 
 
 class Scheduler:
@@ -117,7 +114,7 @@ class Scheduler:
         self._deadline = min(self._deadline, time.monotonic() + _END_SECONDS)
         for entry in self.of(RUNNING):
             assert entry.process is not None
-            entry.process.signal(entry.end_signal)
+            entry.process.signal(signal.SIGINT)
 
     def __enter__(self) -> 'Scheduler':
         return self
@@ -158,24 +155,15 @@ class Scheduler:
             self._fail(entry, f'not started ({error})')
             return False
         entry.state, entry.reason = RUNNING, ''
-        trained = stage is Stage.TRAINED
-        phase = 'evaluating' if trained else 'starting'
-        # Export and evaluation have nothing to save; SIGINT would end only one of them.
-        entry.end_signal = signal.SIGTERM if trained else signal.SIGINT
-        entry.figures = dataclasses.replace(entry.figures, phase=phase)
+        entry.figures = dataclasses.replace(entry.figures, phase='starting')
         return True
 
     def _spec(self, entry: Entry, stage: Stage) -> ProcessSpec:
-        """The process that trains a run, or only evaluates and exports it."""
-        if stage is Stage.TRAINED:
-            module = 'pipelines.finish'
-            argv = [str(entry.path), str(entry.path / EVALUATION_FILE)]
-        else:
-            module = 'pipelines.run'
-            argv = [f'--run_dir={entry.path}', *entry.run.argv, *_RUN_FLAGS[stage]]
+        """The process that trains and evaluates a run, or does what is left of that."""
+        argv = [f'--run_dir={entry.path}', *entry.run.argv, *_RUN_FLAGS[stage]]
         return ProcessSpec(
             name=entry.run.name,
-            argv=[sys.executable, '-m', module, *argv],
+            argv=[sys.executable, '-m', 'pipelines.run', *argv],
             log_file=entry.log,
             unset=('PYTHONDONTWRITEBYTECODE',),  # imports of TensorFlow take twice as long
         )

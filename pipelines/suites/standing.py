@@ -10,8 +10,8 @@ from typing import Any
 from infra.disk import read_json
 from pipelines.errors import UsageError
 from pipelines.events import count, finite
-from pipelines.storage.checkpoints import newest_counters
 from pipelines.storage.evaluations import EVALUATION_FILE, read_result
+from pipelines.storage.resuming import is_complete
 from pipelines.storage.run_directory import RunDirectory
 
 _LINE = re.compile(r'\[\d+:\d\d:\d\d\] (.*)')
@@ -24,6 +24,7 @@ _PHASES = (
     'stopping workers',
     'checkpointing',
     'evaluating',
+    'filming',
     'resuming',
 )
 _FIGURES = re.compile(
@@ -36,8 +37,7 @@ class Stage(enum.Enum):
     """What a run's directory holds."""
 
     NEW = 'no checkpoint'
-    HALF = 'a checkpoint below the budget'
-    TRAINED = 'a checkpoint at the budget, without evaluation or policy'
+    HALF = 'a checkpoint, but not everything'
     DONE = 'everything'
 
 
@@ -65,21 +65,13 @@ class Figures:
 def stage(path: pathlib.Path, max_frames: int) -> Stage:
     """What the directory of a run holds, which is not active."""
     summary = read_json(path / 'summary.json') or {}
-    finished = read_result(path / EVALUATION_FILE) is not None and (path / 'policy').is_dir()
-    if finished and (count(summary.get('frames')) or 0) >= max_frames:
-        return Stage.DONE
     try:
         directory = RunDirectory.existing(path)
-        if not directory.has_checkpoint():
-            return Stage.NEW
-        steps = (newest_counters(directory) or {}).get('agent_steps', 0)
-        config = read_json(directory.config_file) or {}
-        repeat = count((config.get('environment') or {}).get('action_repeat')) or 1
+        if is_complete(directory) and (count(summary.get('frames')) or 0) >= max_frames:
+            return Stage.DONE
+        return Stage.HALF if directory.has_checkpoint() else Stage.NEW
     except UsageError:  # no run, or not readable: run.py says which
         return Stage.HALF if _holds_checkpoints(path) else Stage.NEW
-    if steps * repeat < max_frames:
-        return Stage.HALF
-    return Stage.DONE if finished else Stage.TRAINED
 
 
 def _holds_checkpoints(path: pathlib.Path) -> bool:

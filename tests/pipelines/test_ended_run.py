@@ -17,7 +17,8 @@ from pipelines.evaluation import results, video
 from pipelines.experiment import command_line, presets
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
-from pipelines.storage.run_directory import RunDirectory
+from pipelines.storage.resuming import resuming
+from pipelines.storage.run_directory import RunDirectory, command
 from tests.support import saved_run, sharing
 
 CONFIG = presets.experiment(
@@ -84,17 +85,50 @@ def test_each_resume_is_noted_beside_the_configuration_with_what_it_changes(run_
     assert old.read_text() == '{"time": 1.0}\n'
 
 
-def test_a_resumption_with_nothing_left_to_train_names_what_can_be_done_instead(run_dir, tmp_path):
+DONE = config_lib.replace(CONFIG, {'max_frames': 400, 'min_replay_size': 1})
+
+
+def complete(path):
+    """Writes what the end of a run at its budget of 100 agent steps leaves."""
+    (path / 'policy').mkdir()
+    result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': 3.0, 'std': 0.0}
+    (path / 'evaluation.json').write_text(json.dumps(result))
+    (path / 'summary.json').write_text(json.dumps({'frames': 400, 'evaluation': result}))
+
+
+@pytest.mark.parametrize(
+    ('missing', 'left'),
+    [
+        ('summary.json', None),
+        ('summary.json', {'frames': 400, 'evaluation': None}),
+        ('summary.json', {'frames': 396, 'evaluation': {}}),  # of an earlier, smaller budget
+        ('evaluation.json', None),
+        ('policy', None),
+    ],
+)
+def test_a_run_at_its_budget_resumes_while_its_end_is_incomplete(run_dir, tmp_path, missing, left):
+    path = tmp_path / 'run'
+    shutil.copytree(run_dir, path)
+    complete(path)
+    (path / missing).rmdir() if missing == 'policy' else (path / missing).unlink()
+    if left is not None:
+        (path / missing).write_text(json.dumps(left))
+    with RunDirectory.open(path, resume=True) as directory:
+        run.write_config(DONE, launch('--resume', f'--run_dir={path}'), directory)
+        assert resuming(directory) == f'resume with {command("run", path, "--resume")}'
+
+
+def test_a_resumption_with_nothing_left_to_do_names_what_can_be_done_instead(run_dir, tmp_path):
     path = tmp_path / 'a run'
     shutil.copytree(run_dir, path)
-    done = config_lib.replace(CONFIG, {'max_frames': 400, 'min_replay_size': 1})
+    complete(path)
     with RunDirectory.open(path, resume=True) as directory:
         with pytest.raises(UsageError) as refused:
-            run.write_config(done, launch('--resume', f'--run_dir={path}'), directory)
+            run.write_config(DONE, launch('--resume', f'--run_dir={path}'), directory)
     text = str(refused.value)
     assert '400 of --max_frames 400' in text
-    for command in ('raise --max_frames', 'pipelines/evaluate.py', 'pipelines/export.py'):
-        assert command in text
+    assert 'raise --max_frames' in text
+    assert 'pipelines/evaluate.py' in text
     assert f"--run_dir '{path}'`" in text
 
 

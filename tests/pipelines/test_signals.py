@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import types
 import pytest
 
 from pipelines.experiment import command_line
+from pipelines.launch.finishing import Finishing, Outcome
 from pipelines.launch.interrupts import Signals
-from pipelines.launch.launcher import Launcher, Outcome
+from pipelines.launch.launcher import Launcher
 from pipelines.launch.training import LastCheckpointError
 from pipelines.monitoring.display import PlainDisplay
 from pipelines.monitoring.monitor import Monitor
@@ -93,8 +95,7 @@ def test_a_second_one_ends_the_process_though_its_words_cannot_be_written(signal
 )
 def test_a_second_one_ends_the_process_at_once_and_says_what_that_costs(directory, saved, told):
     if saved:
-        with directory.new_checkpoint() as path:
-            (path / CHECKPOINT_RUN_FILE).write_text('{}')
+        write_checkpoint(directory, {})
     directory.close()
     ended = subprocess.run(
         [sys.executable, '-c', SHOWN, str(directory.path)], stdout=subprocess.PIPE, timeout=100
@@ -108,6 +109,17 @@ def launcher_in(directory, signals, *flags):
     launch, preset, values = command_line.parse(flags)
     display = PlainDisplay(sys.stdout)
     return Launcher(command_line.experiment(preset, values), launch, directory, display, signals)
+
+
+def finishing_in(directory, signals):
+    return Finishing(
+        command_line.experiment('laptop', {}), directory, PlainDisplay(sys.stdout), signals
+    )
+
+
+def write_checkpoint(directory, counters):
+    with directory.new_checkpoint() as path:
+        (path / CHECKPOINT_RUN_FILE).write_text(json.dumps(counters))
 
 
 @pytest.mark.parametrize(
@@ -131,28 +143,29 @@ def test_servers_that_already_run_are_not_said_to_start(
 @pytest.mark.parametrize('exported', [True, False])
 def test_no_policy_is_spoken_of_but_one_that_is_there(tmp_path, signals, capsys, exported):
     with RunDirectory.open(tmp_path / 'a[1]') as directory:  # from where it cannot be loaded
-        launcher_in(directory, signals)._tell_result(Outcome(exported=exported), False)
+        finishing_in(directory, signals).tell_result(Outcome(exported=exported), False)
     text = capsys.readouterr().out
     assert ('copy it to another directory' in text) == exported
     assert ('policy/ and the rest' in text) == exported
     assert f'and the rest are in {directory.path}\n' in text
 
 
-def test_an_evaluation_that_a_signal_prevents_is_replaced_by_commands(
+def test_an_evaluation_that_a_signal_prevents_is_replaced_by_the_command_that_makes_it(
     directory, signals, capsys, monkeypatch
 ):
     def train(checkpoints, monitor, resumed):
         monitor.clock(1, 8)
+        write_checkpoint(directory, {'updates': 1, 'agent_steps': 8})
         send(signal.SIGINT)
         return 'max_frames'
 
     launcher = launcher_in(directory, signals)
     monkeypatch.setattr(launcher, '_train', train)
-    monkeypatch.setattr(launcher, '_await', lambda *_: pytest.fail('the evaluation has begun'))
+    monkeypatch.setattr(Finishing, '_await', lambda *_: pytest.fail('the evaluation has begun'))
     assert launcher.run() == 128 + signal.SIGINT
     hint, result = capsys.readouterr().out.splitlines()[-2:]
-    assert f'not finished. Fix: run {command("evaluate", directory.path)} and ' in hint
-    assert command('export', directory.path) in hint
+    resume = f'resume with {command("run", directory.path, "--resume")}.'
+    assert hint.endswith(f'evaluate and export: not finished. Fix: {resume}')
     assert 'no evaluation; summary.json and the rest are in' in result
 
 
@@ -164,8 +177,7 @@ def test_a_run_that_failed_names_a_checkpoint_only_where_one_is(
         raise LastCheckpointError('the last 8 frames could not be saved')
 
     if saved:
-        with directory.new_checkpoint() as path:
-            (path / CHECKPOINT_RUN_FILE).write_text('{}')
+        write_checkpoint(directory, {})
     launcher = launcher_in(directory, signals)
     monkeypatch.setattr(launcher, '_train', fail)
     assert launcher.run() == 1
@@ -210,14 +222,13 @@ def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
         return 'max_frames'
 
     with Signals(PlainDisplay(said), directory) as signals:
-        launcher = launcher_in(directory, signals)
         if phase == 'evaluating':
-            monkeypatch.setattr(launcher, '_train', lambda *_: 'max_frames')
             child = types.SimpleNamespace(start=busy, terminate=str, describe_failure=str)
-            monkeypatch.setattr(launcher, '_finish', lambda *_: child)
-            monkeypatch.setattr(launcher, '_await', lambda *_: None)
-            launcher._evaluate()
+            monkeypatch.setattr(Finishing, '_finish', lambda *_: child)
+            monkeypatch.setattr(Finishing, '_await', lambda *_: None)
+            finishing_in(directory, signals).evaluate()
         else:
+            launcher = launcher_in(directory, signals)
             training = contextlib.nullcontext(types.SimpleNamespace(run=busy))
             monkeypatch.setattr(launcher, '_training', lambda *_: training)
             launcher._train(None, None, None)
@@ -226,6 +237,21 @@ def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
         'evaluating': 'ending the evaluation; the training is complete and saved',
     }
     assert f'] SIGTERM: {effect[phase]}\n' in said.getvalue()
+
+
+def test_a_resumed_run_at_its_budget_is_only_evaluated(directory, signals, capsys, monkeypatch):
+    counters = {'updates': 7, 'agent_steps': 100, 'wall_seconds': 60.0}
+    monkeypatch.setattr(Checkpoints, 'open', lambda *_: counters)
+    monkeypatch.setattr(Launcher, '_train', lambda *_: pytest.fail('the training has begun'))
+    result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': 3.0, 'std': 0.0}
+    monkeypatch.setattr(Finishing, 'evaluate', lambda *_: Outcome(result, exported=True))
+    launcher = launcher_in(directory, signals, '--max_frames=400', '--min_replay_size=1')
+    assert launcher.run() == 0
+    summary = json.loads(directory.summary_file.read_text())
+    assert (summary['exit_reason'], summary['frames']) == ('max_frames', 400)
+    assert summary['evaluation'] == result
+    assert summary['wall_seconds'] == pytest.approx(60.0, abs=5.0)
+    assert directory.learning_curve_file.exists()
 
 
 def test_a_resumed_run_begins_its_clock_where_the_last_session_ended(

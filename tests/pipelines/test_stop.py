@@ -1,5 +1,6 @@
 """Stopping a run from elsewhere: a real process that holds a run directory."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -73,15 +74,23 @@ def test_a_run_that_left_nothing_is_not_said_to_continue(hold, capsys, temper, t
     assert '--resume' not in out
 
 
-def test_a_run_that_ended_at_its_budget_needs_a_larger_one(hold, capsys):
+@pytest.mark.parametrize('complete', [True, False])
+def test_a_run_that_ended_at_its_budget_needs_a_larger_one_if_complete(hold, capsys, complete):
     path, _ = hold()
     experiment = presets.experiment('laptop', {'max_frames': 400_000})
     (path / 'config.json').write_text(config_lib.to_json(experiment))
     (checkpoint,) = (path / 'checkpoints').iterdir()
     (checkpoint / CHECKPOINT_RUN_FILE).write_text('{"agent_steps": 100000}')  # of 4 frames each
-    (path / 'summary.json').write_text('{"exit_reason": "SIGINT"}')  # while it was evaluated
+    result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': 3.0, 'std': 0.0}
+    evaluation = result if complete else None  # None: SIGINT while it was evaluated
+    summary = {'exit_reason': 'SIGINT', 'frames': 400_000, 'evaluation': evaluation}
+    (path / 'summary.json').write_text(json.dumps(summary))
+    (path / 'evaluation.json').write_text(json.dumps(result))
+    (path / 'policy').mkdir()
     assert stop.main([f'--run_dir={path}']) == 0
-    assert '--resume` and a larger --max_frames' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f'ended; resume with {command("run", path, "--resume")}' in out
+    assert ('--resume` and a larger --max_frames' in out) == complete
 
 
 def test_a_run_that_does_not_end_in_time_is_told_of(hold, capsys):

@@ -1,6 +1,5 @@
 """Suites: which runs a command plans, how far each is, what starts next; bad input on one line."""
 
-import dataclasses
 import io
 import json
 import pathlib
@@ -204,6 +203,7 @@ class TestDirectory:
 def finish(path, frames, score=3.5):
     """Writes what a finished run leaves."""
     (path / 'policy').mkdir(parents=True)
+    (path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
     result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': score, 'std': 0.0}
     (path / 'evaluation.json').write_text(json.dumps(result))
     summary = {'frames': frames, 'mean_return_100': -20.5, 'evaluation': result}
@@ -219,11 +219,16 @@ class TestStanding:
         (tmp_path / 'run' / 'policy').rmdir()
         assert standing.stage(tmp_path / 'run', 100) is not Stage.DONE
 
-    def test_a_run_resumes_below_its_budget_and_is_only_evaluated_at_it(self, tmp_path):
-        # 24 agent steps are 96 frames, 25 are 100.
-        for steps, expected in ((24, Stage.HALF), (25, Stage.TRAINED)):
-            train(tmp_path, steps)
-            assert standing.stage(tmp_path, 100) is expected
+    def test_a_run_resumes_until_its_summary_holds_the_evaluation_at_its_budget(self, tmp_path):
+        train(tmp_path, 24)  # 96 frames
+        assert standing.stage(tmp_path, 100) is Stage.HALF
+        finish(tmp_path, frames=96)
+        assert standing.stage(tmp_path, 100) is Stage.HALF
+        train(tmp_path, 25)
+        assert standing.stage(tmp_path, 100) is Stage.HALF
+        (tmp_path / 'policy').rmdir()
+        finish(tmp_path, frames=100)
+        assert standing.stage(tmp_path, 100) is Stage.DONE
 
     def test_a_run_with_unreadable_checkpoints_is_not_begun_anew(self, tmp_path):
         (tmp_path / 'checkpoints' / 'checkpoint-00000001').mkdir(parents=True)
@@ -270,19 +275,11 @@ if argv['--seed'] == '4':
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(130)
-(path / 'policy').mkdir(parents=True)
+(path / 'policy').mkdir(parents=True, exist_ok=True)
+(path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
 result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.0, 'mean': 1.0, 'std': 0.0}
 (path / 'evaluation.json').write_text(json.dumps(result))
 (path / 'summary.json').write_text(json.dumps({'frames': 100, 'evaluation': result}))
-"""
-
-
-# Stands for pipelines.finish, whose export survives SIGINT.
-ENDLESS = """
-import signal, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print('[0:00:00] evaluating 0/2', flush=True)
-time.sleep(60)
 """
 
 
@@ -303,12 +300,7 @@ def conducted(tmp_path, monkeypatch):
 
     def spec(self, entry, stage):
         made = original(self, entry, stage)
-        assert made.argv[1:3] == [
-            '-m',
-            'pipelines.finish' if stage is Stage.TRAINED else 'pipelines.run',
-        ]
-        if stage is Stage.TRAINED:
-            return types.SimpleNamespace(**{**vars(made), 'argv': [sys.executable, '-c', ENDLESS]})
+        assert made.argv[1:3] == ['-m', 'pipelines.run']
         return types.SimpleNamespace(
             **{**vars(made), 'argv': [sys.executable, str(fake), *made.argv[3:]]}
         )
@@ -366,19 +358,17 @@ def test_ctrl_c_reaches_the_active_run_and_nothing_else_starts(conducted):
     assert (len(calls), told) == (1, [])
 
 
-def test_ctrl_c_ends_a_run_that_only_evaluates(tmp_path, conducted):
+def test_a_run_killed_while_it_evaluated_resumes_and_is_not_done_before(tmp_path, conducted):
     (run,) = plan.expand(sweep(flags=('--max_frames=100',)))
-    run = dataclasses.replace(run, max_frames=100)
     path = tmp_path / 'suite' / run.name
     with SuiteDirectory.open(tmp_path / 'suite') as opened:
         opened.write([run], '')
     train(path, steps=25)
-    (tmp_path / 'suite' / 'calls').touch()
-    entries, _, _ = conducted(
-        [run], interrupt=lambda running: running.entries[0].figures.phase == 'evaluating 0/2'
-    )
-    assert entries[0].state == scheduler.STOPPED
-    assert path.exists()
+    finish(path, frames=0)  # evaluated, without a summary
+    (path / 'summary.json').unlink()
+    entries, calls, _ = conducted([run])
+    assert calls == [f'{run.name} True']
+    assert entries[0].state == scheduler.DONE
 
 
 def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):

@@ -1,0 +1,155 @@
+"""The end of a run: its last checkpoint in; policies, evaluation, video and the result's line out.
+
+The work is done in a process of `pipelines.finish`.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from infra.disk import read_json
+from infra.process import ProcessSpec, SupervisedProcess
+from pipelines.errors import reason_of, with_remedy
+from pipelines.events import count
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.launch.interrupts import Signals
+from pipelines.monitoring.display import Display
+from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
+from pipelines.storage.resuming import resuming
+from pipelines.storage.run_directory import BEST, RunDirectory, command, loading_hint
+
+_POLL_SECONDS = 0.5
+_FINISH_SECONDS = 1_800.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Results of evaluation and export.
+
+    Attributes:
+      evaluation: as in the summary; None without one.
+      exported: whether `policy/` holds the final parameters.
+      filmed: whether `video.mp4` shows this policy.
+      missing: commands that were due and did not finish.
+    """
+
+    evaluation: Mapping[str, Any] | None = None
+    exported: bool = False
+    filmed: bool = False
+    missing: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finishing:
+    """Ends a run that has reached its budget.
+
+    Attributes:
+      config: the experiment.
+      directory: the run's, locked by this process.
+      display: shows progress.
+      signals: whether the user has requested the end.
+    """
+
+    config: ExperimentConfig
+    directory: RunDirectory
+    display: Display
+    signals: Signals
+
+    def evaluate(self) -> Outcome:
+        """Exports and evaluates the last checkpoint, in a separate process."""
+        file = self.directory.path / EVALUATION_FILE
+        directory = self.directory
+        outputs = file, directory.policy, directory.video, directory.best_policy
+        before = [_identity(path) for path in outputs]
+        self.signals.effect = 'ending the evaluation; the training is complete and saved'
+        child = self._finish(file)
+        if not self.signals.received:
+            try:
+                child.start()
+                self._await(child, file)
+            except OSError as error:  # a full disk; the summary follows
+                self.display.message(
+                    with_remedy(f'evaluation: not started ({reason_of(error)})', error)
+                )
+            finally:
+                child.terminate()
+        written = [_identity(path) != old for path, old in zip(outputs, before)]
+        evaluated, exported, filmed, best_exported = written
+        missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
+        if missing and not self.signals.received:
+            self.display.message(child.describe_failure())
+        if directory.best.is_dir() and not best_exported and not self.signals.received:
+            fix = command('export', directory.path, '--checkpoint', BEST)
+            self.display.message(f'policy_best/: not exported. Fix: run {fix}.')
+        return Outcome(read_result(file) if evaluated else None, exported, filmed, missing)
+
+    def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:
+        """Shows the progress until the child has ended, or a signal arrives."""
+        deadline = time.monotonic() + _FINISH_SECONDS
+        done, episodes = 0, self.config.run.evaluation_episodes
+        progress, before = progress_file(evaluation), _identity(evaluation)
+        progress.unlink(missing_ok=True)  # may remain from a killed evaluation
+        while child.poll() is None and not self.signals.received:
+            if time.monotonic() > deadline:
+                self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
+                return
+            done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
+            films = self.config.run.video and _identity(evaluation) != before
+            self.display.phase('filming' if films else f'evaluating {done}/{episodes}')
+            time.sleep(_POLL_SECONDS)
+
+    def _finish(self, evaluation: pathlib.Path) -> SupervisedProcess:
+        run_dir = str(self.directory.path)
+        return SupervisedProcess(
+            ProcessSpec(
+                name='evaluation and export',
+                argv=[sys.executable, '-m', 'pipelines.finish', run_dir, str(evaluation)],
+                log_file=self.directory.logs / 'finish.log',
+                environment={
+                    'TF_CPP_MIN_LOG_LEVEL': '2',
+                    'TF_NUM_INTRAOP_THREADS': '1',
+                    'CUDA_VISIBLE_DEVICES': '-1',  # accelerators are for learners
+                },
+                unset=('PYTHONDONTWRITEBYTECODE',),
+            )
+        )
+
+    def tell_result(self, outcome: Outcome, summarised: bool) -> None:
+        """Prints the result and where it is, after hints on loading it and on what is missing."""
+        if outcome.exported and (hint := loading_hint(self.directory.policy)):
+            self.display.message(hint)
+        if outcome.missing:
+            self.display.message(
+                f'{" and ".join(outcome.missing)}: not finished. Fix: {resuming(self.directory)}.'
+            )
+        filmed = outcome.filmed or not self.config.run.video or self.signals.received
+        if outcome.evaluation is not None and not filmed:
+            self.display.message(
+                'video.mp4: not made (logs/finish.log has the reason). Fix: run'
+                f' {command("evaluate", self.directory.path)} with --video FILE.mp4.'
+            )
+        result, evaluation = 'no evaluation', outcome.evaluation
+        if evaluation is not None:
+            episodes = evaluation['episodes']
+            result = (
+                f'mean return {evaluation["mean"]:.1f} (standard deviation'
+                f' {evaluation["std"]:.1f}) over {episodes} game{"s" * (episodes != 1)}'
+            )
+        names = ['summary.json'] * summarised + ['policy/'] * outcome.exported
+        names = names + ['video.mp4'] * outcome.filmed or ['logs/']
+        self.display.message(
+            f'{self.config.environment.game}: {result}; {", ".join(names)} and the rest are in'
+            f' {self.directory.path}'
+        )
+
+
+def _identity(path: pathlib.Path) -> tuple[int, int] | None:
+    """Differs once a file or directory has been replaced; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
