@@ -8,8 +8,9 @@ import argparse
 import contextlib
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
@@ -21,10 +22,11 @@ from infra.process import exit_with_launcher
 from pipelines.errors import one_line_errors
 from pipelines.evaluation.entrants import Request
 from pipelines.evaluation.protocols import PROTOCOLS
-from pipelines.launch.evaluation import Work, evaluate, require_valid
+from pipelines.experiment.games import games_of
+from pipelines.launch.evaluation import Work, evaluate, line, require_valid
+from pipelines.launch.interrupts import Ended
 from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.space import temporary_files
-from pipelines.suites.games import games_of
 
 if TYPE_CHECKING:
     from pipelines.evaluation.video import Film
@@ -158,11 +160,12 @@ def main(argv: Sequence[str]) -> int:
         with temporary_files() if work.runner is None else contextlib.nullcontext():
             film = _film(arguments)
             written = evaluate(request, arguments.output, work, ['evaluate.py', *argv], film)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended) as signalled:
         print('evaluate.py: interrupted; no result written.', file=sys.stderr)
-        return 130
+        return 130 if isinstance(signalled, KeyboardInterrupt) else 128 + signal.SIGTERM
     for file, result in written.items():
-        print(f'{_line(result)}\nwritten to {file}')
+        if result['episodes']:
+            print(f'{line(result)}\nwritten to {file}')
     return int(any(result['failed'] for result in written.values()))
 
 
@@ -178,18 +181,6 @@ def _film(arguments: argparse.Namespace) -> 'Film | None':
 
     path = video.new_file(arguments.video)
     return video.Film(path, arguments.video_episode, arguments.video_overlay)
-
-
-def _line(result: Mapping[str, Any]) -> str:
-    games = 'game' if result['episodes'] == 1 else 'games'
-    failed = f', {result["failed"]} failed' if result['failed'] else ''
-    deviations = ''.join(f', {name} {value}' for name, value in result['deviations'].items())
-    return (
-        f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
-        f' {result["std"]:.1f}, over {result["episodes"]} {games}{failed} (protocol'
-        f' {result["protocol"]}{deviations}, epsilon {result["epsilon"]:g},'
-        f' {result["policy"]["path"]})'
-    )
 
 
 if __name__ == '__main__':

@@ -131,9 +131,9 @@ def asked(arguments: argparse.Namespace, flags: Sequence[str]) -> list['Run']:
     Raises:
       UsageError: a flag is missing, malformed or contradictory.
     """
+    from pipelines.experiment.games import games_of
     from pipelines.experiment.presets import DEFAULT
     from pipelines.suites import plan
-    from pipelines.suites.games import games_of
 
     common = plan.joined(flags)
     given = [arguments.seeds, arguments.presets, *arguments.grid, *common]
@@ -284,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
     with handled(signals.note):
         arguments, flags = parse(argv)
         if arguments.list_games:
-            from pipelines.suites.games import listing
+            from pipelines.experiment.games import listing
 
             print(listing(shutil.get_terminal_size().columns))
             return 0

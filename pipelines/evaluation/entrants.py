@@ -79,7 +79,7 @@ class Entrant:
         starts = {'file': self.starts_file, 'count': len(self.starts)} if self.starts else None
         return {
             'protocol': rules.name,
-            'deviations': {} if by_chance else deviations(rules),
+            'deviations': deviations(rules, policy.environment),
             'game': rom_id(policy.environment.game),
             'policy': policy.describe(),
             'updates': policy.updates,
@@ -103,8 +103,9 @@ def entrants(request: Request, notify: Callable[[str], None]) -> list[Entrant]:
     """
     try:
         games = [rom_id(game) for game in request.games]
-        found = [_of_run(request, run_dir, notify) for run_dir in request.run_dirs]
-        for path in request.policies:
+        run_dirs = dict.fromkeys(request.run_dirs)
+        found = [_of_run(request, run_dir, notify) for run_dir in run_dirs]
+        for path in dict.fromkeys(request.policies):
             found += _of_policy(request, path)
         for entrant in found:
             game = rom_id(entrant.policy.environment.game)
@@ -172,6 +173,15 @@ def _entrant(request: Request, policy: Policy, rules: Protocol, seed: int) -> En
     points = start_points.read(
         pathlib.Path(request.starts), environment.game, environment.action_repeat
     ).starts
+    codes = start_points.action_codes(environment.game, environment.full_action_space)
+    for number, point in enumerate(points):
+        try:
+            start_points.indices(point, codes)
+        except ValueError as error:
+            raise UsageError(
+                f'--starts {request.starts}: point {number}: {error}. Fix: record start points with'
+                ' the minimal action set.'
+            ) from error
     if request.episodes is None:
         rules = dataclasses.replace(rules, episodes=len(points))
     return Entrant(policy, rules, seed, points, request.starts)

@@ -16,7 +16,7 @@ from infra.disk import scratch
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines.errors import UsageError
 from pipelines.evaluation.play import Act
-from pipelines.evaluation.starts import action_codes
+from pipelines.evaluation.starts import ALL_ACTIONS, action_codes
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.storage.checkpoints import read_parameters
@@ -24,7 +24,6 @@ from pipelines.storage.reading import readable
 from pipelines.storage.run_directory import RunDirectory
 
 RANDOM = 'random'
-_ALL_ACTIONS = 18
 
 Player = Callable[[], Act]
 """Begins a game: returns what chooses its actions."""
@@ -216,7 +215,7 @@ def _fitted(policy: Policy) -> Policy:
         )
     num_actions = int(action.maximum) + 1
     minimal = len(action_codes(policy.environment.game, full_action_space=False))
-    if num_actions not in (minimal, _ALL_ACTIONS):
+    if num_actions not in (minimal, ALL_ACTIONS):
         raise UsageError(
             f'--policy {policy.path}: a policy of another game ({num_actions} actions;'
             f' {policy.environment.game} has {minimal}). Fix: name its game as --games.'
@@ -246,7 +245,10 @@ def _load(policy: Policy) -> Any:
             return py_tf_eager_policy.SavedModelPyTFEagerPolicy(
                 str(directory), load_specs_from_pbtxt=True
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, tf.errors.OpError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(zipfile.BadZipFile, tf.errors.OpError),
+    ) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UsageError(
             f'--policy {policy.path}: cannot be loaded ({reason}). Fix: export it again with'

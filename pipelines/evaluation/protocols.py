@@ -2,7 +2,7 @@
 
 Sources: [G] Nair et al. 2015 (the paper), section 5; [N] Mnih et al. 2015, Methods; [M] Machado et
 al. 2018, section 5 and table 6; [R] Hessel et al. 2018, "Evaluation Methodology"; [A] Horgan et al.
-2018, appendix; [Zoo] DeepMind's DQN Zoo; [here] not stated in a paper, chosen by us.
+2018, appendix; [Zoo] DeepMind's DQN Zoo; [here] chosen by us.
 
 A score is the sum of a game's raw rewards. The loss of a life never ends a game.
 """
@@ -63,7 +63,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
         # start point does not count. Their start points were never published.
         Protocol('human', epsilon=0.05, max_frames=108_000, episodes=100, max_noops=0, starts=True),
         # [M] 5: sticky actions 0.25, all 18 actions, no signal of lives, thirty minutes, no no-ops.
-        # Their scores are of training games, whose epsilon ends at 0.01.
+        # Their scores are of training games, whose epsilon ends at 0.01. Their frame skip of 5 is
+        # not taken over [here]: the policy keeps its action repeat.
         Protocol(
             'machado',
             epsilon=0.01,
@@ -102,14 +103,27 @@ def own_values(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def deviations(used: Protocol) -> dict[str, Any]:
-    """Fields in which `used` differs from the protocol of its name; not the number of games."""
+def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]:
+    """What `used` changes in the protocol of its name, by setting; not the number of games.
+
+    Args:
+      used: the rules of the games.
+      environment: of the policy, which decides action set, action repeat and frame stack.
+    """
     exact = PROTOCOLS[used.name]
     allowed = {'epsilon': (0.0, 0.001)} if used.name == 'rainbow' else {}
-    return {
+    rules = {
         field.name: value
         for field in dataclasses.fields(used)
         if (value := getattr(used, field.name)) != getattr(exact, field.name)
         and field.name != 'episodes'
         and value not in allowed.get(field.name, ())
+    }
+    published = dataclasses.replace(
+        EnvironmentConfig(), full_action_space=exact.full_action_space
+    )  # [N]: four frames a step, four frames stacked
+    return rules | {
+        name: getattr(environment, name)
+        for name in ('action_repeat', 'frame_stack', 'full_action_space')
+        if getattr(environment, name) != getattr(published, name)
     }

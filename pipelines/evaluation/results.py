@@ -1,6 +1,7 @@
 """Results of an evaluation: scores of games in, one JSON file for each policy and game out."""
 
 import collections
+import dataclasses
 import datetime
 import pathlib
 import secrets
@@ -51,6 +52,18 @@ def combined(records: Iterable[Score | Failure]) -> dict[str, Any]:
             for failure in failures[:_FAILURES_NAMED]
         ],
     }
+
+
+def encoded(record: Score | Failure) -> dict[str, Any]:
+    """JSON values of a record (see `decoded`)."""
+    return {'kind': type(record).__name__, **dataclasses.asdict(record)}
+
+
+def decoded(values: Mapping[str, Any]) -> Score | Failure:
+    """The record that `encoded` encoded."""
+    kinds: dict[str, type[Score] | type[Failure]] = {'Score': Score, 'Failure': Failure}
+    fields = {name: value for name, value in values.items() if name != 'kind'}
+    return kinds[values['kind']](**fields)
 
 
 def by_policy(records: Iterable[Score | Failure]) -> dict[int, dict[str, Any]]:

@@ -22,7 +22,8 @@ from pipelines.errors import UsageError
 
 _KIND = 'start points'
 _MOST_STARTS = 100_000
-_NUM_ACTIONS = 18  # of ALE
+ALL_ACTIONS = 18
+"""Number of ALE's actions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class StartFile:
 def action_codes(game: str, full_action_space: bool) -> tuple[int, ...]:
     """ALE's code of each action of the game's action set, in the set's order."""
     if full_action_space:
-        return tuple(range(_NUM_ACTIONS))
+        return tuple(range(ALL_ACTIONS))
     return tuple(int(action.value) for action in loaded(game).getMinimalActionSet())
 
 
@@ -62,7 +63,7 @@ def indices(start: Start, codes: tuple[int, ...]) -> np.ndarray:
     Raises:
       ValueError: an action is not in the set.
     """
-    table = np.full(_NUM_ACTIONS, -1, np.int32)
+    table = np.full(ALL_ACTIONS, -1, np.int32)
     table[list(codes)] = np.arange(len(codes))
     found = table[np.frombuffer(start.actions, np.uint8)]
     if (found < 0).any():
@@ -131,7 +132,7 @@ def _decoded(values: dict[str, Any]) -> StartFile:
 
 def _start(text: str) -> Start:
     actions = bytes.fromhex(text)
-    if any(action >= _NUM_ACTIONS for action in actions):
+    if any(action >= ALL_ACTIONS for action in actions):
         raise ValueError('an action above 17')
     return Start(actions)
 

@@ -155,6 +155,11 @@ class ExperimentConfig:
                 f' (--num_actors {run.num_actors}). Fix: use fewer shards or more actors.'
             )
 
+        if run.evaluation_protocol == 'machado' and not self.environment.full_action_space:
+            raise ValueError(
+                '--evaluation_protocol machado: needs all 18 actions. Fix: add --full_action_space,'
+                ' or use --preset machado.'
+            )
         if self.max_agent_steps <= replay.min_replay_size:
             raise ValueError(
                 f'--max_frames {run.max_frames}: the run ends before learning starts'

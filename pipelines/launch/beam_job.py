@@ -6,6 +6,7 @@ import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import apache_beam as beam
@@ -15,11 +16,11 @@ from pipelines.engines.catalog import Engine
 from pipelines.launch.interrupts import Ended, raise_ended
 
 
-def end_with_workers(count: int) -> None:
+def end_with_workers(count: int, worked: Callable[[], bool] = lambda: False) -> None:
     """Ends this process after `count` worker processes of Beam's local runner have failed.
 
     The runner waits for ever for a process that fails before it connects; only the thread that
-    watches the process raises an error.
+    watches the process raises an error. After `worked()` the runner itself reports failures.
     """
     failed: list[str] = []
     otherwise = threading.excepthook
@@ -30,7 +31,7 @@ def end_with_workers(count: int) -> None:
             return
         failed.append(f'worker process {len(failed) + 1} of {count} failed: {args.exc_value}')
         print(failed[-1], file=sys.stderr, flush=True)
-        if len(failed) >= count:
+        if len(failed) >= count and not worked():
             os._exit(1)
 
     threading.excepthook = note

@@ -1,18 +1,18 @@
 """Carries out an evaluation: a request in, scores played here or on an engine, results out."""
 
-import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from infra.disk import is_remote, write_json
-from pipelines.errors import UsageError
-from pipelines.evaluation import local, results
+from pipelines.errors import UsageError, unwritable
+from pipelines.evaluation import local
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Failure, Game, Score
+from pipelines.evaluation.results import by_policy, combined, file_name
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
 
@@ -70,27 +70,25 @@ def evaluate(
       film: a video to make of a game, after the results are written.
 
     Returns:
-      The results, by the path of their file.
+      The results by the path of their file, which exists if a game was played (`episodes`).
 
     Raises:
-      UsageError: the request cannot be carried out, no game of a policy could be played, or the
+      UsageError: the request cannot be carried out, no game could be played, or a result or the
         video cannot be written.
-      OSError: the parent directory of `output` cannot be created.
     """
     found = entrants(request, notify)
     filmed = _game_of(found, film)
     files = [_target(entrant, output, len(found)) for entrant in found]
-    with _writable():
-        for file in files:
-            evaluations.require_new(file)
-    written = _results(found, work, files, command)
-    _require_played(written)
-    with _writable():
-        for file, result in written.items():
-            evaluations.write(file, result)
+    for file in files:
+        evaluations.require_new(file)
+    results = _results(found, work, files, command)
+    _report_failures(results)
+    for file, result in results.items():
+        if result['episodes']:
+            _write(file, result)
     if film is not None and filmed is not None:
         _record(found[0], filmed, film, files[0])
-    return written
+    return results
 
 
 def _results(
@@ -155,23 +153,26 @@ def _target(entrant: Entrant, output: str | None, count: int) -> str:
     if output is not None and count == 1:
         return output
     if output is not None:
-        return f'{output.rstrip("/")}/{results.file_name(named, elsewhere=True)}'
+        return f'{output.rstrip("/")}/{file_name(named, elsewhere=True)}'
     if entrant.policy.kind == 'run':
         folder = entrant.policy.path.rstrip('/')
-        return f'{folder}/{results.file_name(named, elsewhere=False)}'
-    return f'evaluations/{results.file_name(named, elsewhere=True)}'
+        return f'{folder}/{file_name(named, elsewhere=False)}'
+    return f'evaluations/{file_name(named, elsewhere=True)}'
 
 
-@contextlib.contextmanager
-def _writable() -> Iterator[None]:
-    """Turns an error of a write in the block into one line with a remedy."""
+def _write(file: str, result: Mapping[str, Any]) -> None:
+    """Writes a result.
+
+    Raises:
+      UsageError: the file is not writable; the score is printed.
+    """
     try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f'{error.filename}: cannot be written ({error.strerror}). Fix: name another file as'
-            ' --output.'
-        ) from error
+        evaluations.write(file, result)
+    except (OSError, UsageError) as error:
+        notify(f'not written: {line(result)}')
+        if isinstance(error, UsageError):
+            raise
+        raise unwritable(file, error, 'name another file as --output') from error
 
 
 def _play_here(
@@ -181,8 +182,8 @@ def _play_here(
     records: list[Score | Failure] = []
     due = monotonic() + _PROGRESS_SECONDS
     progress = None
-    if len(files) == 1 and not is_remote(files[0]):  # the launcher reads it
-        progress = evaluations.progress_file(pathlib.Path(files[0]))
+    if len(files) == 1 and not is_remote(files[0]) and pathlib.Path(files[0]).parent.is_dir():
+        progress = evaluations.progress_file(pathlib.Path(files[0]))  # the launcher reads it
     try:
         policies = [entrant.policy for entrant in found]
         for record in local.play_all(policies, games, num_threads):
@@ -195,24 +196,42 @@ def _play_here(
     finally:
         if progress is not None:
             progress.unlink(missing_ok=True)
-    return results.by_policy(records)
+    return by_policy(records)
 
 
 def _progress(records: Sequence[Score | Failure], total: int, single: bool) -> str:
     done = f'{len(records)} of {total} episodes'
-    mean = results.combined(records)['mean']
+    mean = combined(records)['mean']
     return f'{done}, mean return {mean:.1f}' if single and mean is not None else done
 
 
-def _require_played(written: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises UsageError if no game of a policy could be played; reports single failures."""
-    for result in written.values():
+def _report_failures(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Reports the games that failed.
+
+    Raises:
+      UsageError: no game of any policy could be played.
+    """
+    for result in results.values():
         name = f'{result["policy"]["path"]} in {result["game"]}'
         for failure in result['failures']:
             notify(f'{name}: game {failure["episode"]} failed ({failure["reason"]})')
         if not result['episodes']:
-            reason = result['failures'][0]['reason'] if result['failures'] else 'no game ended'
-            raise UsageError(f'{name}: no game could be played ({reason}). Fix: see the reason.')
+            notify(f'{name}: no game could be played; no result is written')
+    if not any(result['episodes'] for result in results.values()):
+        raise UsageError('no game could be played. Fix: see the reasons above.')
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A result on one line."""
+    games = 'game' if result['episodes'] == 1 else 'games'
+    failed = f', {result["failed"]} failed' if result['failed'] else ''
+    deviations = ''.join(f', {name} {value}' for name, value in result['deviations'].items())
+    return (
+        f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
+        f' {result["std"]:.1f}, over {result["episodes"]} {games}{failed} (protocol'
+        f' {result["protocol"]}{deviations}, epsilon {result["epsilon"]:g},'
+        f' {result["policy"]["path"]})'
+    )
 
 
 def notify(text: str) -> None:

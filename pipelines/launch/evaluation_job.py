@@ -5,14 +5,15 @@ this machine if the workers run on it, otherwise a new one below Beam's `--temp_
 """
 
 import contextlib
-import json
+import dataclasses
+import logging
 import os
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -24,12 +25,13 @@ from infra.process import own_code
 from pipelines.engines import catalog
 from pipelines.engines.catalog import Engine
 from pipelines.errors import UsageError
+from pipelines.evaluation import results
 from pipelines.evaluation.entrants import Entrant
-from pipelines.evaluation.play import Game
+from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import packed
 from pipelines.launch import beam_job
 from pipelines.preflight.engine import require_flags, require_reachable
-from pipelines.transforms.evaluate import Evaluate, Write, played_files, policy_file, scores_file
+from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 
 _PROGRESS_SECONDS = 10.0
 _LAST_LINES = 20
@@ -42,33 +44,116 @@ def run(
     num_workers: int,
     flags: Sequence[str],
     notify: Callable[[str], None],
-) -> dict[int, dict[str, Any]]:
+) -> Mapping[int, Mapping[str, Any]]:
     """Runs the Beam job; returns each entrant's scores (see `results.combined`) by its index.
 
+    If the job fails, a second one plays the games that are missing; what is missing then has
+    failed.
+
     Raises:
-      UsageError: the engine lacks a flag or cannot be reached, or the shared directory is not
-        shared.
+      UsageError: the engine lacks a flag or cannot be reached, no game was played, or the shared
+        directory is not shared.
     """
     engine = catalog.engine(runner)
     catalog.require_free(runner, flags)
     require_flags(runner, flags)
     require_reachable(flags)
     engine.register_flags()
-    options = PipelineOptions(engine.job_flags('evaluation', num_workers, flags))
     os.environ.update(own_code(os.environ.get('PYTHONPATH', '')))  # of Beam's worker processes
-    if engine.runs_locally:
-        beam_job.end_with_workers(num_workers)
+    options = PipelineOptions(engine.job_flags('evaluation', num_workers, flags))
+    job = _Job(runner, engine, options)
     with _shared_directory(engine, flags) as directory, _temporary_files_of_children():
-        for index, entrant in enumerate(entrants):
-            with FileSystems.create(policy_file(directory, index)) as file:
-                file.write(packed(entrant.policy))
-        pipeline = beam.Pipeline(options=options)
-        scores = pipeline | 'Evaluate' >> Evaluate(games, directory)
-        _ = scores | 'Write scores' >> beam.ParDo(Write(directory))
-        with _logged(runner), _progress(directory, len(games), notify):
-            with engine.job_context(options):
-                beam_job.run(pipeline, options, engine)
-        return {index: _read(directory, index) for index in range(len(entrants))}
+        shared = Shared(directory)
+        _put(entrants, shared)
+        if engine.runs_locally:
+            beam_job.end_with_workers(num_workers, lambda: bool(_played(shared)))
+        try:
+            job.play(games, shared)
+            return {index: _scores(shared, index) for index in range(len(entrants))}
+        except JobFailedError as error:
+            return results.by_policy(_rescued(job, games, shared, error, notify))
+
+
+class JobFailedError(UsageError):
+    """The engine's job failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """How jobs run.
+
+    Attributes:
+      runner: value of --runner.
+      engine: of that name.
+      options: of Beam.
+    """
+
+    runner: str
+    engine: Engine
+    options: PipelineOptions
+
+    def play(self, games: Sequence[Game], shared: Shared) -> None:
+        """Plays games to the end and shows progress.
+
+        Raises:
+          JobFailedError: the engine reports a failure.
+        """
+        pipeline = beam.Pipeline(options=self.options)
+        scores = pipeline | 'Evaluate' >> Evaluate(games, shared)
+        _ = scores | 'Write scores' >> beam.ParDo(Write(shared))
+        with _logged(self.runner) as shown, _progress(shared, len(games), shown):
+            with self.engine.job_context(self.options):
+                beam_job.run(pipeline, self.options, self.engine)
+
+
+def _put(entrants: Sequence[Entrant], shared: Shared) -> None:
+    """Writes policies and start points for the workers."""
+    for index, entrant in enumerate(entrants):
+        with FileSystems.create(shared.policy(index)) as file:
+            file.write(packed(entrant.policy))
+        if entrant.starts:
+            write_json(shared.starts(index), [start.actions.hex() for start in entrant.starts])
+
+
+def _rescued(
+    job: _Job,
+    games: Sequence[Game],
+    shared: Shared,
+    error: JobFailedError,
+    notify: Callable[[str], None],
+) -> list[Score | Failure]:
+    """The records of a job that failed, after a second one has played what was missing.
+
+    Raises:
+      JobFailedError: no game was played.
+    """
+    played = _records(shared)
+    if not played:
+        raise error
+    missing = [game for game in games if (game.policy, game.episode) not in played]
+    notify(f'{error} {len(missing)} of {len(games)} games are missing and played again.')
+    try:
+        job.play(missing, shared)
+    except JobFailedError as second:
+        error = second
+    played = _records(shared)
+    return [played.get((game.policy, game.episode)) or Failure.of(game, error) for game in games]
+
+
+def _records(shared: Shared) -> dict[tuple[int, int], Score | Failure]:
+    """The records of all games played so far, by policy and episode."""
+    found = {}
+    for path in _played(shared):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # cut by a kill
+            record = results.decoded(read_json(path))
+            found[record.policy, record.episode] = record
+    return found
+
+
+def _played(shared: Shared) -> list[str]:
+    """Paths of the records."""
+    (matched,) = FileSystems.match([FileSystems.join(shared.directory, 'played-*')])
+    return [entry.path for entry in matched.metadata_list]
 
 
 @contextlib.contextmanager
@@ -102,41 +187,45 @@ def _temporary_files_of_children() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logged(runner: str) -> Iterator[None]:
+def _logged(runner: str) -> Iterator[TextIO]:
     """Keeps the output of Beam and its workers from the terminal; shows its end if the job fails.
 
+    Yields:
+      A stream to the terminal.
+
     Raises:
-      UsageError: the block raised an error.
+      JobFailedError: the block raised an error.
     """
-    with tempfile.TemporaryFile('w+', errors='replace') as log, os.fdopen(os.dup(2), 'w') as shown:
-        before = sys.stderr
-        os.dup2(log.fileno(), 2)
-        sys.stderr = shown
+    terminal, shown, root = os.dup(2), sys.stderr, logging.getLogger()
+    handlers = root.handlers[:]  # write to the stream that was there when they were made
+    with tempfile.TemporaryFile('w+', errors='replace', buffering=1) as log:
+        os.dup2(log.fileno(), 2)  # of worker processes
+        sys.stderr, root.handlers[:] = log, [logging.StreamHandler(log)]
         try:
-            yield
+            yield shown
         except Exception as error:  # of any kind: engines raise their own
             log.seek(0)
             shown.writelines(log.readlines()[-_LAST_LINES:])
             reason = (str(error) or repr(error)).splitlines()[0]
-            raise UsageError(
+            raise JobFailedError(
                 f'--runner {runner}: the job failed ({reason}). Fix: see the lines above.'
             ) from error
         finally:
-            shown.flush()
-            sys.stderr = before
-            os.dup2(shown.fileno(), 2)
+            sys.stderr, root.handlers[:] = shown, handlers
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 @contextlib.contextmanager
-def _progress(directory: str, total: int, notify: Callable[[str], None]) -> Iterator[None]:
-    """Reports the number of finished games while the block runs."""
+def _progress(shared: Shared, total: int, shown: TextIO) -> Iterator[None]:
+    """Shows the number of finished games while the block runs."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(_PROGRESS_SECONDS):
             with contextlib.suppress(Exception):  # only for show
-                (matched,) = FileSystems.match([played_files(directory)])
-                notify(f'{len(matched.metadata_list)} of {total} episodes')
+                done = len(_played(shared))
+                print(f'evaluate.py: {done} of {total} episodes', file=shown, flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -147,16 +236,15 @@ def _progress(directory: str, total: int, notify: Callable[[str], None]) -> Iter
         thread.join()
 
 
-def _read(directory: str, index: int) -> dict[str, Any]:
+def _scores(shared: Shared, index: int) -> Mapping[str, Any]:
     """Reads the scores of an entrant.
 
     Raises:
       UsageError: the workers have not written them here.
     """
-    path = scores_file(directory, index)
+    path = shared.scores(index)
     try:
-        with FileSystems.open(path) as file:
-            return json.loads(file.read())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(
             f'{path}: the workers wrote no scores here ({error}). Fix: set --temp_location to a'

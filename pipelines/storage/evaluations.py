@@ -2,13 +2,19 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.disk import is_remote, read_json, write_json
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unwritable
 from pipelines.events import count, finite
-from pipelines.storage.run_directory import output_path
+from pipelines.storage.run_directory import output_path, require_fit
+
+if TYPE_CHECKING:
+    from pipelines.storage.object_store import Place
+
+_T = TypeVar('_T')
 
 EVALUATION_FILE = 'evaluation.json'
 """The evaluation at the end of a run; later ones have other names."""
@@ -28,24 +34,36 @@ def progress_file(output: pathlib.Path) -> pathlib.Path:
 
 
 def require_new(path: str) -> None:
-    """Checks that a result can be written to `path`, local or remote; creates its parent.
+    """Checks that a result can be written to `path`, local or remote; creates nothing.
 
     The result at the end of a run may exist: `write` keeps it under another name.
 
     Raises:
-      UsageError: the file exists, or its name is unsuitable.
-      OSError: the directory cannot be created or written.
+      UsageError: the file exists, cannot be written, or its name is unsuitable.
     """
     if is_remote(path):
-        return
-    file = output_path(path)
-    if file.exists() and (file.name != EVALUATION_FILE or read_result(file) is None):
+        exists = _remote(path, lambda place, name: place.read(name)) is not None
+    else:
+        file = pathlib.Path(path).absolute()
+        require_fit(file)
+        exists = file.exists() and (file.name != EVALUATION_FILE or read_result(file) is None)
+        _require_writable(file)
+    if exists:
         raise UsageError(
             f'--output {path}: already exists and is not overwritten. Fix: name a new file.'
         )
-    progress = progress_file(file)
-    write_json(progress, {'episodes': 0})
-    progress.unlink()
+
+
+def _require_writable(file: pathlib.Path) -> None:
+    """Raises UsageError unless the nearest directory above `file` that exists can be written."""
+    directory = file.parent
+    while not directory.exists():
+        directory = directory.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise unwritable(file, error, 'name another file as --output') from error
 
 
 def write(path: str, result: Mapping[str, Any]) -> None:
@@ -55,19 +73,29 @@ def write(path: str, result: Mapping[str, Any]) -> None:
       OSError: the local file is not writable.
       UsageError: the remote one is not.
     """
+    content = (json.dumps(dict(result), indent=2) + '\n').encode()
     if is_remote(path):
-        from pipelines.storage.object_store import Place, RemoteError  # imports Beam
-
-        folder, _, name = path.rpartition('/')
-        try:
-            Place.at(folder).write(name, (json.dumps(dict(result), indent=2) + '\n').encode())
-        except RemoteError as error:
-            raise UsageError(str(error)) from error
+        _remote(path, lambda place, name: place.write(name, content))
         return
-    file = pathlib.Path(path)
+    file = output_path(path)
     if (before := read_result(file)) is not None:
         file.replace(_free(file.with_name(f'evaluation-{before.get("updates")}-updates.json')))
     write_json(file, result)
+
+
+def _remote(path: str, act: Callable[['Place', str], _T]) -> _T:
+    """Calls `act` with the remote directory and the name in it.
+
+    Raises:
+      UsageError: the remote place refuses.
+    """
+    from pipelines.storage.object_store import Place, RemoteError  # imports Beam
+
+    folder, _, name = path.rpartition('/')
+    try:
+        return act(Place.at(folder), name)
+    except RemoteError as error:
+        raise UsageError(str(error)) from error
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:

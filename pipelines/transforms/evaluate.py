@@ -1,8 +1,12 @@
-"""Evaluate: games in, the scores of each policy out (one game an element)."""
+"""Evaluate: games in, the scores of each policy out (one game an element).
 
-import io
+Workers share a directory, local or remote, with the launcher: it holds policies and start points,
+and receives the record of each game and the scores of each policy.
+"""
+
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -11,24 +15,59 @@ from apache_beam.metrics import Metrics
 
 from pipelines.evaluation.play import Failure, Game, Score, play
 from pipelines.evaluation.policies import Player, unpacked
-from pipelines.evaluation.results import combined
+from pipelines.evaluation.results import combined, encoded
+from pipelines.evaluation.starts import Start
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.workers.process import prepare_process
 
-
-def policy_file(directory: str, policy: int) -> str:
-    """Path of a packed policy in the evaluation's shared directory."""
-    return FileSystems.join(directory, f'policy-{policy}.npz')
+Record = Score | Failure
 
 
-def scores_file(directory: str, policy: int) -> str:
-    """Path of a policy's scores in the evaluation's shared directory."""
-    return FileSystems.join(directory, f'scores-{policy}.json')
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """The files in the directory that workers and launcher share.
+
+    Attributes:
+      directory: its path, local or remote.
+    """
+
+    directory: str
+
+    def policy(self, index: int) -> str:
+        """A packed policy."""
+        return self._file(f'policy-{index}.npz')
+
+    def starts(self, index: int) -> str:
+        """Start points of a policy's games, as hexadecimal texts in JSON."""
+        return self._file(f'starts-{index}.json')
+
+    def played(self, policy: int, episode: int | str) -> str:
+        """The record of a game; a pattern of all if `episode` is '*'."""
+        return self._file(f'played-{policy}-{episode}.json')
+
+    def scores(self, index: int) -> str:
+        """The scores of a policy."""
+        return self._file(f'scores-{index}.json')
+
+    def _file(self, name: str) -> str:
+        return FileSystems.join(self.directory, name)
 
 
-def played_files(directory: str) -> str:
-    """Pattern of the files that mark finished games."""
-    return FileSystems.join(directory, 'played-*')
+def read_json(path: str) -> Any:
+    """Reads a small JSON file.
+
+    Raises:
+      OSError: it does not exist or cannot be read.
+      ValueError: it is damaged.
+    """
+    with FileSystems.open(path) as file:
+        return json.loads(file.read())
+
+
+def write_json(path: str, values: Any) -> None:
+    """Writes a small JSON file."""
+    with FileSystems.create(path) as file:
+        file.write(json.dumps(values).encode())
 
 
 class Play(beam.DoFn):
@@ -38,31 +77,41 @@ class Play(beam.DoFn):
     _failures = Metrics.counter('evaluation', 'failures')
     _frames = Metrics.distribution('evaluation', 'frames_per_game')
 
-    def __init__(self, directory: str):
-        self._directory = directory
+    def __init__(self, shared: Shared):
+        self._shared = shared
 
     def setup(self) -> None:
         self._players: dict[int, Player] = {}
+        self._starts: dict[int, list[Start]] = {}
 
-    def process(self, game: Game) -> Iterator[Score | Failure]:
-        """Plays one game."""
+    def process(self, game: Game) -> Iterator[Record]:
+        """Plays one game; keeps its record, again with the same name if the engine repeats it."""
+        record = self._played(game)
+        write_json(self._shared.played(game.policy, game.episode), encoded(record))
+        yield record
+
+    def _played(self, game: Game) -> Record:
         try:
-            score = play(game, self._player(game.policy)())
+            score = play(self._with_start(game), self._player(game.policy)())
         except Exception as error:  # of any kind: a policy may be the user's own
             self._failures.inc()
-            yield Failure.of(game, error)
-        else:
-            self._games.inc()
-            self._frames.update(score.frames)
-            yield score
-        # Again with the same name if the engine repeats the element.
-        name = FileSystems.join(self._directory, f'played-{game.policy}-{game.episode}')
-        FileSystems.create(name).close()
+            return Failure.of(game, error)
+        self._games.inc()
+        self._frames.update(score.frames)
+        return score
+
+    def _with_start(self, game: Game) -> Game:
+        if game.start_index is None:
+            return game
+        if game.policy not in self._starts:
+            texts = read_json(self._shared.starts(game.policy))
+            self._starts[game.policy] = [Start(bytes.fromhex(text)) for text in texts]
+        return dataclasses.replace(game, start=self._starts[game.policy][game.start_index])
 
     def _player(self, policy: int) -> Player:
         """The policy, opened once in a process."""
         if policy not in self._players:
-            with FileSystems.open(policy_file(self._directory, policy)) as file:
+            with FileSystems.open(self._shared.policy(policy)) as file:
                 opened = unpacked(file.read())
             if opened.experiment is not None or opened.saved_model is not None:
                 prepare_process(opened.experiment or ExperimentConfig(), learns=False)
@@ -73,16 +122,17 @@ class Play(beam.DoFn):
 class Combine(beam.CombineFn):
     """Combines a policy's games to its scores (see `combined`)."""
 
-    def create_accumulator(self) -> list[Score | Failure]:
+    def create_accumulator(self) -> list[Record]:
         return []
 
-    def add_input(self, games: list[Any], game: Score | Failure) -> list[Score | Failure]:
-        return [*games, game]
+    def add_input(self, games: list[Record], game: Record) -> list[Record]:
+        games.append(game)
+        return games
 
-    def merge_accumulators(self, parts: Iterable[list[Any]]) -> list[Score | Failure]:
+    def merge_accumulators(self, parts: Iterable[list[Record]]) -> list[Record]:
         return [game for part in parts for game in part]
 
-    def extract_output(self, games: list[Score | Failure]) -> dict[str, Any]:
+    def extract_output(self, games: list[Record]) -> Mapping[str, Any]:
         return combined(games)
 
 
@@ -92,31 +142,30 @@ class Evaluate(beam.PTransform):
     Input: a pipeline. Output: (policy's index, its scores).
     """
 
-    def __init__(self, games: Iterable[Game], directory: str):
-        """`directory` is local or remote, shared by all workers, and holds the packed policies."""
+    def __init__(self, games: Iterable[Game], shared: Shared):
         super().__init__()
-        self._games = list(games)
-        self._directory = directory
+        # Start points are in the shared directory: a job's size is limited.
+        self._games = [dataclasses.replace(game, start=None) for game in games]
+        self._shared = shared
 
     def expand(self, pipeline):
         return (
             pipeline
             | 'Games' >> beam.Create(self._games)
             | 'Spread' >> beam.Reshuffle()  # prevents fusion: games run in all workers
-            | 'Play' >> beam.ParDo(Play(self._directory))
-            | 'Key by policy' >> beam.Map(lambda played: (played.policy, played))
+            | 'Play' >> beam.ParDo(Play(self._shared))
+            | 'Key by policy' >> beam.Map(lambda record: (record.policy, record))
             | 'Combine' >> beam.CombinePerKey(Combine())
         )
 
 
 class Write(beam.DoFn):
-    """Writes the scores of a policy to the evaluation's shared directory."""
+    """Writes the scores of a policy to the shared directory."""
 
-    def __init__(self, directory: str):
-        self._directory = directory
+    def __init__(self, shared: Shared):
+        self._shared = shared
 
-    def process(self, scores: tuple[int, dict[str, Any]]) -> None:
+    def process(self, scores: tuple[int, Mapping[str, Any]]) -> None:
         """Writes one file, again with the same content if the engine repeats the element."""
         policy, values = scores
-        with io.TextIOWrapper(FileSystems.create(scores_file(self._directory, policy))) as file:
-            json.dump(values, file)
+        write_json(self._shared.scores(policy), values)

@@ -128,12 +128,18 @@ def test_nature_preset_is_that_of_one_process():
     ],
 )
 def test_each_preset_is_evaluated_by_the_rules_of_its_paper(preset, protocol, minutes, epsilon):
-    run = presets.experiment(preset, {}).run
+    experiment = presets.experiment(preset, {})
+    run, environment = experiment.run, experiment.environment
     assert run.evaluation_protocol == protocol
     assert run.evaluation_max_frames == minutes * 60 * 60  # 60 frames a second
     assert run.evaluation_epsilon == epsilon
     values = {'epsilon': epsilon, 'max_frames': run.evaluation_max_frames}
-    assert protocols.deviations(protocols.protocol(protocol, values)) == {}
+    assert protocols.deviations(protocols.protocol(protocol, values), environment) == {}
+
+
+def test_machados_protocol_needs_all_actions_before_the_run_starts():
+    with pytest.raises(UsageError, match='Fix: add --full_action_space'):
+        presets.experiment('laptop', {'evaluation_protocol': 'machado'})
 
 
 def test_machado_preset_trains_by_the_rules_of_its_protocol():

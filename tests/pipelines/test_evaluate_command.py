@@ -1,6 +1,8 @@
 """The evaluation command: which policies it accepts, what it writes, what it says."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -9,8 +11,9 @@ import pytest
 
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines import evaluate, export
-from pipelines.evaluation import entrants, local, policies
+from pipelines.evaluation import entrants, local, policies, starts
 from pipelines.evaluation.play import Failure, Score
+from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
 from pipelines.launch import evaluation
@@ -109,10 +112,38 @@ def test_a_failed_game_is_counted_and_named_and_the_rest_stands(run_dir, monkeyp
     assert 'game 2 failed (OSError: gone)' in capsys.readouterr().err
 
 
+def test_a_policy_without_a_game_leaves_the_results_of_the_others(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    played(monkeypatch, [Failure(0, 0, 'OSError: gone'), *scores(5.0, policy=1)])
+    flags = ['--policy', 'random', '--games', 'pong', '--episodes=1']
+    output = tmp_path / 'results'
+    assert evaluate.main(['--run_dir', str(run_dir), *flags, f'--output={output}']) == 1
+    (file,) = output.iterdir()
+    assert json.loads(file.read_text())['policy']['kind'] == 'random'
+    assert 'no game could be played; no result is written' in capsys.readouterr().err
+
+
+def test_a_score_that_cannot_be_written_is_printed(run_dir, monkeypatch, capsys):
+    played(monkeypatch, scores(1.0, 3.0))
+
+    def full(path, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(evaluations, 'write_json', full)
+    output = run_dir / 'new' / 'result.json'
+    assert evaluate.main([f'--run_dir={run_dir}', f'--output={output}']) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert 'not written: pong: mean return 2.0' in first
+    assert f'{output}: cannot be written (No space left on device). Fix: ' in second
+
+
 def test_without_a_single_game_nothing_is_written(run_dir, monkeypatch, capsys):
     played(monkeypatch, [Failure(0, 0, 'OSError: gone')])
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1']) == 2
-    assert 'no game could be played (OSError: gone)' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'game 0 failed (OSError: gone)' in error
+    assert 'no game could be played. Fix: ' in error
     assert [file.name for file in run_dir.iterdir()] == ['config.json']
 
 
@@ -248,6 +279,12 @@ class TestBadInput:
         assert 'needs --starts' in line
         line = self.refused([f'--run_dir={run_dir}', '--starts=a.json'], capsys)
         assert 'no effect with --protocol noop' in line
+
+    def test_start_points_with_actions_that_the_policy_lacks(self, run_dir, tmp_path, capsys):
+        file = tmp_path / 'starts.json'
+        starts.write(file, StartFile('pong', 4, 'person', (Start(b'\x00'), Start(b'\x05'))))
+        flags = [f'--run_dir={run_dir}', '--protocol=human', f'--starts={file}']
+        assert 'point 1: a start point uses an action outside' in self.refused(flags, capsys)
 
     def test_an_unknown_protocol(self, capsys):
         with pytest.raises(SystemExit) as ended:

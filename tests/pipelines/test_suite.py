@@ -13,8 +13,9 @@ from infra.disk import lock
 from infra.sealed import seal
 from pipelines import suite
 from pipelines.errors import UsageError
+from pipelines.experiment import games
 from pipelines.monitoring import display
-from pipelines.suites import directory, games, plan, room, scheduler, standing, table
+from pipelines.suites import directory, plan, room, scheduler, standing, table
 from pipelines.suites.directory import SuiteDirectory
 from pipelines.suites.scheduler import Entry, Scheduler
 from pipelines.suites.standing import Figures, Stage
