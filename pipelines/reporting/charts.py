@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipelines.reporting import curves, drawing, results
 from pipelines.reporting.drawing import Picture
+from pipelines.reporting.records import Evaluation
 from pipelines.reporting.results import Variant, Verdict
 from pipelines.reporting.runs import Run
+from pipelines.storage.evaluations import EVALUATION_FILE
 
 _PUBLISHED = (
     ('dqn', 'DQN', drawing.MUTED, 's', ':'),
@@ -297,8 +299,13 @@ def _paint_evaluations(axes: Any, runs: Sequence[Run], shade: str) -> None:
         during = [(row.frames, row.mean) for row in run.curve]
         if during:
             axes.plot(*zip(*during), 'o', color=shade, markersize=3.5, markerfacecolor='none')
-        for row in run.evaluations[:1]:
+        if row := final(run):
             axes.plot(run.frames, row.mean, 'D', color=shade, markersize=5.5, clip_on=False)
+
+
+def final(run: Run) -> Evaluation | None:
+    """The evaluation at the end of training, None: not yet."""
+    return next((row for row in run.evaluations if row.file == EVALUATION_FILE), None)
 
 
 def _legend(axes: Any) -> None:
@@ -393,9 +400,8 @@ def staleness(variants: Sequence[Variant]) -> Picture | None:
     """Distribution of staleness over all runs of each variant, from the summaries."""
     held = []
     for index, variant in enumerate(variants):
-        bins = [run.summary.get('staleness', {}).get('histogram') for run in variant.runs]
-        bins = [found for found in bins if isinstance(found, dict)]
-        if bins and sum(sum(found.values()) for found in bins):
+        bins = [run.summary.staleness for run in variant.runs if run.summary.staleness]
+        if any(sum(found.values()) for found in bins):
             held.append((index, variant, bins))
     if not held:
         return None
@@ -406,8 +412,10 @@ def staleness(variants: Sequence[Variant]) -> Picture | None:
     )
 
 
-def _paint_staleness(axes: Any, held: Sequence[tuple[int, Variant, list[dict]]]) -> None:
-    names = list(held[0][2][0])
+def _paint_staleness(
+    axes: Any, held: Sequence[tuple[int, Variant, list[Mapping[str, int]]]]
+) -> None:
+    names = list(dict.fromkeys(n for _, _, bins in held for found in bins for n in found))
     width = 0.8 / len(held)
     for place, (index, variant, bins) in enumerate(held):
         totals = np.array([sum(found.get(name, 0) for found in bins) for name in names])

@@ -76,12 +76,13 @@ def render(content: Content) -> str:
         headline=headline(best, content),
         protocols=_by_protocol(content.verdicts),
         published=results.published_aggregates,
+        published_wins=_published_wins(best),
         aggregates=list(results.AGGREGATES),
         agents=reference.AGENTS,
         run_rows=tables.runs(content.variants).rows,
         settings=tables.settings(content.variants).rows,
-        machines=list(tables.machines(content.variants)),
-        described=tables.described,
+        machines=tables.machines(content.variants),
+        launches=tables.launches,
         minutes=sum(tables.minutes(run) or 0 for run in content.runs),
         core_minutes=_sum([tables.core_minutes(run) for run in content.runs]),
         videos=_videos(content),
@@ -94,10 +95,22 @@ def render(content: Content) -> str:
 
 
 def _headliner(verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The comparable verdict with the most games, then the highest interquartile mean."""
+    """The comparable verdict of final policies, with most games, then interquartile mean."""
     ranked = [v for v in verdicts if v.protocol.comparable and v.known]
-    rank = lambda v: (len(v.known), float(v.aggregates['interquartile mean'].value))  # noqa: E731
-    return max(ranked, key=rank, default=None)
+    return max(ranked, key=_rank) if ranked else None
+
+
+def _rank(verdict: Verdict) -> tuple[bool, int, float]:
+    mean = float(verdict.aggregates['interquartile mean'].value)
+    return not verdict.protocol.best, len(verdict.known), mean
+
+
+def _published_wins(best: Verdict | None) -> tuple[int, int]:
+    """(games of the 49 on which Gorila beats DQN, games), with the verdict's starts."""
+    starts = best.protocol.starts if best else reference.STARTS[0]
+    means = {game: row[starts]['gorila'] for game, row in reference.table().items()}
+    won, others = reference.wins(means, 'dqn', starts)
+    return len(won), len(won) + len(others)
 
 
 def headline(best: Verdict | None, content: Content) -> str:

@@ -12,13 +12,15 @@ import numpy as np
 
 from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.evaluation.protocols import Protocol as Rules
+from pipelines.events import count, finite
 from pipelines.reporting import reference, statistics
-from pipelines.reporting.runs import Evaluation, Run
+from pipelines.reporting.records import Evaluation
+from pipelines.reporting.runs import Run
 from pipelines.reporting.statistics import Estimate
 from pipelines.storage.evaluations import EVALUATION_FILE
 
-_NO_VARIANT = ('game', 'seed')
-_NO_VARIANT_PREFIXES = ('checkpoint_', 'evaluation_', 'seal', 'checksum')
+_NO_VARIANT = ('game', 'seed', 'seal', 'checksum', 'video')
+_NO_VARIANT_PREFIXES = ('checkpoint_', 'evaluation_', 'evaluator_', 'wandb')
 """Settings that do not change what is learned."""
 
 _EARLIER_NAMES = {'no-op starts': 'noop'}
@@ -47,12 +49,14 @@ class Protocol:
       starts: kind of published scores that are shown beside, one of `reference.STARTS`.
       comparable: whether they were taken under the same rules.
       note: says what the rules are, and how they differ from those of the published scores.
+      best: whether the scores are of checkpoints that evaluations during training selected.
     """
 
     name: str
     starts: str
     comparable: bool
     note: str
+    best: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +206,18 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
-    """The rules of an evaluation, of this version or an earlier one."""
+    """The rules of an evaluation, of this version or an earlier one.
+
+    The best checkpoint has rules of its own: its selection favours luck.
+    """
+    rules = _protocol(evaluation, settings)
+    if not evaluation.best:
+        return rules
+    note = f'{rules.note}; of the checkpoint that evaluations during training found best'
+    return dataclasses.replace(rules, name=f'{rules.name}, best checkpoint', note=note, best=True)
+
+
+def _protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
     name = _EARLIER_NAMES.get(evaluation.protocol, evaluation.protocol)
     exact = PROTOCOLS.get(name)
     if exact is None:
@@ -246,8 +261,8 @@ def _earlier_deviations(
     """Deviations of a result that does not name them, by its run's settings."""
     used = {
         'epsilon': evaluation.epsilon,
-        'max_frames': evaluation.max_frames or settings.get('evaluation_max_frames'),
-        'sticky_action_probability': settings.get('sticky_action_probability'),
+        'max_frames': evaluation.max_frames or count(settings.get('evaluation_max_frames')),
+        'sticky_action_probability': finite(settings.get('sticky_action_probability')),
     }
     return {
         name: value
@@ -271,7 +286,7 @@ def verdicts(found: Sequence[Variant]) -> list[Verdict]:
         )
         for verdict in bare
     ]
-    return sorted(full, key=lambda v: (not v.protocol.comparable, -len(v.scores)))
+    return sorted(full, key=lambda v: (not v.protocol.comparable, v.protocol.best, -len(v.scores)))
 
 
 def _scores(variant: Variant) -> list[list[GameScore]]:
@@ -290,16 +305,15 @@ def _scores(variant: Variant) -> list[list[GameScore]]:
 
 
 def chosen(run: Run) -> dict[Protocol, Evaluation]:
-    """One evaluation per protocol: most games, then that at the end of training, then newest.
+    """One evaluation per protocol: newest parameters, most games, at the end of training, newest.
 
     Never by score, which would favour luck.
     """
     ranked: dict[Protocol, tuple[tuple, Evaluation]] = {}
     for place, evaluation in enumerate(run.evaluations):
-        if evaluation.policy == 'random':
-            continue
         rules = protocol(evaluation, run.settings)
-        rank = evaluation.episodes, evaluation.file == EVALUATION_FILE, place
+        updates = -1 if evaluation.updates is None else evaluation.updates
+        rank = updates, evaluation.episodes, evaluation.file == EVALUATION_FILE, place
         if rules not in ranked or rank > ranked[rules][0]:
             ranked[rules] = rank, evaluation
     return {rules: evaluation for rules, (_, evaluation) in ranked.items()}

@@ -6,64 +6,27 @@ skipped and named.
 
 import contextlib
 import dataclasses
-import datetime
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from agents.games import GameError, rom_id
 from infra.disk import is_remote, read_json_lines
 from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError
-from pipelines.events import count, finite
 from pipelines.experiment import config as config_lib
 from pipelines.monitoring.episodes import Episode, read_episodes
+from pipelines.reporting import records
+from pipelines.reporting.records import Evaluation, Launch, Summary
 from pipelines.reporting.sessions import Session, read_sessions
 from pipelines.storage.evaluations import EVALUATION_FILE
 from pipelines.storage.reading import readable_records
 from pipelines.storage.run_directory import RunDirectory
 
-CURVE_FILE = 'evaluations.jsonl'
-VIDEO_FILE = 'video.mp4'
 _CONFIG = 'config.json'
 _CLOCK_SECONDS = 60.0  # a launch is described this long after its first event at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The games of one policy under one protocol.
-
-    Attributes:
-      file: name of the file in the run's directory.
-      protocol: its name, as written.
-      policy: 'run', 'saved_model' or 'random'.
-      episodes: games that ended.
-      failed: games that did not.
-      epsilon: share of random actions; None: unknown.
-      max_frames: emulator frames at which a game is cut off; None: unknown.
-      deviations: from the protocol's rules; None: the file, of an earlier version, does not say.
-      mean, std: of the raw returns; `std` None: unknown.
-      updates: of the parameters, None: unknown.
-      frames: emulator frames of the run at that moment; None: unknown.
-      time: when it was played, seconds since 1970; None: unknown.
-      provenance: see `storage/provenance.py`; empty: unknown.
-    """
-
-    file: str
-    protocol: str
-    policy: str
-    episodes: int
-    failed: int
-    epsilon: float | None
-    max_frames: int | None
-    deviations: Mapping[str, Any] | None
-    mean: float
-    std: float | None
-    updates: int | None
-    frames: int | None
-    time: float | None
-    provenance: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +45,9 @@ class Run:
       path: as the user gave it.
       name: last part of the path.
       settings: value of each setting, by its name; `preset` is one of them.
-      summary: of `summary.json`; empty: none yet.
+      summary: all unknown before the run's end.
       episodes: training games.
-      evaluations: results of complete evaluations.
+      evaluations: results of the run's own policies in its game.
       curve: evaluations during training, in order.
       sessions: launches with their scalars, in order.
       launches: rows of `launches.jsonl`.
@@ -95,12 +58,12 @@ class Run:
     path: str
     name: str
     settings: Mapping[str, Any]
-    summary: Mapping[str, Any]
+    summary: Summary
     episodes: tuple[Episode, ...]
     evaluations: tuple[Evaluation, ...]
     curve: tuple[Evaluation, ...]
     sessions: tuple[Session, ...]
-    launches: tuple[Mapping[str, Any], ...]
+    launches: tuple[Launch, ...]
     video: Video | None
     problems: tuple[str, ...]
 
@@ -117,7 +80,7 @@ class Run:
         """Emulator frames made, as far as the run's files say."""
         written = self.scalar('progress/updates')
         return max(
-            count(self.summary.get('frames')) or 0,
+            self.summary.frames or 0,
             self.episodes[-1].frames if self.episodes else 0,
             int(written[-1, 0]) if len(written) else 0,
         )
@@ -125,7 +88,7 @@ class Run:
     @property
     def state(self) -> str:
         """Why the run ended, or that it has not."""
-        return str(self.summary.get('exit_reason') or 'no summary: active or killed')
+        return self.summary.exit_reason or 'no summary: active or killed'
 
     def scalar(self, tag: str) -> np.ndarray:
         """<float64>[points, 3] of a tag (see `Session`) over all sessions."""
@@ -134,19 +97,12 @@ class Run:
 
     def cores(self, when: float) -> int | None:
         """Cores of the launcher's machine at a time (seconds since 1970); None: unknown."""
-        known = [(_launch_time(row), count(row.get('cores'))) for row in self.launches]
         before = [
-            cores for time, cores in known if time is not None and time <= when + _CLOCK_SECONDS
+            row.machine.cores
+            for row in self.launches
+            if row.time is not None and row.time <= when + _CLOCK_SECONDS
         ]
         return before[-1] if before else None
-
-
-def _launch_time(row: Mapping[str, Any]) -> float | None:
-    """Seconds since 1970 of a row of `launches.jsonl`; None: unknown."""
-    try:
-        return datetime.datetime.fromisoformat(str(row.get('time'))).timestamp()
-    except ValueError:
-        return None
 
 
 def find(paths: Sequence[str]) -> list[str]:
@@ -194,17 +150,19 @@ def read(path: str, video_bytes: int) -> Run:
     with readable_records(path) as local:
         directory = RunDirectory.existing(local)
         problems: list[str] = []
+        settings = _settings(directory.config_file, path)
+        game = str(settings.get('game', ''))
         return Run(
             path=path,
             name=pathlib.PurePath(path).name or path,
-            settings=_settings(directory.config_file, path),
-            summary=_object(directory.summary_file, problems) or {},
+            settings=settings,
+            summary=records.summary(_object(directory.summary_file, problems) or {}),
             episodes=_episodes(directory.episodes_file, problems),
-            evaluations=tuple(_evaluations(local, problems)),
-            curve=tuple(_curve(local / CURVE_FILE, problems)),
+            evaluations=tuple(_evaluations(local, game, problems)),
+            curve=tuple(_curve(directory.evaluations_file, problems)),
             sessions=tuple(read_sessions(directory.events, problems.append)),
-            launches=tuple(_lines(directory.launches_file, problems)),
-            video=_video(local / VIDEO_FILE, video_bytes, problems),
+            launches=tuple(map(records.launch, _lines(directory.launches_file, problems))),
+            video=_video(directory.video, video_bytes, problems),
             problems=tuple(problems),
         )
 
@@ -266,51 +224,43 @@ def _lines(file: pathlib.Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def _evaluations(directory: pathlib.Path, problems: list[str]) -> list[Evaluation]:
+def _evaluations(directory: pathlib.Path, game: str, problems: list[str]) -> list[Evaluation]:
+    """The results of the run's own policies in its game; names the others."""
     files = [directory / EVALUATION_FILE, *sorted(directory.glob('evaluation-*.json'))]
     found = []
     for file in files:
         if file.name.endswith('.partial.json') or (held := _object(file, problems)) is None:
             continue
-        evaluation = _evaluation(file.name, held)
-        if evaluation is None:
-            problems.append(f'{file.name}: skipped, not the result of an evaluation')
+        try:
+            evaluation = records.evaluation(file.name, held)
+        except ValueError as error:
+            problems.append(f'{file.name}: skipped, {error}')
+            continue
+        if reason := _foreign(evaluation, game):
+            problems.append(f'{file.name}: skipped, {reason}')
         else:
             found.append(evaluation)
     return found
 
 
+def _foreign(evaluation: Evaluation, game: str) -> str:
+    """Why a result is no score of this run; empty if it is one."""
+    if evaluation.policy != 'run':
+        return f'of a policy of another kind ({evaluation.policy}, {evaluation.path or "no path"})'
+    with contextlib.suppress(GameError):  # of a later version
+        game = rom_id(game)
+    if evaluation.game not in (None, game):
+        return f'of another game ({evaluation.game})'
+    return ''
+
+
 def _curve(file: pathlib.Path, problems: list[str]) -> list[Evaluation]:
-    found = [_evaluation(file.name, row) for row in _lines(file, problems)]
-    return sorted(
-        (row for row in found if row is not None and row.frames is not None),
-        key=lambda row: row.frames or 0,
-    )
-
-
-def _evaluation(file: str, held: Mapping[str, Any]) -> Evaluation | None:
-    """Of any version; None if it has no protocol, number of games or mean."""
-    protocol, episodes, mean = held.get('protocol'), count(held.get('episodes')), held.get('mean')
-    if not isinstance(protocol, str) or not episodes or finite(mean) is None:
-        return None
-    policy, made_by = held.get('policy'), held.get('provenance')
-    deviations = held.get('deviations')
-    return Evaluation(
-        file=file,
-        protocol=protocol,
-        policy=str(policy.get('kind', 'run')) if isinstance(policy, dict) else 'run',
-        episodes=episodes,
-        failed=count(held.get('failed')) or 0,
-        epsilon=finite(held.get('epsilon')),
-        max_frames=count(held.get('max_frames')),
-        deviations=deviations if isinstance(deviations, dict) else None,
-        mean=float(mean),  # type: ignore[arg-type]
-        std=finite(held.get('std')),
-        updates=count(held.get('updates')),
-        frames=count(held.get('frames')),
-        time=finite(held.get('time')),
-        provenance=made_by if isinstance(made_by, dict) else {},
-    )
+    found = []
+    for row in _lines(file, problems):
+        with contextlib.suppress(ValueError):
+            found.append(records.evaluation(file.name, row))
+    held = [(row.frames, row) for row in found if row.frames is not None]
+    return [row for _, row in sorted(held, key=lambda entry: entry[0])]
 
 
 def _video(file: pathlib.Path, limit: int, problems: list[str]) -> Video | None:

@@ -4,12 +4,13 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipelines.reporting import curves, results
+from pipelines.reporting.records import Launch, Machine
 from pipelines.reporting.reference import AGENTS
 from pipelines.reporting.results import GameScore, Variant, Verdict
 from pipelines.reporting.runs import Run
@@ -91,7 +92,8 @@ def runs(variants: Sequence[Variant]) -> Table:
 
 
 def _run(variant: Variant, run: Run) -> dict[str, Any]:
-    chosen = next(iter(results.chosen(run).items()), None)
+    ranked = sorted(results.chosen(run).items(), key=lambda entry: entry[0].best)
+    chosen = next(iter(ranked), None)
     rules, evaluation = chosen or (None, None)
     return {
         'variant': variant.key,
@@ -99,17 +101,20 @@ def _run(variant: Variant, run: Run) -> dict[str, Any]:
         'game': run.game,
         'seed': run.seed,
         'frames': run.frames,
-        'updates': run.summary.get('updates'),
+        'updates': run.summary.updates,
         'minutes': minutes(run),
         'core_minutes': core_minutes(run),
-        'frames_per_second': run.summary.get('frames_per_second'),
-        'updates_per_second': run.summary.get('updates_per_second'),
+        'frames_per_second': run.summary.frames_per_second,
+        'updates_per_second': run.summary.updates_per_second,
         'score': evaluation.mean if evaluation else None,
         'standard_deviation': evaluation.std if evaluation else None,
         'games': evaluation.episodes if evaluation else None,
         'protocol': rules.name if rules else None,
         'evaluation': evaluation.file if evaluation else None,
-        'mean_return_100': run.summary.get('mean_return_100'),
+        'policy': evaluation.path if evaluation else None,
+        'checkpoint': evaluation.checkpoint if evaluation else None,
+        'evaluated_updates': evaluation.updates if evaluation else None,
+        'mean_return_100': run.summary.mean_return_100,
         'state': run.state,
     }
 
@@ -141,23 +146,18 @@ def settings(variants: Sequence[Variant]) -> Table:
     return Table('settings', tuple(rows))
 
 
-def machines(variants: Sequence[Variant]) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
-    """Yields each distinct machine and software, with the runs that were launched there."""
-    named = ('host', 'processor', 'cores', 'memory_bytes', 'system', 'engine', 'python')
-    held: dict[str, tuple[dict[str, Any], list[str]]] = {}
+def machines(variants: Sequence[Variant]) -> dict[Machine, list[str]]:
+    """The runs that were launched on each distinct machine and software."""
+    held: dict[Machine, list[str]] = {}
     for run in (run for variant in variants for run in variant.runs):
-        for row in described(run):
-            packages = row.get('packages')
-            found = {name: row.get(name) for name in named}
-            found |= {'git': row.get('git')}
-            found |= {'packages': packages if isinstance(packages, dict) else {}}
-            _, names = held.setdefault(json.dumps(found, sort_keys=True), (found, []))
+        for row in launches(run):
+            names = held.setdefault(row.machine, [])
             if run.name not in names:
                 names.append(run.name)
-    yield from held.values()
+    return held
 
 
-def described(run: Run) -> list[Mapping[str, Any]]:
+def launches(run: Run) -> list[Launch]:
     """What launched the run; of a run of an earlier version, what evaluated it."""
-    made = [evaluation.provenance for evaluation in run.evaluations if evaluation.provenance]
+    made = [evaluation.launch for evaluation in run.evaluations if evaluation.launch]
     return list(run.launches) or made[:1]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from infra.disk import write_json
 from pipelines import report
 from pipelines.errors import UsageError
-from pipelines.reporting import curves, page, results, runs
+from pipelines.reporting import charts, curves, page, results, runs, tables
 from pipelines.reporting.report import write_report
 from tests.support.reported_runs import evaluation, make_run, make_video
 
@@ -114,6 +115,80 @@ class TestRuns:
         )
 
 
+class TestWrongValues:
+    """Any JSON in a run's files makes a page: one odd run must not cost a suite its report."""
+
+    @pytest.fixture(scope='class')
+    def sound(self, tmp_path_factory):
+        return make_run(tmp_path_factory.mktemp('sound') / 'run', 'pong', 1, 5.0, games=2)
+
+    @pytest.fixture
+    def run_dir(self, tmp_path, sound):
+        return shutil.copytree(sound, tmp_path / 'run')
+
+    @pytest.mark.parametrize(
+        'value',
+        ['y', 10**400, -1, [1], {'a': [None]}, None, True],
+        ids=lambda value: str(value)[:9],
+    )
+    def test_no_value_of_a_file_prevents_the_page(self, run_dir, value):
+        for name in ('summary.json', 'evaluation.json', 'launches.jsonl'):
+            held = json.loads((run_dir / name).read_text())
+            nested = {
+                key: dict.fromkeys(entry, value) if isinstance(entry, dict) else entry
+                for key, entry in held.items()
+            }
+            rows = [dict.fromkeys(held, value), nested, {}]
+            lines = rows if name.endswith('.jsonl') else rows[1:2]
+            (run_dir / name).write_text(''.join(json.dumps(row) + '\n' for row in lines))
+            write_json(run_dir / f'evaluation-{name}.json', rows[0])
+        _render(run_dir)
+        write_json(run_dir / 'summary.json', dict.fromkeys(held, value))
+        _render(run_dir)
+
+    @pytest.mark.parametrize(
+        'bins', [[1], 'x', {'0': 'x', '1': [2]}, {'0': 10**400}], ids=lambda bins: str(bins)[:9]
+    )
+    def test_a_damaged_histogram_of_staleness_is_left_out(self, run_dir, bins):
+        write_json(run_dir / 'summary.json', {'staleness': {'histogram': bins}})
+        assert charts.staleness(results.variants([read(run_dir)])) is None
+
+    def test_a_result_with_damaged_rules_is_no_score(self, run_dir):
+        write_json(run_dir / 'evaluation.json', evaluation(9.0, deviations={'max_frames': 'x'}))
+        run = read(run_dir)
+        assert run.evaluations == ()
+        assert run.problems == ('evaluation.json: skipped, deviation max_frames is invalid',)
+
+    def test_a_launch_without_command_is_shown_without(self, run_dir):
+        (run_dir / 'launches.jsonl').write_text('{"git": "abc", "memory_bytes": "8 GB"}\n')
+        assert '<pre>–</pre>' in _render(run_dir)
+
+    @pytest.mark.parametrize(
+        'value', ['x', 10**400, [1], {'a': 1}, None], ids=lambda value: str(value)[:9]
+    )
+    def test_no_setting_prevents_the_page(self, run_dir, value):
+        held = json.loads((run_dir / 'config.json').read_text())
+        groups = {
+            key: dict.fromkeys(entry, value)
+            for key, entry in held.items()
+            if isinstance(entry, dict)
+        }
+        (run_dir / 'config.json').write_text(json.dumps(groups | {'preset': value}))
+        old = {'protocol': 'no-op starts', 'episodes': 30, 'mean': 4.0}
+        write_json(run_dir / 'evaluation.json', old)
+        _render(run_dir)
+
+
+def _render(path):
+    """The page of a run, without charts; its tables are written too."""
+    found = results.variants([read(path)])
+    verdicts = results.verdicts(found)
+    for table in (tables.scores(verdicts), tables.runs(found), tables.settings(found)):
+        assert table.csv()
+        assert table.json()
+    return page.render(page.Content(found, verdicts, (), (), (), (), 'f', 'c', 0))
+
+
 class TestResults:
     def test_seeds_are_one_variant_and_settings_distinguish_variants(self, tmp_path):
         paths = [make_run(tmp_path / f'a{seed}', 'pong', seed, 1.0) for seed in (1, 2)]
@@ -171,9 +246,65 @@ class TestResults:
     def test_the_evaluation_with_most_games_counts_not_the_best(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
         write_json(path / 'evaluation-2.json', evaluation(21.0, episodes=3))
-        write_json(path / 'evaluation-3.json', evaluation(9.0, policy={'kind': 'random'}))
         chosen = results.chosen(read(path))
         assert [e.file for e in chosen.values()] == ['evaluation.json']
+
+    def test_a_later_evaluation_of_newer_parameters_replaces_an_earlier_one(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
+        write_json(path / 'evaluation-100.json', evaluation(1.0, episodes=100, updates=240))
+        assert [e.mean for e in results.chosen(read(path)).values()] == [5.0]
+        write_json(path / 'evaluation-2.json', evaluation(6.0, episodes=3, updates=960))
+        assert [e.mean for e in results.chosen(read(path)).values()] == [6.0]
+
+    @pytest.mark.parametrize(
+        ('others', 'reason'),
+        [
+            ({'game': 'breakout'}, 'of another game (breakout)'),
+            (
+                {'policy': {'kind': 'saved_model', 'path': 'elsewhere/policy'}},
+                'of a policy of another kind (saved_model, elsewhere/policy)',
+            ),
+            ({'policy': {'kind': 'random'}}, 'of a policy of another kind (random, no path)'),
+        ],
+    )
+    def test_a_result_of_another_game_or_kind_is_no_score_of_the_run(
+        self, tmp_path, others, reason
+    ):
+        path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
+        write_json(path / 'evaluation-x.json', evaluation(21.0, episodes=100, **others))
+        run = read(path)
+        assert [e.mean for e in run.evaluations] == [5.0]
+        assert run.problems == (f'evaluation-x.json: skipped, {reason}',)
+
+    def test_the_best_checkpoint_has_a_row_of_its_own(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
+        policy = {'kind': 'run', 'path': 'runs/run', 'checkpoint': 'best', 'updates': 240}
+        best = evaluation(20.0, episodes=100, policy=policy)
+        write_json(path / 'evaluation-best.json', best)
+        found = verdicts_of(path)
+        assert [(v.protocol.name, v.scores[0].mean) for v in found] == [
+            ('no-op starts', 5.0),
+            ('no-op starts, best checkpoint', 20.0),
+        ]
+        assert 'Pong: 5.0 points, below Gorila' in _render(path)
+        row = tables.runs([found[0].variant]).rows[0]
+        assert (row['score'], row['checkpoint']) == (5.0, 'checkpoint-1')
+
+    def test_the_end_of_a_curve_is_the_evaluation_at_the_end(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, None)
+        write_json(path / 'evaluation-x.json', evaluation(20.0))
+        assert charts.final(read(path)) is None
+        write_json(path / 'evaluation.json', evaluation(3.0))
+        found = charts.final(read(path))
+        assert found is not None
+        assert found.mean == 3.0
+
+    def test_settings_that_change_nothing_learned_make_no_variant(self, tmp_path):
+        paths = [
+            make_run(tmp_path / 'a', 'pong', 1, 1.0, games=2),
+            make_run(tmp_path / 'b', 'pong', 2, 1.0, games=2, video=False, evaluator_episodes=9),
+        ]
+        assert len(results.variants([read(path) for path in paths])) == 1
 
     def test_a_game_outside_the_49_has_a_score_only(self, tmp_path):
         verdict = verdicts_of(make_run(tmp_path / 'run', 'solaris', 1, 5.0))[0]
@@ -202,21 +333,21 @@ class TestCurves:
 
 
 class TestReport:
-    def test_page_tables_and_charts_are_written(self, tmp_path):
-        paths = [make_run(tmp_path / 'runs' / f'{s}', 'pong', s, 17.0 + s) for s in (1, 2)]
-        written = write_report([str(path) for path in paths], tmp_path / 'out' / 'report.html')
-        assert written.runs == 2
-        text = written.page.read_text()
-        assert 'Pong: 18.5 points, above Gorila’s 18.3' in text
-        scores = rows_of(written.files, 'scores')
-        assert [(row['game'], row['seeds'], row['score']) for row in scores] == [
-            ('pong', '2', '18.5')
+    def test_page_tables_and_charts_are_written(self, whole_report):
+        assert whole_report.runs == 8
+        scores = rows_of(whole_report.files, 'scores')
+        assert [(row['game'], row['seeds'], row['score'][:6]) for row in scores] == [
+            ('breakout', '2', '345.0'),  # 300 x 1.1 and 300 x 1.2
+            ('pong', '2', '19.55'),
+            ('breakout', '2', '150.0'),
+            ('pong', '2', '8.5'),
         ]
-        assert json.loads((written.files / 'scores.json').read_text())[0]['beats_gorila'] is True
+        listed = json.loads((whole_report.files / 'scores.json').read_text())
+        assert [row['beats_gorila'] for row in listed] == [False, True, False, False]
         for name in ('scores-noop', 'profile', 'curve-frames-pong', 'curve-core-minutes-pong'):
-            assert (written.files / f'{name}.svg').read_text().startswith('<?xml')
-            assert (written.files / f'{name}.png').read_bytes().startswith(b'\x89PNG')
-            assert 'var(--' not in (written.files / f'{name}.svg').read_text()
+            assert (whole_report.files / f'{name}.svg').read_text().startswith('<?xml')
+            assert (whole_report.files / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+            assert 'var(--' not in (whole_report.files / f'{name}.svg').read_text()
 
     @pytest.fixture(scope='class')
     def odd(self, tmp_path_factory):
@@ -255,8 +386,8 @@ class TestReport:
         assert 'href="a%20b%23c_files/runs.csv"' in written.page.read_text()
 
     def test_a_later_report_replaces_an_earlier_one(self, tmp_path):
-        first = make_run(tmp_path / 'first', 'pong', 1, 1.0)
-        second = make_run(tmp_path / 'second', 'breakout', 1, 1.0)
+        first = make_run(tmp_path / 'first', 'pong', 1, None, games=4)
+        second = make_run(tmp_path / 'second', 'breakout', 1, None, games=4)
         write_report([str(first)], tmp_path / 'report.html')
         written = write_report([str(second)], tmp_path / 'report.html')
         assert 'Breakout' in written.page.read_text()
@@ -286,7 +417,7 @@ def _content(path):
 class TestCommand:
     @pytest.fixture
     def run_dir(self, tmp_path):
-        return make_run(tmp_path / 'run', 'pong', 1, 1.0)
+        return make_run(tmp_path / 'run', 'pong', 1, None, games=1)
 
     def refused(self, capsys, *arguments):
         assert report.main([str(argument) for argument in arguments]) == 2

@@ -2,9 +2,7 @@
 
 import pytest
 
-from pipelines.reporting.report import write_report
 from tests.support.browser import browser, opened
-from tests.support.reported_runs import make_run, make_video
 
 _VIDEO_MILLISECONDS = 20_000
 
@@ -18,15 +16,8 @@ function outside(inner, outer) {
 
 
 @pytest.fixture(scope='module')
-def report(tmp_path_factory):
-    """Two variants on two games, two seeds each, and a video of one game."""
-    root = tmp_path_factory.mktemp('report')
-    for game, score in (('pong', 17.0), ('breakout', 300.0)):
-        for seed in (1, 2):
-            make_run(root / f'{game}-{seed}', game, seed, score * (1 + 0.1 * seed))
-            make_run(root / f'{game}-slow-{seed}', game, seed, score / 2, learning_rate=1e-4)
-    make_video(root / 'pong-2' / 'video.mp4')
-    return write_report([str(root)], root / 'report.html')
+def report(whole_report):
+    return whole_report
 
 
 @pytest.fixture(scope='module')

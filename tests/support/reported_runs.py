@@ -81,12 +81,15 @@ def _launch(
     row = _described() | {'command': f'pipelines/run.py --seed {config.run.seed}'}
     row |= {'engine': 'DirectRunner', 'resumed': resumed_from is not None, 'changed': {}}
     row |= {'time': _iso(clock.now), 'cores': 2 if resumed_from is None else 4}
+    row |= {'wall_seconds': (resumed_from or {}).get('wall_seconds', 0.0)}
     provenance.add_launch(directory.launches_file, row)
     settings = MonitorConfig(config.environment.game, config.preset, config.run.seed, 8000)
     before = (resumed_from or {}).get('agent_steps', 0)
     # The first event of a file has the time of the real clock.
     with (
         mock.patch('pipelines.monitoring.tensorboard.time', clock),
+        # No report reads the picture, which takes most of the time.
+        mock.patch('pipelines.monitoring.learning_curve.draw_learning_curve'),
         Monitor(directory, settings, resumed_from, clock, clock) as monitor,
     ):
         for number in range(1, games + 1):
@@ -131,7 +134,8 @@ def evaluation(
     rules = PROTOCOLS[protocol]
     values = {'protocol': protocol, 'deviations': {}, 'epsilon': rules.epsilon, 'failed': 0}
     values |= {'max_frames': rules.max_frames, 'episodes': episodes, 'mean': mean, 'std': 0.0}
-    return {**values, 'updates': 480, 'returns': [mean] * episodes, **others}
+    policy = {'kind': 'run', 'path': 'runs/run', 'checkpoint': 'checkpoint-1', 'updates': 480}
+    return {**values, 'policy': policy, 'updates': 480, 'returns': [mean] * episodes, **others}
 
 
 def make_video(file: pathlib.Path, frames: int = 60) -> None:
