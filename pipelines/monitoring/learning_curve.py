@@ -1,8 +1,7 @@
 """The learning curve of a run: its games and evaluations in, a picture out."""
 
-import datetime
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ AXES = {'frames': 'emulator frames', 'updates': 'updates', 'minutes': 'minutes o
 """The horizontal axes, by the names of a point's coordinates, and their labels."""
 _LAYOUT = [['frames', 'frames'], ['updates', 'minutes']]
 
+Start = tuple[float, float]
+"""When a launch began (seconds since 1970), and the seconds trained before it."""
 Points = Mapping[str, np.ndarray]
 """Coordinates [points] of games or evaluations, by the names of `AXES`."""
 
@@ -42,29 +43,39 @@ def smoothed(values: Sequence[float] | np.ndarray, window: int = RETURN_WINDOW) 
     return (sums[end] - sums[begin]) / (end - begin)
 
 
+def starts(launches: Iterable[Mapping[str, Any]]) -> list[Start]:
+    """The readable starts and resumes of a run, from lines of `launches.jsonl`."""
+    timed = [(provenance.launched_at(row), row) for row in launches]
+    return [
+        (time, finite(row.get('wall_seconds')) or 0.0) for time, row in timed if time is not None
+    ]
+
+
 def training_minutes(
-    times: Sequence[float] | np.ndarray, launches: Sequence[Mapping[str, Any]]
+    times: Sequence[float] | np.ndarray,
+    launches: Sequence[Start],
+    weights: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Minutes that a run had trained at moments, without the pauses before its resumes.
 
     Args:
       times: seconds since 1970, float [N].
-      launches: lines of `launches.jsonl`; without any (a run of an earlier version) the minutes
-        count from the first moment.
+      launches: of the run, in order; without any (a run of an earlier version) the minutes count
+        from the first moment.
+      weights: factor of the minutes of each launch, such as its cores; None: 1.
 
     Returns:
       float64 [N].
     """
     times = np.asarray(times, np.float64)
-    starts = [
-        (datetime.datetime.fromisoformat(row['time']).timestamp(), row.get('wall_seconds', 0.0))
-        for row in launches
-    ]
-    if not starts:
+    if not launches:
         return (times - times.min(initial=np.inf)) / 60.0
-    begun, before = np.array(starts).T
+    begun, before = np.array(launches, np.float64).T
+    factors = np.ones(len(begun)) if weights is None else np.asarray(weights, np.float64)
+    earlier = np.cumsum(np.concatenate([factors[:1] * before[:1], factors[:-1] * np.diff(before)]))
     launch = np.maximum(np.searchsorted(begun, times, side='right') - 1, 0)
-    return np.maximum(times - begun[launch] + before[launch], 0.0) / 60.0
+    seconds = earlier[launch] + factors[launch] * (times - begun[launch])
+    return np.maximum(seconds, 0.0) / 60.0
 
 
 def draw_learning_curve(
@@ -113,7 +124,7 @@ def _games(rows: Sequence[Episode], launches: Sequence[Mapping[str, Any]]) -> Po
     return {
         'frames': np.array([row.frames for row in rows], np.float64),
         'updates': np.array([row.updates for row in rows], np.float64),
-        'minutes': training_minutes([row.time for row in rows], launches),
+        'minutes': training_minutes([row.time for row in rows], starts(launches)),
     }
 
 

@@ -5,15 +5,19 @@ starts with the first games and does not lag.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pipelines.monitoring.learning_curve import Start, training_minutes
 from pipelines.reporting.runs import Run
-from pipelines.reporting.sessions import Session
 
 Axis = Callable[[Run], np.ndarray | None]
 """<float64>[episodes]: where each training game of a run ended, None: unknown."""
+
+Spent = Callable[[np.ndarray], np.ndarray]
+"""Turns seconds since 1970 into (core-)minutes of training."""
 
 _POINTS = 100
 _HALF_WINDOW = 0.04  # share of the axis
@@ -43,31 +47,45 @@ def frames(run: Run) -> np.ndarray:
 
 def minutes(run: Run) -> np.ndarray | None:
     """Axis: minutes of training, without the pauses between launches."""
-    return _spent(run, lambda session: 1.0)
+    spent = spent_minutes(run)
+    return None if spent is None else spent(_ends(run))
 
 
 def core_minutes(run: Run) -> np.ndarray | None:
     """Axis: minutes of training times cores of the launcher's machine."""
-    return _spent(run, lambda session: run.cores(session.start))
+    spent = spent_core_minutes(run)
+    return None if spent is None else spent(_ends(run))
 
 
-def _spent(run: Run, weight: Callable[[Session], float | None]) -> np.ndarray | None:
-    spent = spent_minutes(run, weight)
-    return None if spent is None else spent(np.array([episode.time for episode in run.episodes]))
+def _ends(run: Run) -> np.ndarray:
+    return np.array([episode.time for episode in run.episodes])
 
 
-def spent_minutes(
-    run: Run, weight: Callable[[Session], float | None] = lambda session: 1.0
-) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Turns seconds since 1970 into weighted minutes of training; None: without sessions."""
-    times, values, total = [], [], 0.0
+def spent_minutes(run: Run) -> Spent | None:
+    """Minutes of training; None: unknown."""
+    launches = _launches(run)
+    return functools.partial(training_minutes, launches=launches) if launches else None
+
+
+def spent_core_minutes(run: Run) -> Spent | None:
+    """Minutes of training times cores; None: unknown."""
+    launches = _launches(run)
+    cores = [known for time, _ in launches if (known := run.cores(time)) is not None]
+    if not launches or len(cores) < len(launches):
+        return None
+    return functools.partial(training_minutes, launches=launches, weights=cores)
+
+
+def _launches(run: Run) -> list[Start]:
+    """By `launches.jsonl`; of an earlier version, by its sessions."""
+    known = [(row.time, row.wall_seconds) for row in run.launches if row.time is not None]
+    if known:
+        return sorted(known)
+    found, total = [], 0.0
     for session in run.sessions:
-        factor = weight(session)
-        if factor is None:
-            return None
-        times += [session.start, session.end]
-        values += [total, total := total + factor * (session.end - session.start) / 60]
-    return (lambda when: np.interp(when, times, values)) if times else None
+        found.append((session.start, total))
+        total += session.end - session.start
+    return found
 
 
 def curve(runs: Sequence[Run], axis: Axis) -> Curve | None:

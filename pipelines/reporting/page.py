@@ -85,6 +85,7 @@ def render(content: Content) -> str:
         launches=tables.launches,
         minutes=sum(tables.minutes(run) or 0 for run in content.runs),
         core_minutes=_sum([tables.core_minutes(run) for run in content.runs]),
+        at_once=tables.at_once(content.runs),
         videos=_videos(content),
         few_seeds=_few_seeds(content.verdicts),
         fold=_FOLDED_PICTURES,
@@ -161,10 +162,12 @@ def _sum(values: Sequence[float | None]) -> float | None:
 
 
 def _videos(content: Content) -> list[dict[str, Any]]:
-    """The video of each game's best run, until `video_bytes` are embedded."""
+    """The video of each game's best run under one protocol, until `video_bytes` are embedded."""
+    rules = {s.game: v.protocol for v in reversed(content.verdicts) for s in v.scores}
     best: dict[str, tuple[float, Run]] = {}
     for run in content.runs:
-        score = max((e.mean for e in results.chosen(run).values()), default=-float('inf'))
+        held = results.chosen(run).get(rules[run.game]) if run.game in rules else None
+        score = held.mean if held else -float('inf')
         if run.video is not None and (run.game not in best or score > best[run.game][0]):
             best[run.game] = score, run
     videos, left = [], content.video_bytes

@@ -1,12 +1,12 @@
 """JSON values of a run's files in, checked records out; values of a wrong type count as unknown."""
 
 import dataclasses
-import datetime
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines.evaluation.protocols import Protocol
 from pipelines.events import count, counts, finite
+from pipelines.storage.provenance import launched_at
 from pipelines.storage.run_directory import BEST
 
 _NUMBERS = {int: count, float: finite}
@@ -151,7 +151,7 @@ def launch(row: Mapping[str, Any]) -> Launch:
         packages=tuple((name, v) for name, v in packages.items() if isinstance(v, str)),
     )
     return Launch(
-        time=seconds(row.get('time')),
+        time=launched_at(row),
         command=text(row.get('command')),
         changed=', '.join(f'{n} {v}' for n, v in mapping(row.get('changed')).items()),
         wall_seconds=finite(row.get('wall_seconds')) or 0.0,
@@ -209,14 +209,6 @@ def _deviations(held: Any) -> dict[str, str | int | float | bool] | None:
     if not isinstance(held, Mapping):
         raise ValueError('deviations are invalid')
     return found
-
-
-def seconds(time: Any) -> float | None:
-    """Seconds since 1970 of an ISO 8601 time; None: it is none."""
-    try:
-        return datetime.datetime.fromisoformat(time).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def text(value: Any) -> str | None:

@@ -97,12 +97,19 @@ class Run:
 
     def cores(self, when: float) -> int | None:
         """Cores of the launcher's machine at a time (seconds since 1970); None: unknown."""
-        before = [
-            row.machine.cores
-            for row in self.launches
-            if row.time is not None and row.time <= when + _CLOCK_SECONDS
-        ]
-        return before[-1] if before else None
+        launched = self._launched(when)
+        return launched.machine.cores if launched else None
+
+    def host(self, when: float) -> str | None:
+        """Name of the launcher's machine at a time (seconds since 1970); None: unknown."""
+        launched = self._launched(when)
+        return launched.machine.host if launched else None
+
+    def _launched(self, when: float) -> Launch | None:
+        until = when + _CLOCK_SECONDS
+        return next(
+            (r for r in self.launches[::-1] if r.time is not None and r.time <= until), None
+        )
 
 
 def find(paths: Sequence[str]) -> list[str]:

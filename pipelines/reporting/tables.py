@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,14 +121,32 @@ def _run(variant: Variant, run: Run) -> dict[str, Any]:
 
 
 def minutes(run: Run) -> float | None:
-    """Minutes of all launches."""
-    return sum(s.end - s.start for s in run.sessions) / 60 if run.sessions else None
+    """Minutes of training; None: unknown."""
+    return _at_end(run, curves.spent_minutes(run))
 
 
 def core_minutes(run: Run) -> float | None:
-    """Minutes times cores of all launches; None: cores unknown."""
-    spent = curves.spent_minutes(run, lambda session: run.cores(session.start))
-    return float(spent(np.array(run.sessions[-1].end))) if spent else None
+    """Minutes of training times cores; None: cores unknown."""
+    return _at_end(run, curves.spent_core_minutes(run))
+
+
+def _at_end(run: Run, spent: curves.Spent | None) -> float | None:
+    ends = [session.end for session in run.sessions[-1:]]
+    return float(spent(np.array(ends))[0]) if spent and ends else None
+
+
+def at_once(runs: Sequence[Run]) -> int:
+    """Greatest number of the runs that one machine trained at a time, as far as is known."""
+    moments: dict[str, list[tuple[float, int]]] = {}
+    for run in runs:
+        for session in run.sessions:
+            host = run.host(session.start)
+            if host is not None:
+                moments.setdefault(host, []).extend([(session.start, 1), (session.end, -1)])
+    sums = [
+        max(itertools.accumulate(step for _, step in sorted(held))) for held in moments.values()
+    ]
+    return max(sums, default=1)
 
 
 def settings(variants: Sequence[Variant]) -> Table:

@@ -74,6 +74,14 @@ def launches(file: pathlib.Path) -> list[dict[str, Any]]:
     return read_json_lines(file)
 
 
+def launched_at(row: Mapping[str, Any]) -> float | None:
+    """Seconds since 1970 of what `describe` returned; None: its time is not readable."""
+    try:
+        return datetime.datetime.fromisoformat(str(row.get('time'))).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
 def _version(package: str) -> str | None:
     """Version of an installed package, None if it is absent."""
     try:

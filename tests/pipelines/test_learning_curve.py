@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.monitoring import learning_curve
-from pipelines.monitoring.learning_curve import smoothed, training_minutes
+from pipelines.monitoring.learning_curve import smoothed, starts, training_minutes
 
 
 def test_the_mean_follows_a_trend_without_lag_from_the_first_game():
@@ -36,8 +36,16 @@ def launch(time, seconds):
 def test_minutes_leave_out_the_pause_before_a_resume():
     # Trained from 1000 to 1300; resumed at 9000 from a checkpoint at 240 s.
     launches = [launch(1000, 0.0), launch(9000, 240.0)]
-    minutes = training_minutes([990, 1060, 1240, 9060], launches)
+    minutes = training_minutes([990, 1060, 1240, 9060], starts(launches))
     np.testing.assert_allclose(minutes, [0, 1, 4, 5])
+    # Two cores for the first 4 minutes, then three.
+    weighted = training_minutes([1060, 9060], starts(launches), [2, 3])
+    np.testing.assert_allclose(weighted, [2, 2 * 4 + 3])
+
+
+@pytest.mark.parametrize('time', [[1], 'yesterday', None, 5, 10**400])
+def test_a_launch_without_readable_time_is_skipped(time):
+    assert starts([{'time': time}, {}, launch(1000, 'x')]) == [(1000.0, 0.0)]
 
 
 def test_minutes_of_a_run_without_launches_count_from_its_first_game():

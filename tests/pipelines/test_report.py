@@ -105,14 +105,18 @@ class TestRuns:
         run = read(path)
         spent = [session.end - session.start for session in run.sessions]
         assert len(spent) == 2
-        minutes = curves.spent_minutes(run)
-        assert minutes is not None
-        assert minutes(np.array(run.sessions[-1].end)) == pytest.approx(sum(spent) / 60)
-        cores = curves.spent_minutes(run, lambda session: run.cores(session.start))
-        assert cores is not None  # two cores, four after the resume
-        assert cores(np.array(run.sessions[-1].end)) == pytest.approx(
-            (2 * spent[0] + 4 * spent[1]) / 60
-        )
+        assert tables.minutes(run) == pytest.approx(sum(spent) / 60)
+        # Two cores, four after the resume.
+        assert tables.core_minutes(run) == pytest.approx((2 * spent[0] + 4 * spent[1]) / 60)
+        (path / 'launches.jsonl').unlink()  # of an earlier version
+        assert tables.minutes(read(path)) == pytest.approx(sum(spent) / 60)
+
+    def test_runs_that_share_a_machine_are_counted(self, tmp_path):
+        first = make_run(tmp_path / '1', 'pong', 1, None, games=2)
+        second = shutil.copytree(first, tmp_path / '2')
+        assert tables.at_once([read(first)]) == 1
+        assert tables.at_once([read(first), read(second)]) == 2
+        assert 'shared by up to 2 of these runs at once' in _render(first, second)
 
 
 class TestWrongValues:
@@ -179,9 +183,9 @@ class TestWrongValues:
         _render(run_dir)
 
 
-def _render(path):
-    """The page of a run, without charts; its tables are written too."""
-    found = results.variants([read(path)])
+def _render(*paths):
+    """The page of runs, without charts; its tables are written too."""
+    found = results.variants([read(path) for path in paths])
     verdicts = results.verdicts(found)
     for table in (tables.scores(verdicts), tables.runs(found), tables.settings(found)):
         assert table.csv()
@@ -365,6 +369,13 @@ class TestReport:
 
     def test_a_single_seed_shows_no_interval(self, odd):
         assert {row['low'] for row in rows_of(odd.files, 'aggregates')} == {''}
+
+    def test_the_video_is_of_the_best_run_under_one_protocol(self, tmp_path):
+        paths = [make_run(tmp_path / f'{s}', 'pong', s, 10.0 + s, games=2) for s in (1, 2)]
+        write_json(paths[0] / 'evaluation-r.json', evaluation(21.0, protocol='rainbow'))
+        for path in paths:
+            (path / 'video.mp4').write_bytes(b'film')
+        assert f'<code>{paths[1]}/video.mp4' in _render(*paths)
 
     def test_a_large_video_is_named_not_embedded(self, odd):
         assert 'data:video/mp4' not in odd.page.read_text()
