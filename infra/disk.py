@@ -4,6 +4,7 @@ In: a path and its new content. Out: readers see the old or the new content, com
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import json
@@ -32,6 +33,8 @@ _CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
 _UNIQUE_DIGITS = 12
 _BESIDE = re.compile(rf'\..+\.[0-9a-f]{{{_UNIQUE_DIGITS}}}')
 _READ_BYTES = 1 << 22
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2(2)
+_NEW, _BEFORE = 'new', 'before'  # in the scratch of a replacement
 
 
 def unfit_name(path: str | os.PathLike[str]) -> str:
@@ -257,11 +260,16 @@ def beside(path: pathlib.Path) -> pathlib.Path:
 def remove_leftovers(directory: pathlib.Path) -> None:
     """Removes entries of `beside` that killed processes left in `directory`.
 
+    Completes a `replaced_directory` that was killed between its two renames.
+
     Raises:
       OSError: an entry cannot be removed.
     """
     for path in directory.iterdir() if directory.is_dir() else ():
         if _BESIDE.fullmatch(path.name):
+            name = path.with_name(path.name[1 : -_UNIQUE_DIGITS - 1])
+            if (path / _BEFORE).is_dir() and not name.exists():
+                (path / _NEW).rename(name)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -354,16 +362,24 @@ def replaced_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     scratch = beside(path)
     scratch.mkdir()
     try:
-        filled, before = scratch / 'new', scratch / 'before'
+        filled, before = scratch / _NEW, scratch / _BEFORE
         filled.mkdir()
         yield filled
         for directory in filter(pathlib.Path.is_dir, filled.rglob('*')):
             shutil.copymode(filled, directory)  # TensorFlow creates them with 0755, not the umask
-        if path.exists():
-            path.rename(before)
-        filled.rename(path)
+        if not (path.exists() and _exchanged(filled, path)):
+            if path.exists():
+                path.rename(before)
+            filled.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Swaps two directories in one step that no kill divides; False where that is unknown (NFS)."""
+    rename = getattr(ctypes.CDLL(None), 'renameat2', None)  # glibc from 2.28
+    paths = _HERE, os.fsencode(one), _HERE, os.fsencode(other)
+    return rename is not None and rename(*paths, _RENAME_EXCHANGE) == 0
 
 
 _SCHEME = re.compile(r'[a-zA-Z][-a-zA-Z0-9+.]*://')

@@ -31,6 +31,7 @@ _LONGEST_BACK_OFF_SECONDS = 300.0
 _HUNG_SECONDS = 900.0  # its start takes minutes on a busy machine, since its priority is low
 _END_SECONDS = 2.0
 _NICE = 19
+_LAUNCH_FILE = 'launch'  # dates the launch
 
 
 class EvaluatorProcess:
@@ -55,7 +56,7 @@ class EvaluatorProcess:
           tell: receives a line for each failure.
         """
         self._config, self._directory, self._tell = config, directory, tell
-        self._since = time.time()
+        self._since = _launch_time(directory) if config.run.evaluator_cpu_share else 0.0
         self._origin = self._since - wall_seconds
         self._rate = config.run.evaluator_cpu_share * len(os.sched_getaffinity(0))
         self._alive_file = directory.path / WORK / ALIVE_FILE
@@ -171,7 +172,7 @@ class EvaluatorProcess:
                 '-m',
                 'pipelines.evaluator',
                 str(self._directory.path),
-                f'--since={self._since:.3f}',
+                f'--since={self._since!r}',
                 f'--origin={self._origin:.3f}',
                 f'--updates={evaluated}',
                 f'--debt_seconds={debt:.3f}',
@@ -186,6 +187,20 @@ class EvaluatorProcess:
             unset=('PYTHONDONTWRITEBYTECODE',),
             nice=_NICE,
         )
+
+
+def _launch_time(directory: RunDirectory) -> float:
+    """Now, in seconds since 1970, by the clock of the directory's file system.
+
+    Snapshots are dated by it; that of a network's server may differ from this machine's.
+    """
+    file = directory.path / WORK / _LAUNCH_FILE
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b'\n')
+        return file.stat().st_mtime
+    except OSError:  # a full disk: reported by whoever writes results
+        return time.time()
 
 
 def _in_brackets(text: str) -> str:

@@ -32,14 +32,13 @@ class EvaluationLog:
         Drops the evaluations after the checkpoint's `resume_frames`, as `EpisodeLog` does. The best
         policy stays, also if it is one of those: its parameters are kept and its score is valid.
         """
-        self._file = directory.evaluations_file
+        self._file, self._best_file = directory.evaluations_file, directory.best / EVALUATION_FILE
         self.number, self._position = 0, 0
         self.last: Mapping[str, Any] | None = None
         self.best: Mapping[str, Any] | None = None
         if resume_frames is None:
             return
-        best = read_json(directory.best / EVALUATION_FILE)
-        self.best = best if best is not None and _is_evaluation(best) else None
+        self.best = self._kept()
         rows = [line for line in read_json_lines(self._file) if _is_evaluation(line)]
         kept = [row for row in rows if row['frames'] <= resume_frames]
         if rows:
@@ -75,7 +74,13 @@ class EvaluationLog:
 
     def summary(self) -> dict[str, Any]:
         """JSON values for the summary: the number, the last and the best."""
-        return {'number': self.number, 'last': _figures(self.last), 'best': _figures(self.best)}
+        best = self._kept() or self.best  # an evaluator killed before its line has kept it already
+        return {'number': self.number, 'last': _figures(self.last), 'best': _figures(best)}
+
+    def _kept(self) -> Mapping[str, Any] | None:
+        """The evaluation of `best/`, None if there is none or it is damaged."""
+        best = read_json(self._best_file)
+        return best if best is not None and _is_evaluation(best) else None
 
 
 def _is_evaluation(row: Mapping[str, Any]) -> bool:

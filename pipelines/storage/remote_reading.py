@@ -6,10 +6,14 @@ In: the URL. Out: a local directory; results written there are uploaded.
 import contextlib
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from infra.disk import scratch
+from infra.parameter_server import checkpoint as parameter_checkpoint
+from infra.parameter_server.checkpoint import DamagedCheckpointError
 from pipelines.errors import UsageError
+from pipelines.storage.checkpoints import PARAMETERS
 from pipelines.storage.object_store import MissingError, Place, RemoteError, require_answer
 from pipelines.storage.remote_run import (
     CONFIG_FILE,
@@ -19,8 +23,9 @@ from pipelines.storage.remote_run import (
 )
 from pipelines.storage.run_directory import BEST, CHECKPOINT_RUN_FILE, no_checkpoint
 
-_TRIES = 3  # a checkpoint may be pruned while it is read
-_NEEDED = ('parameters', CHECKPOINT_RUN_FILE)  # of a checkpoint
+_TRIES = 3  # a checkpoint may be pruned, and the best replaced, while it is read
+_REPLACED_SECONDS = 5.0  # for the upload of the best to end
+_NEEDED = (PARAMETERS, CHECKPOINT_RUN_FILE)  # of a checkpoint
 _RECORDS = re.compile(r'[^/]+\.(json|jsonl|mp4)|events/[^/]+')
 
 
@@ -86,10 +91,22 @@ def _fetch_parameters(place: Place, local: pathlib.Path, checkpoint: str) -> Non
             # run.json last: a checkpoint that is pruned meanwhile stays incomplete.
             for name in sorted(wanted, key=lambda name: name.endswith(f'/{CHECKPOINT_RUN_FILE}')):
                 place.fetch(name, local / name, _nothing)
-            return
         except MissingError:
             if not tries_left:
                 raise
+            continue
+        if checkpoint != BEST or not tries_left or _is_whole(local / BEST):
+            return
+        time.sleep(_REPLACED_SECONDS)
+
+
+def _is_whole(best: pathlib.Path) -> bool:
+    """Whether the files of the best belong together; the mirror replaces them one by one."""
+    try:
+        parameter_checkpoint.validate(str(best / PARAMETERS))
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _wanted(place: Place, files: Mapping[str, int], checkpoint: str) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 
 from infra.parameter_server.checkpoint import read_checkpoint
 from infra.process import own_code
-from pipelines import evaluator, export
+from pipelines import evaluator
 from pipelines.evaluation.allowance import Allowance, level_after
 from pipelines.evaluation.policies import of_run
 from pipelines.experiment import builders, presets
@@ -218,9 +218,17 @@ class TestTheBest:
         assert evaluator.is_best({**rules, 'max_frames': 800, 'mean': 2.9}, best)
 
 
-def test_games_have_the_same_seed_at_each_evaluation_and_another_than_the_final_one():
-    assert evaluator.seed_of_games(1) == evaluator.seed_of_games(1)
-    assert len({1, 2, evaluator.seed_of_games(1), evaluator.seed_of_games(2)}) == 4
+def test_games_have_the_same_seed_at_each_evaluation_and_another_than_the_final_one(tmp_path):
+    played = []
+    for seed in (1, 2):
+        config = presets.experiment('laptop', {**SETTINGS, 'seed': seed})
+        with RunDirectory.open(tmp_path / f'run{seed}') as directory:
+            for _ in range(2):
+                made = evaluator.Evaluator(directory, config, None, 0.0, 0.0, 0)
+                played.append(made._seed)
+    assert played[0] == played[1]
+    assert played[2] == played[3]
+    assert len({1, 2, *played}) == 4
 
 
 def test_a_line_cut_by_a_kill_costs_no_other(tmp_path):
@@ -322,6 +330,13 @@ class TestEvaluatorProcess:
         assert has_ended(pid)
         assert look(process) is None
 
+    def test_dates_the_launch_by_the_clock_of_the_file_system(self, launched, monkeypatch):
+        monkeypatch.setattr(time, 'time', lambda: 4e9)  # another machine's, 2096
+        before = time.time_ns() / 1e9
+        process, _ = launched('time.sleep(600)')
+        assert before - 1.0 < process._since < before + 10.0
+        assert process._origin == process._since
+
     def test_is_off_without_a_share(self, tmp_path):
         config = presets.experiment('laptop', {**SETTINGS, 'evaluator_cpu_share': 0.0})
         with RunDirectory.open(tmp_path / 'run') as directory:
@@ -369,6 +384,3 @@ def test_an_evaluator_scores_snapshots_until_it_is_asked_to_end(tmp_path):
             'alive',
             'parameters',
         ]
-        assert export.main([f'--run_dir={path}', '--checkpoint=best']) == 0
-        assert (path / 'policy_best' / 'saved_model.pb').is_file()
-        assert not (path / 'policy').exists()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import shutil
 import stat
 
 import pytest
@@ -71,6 +73,37 @@ def test_a_directory_is_replaced_when_the_new_one_is_complete(tmp_path):
         (staging / 'new').touch()
         assert [file.name for file in path.iterdir()] == ['old']
     assert [file.name for file in path.iterdir()] == ['new']
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_kill_finds_a_directory_gone_while_it_is_replaced(tmp_path, monkeypatch):
+    path = tmp_path / 'policy'
+    path.mkdir()
+    with disk.replaced_directory(path) as staging:
+        (staging / 'new').touch()
+        # It would be gone between two renames.
+        monkeypatch.setattr(pathlib.Path, 'rename', lambda *_: pytest.fail('not in one step'))
+    assert [file.name for file in path.iterdir()] == ['new']
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('gone', [True, False])
+def test_a_replacement_killed_between_its_renames_is_completed(tmp_path, monkeypatch, gone):
+    monkeypatch.setattr(disk, '_exchanged', lambda *_: False)  # as on NFS
+    path = tmp_path / 'policy'
+    with disk.replaced_directory(path) as staging:
+        (staging / 'first').touch()
+    with disk.replaced_directory(path) as staging:
+        (staging / 'second').touch()
+        left = tmp_path / '.policy.0123456789ab'
+        left.mkdir()
+        for name in ('before', 'new'):
+            (left / name).mkdir()
+            (left / name / name).touch()
+    if gone:
+        shutil.rmtree(path)
+    disk.remove_leftovers(tmp_path)
+    assert [file.name for file in path.iterdir()] == ['new' if gone else 'second']
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -515,7 +515,11 @@ class TestEvaluations:
         told = monitor.state().evaluations
         assert (told['number'], told['last']['frames'], told['best']['frames']) == (1, 400, 800)
         assert told['cpu_seconds'] == 2.0
-        append(directory, evaluation(1200, 4.5, True))
+        newer = evaluation(1200, 4.5, True)
+        (directory.best / 'evaluation.json').write_text(json.dumps(newer))
+        # An evaluator that is killed before it adds the line has kept the best already.
+        assert monitor.state().evaluations['best']['mean'] == 4.5
+        append(directory, newer)
         monitor.evaluator(1.0)
         told = monitor.state().evaluations
         assert (told['number'], told['best']['mean'], told['cpu_seconds']) == (2, 4.5, 3.0)

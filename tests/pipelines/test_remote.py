@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from pipelines.experiment import config as config_lib
 from pipelines.launch import launcher
 from pipelines.launch.interrupts import Signals
 from pipelines.monitoring.display import open_display
-from pipelines.storage import mirror, object_store, remote_run
+from pipelines.storage import mirror, object_store, remote_reading, remote_run
 from pipelines.storage.checkpoints import Checkpoints, readable_counters
 from pipelines.storage.mirror import Mirror
 from pipelines.storage.object_store import MissingError, Place, RemoteError
@@ -765,6 +766,30 @@ class TestReading:
         assert export.main([f'--run_dir={URL}', '--checkpoint=best']) == 0
         assert 'policy_best/saved_model.pb' in gcs.names(BELOW)
         assert 'policy/saved_model.pb' not in gcs.names(BELOW)
+
+    def test_a_best_that_is_replaced_while_it_is_read_is_read_again(
+        self, gcs, start, monkeypatch, capsys
+    ):
+        new = start()
+        new.save()
+        for updates in (1, 2):
+            new.checkpoints.save_parameters(new._client)
+            snapshot = Snapshots(new.directory, since=0.0).take(1)
+            assert snapshot is not None
+            keep_best(new.directory, snapshot, {'mean': float(updates)})
+            new.mirror.copy()
+        part = next(name for name in gcs.names(BELOW) if 'best/' in name and '.data-' in name)
+        whole = gcs.content(f'{BELOW}{part}')
+        gcs.put(f'{BELOW}{part}', whole[:-8] + b'of other')
+        waited: list[float] = []
+
+        def wait(seconds):
+            waited.append(seconds)
+            gcs.put(f'{BELOW}{part}', whole)
+
+        monkeypatch.setattr(remote_reading, 'time', types.SimpleNamespace(sleep=wait))
+        assert evaluate.main([f'--run_dir={URL}', '--checkpoint=best']) == 0, capsys.readouterr()
+        assert waited == [5.0]
 
     @pytest.mark.parametrize('which', ['7', 'best'])
     def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(
