@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from infra.output import protect_output
 from pipelines import evaluate, export
 from pipelines.errors import Main, one_line_errors
-from pipelines.launch.evaluation import notify
 from pipelines.storage.run_directory import BEST
 
 _INTERRUPTED = 130  # exit code after Ctrl-C
@@ -42,8 +41,12 @@ def film(argv: Sequence[str]) -> int:
     from pipelines.evaluation import video  # imports FFmpeg
 
     (run_dir,) = argv
-    video.record_run(run_dir, notify)
+    video.record_run(run_dir, _notify)
     return 0
+
+
+def _notify(text: str) -> None:
+    print(f'video.mp4: {text}', file=sys.stderr, flush=True)
 
 
 def _code_of(command: Main, argv: Sequence[str]) -> int:

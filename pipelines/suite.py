@@ -22,6 +22,7 @@ from infra.output import protect_output
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
 from pipelines.launch.interrupts import handled
+from pipelines.suites.standing import END_SECONDS
 
 # Beam takes a second to import, which --help and a first signal need not wait for.
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pipelines.suites.scheduler import Entry, Scheduler
 
 _POLL_SECONDS = 1.0
-_END_SECONDS = 500.0  # for the last checkpoints after the process that started the suite is gone
 _PARENT = pathlib.Path('runs')
 _AUTO = 'auto'
 _ONE = '1'
@@ -279,7 +279,7 @@ def outcome(
 @one_line_errors('suite.py')
 def main(argv: Sequence[str]) -> int:
     """Plans, runs and reports on a suite; returns the exit code."""
-    exit_with_launcher(_END_SECONDS)
+    exit_with_launcher(END_SECONDS)  # if the process that started it is gone
     signals = Interruptions()
     with handled(signals.note):
         arguments, flags = parse(argv)

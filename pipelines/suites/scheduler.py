@@ -18,12 +18,11 @@ from infra.process import ProcessSpec, SupervisedProcess, describe_exit
 from pipelines.suites import standing
 from pipelines.suites.directory import SuiteDirectory
 from pipelines.suites.plan import Run
-from pipelines.suites.standing import Figures, Stage
+from pipelines.suites.standing import END_SECONDS, Figures, Stage
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = 'waiting', 'running', 'done', 'failed', 'stopped'
 
 _ATTEMPTS = 2
-_END_SECONDS = 500.0  # above what a run needs for its last checkpoint
 _LOG_LINES = 100
 _PROBLEM = 'run.py: '
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -111,7 +110,7 @@ class Scheduler:
     def interrupt(self) -> None:
         """Asks the active runs to end with a checkpoint; a second call, to end at once."""
         self.stopping = True
-        self._deadline = min(self._deadline, time.monotonic() + _END_SECONDS)
+        self._deadline = min(self._deadline, time.monotonic() + END_SECONDS)
         for entry in self.of(RUNNING):
             assert entry.process is not None
             entry.process.signal(signal.SIGINT)
@@ -130,7 +129,7 @@ class Scheduler:
         holder = self._holder(entry)
         if holder is None:
             return False
-        if time.monotonic() > self._opened + _END_SECONDS:
+        if time.monotonic() > self._opened + END_SECONDS:
             entry.attempts = _ATTEMPTS
             self._fail(entry, f'its directory is in use by process {holder}')
             return False

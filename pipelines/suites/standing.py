@@ -14,6 +14,9 @@ from pipelines.storage.evaluations import EVALUATION_FILE, read_result
 from pipelines.storage.resuming import is_complete
 from pipelines.storage.run_directory import RunDirectory
 
+END_SECONDS = 500.0
+"""For a run of a suite to end once it was asked to; above what its last checkpoint needs."""
+
 _LINE = re.compile(r'\[\d+:\d\d:\d\d\] (.*)')
 _PHASES = (
     'starting servers',

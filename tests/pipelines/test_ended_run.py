@@ -207,6 +207,15 @@ class TestTheVideoOfARun:
         assert finish.film([str(filmed)]) == 0
         assert shown == ['best']
 
+    def test_names_itself_where_a_checkpoint_is_damaged(self, filmed, capsys):
+        (newest,) = (filmed / 'checkpoints').iterdir()
+        damaged = shutil.copytree(newest, newest.with_name('checkpoint-00000002'))
+        next((damaged / 'parameters').glob('*.index')).unlink()
+        assert finish.film([str(filmed)]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith('video.mp4: ')
+        assert line.endswith('; skipped')
+
     def test_is_not_made_without_the_setting(self, filmed):
         silent = config_lib.replace(CONFIG, {'video': False})
         (filmed / 'config.json').write_text(config_lib.to_json(silent))

@@ -220,11 +220,12 @@ class TestTheBest:
 
 def test_games_have_the_same_seed_at_each_evaluation_and_another_than_the_final_one(tmp_path):
     played = []
+    pace = evaluator.Pace(Allowance(1.0), tmp_path / 'alive')
     for seed in (1, 2):
         config = presets.experiment('laptop', {**SETTINGS, 'seed': seed})
         with RunDirectory.open(tmp_path / f'run{seed}') as directory:
             for _ in range(2):
-                made = evaluator.Evaluator(directory, config, None, 0.0, 0.0, 0)
+                made = evaluator.Evaluator(directory, config, pace, 0.0, 0.0, 0)
                 played.append(made._seed)
     assert played[0] == played[1]
     assert played[2] == played[3]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipelines import run
 from pipelines.monitoring import weights_and_biases
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
@@ -18,6 +19,7 @@ from tests.support.waiting import eventually
 
 wandb = pytest.importorskip('wandb')
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {
     'project': 'gorila',
     'id': 'abc123',
@@ -130,29 +132,39 @@ def test_the_end_waits_a_bounded_time_for_a_process_that_hangs(directory, offlin
 
 
 @pytest.mark.parametrize(
-    ('problem', 'project', 'expected'),
+    ('project', 'installed', 'mode', 'expected'),
     [
-        ('', 'a/b', "'a/b': not a name of a project"),
-        ('', '', 'not a name of a project'),
-        ("sys.modules['wandb'] = None", 'gorila', 'requirements-wandb.txt'),
-        ("os.environ['WANDB_MODE'] = 'online'", 'gorila', 'WANDB_MODE=offline'),
+        ('a/b', True, 'offline', "'a/b': not a name of a project"),
+        ('', True, 'offline', 'not a name of a project'),
+        ('gorila', False, 'offline', 'requirements-wandb.txt'),
+        ('gorila', True, 'online', 'WANDB_MODE=offline'),
     ],
 )
-def test_what_stands_in_the_way_is_one_line_before_any_file(tmp_path, problem, project, expected):
-    program = (
-        f'import os, sys\n{problem}\nfrom pipelines import run\n'
-        f'sys.exit(run.main(["--wandb_project={project}", "--run_dir={tmp_path / "run"}"]))'
-    )
+def test_what_stands_in_the_way_is_one_line_before_any_file(
+    tmp_path, monkeypatch, capsys, project, installed, mode, expected
+):
+    monkeypatch.setenv('WANDB_MODE', mode)
+    monkeypatch.setenv('HOME', str(tmp_path))  # without a login
+    monkeypatch.delenv('WANDB_API_KEY', raising=False)
+    if not installed:
+        monkeypatch.setitem(sys.modules, 'wandb', None)
+    assert run.main([f'--wandb_project={project}', f'--run_dir={tmp_path / "run"}']) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith('run.py: --wandb_project')
+    assert expected in line
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_process_without_a_login_says_so_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / 'pipelines' / 'run.py'), '--wandb_project=gorila']
     ended = subprocess.run(
-        [sys.executable, '-c', program],
-        env={'PATH': '/usr/bin:/bin', 'HOME': str(tmp_path), 'WANDB_MODE': 'offline'},
+        [*command, f'--run_dir={tmp_path / "run"}'],
+        env={'PATH': '/usr/bin:/bin', 'HOME': str(tmp_path), 'WANDB_MODE': 'online'},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert ended.returncode == 2, ended.stderr
-    line = ended.stderr.splitlines()[-1]
-    assert line.startswith('run.py: --wandb_project')
-    assert expected in line
+    assert 'WANDB_MODE=offline' in ended.stderr.splitlines()[-1]
     assert not (tmp_path / 'run').exists()
