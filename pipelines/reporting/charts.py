@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ _LEARNER_TAGS = 12  # charts of the learners' own figures at most
 
 
 Specs = Sequence[tuple[str, str, str]]
-"""(tag, title, unit) of scalars."""
+"""(tag, title, unit) of scalars; `{n}` in a tag stands for any number, `{box}` for any
+numbered box, such as actor_0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,24 +333,32 @@ def scalars(title: str, caption: str, variants: Sequence[Variant], specs: Specs)
     Args:
       title, caption: of the chart.
       variants: of the report.
-      specs: (tag, title, unit) of each scalar.
+      specs: of the scalars; the lines of boxes share a picture.
     """
     runs = [(index, run) for index, variant in enumerate(variants) for run in variant.runs]
     pictures, zero = [], []
     for tag, name, unit in specs:
-        lines = [(index, run, run.scalar(tag)) for index, run in runs]
-        lines = [(index, run, rows) for index, run, rows in lines if len(rows)]
+        lines = [(i, run, run.scalar(held)) for i, run in runs for held in _matching(run, tag)]
         if not any(rows[:, 2].any() for _, _, rows in lines):
             zero += [name] if lines else []
             continue
         paint = functools.partial(
             _paint_scalar, lines=lines, variants=variants, title=name, unit=unit
         )
-        pictures.append(
-            drawing.draw(f'scalar-{tag.replace("/", "-")}', f'{name} over minutes', paint)
-        )
+        pictures.append(drawing.draw(f'scalar-{_file_name(tag)}', f'{name} over minutes', paint))
     stays = f' Zero throughout: {", ".join(zero)}.' if zero else ''
     return Chart(title, caption + stays, tuple(pictures))
+
+
+def _matching(run: Run, tag: str) -> list[str]:
+    """The run's tags that a spec's `tag` stands for."""
+    pattern = re.escape(tag).replace(r'\{n\}', r'\d+').replace(r'\{box\}', r'[a-z_]+_\d+')
+    held = {name for session in run.sessions for name in session.scalars}
+    return sorted(name for name in held if re.fullmatch(pattern, name))
+
+
+def _file_name(tag: str) -> str:
+    return tag.replace('_{n}', 's').replace('{box}', 'boxes').replace('/', '-')
 
 
 def _paint_scalar(

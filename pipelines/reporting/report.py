@@ -15,15 +15,30 @@ from pipelines.reporting.results import Variant
 from pipelines.storage.run_directory import output_path
 
 VIDEO_MIB = 16.0
-VIDEO_MIB = 16.0
 _TABLE_OF_A_REPORT = 'runs.csv'
 _ACTIVITY = (
     (
-        ('Throughput', 'Over the last minute, all workers.'),
+        ('Throughput', 'Over the last minute; a line for each box in the charts of boxes.'),
         (
             ('rate/frames_per_second', 'emulator frames', 'frames/s'),
             ('rate/updates_per_second', 'updates', 'updates/s'),
+            ('rate/actor_{n}', 'actors', 'agent steps/s'),
+            ('rate/learner_{n}', 'learners', 'gradients/s'),
+            ('rate/parameter_server_{n}', 'parameter shards', 'pushes/s'),
+            ('rate/replay_{n}', 'replay shards', 'inserts/s'),
         ),
+    ),
+    (
+        ('Memory', 'Resident memory of each process.'),
+        (
+            ('memory_bytes/{box}', 'workers and servers', 'bytes'),
+            ('memory_bytes/launcher', 'launcher', 'bytes'),
+            ('memory_bytes/evaluator', 'evaluator', 'bytes'),
+        ),
+    ),
+    (
+        ('Games', 'Mean of the last 100 training games.'),
+        (('episode/mean_length_100', 'length', 'agent steps'),),
     ),
     (
         (
@@ -33,6 +48,12 @@ _ACTIVITY = (
         (
             ('staleness/median', 'staleness, median', 'updates'),
             ('staleness/percentile_99', 'staleness, 99th percentile', 'updates'),
+            ('staleness/learner_{n}/median', 'staleness of each learner, median', 'updates'),
+            (
+                'staleness/learner_{n}/percentile_99',
+                'staleness of each learner, 99th percentile',
+                'updates',
+            ),
         ),
     ),
     (
@@ -44,6 +65,7 @@ _ACTIVITY = (
         (
             ('rejected/stale', 'rejected as stale', 'gradients'),
             ('rejected/outlier', 'dropped as outliers', 'gradients'),
+            ('learner/outlier_share', 'outliers, as a share of those computed', ''),
             ('rejected/invalid', 'rejected as invalid', 'gradients'),
             ('replay/samples_per_insert', 'samples per insert', ''),
         ),

@@ -353,13 +353,29 @@ class TestReport:
             assert (whole_report.files / f'{name}.png').read_bytes().startswith(b'\x89PNG')
             assert 'var(--' not in (whole_report.files / f'{name}.svg').read_text()
 
+    @pytest.mark.parametrize(
+        'name',
+        [
+            'rate-actors',
+            'rate-learners',
+            'memory_bytes-boxes',
+            'memory_bytes-launcher',
+            'episode-mean_length_100',
+            'staleness-learners-median',
+            'staleness-learners-percentile_99',
+            'learner-outlier_share',
+        ],
+    )
+    def test_a_figure_of_the_boxes_has_a_chart(self, whole_report, name):
+        assert (whole_report.files / f'scalar-{name}.svg').exists()
+
     @pytest.fixture(scope='class')
     def odd(self, tmp_path_factory):
         """The report of a run with an odd name and a large video, beside an unreadable one."""
         root = tmp_path_factory.mktemp('odd')
-        path = make_run(root / '<img src=x>&$x$', 'pong', 1, 1.0)
+        path = make_run(root / '<img src=x>&$x$', 'pong', 1, 1.0, games=1)
         make_video(path / 'video.mp4')
-        bad = make_run(root / 'bad', 'pong', 2, 1.0)
+        bad = make_run(root / 'bad', 'pong', 2, None, games=0)
         (bad / 'config.json').write_text('{')
         return write_report([str(path), str(bad)], root / 'report.html', video_mib=1e-4)
 
@@ -386,7 +402,7 @@ class TestReport:
         assert 'bad: config.json is damaged' in odd.page.read_text()
 
     def test_a_game_of_any_name_writes_into_the_reports_directory_only(self, tmp_path):
-        path = make_run(tmp_path / 'run', 'pong', 1, None, games=4)
+        path = make_run(tmp_path / 'run', 'pong', 1, None, games=1)
         config = (path / 'config.json').read_text().replace('"pong"', '"../../evil"')
         held = json.loads(config)
         del held['seal'], held['checksum']
@@ -397,8 +413,8 @@ class TestReport:
         assert 'href="a%20b%23c_files/runs.csv"' in written.page.read_text()
 
     def test_a_later_report_replaces_an_earlier_one(self, tmp_path):
-        first = make_run(tmp_path / 'first', 'pong', 1, None, games=4)
-        second = make_run(tmp_path / 'second', 'breakout', 1, None, games=4)
+        first = make_run(tmp_path / 'first', 'pong', 1, None, games=1)
+        second = make_run(tmp_path / 'second', 'breakout', 1, None, games=0)
         write_report([str(first)], tmp_path / 'report.html')
         written = write_report([str(second)], tmp_path / 'report.html')
         assert 'Breakout' in written.page.read_text()
@@ -428,7 +444,7 @@ def _content(path):
 class TestCommand:
     @pytest.fixture
     def run_dir(self, tmp_path):
-        return make_run(tmp_path / 'run', 'pong', 1, None, games=1)
+        return make_run(tmp_path / 'run', 'pong', 1, None, games=0)
 
     def refused(self, capsys, *arguments):
         assert report.main([str(argument) for argument in arguments]) == 2

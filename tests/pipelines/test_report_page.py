@@ -63,9 +63,10 @@ def test_every_plot_is_drawn(view):
             svg.querySelectorAll('text').length];
         })""",
     )
-    # Scores, aggregates, profile; two games over two axes; two rates; staleness three times;
-    # outliers; the loss.
-    assert len(plots) == 3 + 4 + 2 + 3 + 1 + 1
+    # Scores, aggregates, profile; two games over two axes; rates of all, actors and learners;
+    # memory of the learner and the launcher; length; staleness three times, of each learner twice;
+    # outliers and their share; the loss.
+    assert len(plots) == 3 + 4 + 4 + 2 + 1 + 5 + 2 + 1
     for name, width, height, parts, extent, texts in plots:
         assert width > 280, name
         assert height > 100, name

@@ -120,7 +120,11 @@ def _events(number: int, steps: int, now: float) -> list[dict[str, Any]]:
     }
     learner = {'kind': 'learner', 'component': 'learner', 'worker': 0, 'session': 's'}
     learner |= {'loss': 1 / number, 'rejected_outlier': number // 8, 'staleness': staleness}
-    return [episode, learner]
+    learner |= {'gradients': 12 * number}
+    actor = {'kind': 'actor', 'component': 'actor', 'worker': 0}
+    actor |= {'agent_steps': number * _STEPS_PER_GAME}
+    alive = {'kind': 'heartbeat', 'component': 'learner', 'worker': 0, 'memory_bytes': 3 * 2**28}
+    return [episode, learner, actor, alive]
 
 
 def _iso(seconds: float) -> str:
