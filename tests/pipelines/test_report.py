@@ -353,6 +353,11 @@ class TestReport:
             assert (whole_report.files / f'{name}.png').read_bytes().startswith(b'\x89PNG')
             assert 'var(--' not in (whole_report.files / f'{name}.svg').read_text()
 
+    def test_the_page_says_what_the_published_scores_are(self, whole_report):
+        text = whole_report.page.read_text()
+        assert 'Gorila beat DQN on 31 of 49' in text  # no-op starts (docs/report.md)
+        assert 'published scores count as exact' in text
+
     @pytest.mark.parametrize(
         'name',
         [
