@@ -5,12 +5,16 @@ This module does not import TensorFlow, so that a launcher checks a name quickly
 
 import contextlib
 import difflib
+import functools
 import io
+import os
+import threading
 
 import gymnasium
 from ale_py import ALEInterface, LoggerMode, roms
 
 _ENTRY_POINT = 'ale_py.env:AtariEnv'
+_LOCK = threading.Lock()
 
 
 class GameError(ValueError):
@@ -73,6 +77,13 @@ def _obstacle(name: str) -> str:
 
     ALE ends a process that loads an unplayable ROM.
     """
+    with _LOCK:
+        return _obstacle_in(name, os.environ.get('ALE_ROMS_DIR'))
+
+
+@functools.cache
+def _obstacle_in(name: str, _roms_dir: str | None) -> str:
+    # Redirects the output of all threads, one at a time and once for each ROM.
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # each call prints about ALE_ROMS_DIR
             supported = ALEInterface.isSupportedROM(roms.get_rom_path(name))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from ale_py import roms
@@ -15,6 +16,7 @@ from agents.games import GameError
 REFUSED = {'combat', 'joust', 'maze_craze', 'warlords'}
 LOAD_EACH = """
 import sys
+import threading
 from ale_py import roms, vector_env
 for name in sys.argv[1:]:
     print(name, flush=True)
@@ -116,3 +118,15 @@ class TestNotTakenOver:
 
     def test_a_name_has_nothing_to_be_told(self):
         assert games.not_taken_over('Pong') == ''
+
+
+def test_threads_that_name_games_leave_the_output_alone():
+    before = sys.stdout
+    for _ in range(20):
+        threads = [threading.Thread(target=games.game_names) for _ in range(4)]
+        games._obstacle_in.cache_clear()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sys.stdout is before
