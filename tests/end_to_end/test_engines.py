@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 
+import distributed
 import psutil
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -72,7 +73,7 @@ def test_dask_replaces_killed_workers_and_frames_and_updates_are_counted_once(tm
     process = launching.start(run_dir, *flags)
     launching.wait_for_updates(process, run_dir)
     assert 'dashboard http://' in launching.output(run_dir)
-    killed = _worker_pids()
+    killed = _worker_pids(dask_flags[1].partition('=')[2])
     assert len(killed) == 2
     for count, pid in enumerate(killed, 1):  # an actor and a learner, whichever is the first
         psutil.Process(pid).kill()
@@ -91,17 +92,10 @@ def test_dask_replaces_killed_workers_and_frames_and_updates_are_counted_once(tm
     assert 0 <= in_vain <= 2 * 4 * 32
 
 
-def _worker_pids() -> list[int]:
-    """Process ids of the Dask workers: the children of their nannies' process."""
-    pids = []
-    for process in psutil.Process().children(recursive=True):
-        if 'worker' in process.cmdline() and 'dask' in process.cmdline():
-            pids += [
-                child.pid
-                for child in process.children()
-                if any('spawn_main' in part for part in child.cmdline())
-            ]
-    return pids
+def _worker_pids(address: str) -> list[int]:
+    """Process IDs of a Dask cluster's workers."""
+    with distributed.Client(address) as client:
+        return list(client.run(os.getpid).values())
 
 
 def test_somebody_elses_agent_trains_in_bundles_on_a_dask_cluster(tmp_path, dask_flags):
