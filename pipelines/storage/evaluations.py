@@ -46,12 +46,16 @@ def require_new(path: str) -> None:
     else:
         file = pathlib.Path(path).absolute()
         require_fit(file)
-        exists = file.exists() and (file.name != EVALUATION_FILE or read_result(file) is None)
+        exists = file.is_dir() or (file.exists() and file.name != EVALUATION_FILE)
         _require_writable(file)
     if exists:
-        raise UsageError(
-            f'--output {path}: already exists and is not overwritten. Fix: name a new file.'
-        )
+        raise _exists(path)
+
+
+def _exists(path: str) -> UsageError:
+    return UsageError(
+        f'--output {path}: already exists and is not overwritten. Fix: name a new file.'
+    )
 
 
 def _require_writable(file: pathlib.Path) -> None:
@@ -67,20 +71,30 @@ def _require_writable(file: pathlib.Path) -> None:
 
 
 def write(path: str, result: Mapping[str, Any]) -> None:
-    """Writes a result to `path`, local or remote; keeps a result that has this name.
+    """Writes a result to `path`, local or remote; keeps an `EVALUATION_FILE` of before.
 
     Raises:
       OSError: the local file is not writable.
-      UsageError: the remote one is not.
+      UsageError: the remote one is not, or the file has appeared meanwhile.
     """
     content = (json.dumps(dict(result), indent=2) + '\n').encode()
     if is_remote(path):
         _remote(path, lambda place, name: place.write(name, content))
         return
     file = output_path(path)
-    if (before := read_result(file)) is not None:
-        file.replace(_free(file.with_name(f'evaluation-{before.get("updates")}-updates.json')))
-    write_json(file, result)
+    if file.name == EVALUATION_FILE and file.exists():
+        before = read_result(file)
+        name = f'evaluation-{before.get("updates")}-updates' if before else 'damaged-evaluation'
+        file.replace(_free(file.with_name(f'{name}.json')))
+    try:
+        file.touch(exist_ok=False)  # of two evaluations at once the second is refused
+    except FileExistsError:
+        raise _exists(path) from None
+    try:
+        write_json(file, result)
+    except OSError:
+        file.unlink()
+        raise
 
 
 def _remote(path: str, act: Callable[['Place', str], _T]) -> _T:

@@ -11,6 +11,7 @@ import pytest
 
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines import evaluate, export
+from pipelines.errors import UsageError
 from pipelines.evaluation import entrants, local, policies, starts
 from pipelines.evaluation.play import Failure, Score
 from pipelines.evaluation.starts import Start, StartFile
@@ -136,6 +137,7 @@ def test_a_score_that_cannot_be_written_is_printed(run_dir, monkeypatch, capsys)
     first, second = capsys.readouterr().err.splitlines()
     assert 'not written: pong: mean return 2.0' in first
     assert f'{output}: cannot be written (No space left on device). Fix: ' in second
+    assert not output.exists()
 
 
 def test_without_a_single_game_nothing_is_written(run_dir, monkeypatch, capsys):
@@ -164,6 +166,26 @@ def test_the_evaluation_at_the_end_of_a_run_keeps_the_one_before(tmp_path):
     kept = evaluations.read_result(tmp_path / 'evaluation-7-updates.json')
     assert (kept or {})['updates'] == 7
     assert (evaluations.read_result(file) or {})['updates'] == 9
+
+
+def test_a_damaged_evaluation_at_the_end_of_a_run_is_set_aside(tmp_path):
+    file = tmp_path / evaluations.EVALUATION_FILE
+    file.write_bytes(b'\x00damaged')
+    evaluations.require_new(str(file))
+    after = {'protocol': 'noop', 'episodes': 1, 'epsilon': 0.05, 'mean': 1.0, 'std': 0.0}
+    evaluations.write(str(file), after)
+    assert (tmp_path / 'damaged-evaluation.json').read_bytes() == b'\x00damaged'
+    assert (evaluations.read_result(file) or {})['mean'] == 1.0
+
+
+def test_of_two_evaluations_with_one_output_the_second_is_refused(tmp_path):
+    output = str(tmp_path / 'result.json')
+    for _ in range(2):
+        evaluations.require_new(output)  # both begin before either ends
+    evaluations.write(output, {'mean': 1.0})
+    with pytest.raises(UsageError, match='already exists'):
+        evaluations.write(output, {'mean': 2.0})
+    assert json.loads(pathlib.Path(output).read_text()) == {'mean': 1.0}
 
 
 def test_several_policies_have_a_file_each(run_dir, tmp_path, monkeypatch):
