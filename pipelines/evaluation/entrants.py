@@ -50,7 +50,7 @@ class Entrant:
       protocol: its rules.
       seed: of its games.
       starts: start points, empty for protocols without.
-      starts_file: their file.
+      starts_file, starts_source: their file, and who played them.
     """
 
     policy: Policy
@@ -58,6 +58,7 @@ class Entrant:
     seed: int
     starts: tuple[start_points.Start, ...] = ()
     starts_file: str | None = None
+    starts_source: str | None = None
 
     def games(self, index: int) -> Iterator[Game]:
         """The games to play, for the entrant's index in the evaluation."""
@@ -76,7 +77,7 @@ class Entrant:
         """
         policy, rules = self.policy, self.protocol
         by_chance = policy.kind == RANDOM
-        starts = {'file': self.starts_file, 'count': len(self.starts)} if self.starts else None
+        starts = {'file': self.starts_file, 'source': self.starts_source, 'count': len(self.starts)}
         return {
             'protocol': rules.name,
             'deviations': deviations(rules, policy.environment),
@@ -86,7 +87,7 @@ class Entrant:
             'epsilon': 1.0 if by_chance else rules.epsilon,
             'max_frames': rules.max_frames,
             'seed': self.seed,
-            'starts': starts,
+            'starts': starts if self.starts else None,
             **scores,
         }
 
@@ -170,11 +171,11 @@ def _entrant(request: Request, policy: Policy, rules: Protocol, seed: int) -> En
     if request.starts is None:
         return Entrant(policy, rules, seed)
     environment = policy.environment
-    points = start_points.read(
+    file = start_points.read(
         pathlib.Path(request.starts), environment.game, environment.action_repeat
-    ).starts
+    )
     codes = start_points.action_codes(environment.game, environment.full_action_space)
-    for number, point in enumerate(points):
+    for number, point in enumerate(file.starts):
         try:
             start_points.indices(point, codes)
         except ValueError as error:
@@ -183,5 +184,5 @@ def _entrant(request: Request, policy: Policy, rules: Protocol, seed: int) -> En
                 ' the minimal action set.'
             ) from error
     if request.episodes is None:
-        rules = dataclasses.replace(rules, episodes=len(points))
-    return Entrant(policy, rules, seed, points, request.starts)
+        rules = dataclasses.replace(rules, episodes=len(file.starts))
+    return Entrant(policy, rules, seed, file.starts, request.starts, file.source)

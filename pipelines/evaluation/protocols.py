@@ -104,7 +104,7 @@ def own_values(run: RunConfig) -> dict[str, Any]:
 
 
 def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]:
-    """What `used` changes in the protocol of its name, by setting; not the number of games.
+    """What `used` changes in the protocol of its name, by setting; more games change nothing.
 
     Args:
       used: the rules of the games.
@@ -116,7 +116,7 @@ def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]
         field.name: value
         for field in dataclasses.fields(used)
         if (value := getattr(used, field.name)) != getattr(exact, field.name)
-        and field.name != 'episodes'
+        and not (field.name == 'episodes' and value > exact.episodes)
         and value not in allowed.get(field.name, ())
     }
     published = dataclasses.replace(

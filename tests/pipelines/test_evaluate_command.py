@@ -91,7 +91,7 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch):
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=2', '--epsilon=0.1']) == 0
     result = result_of(run_dir)
     assert result['protocol'] == 'noop'
-    assert result['deviations'] == {'epsilon': 0.1}  # noop has 0.05
+    assert result['deviations'] == {'epsilon': 0.1, 'episodes': 2}  # noop has 0.05 and 30
     assert (result['mean'], result['std'], result['standard_error']) == (2.0, 1.0, 1.0)
     assert (result['game'], result['updates'], result['seed']) == ('pong', 1, 1)
     assert result['policy'] == {

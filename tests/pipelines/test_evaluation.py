@@ -59,7 +59,8 @@ class TestProtocols:
 
     def test_say_where_an_evaluation_deviates(self):
         changed = protocol('noop', {'epsilon': 0.1, 'max_frames': None, 'episodes': 3})
-        assert deviations(changed, PONG) == {'epsilon': 0.1}
+        assert deviations(changed, PONG) == {'epsilon': 0.1, 'episodes': 3}  # noop: 0.05, 30 games
+        assert deviations(protocol('noop', {'episodes': 31}), PONG) == {}
         assert deviations(protocol('rainbow', {'epsilon': 0.0}), PONG) == {}  # Ape-X's
 
     def test_say_that_a_policy_acts_otherwise_than_the_published_ones(self):
