@@ -28,15 +28,23 @@ _TELL_SECONDS = 5.0  # a terminal that pauses
 
 
 class Ended(BaseException):
-    """Raised on a signal that requests the end; not an `Exception`, since Beam catches those."""
+    """Raised on a signal that requests the end; not an `Exception`, since Beam catches those.
+
+    Attributes:
+      exit_code: of the command that ends so.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
-def raise_ended(*_: Any) -> None:
+def raise_ended(number: int = signal.SIGTERM, _frame: Any = None) -> None:
     """A handler: raises `Ended`, once, in the main thread; a second SIGINT ends the process."""
-    for number in end_signals():
-        signal.signal(number, signal.SIG_IGN)  # the end takes seconds
+    for other in end_signals():
+        signal.signal(other, signal.SIG_IGN)  # the end takes seconds
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
-    raise Ended
+    raise Ended(number)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """JSON values of a run's files in, checked records out; values of a wrong type count as unknown."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines.evaluation.protocols import Protocol
@@ -10,6 +10,18 @@ from pipelines.storage.provenance import launched_at
 from pipelines.storage.run_directory import BEST
 
 _NUMBERS = {int: count, float: finite}
+
+
+def text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+_OPTIONAL: Mapping[Any, Callable[[Any], Any]] = {
+    int | None: count,
+    float | None: finite,
+    str | None: text,
+}
+"""Reads a value of a field's type; None where it is missing or of another type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +37,8 @@ class Evaluation:
       checkpoint: name of the run's checkpoint; None: unknown.
       episodes: games that ended.
       failed: games that did not.
+      start_points: number of recorded ones; None: unknown, or the protocol has none.
+      start_source: who played them, or their file; None as before.
       epsilon: share of random actions; None: unknown.
       max_frames: emulator frames at which a game is cut off; None: unknown.
       deviations: from the protocol's rules; None: the file, of an earlier version, does not say.
@@ -42,6 +56,8 @@ class Evaluation:
     checkpoint: str | None
     episodes: int
     failed: int
+    start_points: int | None
+    start_source: str | None
     epsilon: float | None
     max_frames: int | None
     deviations: Mapping[str, str | int | float | bool] | None
@@ -123,15 +139,8 @@ class Summary:
 
 def summary(held: Mapping[str, Any]) -> Summary:
     """The figures of a summary of any version."""
-    return Summary(
-        frames=count(held.get('frames')),
-        updates=count(held.get('updates')),
-        frames_per_second=finite(held.get('frames_per_second')),
-        updates_per_second=finite(held.get('updates_per_second')),
-        mean_return_100=finite(held.get('mean_return_100')),
-        exit_reason=text(held.get('exit_reason')),
-        staleness=counts(mapping(held.get('staleness')).get('histogram')),
-    )
+    staleness = counts(mapping(held.get('staleness')).get('histogram'))
+    return Summary(**_values(Summary, held), staleness=staleness)
 
 
 def launch(row: Mapping[str, Any]) -> Launch:
@@ -139,14 +148,7 @@ def launch(row: Mapping[str, Any]) -> Launch:
     git = mapping(row.get('git'))
     packages = mapping(row.get('packages'))
     machine = Machine(
-        host=text(row.get('host')),
-        processor=text(row.get('processor')),
-        system=text(row.get('system')),
-        python=text(row.get('python')),
-        engine=text(row.get('engine')),
-        cores=count(row.get('cores')),
-        memory_bytes=count(row.get('memory_bytes')),
-        commit=text(git.get('commit')),
+        **_values(Machine, {**row, 'commit': git.get('commit')}),
         dirty=git.get('dirty') is True,
         packages=tuple((name, v) for name, v in packages.items() if isinstance(v, str)),
     )
@@ -170,24 +172,33 @@ def evaluation(file: str, held: Mapping[str, Any]) -> Evaluation:
     if protocol is None or not episodes or mean is None:
         raise ValueError('not the result of an evaluation')
     policy, made_by = mapping(held.get('policy')), mapping(held.get('provenance'))
+    starts = mapping(held.get('starts'))
+    elsewhere = {
+        'path': policy.get('path'),
+        'checkpoint': policy.get('checkpoint'),
+        'start_points': starts.get('count'),
+        'start_source': starts.get('source') or starts.get('file'),
+    }
     return Evaluation(
+        **_values(Evaluation, {**held, **elsewhere}),
         file=file,
-        game=text(held.get('game')),
         protocol=protocol,
         policy=text(policy.get('kind')) or 'run',
-        path=text(policy.get('path')),
-        checkpoint=text(policy.get('checkpoint')),
         episodes=episodes,
         failed=count(held.get('failed')) or 0,
-        epsilon=finite(held.get('epsilon')),
-        max_frames=count(held.get('max_frames')),
         deviations=_deviations(held.get('deviations')),
         mean=mean,
-        std=finite(held.get('std')),
-        updates=count(held.get('updates')),
-        frames=count(held.get('frames')),
         launch=launch(made_by) if made_by else None,
     )
+
+
+def _values(kind: Any, held: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for the fields of a record that may be unknown: a number or a text, or None."""
+    return {
+        field.name: _OPTIONAL[field.type](held.get(field.name))
+        for field in dataclasses.fields(kind)
+        if field.type in _OPTIONAL
+    }
 
 
 def _deviations(held: Any) -> dict[str, str | int | float | bool] | None:
@@ -209,10 +220,6 @@ def _deviations(held: Any) -> dict[str, str | int | float | bool] | None:
     if not isinstance(held, Mapping):
         raise ValueError('deviations are invalid')
     return found
-
-
-def text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Run directories in, a report out: an HTML page, and its tables and charts as files beside it."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import shlex
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from infra.disk import replaced_directory, write_atomically
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unwritable
 from pipelines.reporting import charts, curves, page, results, runs, tables
 from pipelines.reporting.charts import Chart
 from pipelines.reporting.results import Variant
@@ -16,6 +17,8 @@ from pipelines.storage.run_directory import output_path
 
 VIDEO_MIB = 16.0
 _TABLE_OF_A_REPORT = 'runs.csv'
+_ANOTHER = 'name another file as --output'
+_HEAD_BYTES = 2000  # of a page, which name its generator
 _ACTIVITY = (
     (
         ('Throughput', 'Over the last minute; a line for each box in the charts of boxes.'),
@@ -31,9 +34,9 @@ _ACTIVITY = (
     (
         ('Memory', 'Resident memory of each process.'),
         (
-            ('memory_bytes/{box}', 'workers and servers', 'bytes'),
-            ('memory_bytes/launcher', 'launcher', 'bytes'),
-            ('memory_bytes/evaluator', 'evaluator', 'bytes'),
+            ('memory_bytes/{box}', 'workers and servers', 'memory (bytes)'),
+            ('memory_bytes/launcher', 'launcher', 'memory (bytes)'),
+            ('memory_bytes/evaluator', 'evaluator', 'memory (bytes)'),
         ),
     ),
     (
@@ -65,9 +68,9 @@ _ACTIVITY = (
         (
             ('rejected/stale', 'rejected as stale', 'gradients'),
             ('rejected/outlier', 'dropped as outliers', 'gradients'),
-            ('learner/outlier_share', 'outliers, as a share of those computed', ''),
+            ('learner/outlier_share', 'outliers', 'share of gradients computed'),
             ('rejected/invalid', 'rejected as invalid', 'gradients'),
-            ('replay/samples_per_insert', 'samples per insert', ''),
+            ('replay/samples_per_insert', 'samples per insert', 'transitions / transition'),
         ),
     ),
 )
@@ -109,9 +112,7 @@ def write_report(
       UsageError: a directory holds no run, no run is readable, or `output` is not writable or is
         another file.
     """
-    target = _target(output)
-    files = target.with_name(f'{target.stem}_files')
-    _require_replaceable(target, files)
+    target, files = _targets(os.fspath(output))
     video_bytes = int(video_mib * 2**20)
     found, problems = _read(runs.find(run_dirs), video_bytes)
     for text in (*problems, f'runs read: {len(found)}; drawing'):
@@ -123,37 +124,38 @@ def write_report(
             _write_files(content, staging)
             write_atomically(target, html)
     except OSError as error:
-        raise UsageError(
-            f'{target}: cannot be written ({error.strerror}). Fix: name another file as --output.'
-        ) from error
+        raise unwritable(target, error, _ANOTHER) from error
     return Written(target, files, len(found), tuple(problems))
 
 
-def _target(output: str | os.PathLike[str]) -> pathlib.Path:
-    try:
-        return output_path(os.fspath(output))
-    except OSError as error:
-        raise UsageError(
-            f'{output}: no directory can be made for it ({error.strerror}). Fix: name another.'
-        ) from error
-
-
-def _require_replaceable(target: pathlib.Path, files: pathlib.Path) -> None:
-    """Checks that neither exists, or that both are of an earlier report and writable.
+def _targets(output: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """The page and the directory beside it, checked before the runs are read.
 
     Raises:
-      UsageError: they are not.
+      UsageError: they cannot be written, or exist and are not of an earlier report.
     """
+    try:
+        target = output_path(output)
+        replaceable = not target.exists() or _is_report(target)
+    except OSError as error:
+        raise unwritable(output, error, _ANOTHER) from error
+    files = target.with_name(f'{target.stem}_files')
     if not os.access(target.parent, os.W_OK):
-        raise UsageError(f'{target}: directory not writable. Fix: name another file as --output.')
-    if target.is_dir():
-        raise UsageError(f'{target}: a directory. Fix: name an HTML file as --output.')
-    if target.exists() and page.GENERATOR not in target.read_text(errors='replace')[:2000]:
-        raise UsageError(f'{target}: not a report. Fix: name a new file or a report as --output.')
+        raise unwritable(output, PermissionError(errno.EACCES, ''), _ANOTHER)
+    if not replaceable:
+        raise UsageError(f'{output}: not a report. Fix: name a new file or a report as --output.')
     if files.exists() and not (files / _TABLE_OF_A_REPORT).is_file():
         raise UsageError(
             f'{files}: not the files of a report. Fix: move it, or name another --output.'
         )
+    return target, files
+
+
+def _is_report(path: pathlib.Path) -> bool:
+    if not path.is_file():  # a directory, or a device that would be waited for
+        return False
+    with path.open('rb') as file:
+        return page.GENERATOR.encode() in file.read(_HEAD_BYTES)
 
 
 def _read(paths: Sequence[str], video_bytes: int) -> tuple[list[runs.Run], list[str]]:

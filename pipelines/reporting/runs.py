@@ -6,16 +6,17 @@ skipped and named.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from agents.games import GameError, rom_id
-from infra.disk import is_remote, read_json_lines
+from infra.disk import is_remote
 from infra.sealed import parse_object, unseal
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, reason_of, remedy_of
 from pipelines.experiment import config as config_lib
 from pipelines.monitoring.episodes import Episode, read_episodes
 from pipelines.reporting import records
@@ -26,6 +27,8 @@ from pipelines.storage.reading import readable_records
 from pipelines.storage.run_directory import RunDirectory
 
 _CONFIG = 'config.json'
+_RESTORE = 'restore a copy of the file'
+_Record = TypeVar('_Record')
 _CLOCK_SECONDS = 60.0  # a launch is described this long after its first event at most
 
 
@@ -52,7 +55,7 @@ class Run:
       sessions: launches with their scalars, in order.
       launches: rows of `launches.jsonl`.
       video: None: the run has none.
-      problems: files that were skipped, and why.
+      problems: files that were skipped, or lines of them, with reason and remedy.
     """
 
     path: str
@@ -168,7 +171,7 @@ def read(path: str, video_bytes: int) -> Run:
             evaluations=tuple(_evaluations(local, game, problems)),
             curve=tuple(_curve(directory.evaluations_file, problems)),
             sessions=tuple(read_sessions(directory.events, problems.append)),
-            launches=tuple(map(records.launch, _lines(directory.launches_file, problems))),
+            launches=tuple(_lines(directory.launches_file, _launch, problems)),
             video=_video(directory.video, video_bytes, problems),
             problems=tuple(problems),
         )
@@ -202,12 +205,20 @@ def _object(file: pathlib.Path, problems: list[str]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        problems.append(f'{file.name}: skipped, not readable ({_reason(error)})')
+        problems.append(_unreadable(file, error))
         return None
 
 
-def _reason(error: Exception) -> str:
-    return error.strerror or 'error' if isinstance(error, OSError) else str(error)
+def _skipped(what: str, reason: str, remedy: str = _RESTORE) -> str:
+    return f'{what}: skipped ({reason}). Fix: {remedy}.'
+
+
+def _unreadable(file: pathlib.Path, error: Exception) -> str:
+    return _skipped(file.name, reason_of(error), remedy_of(error) or _RESTORE)
+
+
+def _damaged(file: pathlib.Path, lines: int, of: int) -> str:
+    return _skipped(f'{file.name}: {lines} of {of} lines', 'damaged')
 
 
 def _episodes(file: pathlib.Path, problems: list[str]) -> tuple[Episode, ...]:
@@ -216,19 +227,48 @@ def _episodes(file: pathlib.Path, problems: list[str]) -> tuple[Episode, ...]:
         # A last line without its end is being written.
         lines = file.read_bytes().count(b'\n') if file.exists() else 0
     except OSError as error:
-        problems.append(f'{file.name}: skipped, not readable ({_reason(error)})')
+        problems.append(_unreadable(file, error))
         return ()
     if lines > len(rows):
-        problems.append(f'{file.name}: {lines - len(rows)} damaged lines skipped')
+        problems.append(_damaged(file, lines - len(rows), lines))
     return tuple(rows)
 
 
-def _lines(file: pathlib.Path, problems: list[str]) -> list[dict[str, Any]]:
+def _lines(
+    file: pathlib.Path, parse: Callable[[Mapping[str, Any]], _Record], problems: list[str]
+) -> list[_Record]:
+    """The records in a file's lines; empty if it is missing. Names damaged lines.
+
+    Args:
+      file: of JSON objects.
+      parse: raises ValueError if an object is no such record.
+      problems: takes what was skipped.
+    """
     try:
-        return read_json_lines(file)
-    except OSError as error:
-        problems.append(f'{file.name}: skipped, not readable ({_reason(error)})')
+        lines = [line for line in file.read_bytes().splitlines() if line.strip()]
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        problems.append(_unreadable(file, error))
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(parse(parse_object(line)))
+    if len(found) < len(lines):
+        problems.append(_damaged(file, len(lines) - len(found), len(lines)))
+    return found
+
+
+def _launch(row: Mapping[str, Any]) -> Launch:
+    """
+    Raises:
+      ValueError: it has no time, so nothing can be placed by it.
+    """
+    launch = records.launch(row)
+    if launch.time is None:
+        raise ValueError('no time')
+    return launch
 
 
 def _evaluations(directory: pathlib.Path, game: str, problems: list[str]) -> list[Evaluation]:
@@ -241,10 +281,10 @@ def _evaluations(directory: pathlib.Path, game: str, problems: list[str]) -> lis
         try:
             evaluation = records.evaluation(file.name, held)
         except ValueError as error:
-            problems.append(f'{file.name}: skipped, {error}')
+            problems.append(_skipped(file.name, str(error)))
             continue
         if reason := _foreign(evaluation, game):
-            problems.append(f'{file.name}: skipped, {reason}')
+            problems.append(_skipped(file.name, reason, "move it out of the run's directory"))
         else:
             found.append(evaluation)
     return found
@@ -262,20 +302,47 @@ def _foreign(evaluation: Evaluation, game: str) -> str:
 
 
 def _curve(file: pathlib.Path, problems: list[str]) -> list[Evaluation]:
-    found = []
-    for row in _lines(file, problems):
-        with contextlib.suppress(ValueError):
-            found.append(records.evaluation(file.name, row))
-    held = [(row.frames, row) for row in found if row.frames is not None]
-    return [row for _, row in sorted(held, key=lambda entry: entry[0])]
+    """The evaluations during training, in order."""
+
+    def placed(row: Mapping[str, Any]) -> tuple[int, Evaluation]:
+        evaluation = records.evaluation(file.name, row)
+        if evaluation.frames is None:
+            raise ValueError('no frames')
+        return evaluation.frames, evaluation
+
+    return [row for _, row in sorted(_lines(file, placed, problems), key=lambda entry: entry[0])]
 
 
 def _video(file: pathlib.Path, limit: int, problems: list[str]) -> Video | None:
     try:
-        size = file.stat().st_size
-        return Video(size, file.read_bytes() if size <= limit else None)
+        with file.open('rb') as film:
+            size = os.fstat(film.fileno()).st_size
+            _require_whole(film, size)
+            film.seek(0)
+            return Video(size, film.read() if size <= limit else None)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        problems.append(f'{file.name}: skipped, not readable ({_reason(error)})')
+    except (OSError, ValueError) as error:
+        remedy = 'film the run again with `pipelines/evaluate.py --video`'
+        problems.append(_skipped(file.name, reason_of(error), remedy_of(error) or remedy))
         return None
+
+
+def _require_whole(film: BinaryIO, size: int) -> None:
+    """
+    Raises:
+      ValueError: the boxes of the file (ISO/IEC 14496-12) are not those of a whole film.
+    """
+    place, kinds = 0, set()
+    while place < size:
+        film.seek(place)
+        header = film.read(16)
+        length = int.from_bytes(header[:4])
+        if length == 1:
+            length = int.from_bytes(header[8:])
+        elif length == 0:  # up to the end
+            length = size - place
+        kinds.add(header[4:8])
+        place += max(length, len(header[:8]))
+    if place != size or not {b'ftyp', b'moov'} <= kinds:
+        raise ValueError('no whole MP4 file')

@@ -41,7 +41,7 @@ def read_sessions(directory: pathlib.Path, notify: Callable[[str], None]) -> lis
             session = _read(file)
         except Exception as error:  # of any kind: TensorBoard documents none
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            notify(f'events/{file.name}: skipped, not readable ({reason})')
+            notify(f'events/{file.name}: skipped ({reason}). Fix: restore a copy of the file.')
             continue
         if session is not None:
             sessions.append(session)
