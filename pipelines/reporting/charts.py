@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,29 +52,73 @@ def colour(index: int) -> str:
 
 
 def _line(index: int) -> str:
-    """Line style: colours repeat after seven variants, then dashed."""
+    """Line style: colours repeat after seven series, then dashed."""
     return ('-', '--', ':')[index // len(drawing.SERIES) % 3]
+
+
+def _marker(index: int) -> str:
+    return 'oPX'[index // len(drawing.SERIES) % 3]
 
 
 # Scores.
 
 
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A verdict in a chart.
+
+    Attributes:
+      index: of its colour, line and marker, its own among all verdicts.
+      name: in the legend, its own in the chart.
+    """
+
+    verdict: Verdict
+    index: int
+    name: str
+
+
+def series(
+    verdicts: Sequence[Verdict],
+    variants: Sequence[Variant],
+    starts: str,
+    comparable: bool = False,
+) -> list[Series]:
+    """The verdicts with these starts and a game among the 49; or the comparable ones of them.
+
+    The first verdict of a variant has the variant's colour, as its curves have; the variant's
+    further protocols have colours of their own.
+    """
+    more, seen, held = itertools.count(len(variants)), set(), []
+    for verdict in verdicts:
+        index = variants.index(verdict.variant)
+        place = next(more) if index in seen else index
+        seen.add(index)
+        rules = verdict.protocol
+        if verdict.known and rules.starts == starts and (rules.comparable or not comparable):
+            held.append((verdict, place))
+    several = len({verdict.protocol for verdict, _ in held}) > 1
+    return [
+        Series(v, place, f'{v.variant.key}, {v.protocol.name}' if several else v.variant.key)
+        for v, place in held
+    ]
+
+
+_STARTS = (('noop', 'no-op starts'), ('human', 'human starts'))
+
+
 def scores(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
     """Normalised scores of each game beside the published ones, per kind of starts."""
     pictures = []
-    for starts in ('noop', 'human'):
-        held = [v for v in verdicts if v.protocol.starts == starts and v.known]
+    for starts, name in _STARTS:
+        held = series(verdicts, variants, starts)
         if held:
-            games = sorted({score.game for verdict in held for score in verdict.known})
+            games = sorted({score.game for row in held for score in row.verdict.known})
             height = _FRAME_INCHES + _ROW_INCHES * max(2, len(games)) * max(1, len(held) / 2)
-            name = 'no-op starts' if starts == 'noop' else 'human starts'
             pictures.append(
                 drawing.draw(
                     f'scores-{starts}',
                     f'Human-normalised scores of {len(games)} games, {name}, beside published ones',
-                    functools.partial(
-                        _paint_scores, verdicts=held, games=games, variants=variants, title=name
-                    ),
+                    functools.partial(_paint_scores, held=held, games=games, title=name),
                     (drawing.SIZE_INCHES[0], height),
                 )
             )
@@ -85,32 +130,34 @@ def scores(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | 
     return Chart('Score per game', caption, tuple(pictures)) if pictures else None
 
 
-def _paint_scores(
-    axes: Any,
-    verdicts: Sequence[Verdict],
-    games: Sequence[str],
-    variants: Sequence[Variant],
-    title: str,
-) -> None:
+def _paint_scores(axes: Any, held: Sequence[Series], games: Sequence[str], title: str) -> None:
     rows = {game: len(games) - 1 - index for index, game in enumerate(games)}
-    _paint_published(axes, verdicts, rows)
-    step = min(0.24, 0.7 / len(verdicts))
-    for place, verdict in enumerate(verdicts):
-        index = variants.index(verdict.variant)
-        shift = ((len(verdicts) - 1) / 2 - place) * step
-        for score in verdict.known:
+    _paint_published(axes, held[0].verdict.protocol.starts, rows)
+    for row, shift in _shifted(held):
+        shade, marker = colour(row.index), _marker(row.index)
+        for score in row.verdict.known:
             seeds, y = score.normalised, rows[score.game] + shift
-            axes.plot(seeds, [y] * len(seeds), '.', color=colour(index), markersize=4, alpha=0.6)
-            label = _label(verdict) if score is verdict.known[0] else None
-            marker = 'o' if verdict.protocol.comparable else 'P'
-            axes.plot(seeds.mean(), y, marker, color=colour(index), markersize=7.5, label=label)
+            axes.plot(seeds, [y] * len(seeds), '.', color=shade, markersize=4, alpha=0.6)
+            label = row.name if score is row.verdict.known[0] else None
+            axes.plot(seeds.mean(), y, marker, color=shade, markersize=7.5, label=label)
     axes.set_xscale('symlog', linthresh=_LINEAR_PERCENT, linscale=1.2)
     axes.set_yticks(list(rows.values()), [game.replace('_', ' ') for game in rows])
     axes.set_ylim(-0.7, len(games) - 0.3)
     axes.set_title(title)
-    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
+    _percent_axis(axes)
     _ticks(axes)
-    axes.figure.legend(loc='outside lower left', ncols=5)
+    drawing.legend(axes)
+
+
+def _shifted(held: Sequence[Series]) -> list[tuple[Series, float]]:
+    """Each series with its place above or below a row, the first on top."""
+    step = min(0.24, 0.7 / len(held))
+    return [(row, ((len(held) - 1) / 2 - place) * step) for place, row in enumerate(held)]
+
+
+def _percent_axis(axes: Any) -> None:
+    axes.set_xlabel('human-normalised score')
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
 
 
 def _ticks(axes: Any) -> None:
@@ -120,16 +167,14 @@ def _ticks(axes: Any) -> None:
     axes.minorticks_off()
 
 
-def _paint_published(axes: Any, verdicts: Sequence[Verdict], rows: dict[str, int]) -> None:
+def _paint_published(axes: Any, starts: str, rows: Mapping[str, int]) -> None:
     for percent in (0, 100):
         axes.axvline(percent, color=drawing.MUTED, linewidth=1.0)
-    known = {score.game: score for verdict in verdicts for score in verdict.known}
     for agent, name, shade, marker, _ in _PUBLISHED:
-        starts = verdicts[0].protocol.starts
         values = results.reference.published_normalised(agent, starts)
         axes.plot(
-            [values[game] for game in known],
-            [rows[game] for game in known],
+            [values[game] for game in rows],
+            list(rows.values()),
             marker,
             markerfacecolor='none',
             markeredgecolor=shade,
@@ -139,96 +184,102 @@ def _paint_published(axes: Any, verdicts: Sequence[Verdict], rows: dict[str, int
         )
 
 
-def _label(verdict: Verdict) -> str:
-    return verdict.variant.key + ('' if verdict.protocol.comparable else ' (other rules)')
+def _comparable(
+    verdicts: Sequence[Verdict], variants: Sequence[Variant]
+) -> Iterator[tuple[str, str, list[Series]]]:
+    """Suffix of a file, title and series of each kind of starts with comparable scores."""
+    for starts, name in _STARTS:
+        held = series(verdicts, variants, starts, comparable=True)
+        if held:
+            yield '' if starts == 'noop' else f'-{starts}', name, held
 
 
 def profiles(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
     """Performance profiles: the share of runs above each normalised score."""
-    held = [v for v in verdicts if v.protocol.comparable and v.known]
-    if not held:
-        return None
-    top = max(float(np.max(score.normalised)) for v in held for score in v.known)
-    thresholds = np.linspace(0, max(150.0, 1.1 * min(top, 1000.0)), _PROFILE_POINTS)
-    picture = drawing.draw(
-        'profile',
-        'Share of runs above each human-normalised score',
-        lambda axes: _paint_profiles(axes, held, variants, thresholds),
-    )
+    pictures = [
+        drawing.draw(
+            f'profile{suffix}',
+            f'Share of runs above each human-normalised score, {name}',
+            functools.partial(_paint_profiles, held=held, title=name),
+        )
+        for suffix, name, held in _comparable(verdicts, variants)
+    ]
     caption = (
         'Share of runs (each game weighs the same) whose human-normalised score exceeds the value'
         ' on the axis. Higher is better. Bands: 95 % bootstrap interval over seeds, stratified by'
         ' game. Grey: published scores on the same games.'
     )
-    return Chart('Performance profile', caption, (picture,))
+    return Chart('Performance profile', caption, tuple(pictures)) if pictures else None
 
 
-def _paint_profiles(
-    axes: Any, verdicts: Sequence[Verdict], variants: Sequence[Variant], thresholds: np.ndarray
-) -> None:
+def _paint_profiles(axes: Any, held: Sequence[Series], title: str) -> None:
+    verdicts = [row.verdict for row in held]
+    top = max(float(np.max(score.normalised)) for v in verdicts for score in v.known)
+    thresholds = np.linspace(0, max(150.0, 1.1 * min(top, 1000.0)), _PROFILE_POINTS)
     for agent, name, shade, _, line in _PUBLISHED[:2]:
-        shares = results.published_profile(agent, verdicts[0], thresholds)
+        shares = results.published_profile(agent, verdicts, thresholds)
         axes.step(thresholds, 100 * shares, line, color=shade, linewidth=1.2, label=name)
-    for verdict in verdicts:
-        index = variants.index(verdict.variant)
-        found = results.profile(verdict, thresholds)
+    for row in held:
+        found, shade = results.profile(row.verdict, thresholds), colour(row.index)
         if found is None:
             continue
-        axes.step(
-            thresholds, 100 * found.value, _line(index), color=colour(index), label=_label(verdict)
-        )
+        axes.step(thresholds, 100 * found.value, _line(row.index), color=shade, label=row.name)
         if found.low is not None and found.high is not None:
             low, high = 100 * found.low, 100 * found.high
             axes.fill_between(
-                thresholds, low, high, step='pre', color=colour(index), alpha=0.16, linewidth=0
+                thresholds, low, high, step='pre', color=shade, alpha=0.16, linewidth=0
             )
-    axes.set(xlabel='human-normalised score', ylabel='share of runs', ylim=(-3, 103))
+    axes.set_title(title)
+    axes.set(ylabel='share of runs', ylim=(-3, 103))
     axes.set_xlim(thresholds[0], thresholds[-1])
-    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
+    _percent_axis(axes)
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
-    axes.figure.legend(loc='outside lower left', ncols=5)
+    drawing.legend(axes)
 
 
 def aggregates(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
     """Aggregate scores with their intervals, beside those of DQN and Gorila on the same games."""
-    held = [v for v in verdicts if v.protocol.comparable and v.known]
-    if not held:
-        return None
-    height = _FRAME_INCHES + len(results.AGGREGATES) * max(0.5, 0.24 * len(held))
-    picture = drawing.draw(
-        'aggregates',
-        'Aggregate human-normalised scores with 95 % intervals',
-        functools.partial(_paint_aggregates, verdicts=held, variants=variants),
-        (drawing.SIZE_INCHES[0], height),
-    )
+    pictures = [
+        drawing.draw(
+            f'aggregates{suffix}',
+            f'Aggregate human-normalised scores with 95 % intervals, {name}',
+            functools.partial(_paint_aggregates, held=held, title=name),
+            (
+                drawing.SIZE_INCHES[0],
+                _FRAME_INCHES + len(results.AGGREGATES) * max(0.5, 0.24 * len(held)),
+            ),
+        )
+        for suffix, name, held in _comparable(verdicts, variants)
+    ]
     caption = (
         'Aggregates of the human-normalised scores. Lines: 95 % bootstrap interval over seeds,'
-        ' stratified by game; none if a game has one seed.'
+        ' stratified by game; none if a game has one seed. Grey: published scores on the same'
+        ' games.'
     )
-    return Chart('Aggregates', caption, (picture,))
+    return Chart('Aggregates', caption, tuple(pictures)) if pictures else None
 
 
-def _paint_aggregates(axes: Any, verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> None:
+def _paint_aggregates(axes: Any, held: Sequence[Series], title: str) -> None:
     names = list(results.AGGREGATES)[::-1]
     for agent, name, shade, marker, _ in _PUBLISHED[:2]:
-        values = results.published_aggregates(agent, verdicts[0])
+        values = results.published_aggregates(agent, [row.verdict for row in held])
         style = {'markerfacecolor': 'none', 'markeredgecolor': shade, 'markeredgewidth': 1.4}
         axes.plot([values[n] for n in names], range(len(names)), marker, label=name, **style)
-    step = min(0.24, 0.7 / len(verdicts))
-    for place, verdict in enumerate(verdicts):
-        shade = colour(variants.index(verdict.variant))
-        shift = ((len(verdicts) - 1) / 2 - place) * step
+    for row, shift in _shifted(held):
+        shade = colour(row.index)
         for y, name in enumerate(names):
-            found = verdict.aggregates[name]
-            label = _label(verdict) if y == 0 else None
-            axes.plot(found.value, y + shift, 'o', color=shade, markersize=6.5, label=label)
+            found = row.verdict.aggregates[name]
+            label = row.name if y == 0 else None
+            marker = _marker(row.index)
+            axes.plot(found.value, y + shift, marker, color=shade, markersize=6.5, label=label)
             if found.low is not None:
                 axes.plot([found.low, found.high], [y + shift] * 2, color=shade)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlim(min(0, axes.get_xlim()[0]))
-    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
-    axes.figure.legend(loc='outside lower left', ncols=5)
+    axes.set_title(title)
+    _percent_axis(axes)
+    drawing.legend(axes)
 
 
 # Learning curves.
@@ -292,7 +343,8 @@ def _paint_curves(
     axes.set_title(game.replace('_', ' '))
     axes.set(xlabel=unit, ylabel='return (game score)')
     axes.set_xlim(left=0)
-    _legend(axes)
+    axes.xaxis.set_major_formatter(_engineering)
+    drawing.legend(axes)
 
 
 def _paint_evaluations(axes: Any, runs: Sequence[Run], shade: str) -> None:
@@ -308,13 +360,6 @@ def _paint_evaluations(axes: Any, runs: Sequence[Run], shade: str) -> None:
 def final(run: Run) -> Evaluation | None:
     """The evaluation at the end of training, None: not yet."""
     return next((row for row in run.evaluations if row.file == EVALUATION_FILE), None)
-
-
-def _legend(axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles[:8], labels[:8], loc='best')
-    axes.xaxis.set_major_formatter(_engineering)
 
 
 def _engineering(value: float, _: Any = None) -> str:
@@ -383,13 +428,13 @@ def _paint_scalar(
                 label=label,
             )
     axes.set_title(title)
-    axes.set(xlabel='minutes of training', ylabel=unit)
+    axes.set(xlabel='minutes of training', ylabel=unit or title)
     axes.set_xlim(left=0)
     if all((rows[:, 2] >= 0).all() for _, _, rows in lines):
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_engineering)
     if len(variants) > 1:
-        _legend(axes)
+        drawing.legend(axes)
 
 
 def learner_tags(variants: Sequence[Variant]) -> Specs:
@@ -438,4 +483,4 @@ def _paint_staleness(
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
     axes.grid(visible=False, axis='x')
     if len(held) > 1:
-        axes.legend()
+        drawing.legend(axes)

@@ -7,6 +7,7 @@ dark theme; the files beside the page have the light theme's colours.
 import dataclasses
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ INK, MUTED, GRID = '#1d2733', '#5d6876', '#dfe4ea'
 SERIES = ('#0067a8', '#c8500a', '#00835f', '#a8478c', '#8a6a00', '#3f3fb5', '#6b6b6b')
 """Okabe and Ito's palette, safe for colour blindness, darkened to a contrast of 4.5 on white."""
 SIZE_INCHES = (4.6, 3.1)  # text is 10 pixels high in the page's columns and on a phone
+
+_LEGEND_CHARACTERS = 54  # of a row of a legend, at the width of `SIZE_INCHES`
+_LEGEND_HANDLE = 5  # characters as wide as a handle with its space
+_LEGEND_INCHES = 0.19  # height of a row
 
 _VARIABLES = {
     INK: 'ink',
@@ -112,6 +117,21 @@ def draw(
         figure.savefig(png, format='png', dpi=_DOTS_PER_INCH)
     text = svg.getvalue()
     return Picture(name, description, _inline(text, description), text.encode(), png.getvalue())
+
+
+def legend(axes: Any) -> None:
+    """Names what is labelled below the plot, in as many columns as fit; the figure grows."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    wrapped = [textwrap.fill(label, _LEGEND_CHARACTERS - _LEGEND_HANDLE) for label in labels]
+    lines = [line for label in wrapped for line in label.splitlines()]
+    widest = max(map(len, lines)) + _LEGEND_HANDLE
+    columns = max(1, min(len(labels), _LEGEND_CHARACTERS // widest))
+    figure = axes.figure
+    more = len(lines) / columns - 1
+    figure.set_figheight(figure.get_figheight() + _LEGEND_INCHES * max(0.0, more))
+    figure.legend(handles, wrapped, loc='outside lower left', ncols=columns)
 
 
 def _inline(svg: str, description: str) -> str:

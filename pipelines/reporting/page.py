@@ -60,14 +60,7 @@ def render(content: Content) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        number=number,
-        percent=percent,
-        game=_game,
-        interval=_interval,
-        value=_value,
-        duration=_duration,
-    )
+    environment.filters.update(_FILTERS)
     template = environment.from_string(TEMPLATE_FILE.read_text(encoding='utf-8'))
     best = _headliner(content.verdicts)
     return template.render(
@@ -96,14 +89,14 @@ def render(content: Content) -> str:
 
 
 def _headliner(verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The comparable verdict of final policies, with most games, then interquartile mean."""
+    """The comparable verdict of highest precedence, with most games, then interquartile mean."""
     ranked = [v for v in verdicts if v.protocol.comparable and v.known]
     return max(ranked, key=_rank) if ranked else None
 
 
-def _rank(verdict: Verdict) -> tuple[bool, int, float]:
+def _rank(verdict: Verdict) -> tuple[Any, ...]:
     mean = float(verdict.aggregates['interquartile mean'].value)
-    return not verdict.protocol.best, len(verdict.known), mean
+    return *(not late for late in verdict.protocol.precedence), len(verdict.known), mean
 
 
 def _published_wins(best: Verdict | None) -> tuple[int, int]:
@@ -123,8 +116,10 @@ def headline(best: Verdict | None, content: Content) -> str:
         score = best.known[0]
         gorila = number((score.published or {})['gorila'])
         place = 'above' if won else 'below'
-        return f'{_game(score.game)}: {number(score.mean)} points, {place} Gorila’s {gorila}'
-    return f'Beats Gorila on {won} of {of} games'
+        text = f'{_game(score.game)}: {number(score.mean)} points, {place} Gorila’s {gorila}'
+    else:
+        text = f'Beats Gorila on {won} of {of} games'
+    return text if not any(best.protocol.precedence) else f'{text} ({best.protocol.name})'
 
 
 def _headline_without_comparison(content: Content) -> str:
@@ -185,15 +180,20 @@ def _videos(content: Content) -> list[dict[str, Any]]:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """With thousands separators, and `digits` decimals below 1,000; '–' for None."""
-    if value is None:
-        return '–'
-    text = f'{value:,.0f}' if abs(value) >= 1000 or digits == 0 else f'{value:,.{digits}f}'
-    return text.replace('-', '−')
+    """With thousands separators and `digits` decimals, so that a column aligns; '–' for None."""
+    return '–' if value is None else f'{value:,.{digits}f}'.replace('-', '−')
 
 
 def percent(value: float | None) -> str:
-    return '–' if value is None else f'{number(value, 0 if abs(value) >= 10 else 1)}\u00a0%'
+    return '–' if value is None else f'{number(value)}\u00a0%'
+
+
+def _span(values: Sequence[int]) -> str:
+    """A count that runs share, or the lowest and highest of theirs; '–' for none."""
+    if not values:
+        return '–'
+    low, high = min(values), max(values)
+    return number(low, 0) if low == high else f'{number(low, 0)} to {number(high, 0)}'
 
 
 def _interval(estimate: Estimate, factor: float = 1.0) -> str:
@@ -218,3 +218,15 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ', '.join(f'{name} {entry}' for name, entry in value.items())
     return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+_FILTERS = {
+    'number': number,
+    'percent': percent,
+    'game': _game,
+    'interval': _interval,
+    'span': _span,
+    'value': _value,
+    'duration': _duration,
+}
+"""By their name in the template."""

@@ -58,6 +58,14 @@ class Protocol:
     note: str
     best: bool = False
 
+    @property
+    def precedence(self) -> tuple[bool, bool, bool]:
+        """Lowest for the scores that say most: comparable, of final parameters, no-op starts.
+
+        The start points of published human starts are unknown, so scores from others come second.
+        """
+        return not self.comparable, self.best, self.starts != reference.STARTS[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -113,6 +121,22 @@ class GameScore:
         """Games that did not end."""
         return sum(evaluation.failed for _, evaluation in self.evaluations)
 
+    @property
+    def games(self) -> list[int]:
+        """Games that ended, of each run."""
+        return [evaluation.episodes for _, evaluation in self.evaluations]
+
+    @property
+    def updates(self) -> list[int]:
+        """Of the evaluated parameters of each run, as far as known."""
+        return [e.updates for _, e in self.evaluations if e.updates is not None]
+
+    @property
+    def start_sources(self) -> list[str]:
+        """Who played the recorded start points; empty: unknown, or a protocol without."""
+        sources = {e.start_source for _, e in self.evaluations if e.start_source}
+        return sorted(sources)
+
     def beats(self, agent: str) -> bool | None:
         """Whether the mean exceeds a published agent's; None: not comparable."""
         if self.published is None or not self.protocol.comparable:
@@ -150,6 +174,16 @@ class Verdict:
     @property
     def runs(self) -> int:
         return sum(len(score.evaluations) for score in self.scores)
+
+    @property
+    def games(self) -> list[int]:
+        """Games that ended, of each run."""
+        return [number for score in self.scores for number in score.games]
+
+    @property
+    def start_sources(self) -> list[str]:
+        """Who played the recorded start points; empty: unknown, or a protocol without."""
+        return sorted({source for score in self.scores for source in score.start_sources})
 
 
 def variants(runs: Sequence[Run]) -> list[Variant]:
@@ -225,13 +259,30 @@ def _protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
     changed = evaluation.deviations
     if changed is None:
         changed = _earlier_deviations(evaluation, settings, exact)
-    title = ', '.join([_TITLES.get(name, name), *(f'{n} {v}' for n, v in changed.items())])
+    changed = {field: value for field, value in changed.items() if field != 'episodes'}
+    missed = _missed(evaluation, exact)
+    named = [f'{field} {value}' for field, value in changed.items()]
+    named += [f'fewer than {number}' for number in missed]
+    title = ', '.join([_TITLES.get(name, name), *named])
     note = f'{_rules(dataclasses.replace(exact, **_known(changed)))} ({_SOURCES[name]})'
     starts = 'human' if name == 'human' else 'noop'
-    if changed or name not in reference.STARTS:
-        note += '; the published scores are of other rules, so no win or loss is counted'
-        return Protocol(title, starts, False, note)
-    return Protocol(title, starts, True, note)
+    comparable = not named and name in reference.STARTS
+    if not comparable:
+        other = changed or name not in reference.STARTS
+        than = 'other rules' if other else ' and '.join(missed)
+        note += f'; the published scores are of {than}, so no win or loss is counted'
+    return Protocol(title, starts, comparable, note)
+
+
+def _missed(evaluation: Evaluation, exact: Rules) -> list[str]:
+    """The numbers of its protocol that an evaluation does not reach; failed games do not count.
+
+    Its own numbers are no part of them: seeds with 28 and 29 of 30 games share a verdict.
+    """
+    numbers = {'games': evaluation.episodes}
+    if exact.starts and evaluation.start_points is not None:
+        numbers['start points'] = evaluation.start_points  # one for each game
+    return [f'{exact.episodes} {name}' for name, n in numbers.items() if n < exact.episodes]
 
 
 def _known(changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +323,7 @@ def _earlier_deviations(
 
 
 def verdicts(found: Sequence[Variant]) -> list[Verdict]:
-    """Each variant under each protocol; comparable ones first, then those with more games."""
+    """Each variant under each protocol, by precedence; then those with more games."""
     bare = [
         Verdict(variant, scores[0].protocol, tuple(scores), {}, {})
         for variant in found
@@ -286,7 +337,7 @@ def verdicts(found: Sequence[Variant]) -> list[Verdict]:
         )
         for verdict in bare
     ]
-    return sorted(full, key=lambda v: (not v.protocol.comparable, v.protocol.best, -len(v.scores)))
+    return sorted(full, key=lambda v: (v.protocol.precedence, -len(v.scores)))
 
 
 def _scores(variant: Variant) -> list[list[GameScore]]:
@@ -365,15 +416,21 @@ def profile(verdict: Verdict, thresholds: np.ndarray) -> Estimate | None:
     return statistics.estimate(statistics.profile(thresholds), matrix) if matrix else None
 
 
-def published_profile(agent: str, verdict: Verdict, thresholds: np.ndarray) -> np.ndarray:
-    """Share of the verdict's games on which a published agent is above each threshold."""
-    scores = reference.published_normalised(agent, verdict.protocol.starts)
-    held = [np.array([scores[score.game]]) for score in verdict.known]
-    return statistics.profile(thresholds)(held)
+def published_profile(
+    agent: str, verdicts: Sequence[Verdict], thresholds: np.ndarray
+) -> np.ndarray:
+    """Share of the verdicts' games on which a published agent is above each threshold."""
+    return statistics.profile(thresholds)(_published_matrix(agent, verdicts))
 
 
-def published_aggregates(agent: str, verdict: Verdict) -> dict[str, float]:
-    """A published agent's aggregates over the verdict's games, by name, in percent."""
-    scores = reference.published_normalised(agent, verdict.protocol.starts)
-    held = [np.array([scores[score.game]]) for score in verdict.known]
+def published_aggregates(agent: str, verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """A published agent's aggregates over the verdicts' games, by name, in percent."""
+    held = _published_matrix(agent, verdicts)
     return {name: float(compute(held)) for name, compute in AGGREGATES.items()}
+
+
+def _published_matrix(agent: str, verdicts: Sequence[Verdict]) -> list[np.ndarray]:
+    """Normalised scores per game of the verdicts, all with one kind of starts."""
+    scores = reference.published_normalised(agent, verdicts[0].protocol.starts)
+    games = sorted({score.game for verdict in verdicts for score in verdict.known})
+    return [np.array([scores[game]]) for game in games]

@@ -51,6 +51,11 @@ def _score(score: GameScore) -> dict[str, Any]:
         'protocol': score.protocol.name,
         'comparable': score.protocol.comparable,
         'seeds': len(score.means),
+        'games': sum(score.games),
+        'fewest_games': min(score.games),
+        'lowest_updates': min(score.updates, default=None),
+        'highest_updates': max(score.updates, default=None),
+        'starts': ', '.join(score.start_sources) or None,
         'score': score.mean,
         'lowest_seed': float(score.means.min()) if several else None,
         'highest_seed': float(score.means.max()) if several else None,
@@ -93,9 +98,8 @@ def runs(variants: Sequence[Variant]) -> Table:
 
 
 def _run(variant: Variant, run: Run) -> dict[str, Any]:
-    ranked = sorted(results.chosen(run).items(), key=lambda entry: entry[0].best)
-    chosen = next(iter(ranked), None)
-    rules, evaluation = chosen or (None, None)
+    chosen = sorted(results.chosen(run).items(), key=lambda entry: entry[0].precedence)
+    rules, evaluation = chosen[0] if chosen else (None, None)
     return {
         'variant': variant.key,
         'run': run.path,

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from infra.disk import write_json
 from pipelines import report
 from pipelines.errors import UsageError
-from pipelines.reporting import charts, curves, page, results, runs, tables
+from pipelines.reporting import charts, curves, page, records, results, runs, tables
 from pipelines.reporting.report import write_report
 from tests.support.reported_runs import evaluation, make_run, make_video
 
@@ -74,12 +75,41 @@ class TestRuns:
         (path / 'config.json').write_text(json.dumps(held))
         assert read(path).settings['of_tomorrow'] == 7
 
-    @pytest.mark.parametrize('name', ['summary.json', 'evaluation.json'])
-    def test_a_damaged_result_is_skipped_and_named(self, tmp_path, name):
-        path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0)
+    @pytest.mark.parametrize(
+        'name',
+        ['summary.json', 'evaluation.json', 'evaluations.jsonl', 'launches.jsonl', 'video.mp4'],
+    )
+    def test_a_damaged_file_is_skipped_and_named(self, tmp_path, name):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0, games=1)
         (path / name).write_text('{"protocol": ')
+        (problem,) = read(path).problems
+        assert problem.startswith(f'{name}: ')
+        assert 'skipped (' in problem
+        assert 'Fix: ' in problem
+
+    def test_the_sound_lines_beside_a_damaged_one_count(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0, games=1)
+        for name in ('evaluations.jsonl', 'launches.jsonl'):
+            text = (path / name).read_text()
+            (path / name).write_text(f'{{"mean": 5}}\n{text}\n')  # no such record; a blank line
         run = read(path)
-        assert [problem.partition(':')[0] for problem in run.problems] == [name]
+        assert ([row.mean for row in run.curve], len(run.launches)) == ([-10.0, 5.0], 1)
+        assert [problem.partition(': skipped')[0] for problem in run.problems] == [
+            'evaluations.jsonl: 1 of 3 lines',
+            'launches.jsonl: 1 of 2 lines',
+        ]
+
+    def test_a_film_that_is_cut_off_is_skipped_and_named(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0, games=0)
+        film = path / 'video.mp4'
+        make_video(film, frames=5)
+        whole = film.read_bytes()
+        assert runs.read(str(path), len(whole)).video == runs.Video(len(whole), whole)
+        assert runs.read(str(path), len(whole) - 1).video == runs.Video(len(whole), None)
+        film.write_bytes(whole[:-1])
+        run = read(path)
+        assert run.video is None
+        assert run.problems[0].startswith('video.mp4: skipped (no whole MP4 file). Fix: film')
 
     def test_damaged_episodes_and_events_are_skipped_and_named(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0)
@@ -88,7 +118,9 @@ class TestRuns:
         (path / 'events' / 'events.out.tfevents.1.host.1').write_bytes(b'no event file')
         run = read(path)
         assert len(run.episodes) == len(lines) - 1
-        assert 'episodes.jsonl: 1 damaged lines skipped' in run.problems
+        episodes, events = run.problems
+        assert episodes.startswith(f'episodes.jsonl: 1 of {len(lines)} lines: skipped (damaged)')
+        assert events.startswith('events/events.out.tfevents.1.host.1: skipped (')
 
     def test_a_directory_of_runs_counts_as_all_of_them(self, tmp_path):
         for seed in (1, 2):
@@ -161,10 +193,12 @@ class TestWrongValues:
         write_json(run_dir / 'evaluation.json', evaluation(9.0, deviations={'max_frames': 'x'}))
         run = read(run_dir)
         assert run.evaluations == ()
-        assert run.problems == ('evaluation.json: skipped, deviation max_frames is invalid',)
+        reason = 'skipped (deviation max_frames is invalid)'
+        assert run.problems == (f'evaluation.json: {reason}. Fix: restore a copy of the file.',)
 
     def test_a_launch_without_command_is_shown_without(self, run_dir):
-        (run_dir / 'launches.jsonl').write_text('{"git": "abc", "memory_bytes": "8 GB"}\n')
+        time = '"time": "2026-11-28T12:00:00+00:00"'
+        (run_dir / 'launches.jsonl').write_text(f'{{{time}, "git": "abc", "cores": "8"}}\n')
         assert '<pre>–</pre>' in _render(run_dir)
 
     @pytest.mark.parametrize(
@@ -249,16 +283,66 @@ class TestResults:
 
     def test_the_evaluation_with_most_games_counts_not_the_best(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
-        write_json(path / 'evaluation-2.json', evaluation(21.0, episodes=3))
+        write_json(path / 'evaluation-2.json', evaluation(1.0, episodes=40))
         chosen = results.chosen(read(path))
-        assert [e.file for e in chosen.values()] == ['evaluation.json']
+        assert [e.file for e in chosen.values()] == ['evaluation-2.json']
 
     def test_a_later_evaluation_of_newer_parameters_replaces_an_earlier_one(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
         write_json(path / 'evaluation-100.json', evaluation(1.0, episodes=100, updates=240))
         assert [e.mean for e in results.chosen(read(path)).values()] == [5.0]
-        write_json(path / 'evaluation-2.json', evaluation(6.0, episodes=3, updates=960))
+        write_json(path / 'evaluation-2.json', evaluation(6.0, episodes=30, updates=960))
         assert [e.mean for e in results.chosen(read(path)).values()] == [6.0]
+
+    @pytest.mark.parametrize(
+        ('protocol', 'others', 'missed'),
+        [
+            ('noop', {'episodes': 29}, '30 games'),
+            ('human', {'episodes': 99}, '100 games'),
+            ('human', {'starts': {'file': 'a', 'count': 20}}, '100 start points'),
+        ],
+    )
+    def test_fewer_games_than_the_protocols_are_a_named_deviation(self, protocol, others, missed):
+        exact = results.protocol(records.evaluation('f', evaluation(5.0, protocol)), {})
+        assert exact.comparable
+        held = records.evaluation('f', evaluation(5.0, protocol, **others))
+        rules = results.protocol(held, {})
+        assert rules.name == f'{exact.name}, fewer than {missed}'
+        assert not rules.comparable
+        assert f'the published scores are of {missed}, so no win' in rules.note
+
+    def test_no_op_starts_come_before_human_ones(self, tmp_path):
+        path = make_run(tmp_path / 'run', 'pong', 1, 5.0, games=2)
+        human = evaluation(19.0, protocol='human', updates=960)
+        write_json(path / 'evaluation-h.json', human)
+        found = verdicts_of(path)
+        assert [v.protocol.name for v in found] == ['no-op starts', 'human starts']
+        text = _render(path)
+        assert '<h1>Pong: 5.0 points, below Gorila’s 18.3</h1>' in text
+        assert '<td>1</td><td>100</td><td>960</td><td class="text path">person</td>' in text
+        assert tables.runs([found[0].variant]).rows[0]['protocol'] == 'no-op starts'
+        (path / 'evaluation.json').unlink()
+        assert 'points, above Gorila’s 16.7 (human starts)</h1>' in _render(path)
+
+    def test_each_series_of_a_chart_has_its_own_name_and_colour(self, tmp_path):
+        paths = [make_run(tmp_path / 'a', 'pong', 1, 5.0, games=0)]
+        paths.append(make_run(tmp_path / 'b', 'pong', 1, 5.0, games=0, learning_rate=1e-4))
+        for path in paths:
+            write_json(path / 'evaluation-h.json', evaluation(19.0, protocol='human'))
+            write_json(path / 'evaluation-r.json', evaluation(19.0, protocol='rainbow'))
+        variants = results.variants([read(path) for path in paths])
+        verdicts = results.verdicts(variants)
+        shown = charts.series(verdicts, variants, 'noop')
+        assert [series.name for series in shown] == [
+            'A, no-op starts',
+            'B, no-op starts',
+            'A, rainbow',
+            'B, rainbow',
+        ]
+        assert [series.index for series in shown[:2]] == [0, 1]  # the variants' own colours
+        human = charts.series(verdicts, variants, 'human', comparable=True)
+        assert [series.name for series in human] == ['A', 'B']
+        assert len({series.index for series in (*shown, *human)}) == 6
 
     @pytest.mark.parametrize(
         ('others', 'reason'),
@@ -278,7 +362,8 @@ class TestResults:
         write_json(path / 'evaluation-x.json', evaluation(21.0, episodes=100, **others))
         run = read(path)
         assert [e.mean for e in run.evaluations] == [5.0]
-        assert run.problems == (f'evaluation-x.json: skipped, {reason}',)
+        (problem,) = run.problems
+        assert problem.startswith(f'evaluation-x.json: skipped ({reason}). Fix: move it')
 
     def test_the_best_checkpoint_has_a_row_of_its_own(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, 5.0)
@@ -345,9 +430,11 @@ class TestReport:
             ('pong', '2', '19.55'),
             ('breakout', '2', '150.0'),
             ('pong', '2', '8.5'),
+            ('pong', '2', '20.15'),  # rainbow: 20.1 and 20.2
         ]
+        assert {(row['games'], row['fewest_games']) for row in scores} == {('60', '30')}
         listed = json.loads((whole_report.files / 'scores.json').read_text())
-        assert [row['beats_gorila'] for row in listed] == [False, True, False, False]
+        assert [row['beats_gorila'] for row in listed] == [False, True, False, False, None]
         for name in ('scores-noop', 'profile', 'curve-frames-pong', 'curve-core-minutes-pong'):
             assert (whole_report.files / f'{name}.svg').read_text().startswith('<?xml')
             assert (whole_report.files / f'{name}.png').read_bytes().startswith(b'\x89PNG')
@@ -356,7 +443,7 @@ class TestReport:
     def test_the_page_says_what_the_published_scores_are(self, whole_report):
         text = whole_report.page.read_text()
         assert 'Gorila beat DQN on 31 of 49' in text  # no-op starts (docs/report.md)
-        assert 'published scores count as exact' in text
+        assert 'Published scores count as exact' in text
 
     @pytest.mark.parametrize(
         'name',
@@ -395,7 +482,7 @@ class TestReport:
         paths = [make_run(tmp_path / f'{s}', 'pong', s, 10.0 + s, games=2) for s in (1, 2)]
         write_json(paths[0] / 'evaluation-r.json', evaluation(21.0, protocol='rainbow'))
         for path in paths:
-            (path / 'video.mp4').write_bytes(b'film')
+            make_video(path / 'video.mp4', frames=1)
         assert f'<code>{paths[1]}/video.mp4' in _render(*paths)
 
     def test_a_large_video_is_named_not_embedded(self, odd):
@@ -502,13 +589,37 @@ class TestCommand:
         assert not (tmp_path / 'r.html').exists()
 
     def test_a_full_disk_leaves_nothing(self, tmp_path, run_dir, capsys, monkeypatch):
-        def full(*_):
-            raise OSError(28, 'No space left on device')
+        def full(path, _):
+            raise OSError(28, 'No space left on device', f'{path}.temporary')
 
         monkeypatch.setattr('pipelines.reporting.report.write_atomically', full)
         assert report.main([str(run_dir), '--output', str(tmp_path / 'r.html')]) == 2
-        assert 'No space left on device' in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f'{tmp_path}/r.html: cannot be written (No space left on device). Fix: ' in error
         assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+    @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_leaves_nothing(self, tmp_path, run_dir, capsys, monkeypatch, number):
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        monkeypatch.setattr(
+            'pipelines.reporting.report.write_atomically', lambda *_: signal.raise_signal(number)
+        )
+        code = report.main([str(run_dir), '--output', str(tmp_path / 'r.html')])
+        assert code == 128 + number
+        assert 'report.py: interrupted; no report written.' in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ['run']
+        assert {n: signal.getsignal(n) for n in before} == before
+
+    def test_a_damaged_file_is_named_on_the_terminal_and_on_the_page(
+        self, tmp_path, run_dir, capsys
+    ):
+        (run_dir / 'evaluations.jsonl').write_text('damage\n')
+        assert report.main([str(run_dir), '--output', str(tmp_path / 'r.html')]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.startswith(f'{tmp_path}/r.html: runs: 1, problems: 1 (see above)')
+        named = f'{run_dir}: evaluations.jsonl: 1 of 1 lines: skipped (damaged). Fix: restore'
+        assert f'report.py: {named}' in printed.err
+        assert named in (tmp_path / 'r.html').read_text()
 
     def test_a_video_limit_below_zero_is_refused(self, run_dir, capsys):
         with pytest.raises(SystemExit) as ended:

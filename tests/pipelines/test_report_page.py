@@ -75,11 +75,12 @@ def test_every_plot_is_drawn(view):
         assert texts > 3, name
 
 
-def test_no_label_of_a_plot_leaves_its_card(view):
+def test_no_label_of_a_plot_leaves_it(view):
     texts = view.page.evaluate(f"""() => {{ {_WITHIN}
       return [...document.querySelectorAll('figure.plot')].flatMap((figure) =>
         [...figure.querySelectorAll('svg text')]
-          .filter((text) => outside(text, figure)).map((text) => text.textContent));
+          .filter((text) => outside(text, text.ownerSVGElement))
+          .map((text) => text.textContent));
     }}""")
     assert texts == []
 
@@ -94,6 +95,13 @@ def test_wide_tables_scroll_inside_their_box(view):
     assert {overflow for _, _, overflow in boxes} == {'auto'}
     if view.page.viewport_size['width'] == 400:
         assert any(content > box for content, box, _ in boxes)
+
+
+def test_the_runs_fit_a_screen(view):
+    if view.page.viewport_size['width'] == 1280:
+        assert view.page.eval_on_selector(
+            '#runs .scroll', '(box) => box.scrollWidth <= box.clientWidth'
+        )
 
 
 def test_text_and_plots_stand_out_from_the_background(view):

@@ -132,12 +132,22 @@ def _iso(seconds: float) -> str:
 
 
 def evaluation(
-    mean: float, protocol: str = 'noop', episodes: int = 30, **others: Any
+    mean: float, protocol: str = 'noop', episodes: int | None = None, **others: Any
 ) -> dict[str, Any]:
-    """A result as `evaluate.py` writes it, without the details of its games."""
+    """A result as `evaluate.py` writes it, without the details of its games.
+
+    Args:
+      mean: of the returns.
+      protocol: its name.
+      episodes: games; None: the protocol's.
+      others: further values.
+    """
     rules = PROTOCOLS[protocol]
+    episodes = rules.episodes if episodes is None else episodes
     values = {'protocol': protocol, 'deviations': {}, 'epsilon': rules.epsilon, 'failed': 0}
     values |= {'max_frames': rules.max_frames, 'episodes': episodes, 'mean': mean, 'std': 0.0}
+    starts = {'file': 'starts.json', 'source': 'person', 'count': rules.episodes}
+    values |= {'starts': starts if rules.starts else None}
     policy = {'kind': 'run', 'path': 'runs/run', 'checkpoint': 'checkpoint-1', 'updates': 480}
     return {**values, 'policy': policy, 'updates': 480, 'returns': [mean] * episodes, **others}
 
