@@ -35,17 +35,18 @@ class _Unfailing(io.FileIO):
         return size
 
 
-def _never_waiting(descriptor: int) -> int:
-    """Reopens a terminal or pipe with writes that do not block; returns other descriptors as given.
+def _reopened(descriptor: int) -> int:
+    """Another descriptor of the same file; writes to a terminal or pipe do not block.
 
-    The given descriptor keeps its mode, because other processes such as the shell share it.
+    The given descriptor keeps its mode, because other processes such as the shell share it. It may
+    later lead elsewhere: `pipelines/launch/evaluation_job.py` redirects that of worker processes.
     """
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
         with contextlib.suppress(OSError):  # the reader is gone, or another user's terminal
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
             return os.open(f'/proc/self/fd/{descriptor}', flags)
-    return descriptor
+    return os.dup(descriptor)
 
 
 def protect_output() -> None:
@@ -55,7 +56,7 @@ def protect_output() -> None:
         if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  (until the process ends)
             continue
-        raw = _Unfailing(_never_waiting(stream.fileno()), 'w', closefd=False)
+        raw = _Unfailing(_reopened(stream.fileno()), 'w', closefd=False)
         protected = io.TextIOWrapper(
             raw if stream.write_through else io.BufferedWriter(raw),
             encoding=stream.encoding,

@@ -17,7 +17,7 @@ from pipelines.storage import provenance
 from tests.end_to_end import launching
 from tests.support import sharing
 from tests.support.names import ODD_NAME
-from tests.support.waiting import eventually, has_ended
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
@@ -127,18 +127,6 @@ def test_a_run_whose_terminal_goes_away_ends_in_order_and_keeps_logs_of_failures
     assert launching.summary(run_dir)['exit_reason'] == 'SIGHUP'
     assert 'no licence' in (run_dir / 'logs' / 'actor-0.log').read_text()
     launching.assert_nothing_runs(run_dir, within_seconds=10)
-
-
-def test_killed_launcher_leaves_no_orphan(tmp_path):
-    run_dir = tmp_path / 'run'
-    process = launching.start(run_dir, '--max_frames=400000', *launching.SMALL)
-    launching.wait_for_updates(process, run_dir)
-    workers = launching.workers_of(run_dir)
-    assert len(workers) >= 3  # two learners and an actor
-    process.kill()
-    process.wait()
-    launching.assert_nothing_runs(run_dir, within_seconds=15)
-    assert eventually(lambda: all(has_ended(worker.pid) for worker in workers), 15.0)
 
 
 def test_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_run_reaches_its_budget(

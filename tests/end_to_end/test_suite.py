@@ -1,4 +1,4 @@
-"""A suite of two small runs, killed in the middle of the first and started again."""
+"""A suite of two small runs: killed in the first, the launcher of the second killed, resumed."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.end_to_end import launching
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, has_ended
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
 
@@ -33,32 +33,48 @@ def launches(run_dir):
     return [json.loads(line) for line in (run_dir / 'launches.jsonl').read_text().splitlines()]
 
 
-def test_a_killed_suite_continues_and_repeats_no_run(tmp_path):
+def launcher(run_dir):
+    """The process of an active run's `run.py`."""
+    (found,) = (
+        process
+        for process in launching.processes_of(run_dir)
+        if 'pipelines.run' in process.cmdline()
+    )
+    return found
+
+
+def trains(run_dir, suite_dir):
+    log = suite_dir / 'logs' / f'{run_dir.name}.log'
+    shown = lambda: log.exists() and '] training' in log.read_text()  # noqa: E731
+    return eventually(shown, launching.RUN_SECONDS)
+
+
+def test_a_killed_suite_continues_repeats_no_run_and_a_killed_launcher_leaves_no_orphan(tmp_path):
     suite_dir = tmp_path / 'suite'
-    runs = [suite_dir / f'{game}-laptop-seed1' for game in _GAMES]
+    first, second = [suite_dir / f'{game}-laptop-seed1' for game in _GAMES]
     command = [f'--games={",".join(_GAMES)}', f'--max_frames={_FRAMES}', '--num_learners=1']
     command += launching.SMALL
     process = start(suite_dir, *command)
-    log = suite_dir / 'logs' / f'{runs[0].name}.log'
-    training = eventually(
-        lambda: log.exists() and '] training' in log.read_text(), launching.START_SECONDS
-    )
-    assert training, launching.output(suite_dir)
+    assert trains(first, suite_dir), launching.output(suite_dir)
     process.kill()
     process.wait()
     process = start(suite_dir, *command)  # while the run of the killed suite writes its checkpoint
-    assert launching.finish(process, suite_dir) == 0, launching.output(suite_dir)
-    for run in runs:
-        launching.check_run_directory(run, _FRAMES)
-    assert [launch['resumed'] for launch in launches(runs[0])] == [False, True]
-    assert [launch['resumed'] for launch in launches(runs[1])] == [False]
-    page = (suite_dir / 'report.html').read_text()
-    assert all(game in page for game in _GAMES)
-    (runs[1] / 'summary.json').unlink()  # as if it had been killed while it evaluated
-    (runs[1] / 'evaluation.json').unlink()
+    assert trains(second, suite_dir), launching.output(suite_dir)
+    launching.check_run_directory(first, _FRAMES)
+    workers = launching.workers_of(second)
+    assert len(workers) >= 2  # a learner and an actor
+    launcher(second).kill()
+    assert eventually(lambda: all(has_ended(worker.pid) for worker in workers), 15.0)
+    assert launching.finish(process, suite_dir) == 0, launching.output(suite_dir)  # tried again
+    launching.check_run_directory(second, _FRAMES)
+    (first / 'summary.json').unlink()  # as if it had been killed while it evaluated
+    (first / 'evaluation.json').unlink()
     process = start(suite_dir, '--resume')
     assert launching.finish(process, suite_dir) == 0, launching.output(suite_dir)
-    launching.check_run_directory(runs[1], _FRAMES)
-    assert [len(launches(run)) for run in runs] == [2, 2]
+    launching.check_run_directory(first, _FRAMES)
+    assert [launch['resumed'] for launch in launches(first)] == [False, True, True]
+    assert [launch['resumed'] for launch in launches(second)] == [False]  # it had no checkpoint
+    page = (suite_dir / 'report.html').read_text()
+    assert all(game in page for game in _GAMES)
     assert launching.output(suite_dir).count('2 of 2 runs are done, 0 failed') == 2
     launching.assert_nothing_runs(suite_dir, within_seconds=10)

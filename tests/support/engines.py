@@ -72,6 +72,16 @@ def dask_cluster(directory: pathlib.Path, num_workers: int) -> Iterator[str]:
     ):
         with dask_worker(address, directory, '127.0.0.1', num_workers):
             yield address
+            _close_dask_clients()
+
+
+def _close_dask_clients() -> None:
+    """Of jobs that this process has run: Beam's runner leaves them open."""
+    import distributed
+
+    with contextlib.suppress(ValueError):  # none is left
+        while True:
+            distributed.default_client().close()
 
 
 @contextlib.contextmanager
