@@ -60,8 +60,16 @@ def unwritable(path: str | os.PathLike[str], error: OSError, remedy: str = '') -
     return UsageError(f'{path}: cannot be written ({reason_of(error)}). Fix: {fix}.')
 
 
+def notes_on(error: BaseException) -> list[str]:
+    """The sentences that `add_note` appended to an exception."""
+    return getattr(error, '__notes__', [])
+
+
 def one_line_errors(program: str, *others: type[Exception]) -> Callable[[Main], Main]:
-    """Makes a `Main` report `UsageError` and `others` under the command's name, and return 2."""
+    """Makes a `Main` report `UsageError` and `others` under the command's name, and return 2.
+
+    Notes on the exception end the line.
+    """
 
     kinds: tuple[type[Exception], ...] = (UsageError, *others)
 
@@ -71,7 +79,7 @@ def one_line_errors(program: str, *others: type[Exception]) -> Callable[[Main], 
             try:
                 return main(argv)
             except kinds as error:
-                print(f'{program}: {error}', file=sys.stderr)
+                print(f'{program}: {" ".join([str(error), *notes_on(error)])}', file=sys.stderr)
                 return 2
 
         return framed

@@ -8,9 +8,8 @@ import argparse
 import contextlib
 import os
 import pathlib
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
@@ -24,7 +23,7 @@ from pipelines.evaluation.entrants import Request
 from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment.games import games_of
 from pipelines.launch.evaluation import Work, evaluate, line, require_valid
-from pipelines.launch.interrupts import Ended
+from pipelines.launch.interrupts import stoppable
 from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.space import temporary_files
 
@@ -138,6 +137,7 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
 
 
 @one_line_errors('evaluate.py', OSError)
+@stoppable('evaluate.py', 'No result is written.')
 def main(argv: Sequence[str]) -> int:
     """Evaluates policies; returns the exit code: 1 if a game could not be played."""
     arguments = parse(argv)
@@ -155,18 +155,15 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
     )
     work = Work(arguments.runner, arguments.num_workers, arguments.beam_flags)
-    try:
-        # Beam removes its own files as the process ends, after this block.
-        with temporary_files() if work.runner is None else contextlib.nullcontext():
-            film = _film(arguments)
-            written = evaluate(request, arguments.output, work, ['evaluate.py', *argv], film)
-    except (KeyboardInterrupt, Ended) as signalled:
-        print('evaluate.py: interrupted; no result written.', file=sys.stderr)
-        return 130 if isinstance(signalled, KeyboardInterrupt) else 128 + signal.SIGTERM
-    for file, result in written.items():
-        if result['episodes']:
-            print(f'{line(result)}\nwritten to {file}')
-    return int(any(result['failed'] for result in written.values()))
+    # Beam removes its own files as the process ends, after this block.
+    with temporary_files() if work.runner is None else contextlib.nullcontext():
+        film = _film(arguments)
+        results = evaluate(request, arguments.output, work, ['evaluate.py', *argv], film, _show)
+    return int(any(result['failed'] for result in results.values()))
+
+
+def _show(file: str, result: Mapping[str, Any]) -> None:
+    print(f'{line(result)}\nwritten to {file}', flush=True)
 
 
 def _film(arguments: argparse.Namespace) -> 'Film | None':

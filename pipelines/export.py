@@ -22,6 +22,7 @@ from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
+from pipelines.launch.interrupts import stoppable
 from pipelines.storage.checkpoints import read_parameters
 from pipelines.storage.reading import CHECKPOINT_FLAG, readable
 from pipelines.storage.run_directory import BEST, RunDirectory, loading_hint, output_path
@@ -59,6 +60,7 @@ def _quiet_saving() -> Iterator[None]:
 
 
 @one_line_errors('export.py', OSError)
+@stoppable('export.py', 'No policy is written.')
 def main(argv: Sequence[str]) -> int:
     """Exports a checkpoint of a run; returns the exit code."""
     arguments = _parse(argv)
@@ -66,16 +68,12 @@ def main(argv: Sequence[str]) -> int:
     which = arguments.checkpoint
     name = 'policy_best' if which == BEST else 'policy'
     target = arguments.output or f'{arguments.run_dir}/{name}'
-    try:
-        outputs = () if arguments.output else (name,)
-        with temporary_files(), readable(arguments.run_dir, outputs, which) as path:
-            directory = RunDirectory.existing(path)
-            own = directory.best_policy if which == BEST else directory.policy
-            output = _output(arguments.output) if arguments.output else own
-            updates = _export_checkpoint(directory, which, output)
-    except KeyboardInterrupt:
-        print(f'export.py: interrupted; {target} is unchanged.', file=sys.stderr)
-        return 130
+    outputs = () if arguments.output else (name,)
+    with temporary_files(), readable(arguments.run_dir, outputs, which) as path:
+        directory = RunDirectory.existing(path)
+        own = directory.best_policy if which == BEST else directory.policy
+        output = _output(arguments.output) if arguments.output else own
+        updates = _export_checkpoint(directory, which, output)
     print(f'{target}: policy after {updates} updates')
     if hint := loading_hint(output):
         print(hint)

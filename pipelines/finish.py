@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from infra.output import protect_output
 from pipelines import evaluate, export
 from pipelines.errors import Main, one_line_errors
+from pipelines.launch.interrupts import stoppable
 from pipelines.storage.run_directory import BEST
 
-_INTERRUPTED = 130  # exit code after Ctrl-C
-
+_SIGNALLED = 128  # exit codes above it: 128 + the signal
 
 def main(argv: Sequence[str]) -> int:
     """Exports, evaluates and films, each also if another fails; the video is not in the code."""
@@ -28,14 +28,15 @@ def main(argv: Sequence[str]) -> int:
     commands.append((evaluate.main, [run, f'--output={output}']))
     worst = 0
     for command, arguments in commands:
-        if (code := _code_of(command, arguments)) == _INTERRUPTED:
+        if (code := _code_of(command, arguments)) >= _SIGNALLED:
             return code
-        worst = max(worst, code or 0)
+        worst = max(worst, code)
     _code_of(film, [run_dir])
     return worst
 
 
 @one_line_errors('video.mp4', OSError)
+@stoppable('video.mp4', 'No video is written.')
 def film(argv: Sequence[str]) -> int:
     """Makes the video of the run in the directory `argv`; returns the exit code."""
     from pipelines.evaluation import video  # imports FFmpeg

@@ -77,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
         _ = pipeline | arguments.kind.capitalize() >> transform
         try:
             beam_job.run(pipeline, options, engine, arguments.state_file)
-        except Ended:
-            sys.exit(128 + signal.SIGTERM)
+        except Ended as ended:
+            sys.exit(ended.exit_code)
 
 
 def read_config(path: str) -> config_lib.ExperimentConfig:

@@ -60,7 +60,7 @@ def run(
     try:
         signal.signal(signal.SIGTERM, raise_ended)
         if noted:
-            raise_ended()
+            raise_ended(noted[0])
         if engine.follow is not None and state_file is not None:
             report = functools.partial(write_atomically, state_file)
             follow = functools.partial(engine.follow, result, options, report)

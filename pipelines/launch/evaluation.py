@@ -1,9 +1,10 @@
 """Carries out an evaluation: a request in, scores played here or on an engine, results out."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from pipelines.errors import UsageError, unwritable
 from pipelines.evaluation import local
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Failure, Game, Score
+from pipelines.evaluation.policies import Policy
 from pipelines.evaluation.results import by_policy, combined, file_name
 from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
@@ -59,6 +61,7 @@ def evaluate(
     work: Work,
     command: Sequence[str],
     film: 'Film | None' = None,
+    show: Callable[[str, Mapping[str, Any]], None] = lambda *_: None,
 ) -> dict[str, dict[str, Any]]:
     """Plays the requested games and writes a result for each policy and game.
 
@@ -68,6 +71,7 @@ def evaluate(
       work: where to play.
       command: for the results' provenance.
       film: a video to make of a game, after the results are written.
+      show: receives each result's file and values once it is written.
 
     Returns:
       The results by the path of their file, which exists if a game was played (`episodes`).
@@ -83,12 +87,27 @@ def evaluate(
         evaluations.require_new(file)
     results = _results(found, work, files, command)
     _report_failures(results)
-    for file, result in results.items():
-        if result['episodes']:
-            _write(file, result)
-    if film is not None and filmed is not None:
-        _record(found[0], filmed, film, files[0])
+    with _noted() as written:
+        for file, result in results.items():
+            if result['episodes']:
+                _write(file, result)
+                written.append(file)
+                show(file, result)
+        if film is not None and filmed is not None:
+            _record(found[0].policy, filmed, film)
     return results
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+    """Yields a list of the files written so far, which an exception (a signal) then names."""
+    written: list[str] = []
+    try:
+        yield written
+    except BaseException as error:
+        if written:
+            error.add_note(f'Written: {", ".join(written)}.')
+        raise
 
 
 def _results(
@@ -120,18 +139,15 @@ def _game_of(found: Sequence[Entrant], film: 'Film | None') -> Game | None:
     return video.game_of(found, film)
 
 
-def _record(entrant: Entrant, game: Game, film: 'Film', result: str) -> None:
+def _record(policy: Policy, game: Game, film: 'Film') -> None:
     """Makes the video.
 
     Raises:
-      UsageError: it cannot be written; `result` is already.
+      UsageError: it cannot be written.
     """
     from pipelines.evaluation import video
 
-    try:
-        score = video.record(entrant.policy, game, film)
-    except UsageError as error:
-        raise UsageError(f'{error} The scores are in {result}.') from error
+    score = video.record(policy, game, film)
     print(f'{film.path}: game {game.episode}, score {score.value:g}, {score.frames} frames')
 
 

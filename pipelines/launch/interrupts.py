@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from infra.disk import is_remote
 from infra.output import last_words
 from infra.process import end_signals
-from pipelines.errors import UsageError
+from pipelines.errors import Main, UsageError, notes_on
 from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory
 
@@ -57,6 +58,44 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def stoppable(program: str, kept: str) -> Callable[[Main], Main]:
+    """Makes a `Main` end on a signal: cleans up, prints what is kept, returns 128 + its number.
+
+    The signal raises `Ended`. An import or a library may turn that into another exception, so any
+    exception after a signal counts as `Ended`.
+
+    Args:
+      program: name of the command.
+      kept: sentence on its results; notes on the exception (`add_note`) replace it.
+    """
+
+    def frame(main: Main) -> Main:
+        @functools.wraps(main)
+        def framed(argv: Sequence[str]) -> int:
+            received: list[int] = []
+
+            def end(number: int, frame: Any) -> None:
+                received.append(number)
+                raise_ended(number, frame)
+
+            with handled(end):
+                try:
+                    return main(argv)
+                except BaseException as error:
+                    if isinstance(error, Ended):  # of another handler, such as a Beam job's
+                        received.append(error.exit_code - 128)
+                    if not received:
+                        raise
+                    name = signal.Signals(received[0]).name
+                    words = [f'{program}: {name}: stopped.', *(notes_on(error) or [kept])]
+                    print(*words, file=sys.stderr, flush=True)
+                    return 128 + received[0]
+
+        return framed
+
+    return frame
 
 
 class StartUp:

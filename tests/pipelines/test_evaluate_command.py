@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -54,18 +55,50 @@ def result_of(run_dir) -> dict:
     return json.loads(file.read_text())
 
 
-def test_an_interrupted_evaluation_leaves_the_one_before(run_dir, monkeypatch, capsys):
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The directory of temporary files, empty."""
+    path = tmp_path / 'temporary'
+    path.mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(path))
+    return path
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_games_leaves_the_evaluation_before(
+    run_dir, temporary, monkeypatch, capsys, number
+):
     (run_dir / evaluations.EVALUATION_FILE).write_text('the one before')
 
-    def one_game_and_ctrl_c(*_):
+    def one_game_and_a_signal(*_):
         yield scores(1.0)[0]
-        raise KeyboardInterrupt
+        assert len(list(run_dir.glob('*.partial.json'))) == 1
+        os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(local, 'play_all', one_game_and_ctrl_c)
-    assert evaluate.main([f'--run_dir={run_dir}']) == 130
-    assert 'interrupted' in capsys.readouterr().err
+    monkeypatch.setattr(local, 'play_all', one_game_and_a_signal)
+    assert evaluate.main([f'--run_dir={run_dir}']) == 128 + number
+    said = f'evaluate.py: {number.name}: stopped. No result is written.\n'
+    assert capsys.readouterr().err == said
     assert sorted(file.name for file in run_dir.iterdir()) == ['config.json', 'evaluation.json']
     assert (run_dir / evaluations.EVALUATION_FILE).read_text() == 'the one before'
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize('command', [evaluate, export])
+def test_a_signal_that_an_import_turns_into_another_error_is_one_line(
+    run_dir, temporary, monkeypatch, capsys, command
+):
+    def import_tensorflow(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise ImportError('initialization failed') from None
+
+    monkeypatch.setattr(command, command.__name__.rpartition('.')[2], import_tensorflow)
+    assert command.main([f'--run_dir={run_dir}']) == 143
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'{command.__name__.rpartition(".")[2]}.py: SIGTERM: stopped. No ')
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_long_evaluation_shows_its_progress_every_ten_seconds(run_dir, monkeypatch, capsys):
@@ -200,11 +233,7 @@ def test_several_policies_have_a_file_each(run_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('command', [evaluate, export])
-def test_temporary_files_of_tensorflow_are_removed(run_dir, tmp_path, monkeypatch, command):
-    temporary = tmp_path / 'temporary'
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
-
+def test_temporary_files_of_tensorflow_are_removed(run_dir, temporary, monkeypatch, command):
     def leave_a_file(*_):
         tempfile.mkstemp(prefix='__autograph_generated_file')
         raise OSError('full')

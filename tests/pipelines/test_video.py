@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import fractions
+import os
 import pathlib
 import resource
+import signal
 from collections.abc import Iterator
 
 import av
@@ -256,7 +258,18 @@ class TestTheCommand:
             assert evaluate.main(['--policy=random', *flags]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert 'cannot be written (File too large)' in line
-        assert line.endswith('The scores are in a.json.')
+        assert line.endswith(' Written: a.json.')
+        assert [file.name for file in tmp_path.iterdir()] == ['a.json']
+
+    def test_that_a_signal_stops_keeps_the_scores(self, tmp_path, capsys, monkeypatch):
+        def stop(*_):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(video, 'play', stop)
+        flags = ['--games=breakout', '--episodes=1', '--video=a.mp4', '--output=a.json']
+        assert evaluate.main(['--policy=random', *flags]) == 130
+        assert capsys.readouterr().err == 'evaluate.py: SIGINT: stopped. Written: a.json.\n'
         assert [file.name for file in tmp_path.iterdir()] == ['a.json']
 
 
