@@ -20,8 +20,8 @@ from infra.output import protect_output
 from infra.process import exit_with_launcher
 from pipelines.errors import one_line_errors
 from pipelines.evaluation.entrants import Request
-from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment.games import games_of
+from pipelines.experiment.protocols import PROTOCOLS
 from pipelines.launch.evaluation import Work, evaluate, line, require_valid
 from pipelines.launch.interrupts import stoppable
 from pipelines.storage.reading import CHECKPOINT_FLAG

@@ -25,9 +25,9 @@ from pipelines.errors import one_line_errors
 from pipelines.evaluation import results
 from pipelines.evaluation.allowance import Allowance
 from pipelines.evaluation.play import Act, CancelledError, Game, play
-from pipelines.evaluation.protocols import own_values, protocol
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.protocols import protocol
 from pipelines.storage.run_directory import RunDirectory
 from pipelines.storage.snapshots import ALIVE_FILE, WORK, Snapshot, Snapshots, keep_best, read_best
 
@@ -103,7 +103,7 @@ class Evaluator:
         run = config.run
         self._directory, self._config, self._pace, self._origin = directory, config, pace, origin
         self._snapshots, self._updates = Snapshots(directory, since), updates
-        values = {**own_values(run), 'episodes': run.evaluator_episodes}
+        values = {**run.evaluation_rules, 'episodes': run.evaluator_episodes}
         self._rules = protocol(run.evaluation_protocol, values)
         self._seed = seed_of_games(run.seed)
         self._best = read_best(directory)

@@ -24,7 +24,7 @@ from pipelines.evaluation import starts
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Game, Step, play
 from pipelines.evaluation.policies import RANDOM, of_chance
-from pipelines.evaluation.protocols import PROTOCOLS, Protocol
+from pipelines.experiment.protocols import PROTOCOLS, Protocol
 from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.run_directory import output_path
 from pipelines.storage.space import temporary_files

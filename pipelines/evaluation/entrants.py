@@ -11,7 +11,7 @@ from pipelines.evaluation import policies
 from pipelines.evaluation import starts as start_points
 from pipelines.evaluation.play import Game
 from pipelines.evaluation.policies import RANDOM, Policy
-from pipelines.evaluation.protocols import Protocol, deviations, own_values, protocol
+from pipelines.experiment.protocols import Protocol, deviations, protocol
 
 DEFAULT_SEED = 1
 
@@ -123,7 +123,7 @@ def _of_run(request: Request, run_dir: str, notify: Callable[[str], None]) -> En
     policy = policies.of_run(run_dir, request.checkpoint, notify)
     assert policy.experiment is not None
     run = policy.experiment.run
-    own = own_values(run) if request.protocol is None else {}
+    own = run.evaluation_rules if request.protocol is None else {}
     rules = _rules(request, run.evaluation_protocol, own)
     return _entrant(request, policy, rules, run.seed)
 

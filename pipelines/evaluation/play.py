@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
 from agents.environment import FrameStack, check_actions, emulator_seeds, make_emulators
-from pipelines.evaluation.protocols import Protocol
 from pipelines.evaluation.starts import Start, action_codes, indices
+from pipelines.experiment.protocols import Protocol
 
 _REASON_CHARACTERS = 500
 _STREAM = 3  # actors' environments and exploration have 1 and 2

@@ -27,10 +27,10 @@ from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
+from pipelines.experiment.protocols import PROTOCOLS
 
 TOPOLOGIES = ('separate', 'bundled')
-EVALUATION_PROTOCOLS = ('noop', 'machado', 'rainbow')
-"""Of pipelines/evaluation/protocols.py those that need no start points."""
+_WITHOUT_STARTS = [protocol.name for protocol in PROTOCOLS.values() if not protocol.starts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_choice(self, 'topology', TOPOLOGIES)
-        require_choice(self, 'evaluation_protocol', EVALUATION_PROTOCOLS)
+        require_choice(self, 'evaluation_protocol', _WITHOUT_STARTS)
         counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes')
         require_at_least(self, 1, *counts, 'evaluation_max_frames')
         require_at_least(self, 1, 'evaluator_episodes', 'evaluation_period_updates')
@@ -107,6 +107,15 @@ class RunConfig:
         require_from_to(self, 1, 1024, 'worker_threads')
         require_fraction(self, 'evaluation_epsilon')
         require_positive(self, 'checkpoint_period_seconds')
+
+    @property
+    def evaluation_rules(self) -> dict[str, Any]:
+        """The fields of its evaluation protocol that the run replaces."""
+        return {
+            'epsilon': self.evaluation_epsilon,
+            'max_frames': self.evaluation_max_frames,
+            'episodes': self.evaluation_episodes,
+        }
 
     @property
     def workers(self) -> dict[str, int]:

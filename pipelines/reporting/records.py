@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipelines.evaluation.protocols import Protocol
 from pipelines.events import count, counts, finite
+from pipelines.experiment.protocols import Protocol
 from pipelines.storage.provenance import launched_at
 from pipelines.storage.run_directory import BEST
 

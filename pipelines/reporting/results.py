@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.protocols import PROTOCOLS
-from pipelines.evaluation.protocols import Protocol as Rules
 from pipelines.events import count, finite
+from pipelines.experiment.protocols import PROTOCOLS
+from pipelines.experiment.protocols import Protocol as Rules
 from pipelines.reporting import reference, statistics
 from pipelines.reporting.records import Evaluation
 from pipelines.reporting.runs import Run

@@ -7,8 +7,7 @@ import pytest
 
 from infra.sealed import unseal
 from pipelines.errors import UsageError
-from pipelines.evaluation import protocols
-from pipelines.experiment import command_line, presets
+from pipelines.experiment import command_line, presets, protocols
 from pipelines.experiment import config as config_lib
 from tests.support.flips import flips_of
 

@@ -15,9 +15,9 @@ from pipelines.errors import UsageError
 from pipelines.evaluation import local, policies, results, starts
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
 from pipelines.evaluation.policies import Policy, of_chance
-from pipelines.evaluation.protocols import PROTOCOLS, Protocol, deviations, protocol
 from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import presets
+from pipelines.experiment.protocols import PROTOCOLS, Protocol, deviations, protocol
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 
 SHORT = Protocol('noop', epsilon=0.5, max_frames=400)

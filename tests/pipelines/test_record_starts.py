@@ -11,7 +11,7 @@ from agents.config import EnvironmentConfig
 from pipelines import evaluate, record_starts
 from pipelines.evaluation import person, starts
 from pipelines.evaluation.play import Game, Step, play
-from pipelines.evaluation.protocols import PROTOCOLS
+from pipelines.experiment.protocols import PROTOCOLS
 
 SHORT = dataclasses.replace(record_starts._RULES, max_frames=400)
 PONG = EnvironmentConfig(game='pong')

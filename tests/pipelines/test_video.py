@@ -23,9 +23,9 @@ from pipelines.evaluation import panel, video
 from pipelines.evaluation.encoder import encoder
 from pipelines.evaluation.play import CancelledError, Emulator, Game, Step, play
 from pipelines.evaluation.policies import Policy, of_chance
-from pipelines.evaluation.protocols import PROTOCOLS, Protocol
 from pipelines.evaluation.starts import Start
 from pipelines.experiment import builders, presets
+from pipelines.experiment.protocols import PROTOCOLS, Protocol
 
 SHORT = Protocol('noop', epsilon=1.0, max_frames=120)
 PONG = EnvironmentConfig(game='pong')

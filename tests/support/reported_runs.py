@@ -10,9 +10,9 @@ import numpy as np
 
 from agents.config import STALENESS_BOUNDS
 from infra.disk import write_json
-from pipelines.evaluation.protocols import PROTOCOLS
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
+from pipelines.experiment.protocols import PROTOCOLS
 from pipelines.monitoring.monitor import Monitor, MonitorConfig
 from pipelines.storage import provenance
 from pipelines.storage.run_directory import RunDirectory

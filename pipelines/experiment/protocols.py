@@ -13,7 +13,6 @@ from typing import Any
 
 from agents.config import EnvironmentConfig
 from pipelines.errors import UsageError
-from pipelines.experiment.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +91,6 @@ def protocol(name: str, values: Mapping[str, Any]) -> Protocol:
         )
     given = {field: value for field, value in values.items() if value is not None}
     return dataclasses.replace(PROTOCOLS[name], **given)
-
-
-def own_values(run: RunConfig) -> dict[str, Any]:
-    """The fields of its protocol that a run replaces."""
-    return {
-        'epsilon': run.evaluation_epsilon,
-        'max_frames': run.evaluation_max_frames,
-        'episodes': run.evaluation_episodes,
-    }
 
 
 def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]:
