@@ -18,6 +18,7 @@ from pipelines.storage.run_directory import BEST
 
 _SIGNALLED = 128  # exit codes above it: 128 + the signal
 
+
 def main(argv: Sequence[str]) -> int:
     """Exports, evaluates and films, each also if another fails; the video is not in the code."""
     run_dir, output = argv

@@ -29,6 +29,8 @@ from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
 from pipelines.experiment.protocols import PROTOCOLS
 
+CONFIG_FILE = 'config.json'
+"""Name of the file in the directory of a run."""
 TOPOLOGIES = ('separate', 'bundled')
 _WITHOUT_STARTS = [protocol.name for protocol in PROTOCOLS.values() if not protocol.starts]
 
@@ -261,7 +263,7 @@ def from_json(text: str | bytes) -> ExperimentConfig:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f'config.json: damaged or of another version ({error}). Fix: restore a copy, remove its'
+            f'{CONFIG_FILE}: damaged or of another version ({error}). Fix: restore a copy, remove its'
             ' seal and checksum if you edited it, or start a new run in another --run_dir.'
         ) from error
 

@@ -18,6 +18,7 @@ from infra.disk import is_remote
 from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError, reason_of, remedy_of
 from pipelines.experiment import config as config_lib
+from pipelines.experiment.config import CONFIG_FILE
 from pipelines.monitoring.episodes import Episode, read_episodes
 from pipelines.reporting import records
 from pipelines.reporting.records import Evaluation, Launch, Summary
@@ -26,7 +27,6 @@ from pipelines.storage.evaluations import EVALUATION_FILE
 from pipelines.storage.reading import readable_records
 from pipelines.storage.run_directory import RunDirectory
 
-_CONFIG = 'config.json'
 _RESTORE = 'restore a copy of the file'
 _Record = TypeVar('_Record')
 _CLOCK_SECONDS = 60.0  # a launch is described this long after its first event at most
@@ -133,16 +133,16 @@ def find(paths: Sequence[str]) -> list[str]:
 def _below(path: str) -> list[str]:
     directory = pathlib.Path(path)
     try:
-        if (directory / _CONFIG).is_file():
+        if (directory / CONFIG_FILE).is_file():
             return [path]
-        inner = [entry for entry in sorted(directory.iterdir()) if (entry / _CONFIG).is_file()]
+        inner = [entry for entry in sorted(directory.iterdir()) if (entry / CONFIG_FILE).is_file()]
     except OSError as error:
         raise UsageError(
             f'{path}: no readable directory ({error.strerror}). Fix: name run directories.'
         ) from error
     if not inner:
         raise UsageError(
-            f'{path}: holds no run ({_CONFIG} is missing). Fix: name directories of runs.'
+            f'{path}: holds no run ({CONFIG_FILE} is missing). Fix: name directories of runs.'
         )
     return [str(entry) for entry in inner]
 
@@ -188,7 +188,8 @@ def _settings(file: pathlib.Path, path: str) -> dict[str, Any]:
         groups = unseal(parse_object(content))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f'{path}: {_CONFIG} is damaged ({error}). Fix: restore a copy, or leave this run out.'
+            f'{path}: {CONFIG_FILE} is damaged ({error}). Fix: restore a copy, or leave this run'
+            ' out.'
         ) from error
     with contextlib.suppress(UsageError):  # of another version: as it is
         groups = dataclasses.asdict(config_lib.from_json(content))

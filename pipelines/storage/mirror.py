@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipelines.experiment.config import CONFIG_FILE
 from pipelines.storage.object_store import RemoteError, Stamp, within
 from pipelines.storage.remote_run import (
-    CONFIG_FILE,
     PERIOD_SECONDS,
     RELEASE_SECONDS,
     RemoteRun,

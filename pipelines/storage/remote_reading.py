@@ -13,10 +13,10 @@ from infra.disk import scratch
 from infra.parameter_server import checkpoint as parameter_checkpoint
 from infra.parameter_server.checkpoint import DamagedCheckpointError
 from pipelines.errors import UsageError
+from pipelines.experiment.config import CONFIG_FILE
 from pipelines.storage.checkpoints import PARAMETERS
 from pipelines.storage.object_store import MissingError, Place, RemoteError, require_answer
 from pipelines.storage.remote_run import (
-    CONFIG_FILE,
     checkpoint_of,
     complete_checkpoints,
     files_below,

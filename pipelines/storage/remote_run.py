@@ -20,6 +20,7 @@ from infra.disk import read_json, write_json
 from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError, unwritable
 from pipelines.events import finite
+from pipelines.experiment.config import CONFIG_FILE
 from pipelines.storage.object_store import Place, RemoteError, Stamp, require_answer, within
 from pipelines.storage.run_directory import (
     CHECKPOINT_RUN_FILE,
@@ -30,7 +31,6 @@ from pipelines.storage.run_directory import (
 )
 from pipelines.storage.space import require_disk
 
-CONFIG_FILE = 'config.json'
 OWNER_FILE = 'owner.json'
 PERIOD_SECONDS = 30.0
 """Between two passes of the mirror, each of which renews the claim."""

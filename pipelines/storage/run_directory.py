@@ -30,6 +30,7 @@ from infra.disk import (
     unfit_name,
 )
 from pipelines.errors import UsageError, unreadable, unwritable
+from pipelines.experiment.config import CONFIG_FILE
 
 CHECKPOINT_RUN_FILE = 'run.json'
 """File of a checkpoint with the run's counters; a checkpoint without it is incomplete."""
@@ -211,7 +212,7 @@ class RunDirectory:
 
     @property
     def config_file(self) -> pathlib.Path:
-        return self.path / 'config.json'
+        return self.path / CONFIG_FILE
 
     @property
     def launches_file(self) -> pathlib.Path:
@@ -373,12 +374,12 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
 def _require_run(path: pathlib.Path, alternative: str) -> None:
     """Raises UsageError unless `path` holds a run; `alternative` is a second remedy."""
     with _readable(path):
-        is_directory, is_run = path.is_dir(), (path / 'config.json').exists()
+        is_directory, is_run = path.is_dir(), (path / CONFIG_FILE).exists()
     if not is_directory:
         raise UsageError(f'{path}: no such run directory. Fix: check --run_dir{alternative}.')
     if not is_run:
         raise UsageError(
-            f'{path}: holds no run (config.json is missing). Fix: name the directory of a run as'
+            f'{path}: holds no run ({CONFIG_FILE} is missing). Fix: name the directory of a run as'
             f' --run_dir{alternative}.'
         )
 
@@ -402,7 +403,7 @@ def _require_unused(path: pathlib.Path) -> None:
         return
     except OSError as error:
         raise unwritable(path, error, _ANOTHER) from error
-    if used and (path / 'config.json').is_file():
+    if used and (path / CONFIG_FILE).is_file():
         with _readable(path):
             holder = lock_holder(path)
         if holder not in (None, os.getpid()):
