@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 
 _TELL_SECONDS = 5.0  # a terminal that pauses
+_IMPORT_SECONDS = 0.1  # between two checks for the end of an import
+_IMPORTER = '<frozen importlib._bootstrap>'  # in the stack of all code that an import runs
 
 
 class Ended(BaseException):
@@ -40,12 +43,25 @@ class Ended(BaseException):
         self.exit_code = 128 + number
 
 
-def raise_ended(number: int = signal.SIGTERM, _frame: Any = None) -> None:
-    """A handler: raises `Ended`, once, in the main thread; a second SIGINT ends the process."""
+def raise_ended(number: int = signal.SIGTERM, frame: types.FrameType | None = None) -> None:
+    """A handler: raises `Ended`, once, in the main thread; a second SIGINT ends the process.
+
+    Waits for the end of an import, which may turn the exception into another one or print it.
+    """
     for other in end_signals():
         signal.signal(other, signal.SIG_IGN)  # the end takes seconds
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
-    raise Ended(number)
+    if not _is_import(frame):
+        raise Ended(number)
+    signal.signal(signal.SIGALRM, lambda _, later: raise_ended(number, later))
+    signal.setitimer(signal.ITIMER_REAL, _IMPORT_SECONDS)
+
+
+def _is_import(frame: types.FrameType | None) -> bool:
+    """Whether the code that runs in `frame` belongs to an import."""
+    while frame is not None and frame.f_code.co_filename != _IMPORTER:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager
@@ -63,8 +79,8 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def stoppable(program: str, kept: str) -> Callable[[Main], Main]:
     """Makes a `Main` end on a signal: cleans up, prints what is kept, returns 128 + its number.
 
-    The signal raises `Ended`. An import or a library may turn that into another exception, so any
-    exception after a signal counts as `Ended`.
+    The signal raises `Ended`. A library may turn that into another exception, so any exception
+    after a signal counts as `Ended`.
 
     Args:
       program: name of the command.
