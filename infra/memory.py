@@ -1,16 +1,11 @@
-"""Measures available memory and limits this process's own.
-
-A container, a pod, a systemd unit or a batch job is a control group and may be nested in others.
-The smallest room of all groups counts. This module reads both versions of the interface, because a
-host may use both (https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/).
-"""
+"""Measures available memory and limits this process's own."""
 
 import dataclasses
 import pathlib
-import re
 import resource
 import threading
-from collections.abc import Iterator
+
+from infra.control_groups import Group, groups, lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +28,6 @@ _V1 = _Interface(('memory.limit_in_bytes',), 'memory.usage_in_bytes', 'total_ina
 _V2 = _Interface(('memory.max', 'memory.high'), 'memory.current', 'inactive_file')
 _V1_ABOVE = 'hierarchical_memory_limit'
 """Entry of memory.stat: smallest limit of the group and its parents, visible here or not."""
-_ESCAPED = re.compile(r'\\([0-7]{3})')
 _UNLIMITED = 1 << 62
 
 
@@ -44,7 +38,7 @@ def available_memory(root: pathlib.Path = pathlib.Path('/')) -> int:
     """
     free = _entries(root / 'proc/meminfo').get('MemAvailable:', '').split()
     machine = int(free[0]) * 1024 if free else _UNLIMITED
-    return min([machine, *(_room(group, files) for group, files in _groups(root))])
+    return min([machine, *map(_room, groups('memory', root))])
 
 
 def resident_bytes(pid: int | str = 'self') -> int | None:
@@ -80,41 +74,13 @@ class OwnBound:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def _groups(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, _Interface]]:
-    """Directories of this process's memory groups and of all their parents."""
-    own = _own_groups(root)
-    for line in _lines(root / 'proc/self/mountinfo'):
-        mount, _, system = line.partition(' - ')
-        kind, _, options = system.split(' ', 2)
-        if kind == 'cgroup2':
-            files, path = _V2, own.get('')
-        elif kind == 'cgroup' and 'memory' in options.split(','):
-            files, path = _V1, own.get('memory')
-        else:
-            continue
-        shown, place = (_unescaped(field) for field in mount.split(' ')[3:5])
-        top = root / place.lstrip('/')
-        # A container may see only its own group, under a different name than on its host.
-        inner = pathlib.PurePosixPath(path or shown)
-        group = top / inner.relative_to(shown) if inner.is_relative_to(shown) else top
-        yield from ((each, files) for each in (group, *group.parents) if each.is_relative_to(top))
-
-
-def _own_groups(root: pathlib.Path) -> dict[str, str]:
-    """Paths of this process's groups by controller; version 2 has one with an empty name."""
-    groups = {}
-    for line in _lines(root / 'proc/self/cgroup'):
-        _, controllers, path = line.split(':', 2)
-        groups.update(dict.fromkeys(controllers.split(','), path))
-    return groups
-
-
-def _room(group: pathlib.Path, files: _Interface) -> int:
+def _room(group: Group) -> int:
     """Bytes that a group's limits leave to new processes."""
-    statistics = _entries(group / 'memory.stat')
-    texts = [text for name in files.limits for text in _lines(group / name)]
+    files = _V2 if group.unified else _V1
+    statistics = _entries(group.directory / 'memory.stat')
+    texts = [text for name in files.limits for text in lines(group.directory / name)]
     limits = [int(text) for text in (*texts, statistics.get(_V1_ABOVE, '')) if text.isdecimal()]
-    used = _lines(group / files.used)
+    used = lines(group.directory / files.used)
     if not limits or not used:
         return _UNLIMITED
     return max(0, min(limits) - int(used[0]) + int(statistics.get(files.cache, 0)))
@@ -122,18 +88,5 @@ def _room(group: pathlib.Path, files: _Interface) -> int:
 
 def _entries(path: pathlib.Path) -> dict[str, str]:
     """Parses a file whose lines are a name and a value."""
-    pairs = (line.split(None, 1) for line in _lines(path))
+    pairs = (line.split(None, 1) for line in lines(path))
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    """The lines of a file, empty if it is unreadable."""
-    try:
-        return path.read_text(errors='surrogateescape').splitlines()
-    except OSError:
-        return []
-
-
-def _unescaped(field: str) -> str:
-    """Decodes a field of mountinfo, where a space is \\040."""
-    return _ESCAPED.sub(lambda match: chr(int(match.group(1), 8)), field)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from infra.cores import whole_cores
 from infra.disk import is_remote
 from infra.process import LAUNCHER_VARIABLE, own_code
 from infra.sealed import parse_object
@@ -125,8 +126,8 @@ def evaluate(
         seed=seed,
     )
     file = None if output is None else os.fspath(output)
-    cores = len(os.sched_getaffinity(0))
-    (result,) = play_and_write(request, file, Work(num_workers=cores), ['api.evaluate']).values()
+    work = Work(num_workers=whole_cores())
+    (result,) = play_and_write(request, file, work, ['api.evaluate']).values()
     return result
 
 

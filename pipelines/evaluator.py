@@ -23,7 +23,7 @@ from infra.output import protect_output
 from infra.process import exit_with_launcher
 from pipelines.errors import one_line_errors
 from pipelines.evaluation import results
-from pipelines.evaluation.allowance import Allowance
+from pipelines.evaluation.allowance import Allowance, rate_of
 from pipelines.evaluation.play import Act, CancelledError, Game, play
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
@@ -45,10 +45,6 @@ def seed_of_games(seed: int) -> int:
     the final evaluation has: the best policy was selected by these games.
     """
     return int(np.random.SeedSequence([seed, _STREAM]).generate_state(1, np.uint64)[0])
-
-
-class Stopped(Exception):
-    """The launcher has requested the end."""
 
 
 class Pace:
@@ -203,8 +199,8 @@ def main(argv: Sequence[str]) -> int:
     config = config_lib.load(directory.config_file)
     work = directory.path / WORK
     with hold(work):
-        rate = config.run.evaluator_cpu_share * len(os.sched_getaffinity(0))
-        pace = Pace(Allowance(rate, arguments.debt_seconds), work / ALIVE_FILE)
+        allowance = Allowance(rate_of(config.run.evaluator_cpu_share), arguments.debt_seconds)
+        pace = Pace(allowance, work / ALIVE_FILE)
 
         def stop(*_: Any) -> None:
             pace.stopped = True

@@ -4,13 +4,15 @@ import os
 import time
 from collections.abc import Callable
 
+from infra.cores import usable_cores
+from infra.process import cpu_seconds
+
 _MOST_CPU = 2.0  # CPU seconds saved up while the process waits
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and its ended children since its start."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+def rate_of(share: float) -> float:
+    """CPU seconds per second that are a share of the CPU that this process may use."""
+    return share * usable_cores()
 
 
 def level_after(level: float, elapsed_seconds: float, used_seconds: float, rate: float) -> float:
@@ -37,7 +39,7 @@ class Allowance:
         rate: float,
         debt_seconds: float = 0.0,
         monotonic: Callable[[], float] = time.monotonic,
-        used: Callable[[], float] = cpu_seconds,
+        used: Callable[[], float] = lambda: cpu_seconds(os.getpid()) or 0.0,
     ):
         """
         Args:

@@ -6,7 +6,6 @@ because of it.
 
 import contextlib
 import logging
-import os
 import pathlib
 import signal
 import sys
@@ -21,6 +20,7 @@ from infra.process import (
     cpu_seconds,
     describe_exit,
 )
+from pipelines.evaluation.allowance import rate_of
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.storage.run_directory import RunDirectory
 from pipelines.storage.snapshots import ALIVE_FILE, WORK
@@ -58,7 +58,7 @@ class EvaluatorProcess:
         self._config, self._directory, self._tell = config, directory, tell
         self._since = _launch_time(directory) if config.run.evaluator_cpu_share else 0.0
         self._origin = self._since - wall_seconds
-        self._rate = config.run.evaluator_cpu_share * len(os.sched_getaffinity(0))
+        self._rate = rate_of(config.run.evaluator_cpu_share)
         self._alive_file = directory.path / WORK / ALIVE_FILE
         self._own_time = OwnTime()
         self._first_start: float | None = None

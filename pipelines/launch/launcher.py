@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from infra.cluster import Cluster
+from infra.cores import usable_cores
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import (
     LayoutMismatchError,
@@ -161,7 +161,7 @@ class Launcher:
             batch_size=self.config.learner.batch_size,
             settings={'preset': self.config.preset, **config_lib.settings(self.config)},
             launch=(provenance.launches(self.directory.launches_file) or [{}])[-1],
-            cores=len(os.sched_getaffinity(0)),
+            cores=usable_cores(),
         )
 
     @contextlib.contextmanager

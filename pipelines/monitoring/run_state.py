@@ -23,7 +23,7 @@ class MonitorConfig:
       rate_window_seconds: window of frames/s, updates/s and the ETA.
       settings: value of each setting of the experiment, by its name.
       launch: the line of `launches.jsonl` of this start or resume.
-      cores: of this machine.
+      cores: of this machine that the run may use.
     """
 
     game: str
@@ -36,7 +36,7 @@ class MonitorConfig:
     rate_window_seconds: float = 60.0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    cores: int = 1
+    cores: float = 1.0
 
 
 def _figure(default: Any, scalar: str = '', summarised: bool = False) -> Any:

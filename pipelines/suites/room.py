@@ -1,9 +1,9 @@
 """How many runs of a suite this machine takes at once: checks of memory, disk and cores."""
 
-import os
 import pathlib
 from collections.abc import Sequence
 
+from infra.cores import whole_cores
 from infra.memory import available_memory
 from pipelines.errors import UsageError
 from pipelines.preflight.resources import disk_bytes, memory_bytes
@@ -15,7 +15,7 @@ _GIB = 2.0**30
 
 def most_at_once(runs: Sequence[Prepared]) -> int:
     """The most runs, at least one, for whose workers and memory this machine has room."""
-    cores = len(os.sched_getaffinity(0))
+    cores = whole_cores()
     memory = max(memory_bytes(each.config, each.launch) for each in runs)
     workers = max(map(_workers, runs))
     by_cores = cores // workers if workers else len(runs)
@@ -62,7 +62,7 @@ def _on_disk(path: pathlib.Path, need: int, free: int) -> list[str]:
 
 
 def _on_cores(workers: int, at_once: int) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
+    cores = whole_cores()
     if at_once == 1 or at_once * workers <= cores:
         return []
     return [

@@ -436,7 +436,7 @@ class TestTable:
 
 def test_as_many_runs_at_once_as_cores_and_memory_allow(monkeypatch):
     prepared = plan.prepare(plan.expand(sweep(seeds=(1, 2, 3, 4))))  # three workers each
-    monkeypatch.setattr(room.os, 'sched_getaffinity', lambda _: range(9))
+    monkeypatch.setattr(room, 'whole_cores', lambda: 9)
     need = room.memory_bytes(prepared[0].config, prepared[0].launch)
     for memory, runs in ((10 * need, 3), (2 * need, 2), (need // 2, 1)):
         monkeypatch.setattr(room, 'available_memory', lambda memory=memory: memory)
