@@ -37,6 +37,10 @@ SETTINGS = {
 }
 
 
+SHOOTING = {'game': 'demon_attack', 'evaluation_max_frames': 400, 'evaluation_epsilon': 0.0}
+FIRE = 1  # index of the action
+
+
 class Run:
     """A run's directory and its parameter shards; `save` writes what the launcher would."""
 
@@ -44,13 +48,13 @@ class Run:
         self.directory, self.client = directory, client
         self._checkpoints = checkpoints
 
-    def push(self):
-        size, version = self.client.layout.size, self.client.pull().version
-        assert self.client.push(np.ones(size, np.float32), version).rejected is None
+    def push(self, gradient=1.0):
+        gradient = np.full(self.client.layout.size, gradient, np.float32)
+        assert self.client.push(gradient, self.client.pull().version).rejected is None
 
-    def save(self, whole=False):
+    def save(self, whole=False, gradient=1.0):
         """One more update, saved; prunes what is older than the newest two."""
-        self.push()
+        self.push(gradient)
         if whole:
             self._checkpoints.save(self.client, (), {'updates': self.client.pull().version})
         else:
@@ -63,8 +67,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened(tmp_path, layout):
-    config = presets.experiment('laptop', SETTINGS)
+def opened(tmp_path, layout, parameters=0.0, **settings):
+    config = presets.experiment('laptop', SETTINGS | settings)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(RunDirectory.open(tmp_path / 'run'))
         directory.config_file.write_text(config_lib.to_json(config))
@@ -72,7 +76,7 @@ def opened(tmp_path, layout):
         shards = stack.enter_context(parameter_servers.serve(server))
         addresses = [shard.address for shard in shards]
         client = stack.enter_context(parameter_servers.connect(addresses, layout))
-        client.initialise(np.zeros(client.layout.size, np.float32))
+        client.initialise(np.full(client.layout.size, parameters, np.float32))
         yield Run(directory, Checkpoints(directory, config), client)
 
 
@@ -350,11 +354,15 @@ def rows(run_dir) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_an_evaluator_scores_snapshots_until_it_is_asked_to_end(tmp_path):
-    policy = builders.build_policy(presets.experiment('laptop', SETTINGS))
-    with opened(tmp_path, builders.layout_of(policy)) as run:
+def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(tmp_path):
+    policy = builders.build_policy(presets.experiment('laptop', SETTINGS | SHOOTING))
+    layout = builders.layout_of(policy)
+    # The last parameters are the biases of the actions, all other values are 0.
+    fire = np.zeros(layout.size, np.float32)
+    fire[FIRE - policy.variables[-1].shape[0]] = 1e-6
+    with opened(tmp_path, layout, fire, **SHOOTING) as run:
         path = run.directory.path
-        run.save()
+        run.save(gradient=0.0)  # shoots all the time
         with (tmp_path / 'log').open('w') as log:
             process = subprocess.Popen(
                 [sys.executable, '-m', 'pipelines.evaluator', str(path), '--origin=0'],
@@ -366,7 +374,7 @@ def test_an_evaluator_scores_snapshots_until_it_is_asked_to_end(tmp_path):
         try:
             told = (tmp_path / 'log').read_text
             assert eventually(lambda: len(rows(path)) == 1, 90.0), told()
-            run.save(whole=True)
+            run.save(whole=True, gradient=np.sign(fire))  # does nothing any more
             assert eventually(lambda: len(rows(path)) == 2, 30.0), told()
         finally:
             process.send_signal(signal.SIGTERM)
@@ -374,12 +382,13 @@ def test_an_evaluator_scores_snapshots_until_it_is_asked_to_end(tmp_path):
         assert code == 0, told()
         first, second = rows(path)
         assert (first['updates'], second['updates']) == (1, 2)
-        assert (first['episodes'], first['protocol'], first['epsilon']) == (2, 'noop', 0.05)
+        assert (first['episodes'], first['protocol'], first['epsilon']) == (2, 'noop', 0.0)
         assert len(first['returns']) == 2
         assert first['wall_seconds'] == pytest.approx(first['time'], abs=60)  # the origin is 1970
-        # Both networks of zeros and ones play at random or always alike, with the same seeds.
-        assert second['best'] == (second['mean'] >= first['mean'])
-        assert json.loads((run.directory.best / 'evaluation.json').read_text())['best']
+        assert first['mean'] > 0.0 == second['mean']  # who does not shoot scores nothing
+        assert (first['best'], second['best']) == (True, False)
+        assert json.loads((run.directory.best / 'evaluation.json').read_text()) == first
+        assert of_run(str(path), 'best', print).updates == 1
         assert sorted(entry.name for entry in (path / WORK).iterdir()) == [
             '.lock',
             'alive',
