@@ -307,6 +307,15 @@ def digests(directory: str | os.PathLike[str]) -> dict[str, list[int]]:
     }
 
 
+def differences(before: Mapping[str, list[int]], after: Mapping[str, list[int]]) -> dict[str, str]:
+    """How files differ from their `digests` before, by relative path; empty if they do not."""
+    return {
+        name: 'its content has changed' if name in after else 'it is missing'
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
+
+
 def _checksum(path: pathlib.Path) -> int:
     """CRC-32 of a file; a gigabyte takes about a second."""
     checksum = 0

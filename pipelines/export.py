@@ -23,6 +23,7 @@ from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
 from pipelines.experiment import config as config_lib
 from pipelines.launch.interrupts import stoppable
+from pipelines.storage import saved_policies
 from pipelines.storage.checkpoints import read_parameters
 from pipelines.storage.reading import CHECKPOINT_FLAG, readable
 from pipelines.storage.run_directory import BEST, RunDirectory, loading_hint, output_path
@@ -40,9 +41,9 @@ def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathl
     policy.set_parameters(saved.parameters)
     train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
     with replaced_directory(output) as staging, _quiet_saving():
-        policy_saver.PolicySaver(policy.model.agent.policy, train_step=train_step).save(
-            str(staging)
-        )
+        saver = policy_saver.PolicySaver(policy.model.agent.policy, train_step=train_step)
+        saver.save(str(staging))
+        saved_policies.describe(staging, config.environment)
 
 
 @contextlib.contextmanager
@@ -103,7 +104,7 @@ def _output(path: str) -> pathlib.Path:
     """
     output = output_path(path)
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not (empty or (output / 'saved_model.pb').is_file()):
+    if not (empty or saved_policies.holds_policy(output)):
         raise UsageError(f'--output {path}: not a policy. Fix: name a new directory or a policy.')
     return output
 

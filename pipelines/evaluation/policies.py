@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from agents.config import EnvironmentConfig
+from agents.environment import FRAME_SHAPE
 from agents.games import rom_id
 from infra.disk import scratch
 from infra.parameter_server.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from pipelines.evaluation.play import Act
 from pipelines.evaluation.starts import ALL_ACTIONS, action_codes
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.storage import saved_policies
 from pipelines.storage.checkpoints import read_parameters
 from pipelines.storage.reading import readable
 from pipelines.storage.run_directory import RunDirectory
@@ -133,18 +135,13 @@ def of_saved_model(path: str, game: str | None) -> Policy:
 
     Args:
       path: its directory.
-      game: to play; None: that of the run that holds the SavedModel.
+      game: to play; None: that of the policy, or of the run that holds it (earlier versions).
 
     Raises:
       UsageError: `path` is not a readable SavedModel of a policy for Atari, or is for another game.
     """
     directory = pathlib.Path(path)
-    if not (directory / 'saved_model.pb').is_file():
-        raise UsageError(
-            f'--policy {path}: not a SavedModel (saved_model.pb is missing). Fix: name the policy/'
-            ' of a run, another SavedModel, or `random`.'
-        )
-    trained = _environment_of_run(directory.absolute().parent)
+    trained = saved_policies.checked(path) or _environment_of_run(directory.absolute().parent)
     if trained is not None and game is not None and rom_id(trained.game) != rom_id(game):
         raise other_game(path, trained.game, game)
     environment = trained
@@ -175,7 +172,7 @@ def other_game(path: str, trained: str, game: str) -> UsageError:
 def _environment_of_run(run_dir: pathlib.Path) -> EnvironmentConfig | None:
     """The environment of the run in `run_dir`, None if there is no run."""
     try:
-        return config_lib.load(run_dir / 'config.json').environment
+        return config_lib.load(run_dir / config_lib.CONFIG_FILE).environment
     except UsageError:
         return None
 
@@ -207,25 +204,34 @@ def _fitted(policy: Policy) -> Policy:
     """
     loaded = _load(policy)
     observation, action = loaded.time_step_spec.observation, loaded.action_spec
-    shape = tuple(getattr(observation, 'shape', ()))
-    if shape[:2] != (84, 84) or len(shape) != 3 or getattr(action, 'shape', None) != ():
+    try:
+        *size, stack = observation.shape
+        if (tuple(size), observation.dtype, action.shape) != (FRAME_SHAPE, np.uint8, ()):
+            raise ValueError('other types or shapes')
+        environment = dataclasses.replace(policy.environment, frame_stack=stack)
+        num_actions = int(action.maximum) + 1
+    except (AttributeError, TypeError, ValueError) as error:  # of a structure, or without bounds
         raise UsageError(
-            f'--policy {policy.path}: not a policy for Atari (observation {observation}, action'
-            f' {action}). Fix: name one for uint8 [84, 84, stack] and a scalar action.'
-        )
-    num_actions = int(action.maximum) + 1
-    minimal = len(action_codes(policy.environment.game, full_action_space=False))
+            f'--policy {policy.path}: not a policy for Atari (takes {_kind(observation)}, returns'
+            f' {_kind(action)}). Fix: name one that takes uint8 [84, 84, stack] and returns a'
+            ' bounded scalar.'
+        ) from error
+    minimal = len(action_codes(environment.game, full_action_space=False))
     if num_actions not in (minimal, ALL_ACTIONS):
         raise UsageError(
             f'--policy {policy.path}: a policy of another game ({num_actions} actions;'
-            f' {policy.environment.game} has {minimal}). Fix: name its game as --games.'
+            f' {environment.game} has {minimal}). Fix: name its game as --games.'
         )
-    fitted = dataclasses.replace(
-        policy.environment, frame_stack=shape[2], full_action_space=num_actions != minimal
-    )
+    environment = dataclasses.replace(environment, full_action_space=num_actions != minimal)
     updates = int(loaded.get_train_step())  # -1: unknown
     known = updates if updates >= 0 else None
-    return dataclasses.replace(policy, environment=fitted, updates=known)
+    return dataclasses.replace(policy, environment=environment, updates=known)
+
+
+def _kind(spec: Any) -> str:
+    """Type and shape of a spec."""
+    shape = getattr(spec, 'shape', None)
+    return 'a structure' if shape is None else f'{spec.dtype.name} {list(shape)}'
 
 
 def _load(policy: Policy) -> Any:
@@ -234,7 +240,6 @@ def _load(policy: Policy) -> Any:
     Raises:
       UsageError: it is damaged.
     """
-    import tensorflow as tf
     from tf_agents.policies import py_tf_eager_policy
 
     assert policy.saved_model is not None
@@ -245,14 +250,10 @@ def _load(policy: Policy) -> Any:
             return py_tf_eager_policy.SavedModelPyTFEagerPolicy(
                 str(directory), load_specs_from_pbtxt=True
             )
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(zipfile.BadZipFile, tf.errors.OpError),
-    ) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+    except Exception as error:  # of any kind: TensorFlow raises many for damaged files
         raise UsageError(
-            f'--policy {policy.path}: cannot be loaded ({reason}). Fix: export it again with'
-            ' `pipelines/export.py`.'
+            f'--policy {policy.path}: cannot be loaded as a policy of TF-Agents'
+            f' ({type(error).__name__}). Fix: export it again with `pipelines/export.py`.'
         ) from error
 
 

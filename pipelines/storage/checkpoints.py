@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infra.cluster import PARAMETER_SERVER
-from infra.disk import Generations, digests, remove, set_aside, write_json
+from infra.disk import Generations, differences, digests, remove, set_aside, write_json
 from infra.parameter_server import checkpoint as parameter_checkpoint
 from infra.parameter_server.checkpoint import DamagedCheckpointError
 from infra.parameter_server.client import ParameterClient
@@ -193,21 +193,22 @@ def _find(directory: RunDirectory) -> _Found:
     raise _unreadable(directory, reason)
 
 
-def _existing(directory: RunDirectory) -> list[pathlib.Path]:
+def _existing(directory: RunDirectory, best: bool = False) -> list[pathlib.Path]:
     """The complete checkpoints, newest first.
 
     Raises:
-      UsageError: there are none.
+      UsageError: there are none; it offers the `best` one.
     """
     if paths := directory.latest_checkpoints():
         return paths
-    raise no_checkpoint(directory.path)
+    raise no_checkpoint(directory.path, best)
 
 
-def _unreadable(directory: RunDirectory, reason: str) -> UsageError:
+def _unreadable(directory: RunDirectory, reason: str, best: bool = False) -> UsageError:
+    offer = 'add --checkpoint best, or ' * best
     return UsageError(
-        f'{directory.path}: no checkpoint can be read ({reason}). Fix: start a new run in another'
-        ' --run_dir.'
+        f'{directory.path}: no checkpoint can be read ({reason}). Fix: {offer}start a new run in'
+        ' another --run_dir.'
     )
 
 
@@ -254,7 +255,8 @@ def _read_newest(
 ) -> tuple[str, parameter_checkpoint.Checkpoint]:
     """Raises UsageError if no parameters are readable."""
     damaged: list[str] = []
-    for path in _existing(directory):
+    best = directory.best.is_dir()
+    for path in _existing(directory, best):
         try:
             saved = parameter_checkpoint.read_checkpoint(str(path / PARAMETERS))
         except DamagedCheckpointError as error:
@@ -263,7 +265,7 @@ def _read_newest(
         for reason in damaged:
             notify(f'{reason}; skipped')
         return path.name, saved
-    raise _unreadable(directory, damaged[-1])
+    raise _unreadable(directory, damaged[-1], best)
 
 
 def _counters(path: pathlib.Path) -> dict[str, Any]:
@@ -298,8 +300,6 @@ def _validate(path: pathlib.Path, with_replay: bool) -> dict[str, Any]:
     found = digests(path / _REPLAY)
     if not isinstance(expected, dict):
         raise DamagedCheckpointError(f'{run_file} is damaged (no {_REPLAY_FILES})')
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            gone = 'it is missing' if name not in found else 'its content has changed'
-            raise DamagedCheckpointError(f'{path / _REPLAY / name} is damaged ({gone})')
+    for name, how in differences(expected, found).items():
+        raise DamagedCheckpointError(f'{path / _REPLAY / name} is damaged ({how})')
     return counters

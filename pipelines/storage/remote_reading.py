@@ -124,7 +124,7 @@ def _wanted(place: Place, files: Mapping[str, int], checkpoint: str) -> list[str
         of_chosen = [name for name in files if checkpoint_of(name) in chosen]
         wanted = [name for name in of_chosen if name.split('/')[2] in _NEEDED]
     if not wanted and checkpoint == 'newest':
-        raise no_checkpoint(place.url)
+        raise no_checkpoint(place.url, any(name.startswith(f'{BEST}/') for name in files))
     if not wanted:
         raise UsageError(
             f'{place.url}: no checkpoint {checkpoint} (there are:'

@@ -111,10 +111,11 @@ def _from_here(path: str | os.PathLike[str]) -> str:
     return os.fspath(path)
 
 
-def no_checkpoint(run: str | os.PathLike[str]) -> UsageError:
-    """The error for a run, local or remote, that has not saved anything."""
+def no_checkpoint(run: str | os.PathLike[str], best: bool) -> UsageError:
+    """The error for a run, local or remote, without a checkpoint; it offers the `best` one."""
+    offer = 'add --checkpoint best, or ' * best
     return UsageError(
-        f'{run}: no checkpoint yet. Fix: train for longer, or with a smaller'
+        f'{run}: no checkpoint yet. Fix: {offer}train for longer, or with a smaller'
         ' --checkpoint_period_seconds.'
     )
 

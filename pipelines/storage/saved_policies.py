@@ -1,0 +1,84 @@
+"""The directory of a policy's SavedModel: checksums and environment in, a checked directory out.
+
+`policy.json` lies beside TensorFlow's files. SavedModels of earlier versions and of other programs
+lack it.
+"""
+
+import dataclasses
+import pathlib
+
+from agents.config import EnvironmentConfig
+from infra.disk import differences, digests, write_json
+from infra.sealed import parse_object, seal, unseal
+from pipelines.errors import UsageError, unreadable
+
+_POLICY_FILE = 'policy.json'
+_MODEL = 'saved_model.pb'
+_NEEDED = (_MODEL, 'policy_specs.pbtxt', 'variables/variables.index')
+_VARIABLES = 'variables/variables.data-'
+
+
+def holds_policy(directory: pathlib.Path) -> bool:
+    """Whether the directory holds a SavedModel, damaged or not."""
+    return any((directory / name).is_file() for name in (_MODEL, _POLICY_FILE))
+
+
+def describe(directory: pathlib.Path, environment: EnvironmentConfig) -> None:
+    """Adds `policy.json` to a complete SavedModel.
+
+    Raises:
+      OSError: it is not writable.
+    """
+    values = {'environment': dataclasses.asdict(environment), 'files': digests(directory)}
+    write_json(directory / _POLICY_FILE, seal(values))
+
+
+def checked(path: str) -> EnvironmentConfig | None:
+    """Checks the files of a SavedModel; returns its policy's environment, None if it is unknown.
+
+    Raises:
+      UsageError: the directory holds no SavedModel of a policy, or a file is missing or damaged.
+    """
+    directory = pathlib.Path(path)
+    if not holds_policy(directory):
+        raise UsageError(
+            f'--policy {path}: not a SavedModel ({_MODEL} is missing). Fix: name the policy/ of a'
+            ' run, another SavedModel, or `random`.'
+        )
+    try:
+        found = digests(directory)
+    except OSError as error:
+        raise unreadable(error.filename or path, error) from error
+    environment, problem = None, _gap(found)
+    if _POLICY_FILE in found:
+        try:
+            values = unseal(parse_object((directory / _POLICY_FILE).read_bytes()))
+            environment = EnvironmentConfig(**values['environment'])
+            problem = _change(values['files'], found)
+        except (OSError, ValueError) as error:
+            problem = f'{_POLICY_FILE}: {error}'
+        except (KeyError, TypeError, AttributeError):
+            problem = f'{_POLICY_FILE}: of another version'
+    if problem:
+        raise UsageError(
+            f'--policy {path}: damaged ({problem}). Fix: copy it again, or export it again with'
+            ' `pipelines/export.py`.'
+        )
+    return environment
+
+
+def _gap(found: dict[str, list[int]]) -> str:
+    """What a SavedModel with these files lacks, empty if nothing."""
+    data = next((name for name in found if name.startswith(_VARIABLES)), f'{_VARIABLES}*')
+    for name in (*_NEEDED, data):
+        if name not in found:
+            return f'{name}: it is missing'
+        if not found[name][0]:
+            return f'{name}: it is empty'
+    return ''
+
+
+def _change(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
+    """The first file that is not as it was written, empty if there is none; others may be added."""
+    own = {name: found[name] for name in expected.keys() & found.keys()}
+    return next((f'{name}: {how}' for name, how in differences(expected, own).items()), '')
