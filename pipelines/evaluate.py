@@ -6,7 +6,6 @@ Runs at the end of training, or as a command:
 
 import argparse
 import contextlib
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
+from infra.cores import whole_cores
 from infra.flags import Parser, integer, nonempty_path
 from infra.output import protect_output
 from infra.process import exit_with_launcher
-from pipelines.errors import one_line_errors
+from pipelines.errors import UsageError, one_line_errors
 from pipelines.evaluation.entrants import Request
+from pipelines.evaluation.policies import RANDOM
 from pipelines.experiment.games import games_of
 from pipelines.experiment.protocols import PROTOCOLS
 from pipelines.launch.evaluation import Work, evaluate, line, require_valid
@@ -67,15 +68,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _add_policies(parser: argparse.ArgumentParser) -> None:
     several: Any = {'nargs': '+', 'action': 'extend', 'type': nonempty_path, 'default': []}
     parser.add_argument('--run_dir', **several, help='Run directories, local or gs://...')
-    parser.add_argument('--checkpoint', **CHECKPOINT_FLAG)
+    parser.add_argument('--checkpoint', **{**CHECKPOINT_FLAG, 'default': None})
     parser.add_argument(
         '--policy', **several, help="Directories of SavedModels, or 'random' for random actions."
     )
     parser.add_argument(
         '--games',
         metavar='GAME,...',
-        help='Games of the --policy, or the groups atari49 and atari5. Default: that of the run'
-        ' which holds it.',
+        help='Games of the --policy, or the groups atari49 and atari5. Default: the one that it was'
+        " trained for; for 'random' those of the other policies.",
     )
 
 
@@ -112,8 +113,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--num_workers',
         type=integer,
-        default=len(os.sched_getaffinity(0)),
-        help='Games at a time. Default: the cores of this machine.',
+        default=whole_cores(),
+        help='Games at a time. Default: the cores that this process may use.',
     )
 
 
@@ -126,12 +127,12 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--video_episode',
         type=integer,
-        default=0,
         help="The game that --video shows, by its number in the result's details. Default: 0.",
     )
     parser.add_argument(
         '--video_overlay',
         action='store_true',
+        default=None,
         help='Show score, actions and expected returns beside the picture.',
     )
 
@@ -143,9 +144,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     exit_with_launcher()
     require_valid(arguments.episodes, arguments.epsilon, arguments.seed)
+    _require_effect(arguments)
     request = Request(
         run_dirs=arguments.run_dir,
-        checkpoint=arguments.checkpoint,
+        checkpoint=arguments.checkpoint or 'newest',
         policies=arguments.policy,
         games=() if arguments.games is None else games_of(arguments.games),
         protocol=arguments.protocol,
@@ -160,6 +162,25 @@ def main(argv: Sequence[str]) -> int:
         film = _film(arguments)
         results = evaluate(request, arguments.output, work, ['evaluate.py', *argv], film, _show)
     return int(any(result['failed'] for result in results.values()))
+
+
+def _require_effect(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+      UsageError: a flag has no effect without another one.
+    """
+    trained = arguments.run_dir or set(arguments.policy) - {RANDOM}
+    needs = {
+        'checkpoint': ('--run_dir', arguments.run_dir),
+        'epsilon': ('a trained policy', trained or not arguments.policy),
+        'video_episode': ('--video', arguments.video),
+        'video_overlay': ('--video', arguments.video),
+    }
+    for name, (needed, given) in needs.items():
+        if getattr(arguments, name) is not None and not given:
+            raise UsageError(
+                f'--{name}: no effect without {needed}. Fix: add that, or omit --{name}.'
+            )
 
 
 def _show(file: str, result: Mapping[str, Any]) -> None:
@@ -177,7 +198,7 @@ def _film(arguments: argparse.Namespace) -> 'Film | None':
     from pipelines.evaluation import video  # imports FFmpeg
 
     path = video.new_file(arguments.video)
-    return video.Film(path, arguments.video_episode, arguments.video_overlay)
+    return video.Film(path, arguments.video_episode or 0, bool(arguments.video_overlay))
 
 
 if __name__ == '__main__':

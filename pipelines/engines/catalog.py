@@ -157,6 +157,5 @@ def require_free(runner: str, flags: Sequence[str]) -> None:
     for flag in engine(runner).reserved_flags:
         if value_of(flag, flags) is not None:
             raise UsageError(
-                f'{flag}: reserved, since --num_actors and --num_learners determine it.'
-                ' Fix: omit it.'
+                f'{flag}: reserved, since the number of workers determines it. Fix: omit it.'
             )

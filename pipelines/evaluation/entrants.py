@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agents.games import GameError, rom_id
@@ -24,7 +24,7 @@ class Request:
       run_dirs: directories of runs, local or gs://...
       checkpoint: of the runs: 'newest', 'best' or a number.
       policies: directories of SavedModels, or 'random'.
-      games: for policies that are not a run's.
+      games: for policies that are not a run's; empty: those that the others were trained for.
       protocol: name of the rules.
       starts: file of start points.
       episodes, epsilon, seed: of each policy's evaluation.
@@ -60,6 +60,11 @@ class Entrant:
     starts_file: str | None = None
     starts_source: str | None = None
 
+    @property
+    def game(self) -> str:
+        """Its ROM."""
+        return rom_id(self.policy.environment.game)
+
     def games(self, index: int) -> Iterator[Game]:
         """The games to play, for the entrant's index in the evaluation."""
         chance = self.policy.kind == RANDOM
@@ -81,7 +86,7 @@ class Entrant:
         return {
             'protocol': rules.name,
             'deviations': deviations(rules, policy.environment),
-            'game': rom_id(policy.environment.game),
+            'game': self.game,
             'policy': policy.describe(),
             'updates': policy.updates,
             'epsilon': 1.0 if by_chance else rules.epsilon,
@@ -102,21 +107,34 @@ def entrants(request: Request, notify: Callable[[str], None]) -> list[Entrant]:
     Raises:
       UsageError: a policy, the protocol or the start points cannot be used.
     """
+    _require_named(request)
     try:
         games = [rom_id(game) for game in request.games]
         run_dirs = dict.fromkeys(request.run_dirs)
         found = [_of_run(request, run_dir, notify) for run_dir in run_dirs]
         for path in dict.fromkeys(request.policies):
-            found += _of_policy(request, path)
+            if path != RANDOM:
+                found += _of_saved_model(request, path)
+        if RANDOM in request.policies:
+            found += _of_chance(request, games or [entrant.game for entrant in found])
         for entrant in found:
-            game = rom_id(entrant.policy.environment.game)
-            if games and game not in games:
-                raise policies.other_game(entrant.policy.path, game, games[0])
+            if games and entrant.game not in games:
+                raise policies.other_game(entrant.policy.path, entrant.game, games[0])
     except GameError as error:
         raise UsageError(str(error)) from error
-    if not found:
-        raise UsageError('nothing to evaluate. Fix: name a run as --run_dir, or a --policy.')
     return found
+
+
+def _require_named(request: Request) -> None:
+    """Checks that policies are named, and a game for random actions, before any is read.
+
+    Raises:
+      UsageError: there is none.
+    """
+    if not (request.run_dirs or request.policies):
+        raise UsageError('nothing to evaluate. Fix: name a run as --run_dir, or a --policy.')
+    if not (request.run_dirs or request.games or set(request.policies) - {RANDOM}):
+        raise UsageError(f'--policy {RANDOM}: no game is named. Fix: add --games.')
 
 
 def _of_run(request: Request, run_dir: str, notify: Callable[[str], None]) -> Entrant:
@@ -128,16 +146,17 @@ def _of_run(request: Request, run_dir: str, notify: Callable[[str], None]) -> En
     return _entrant(request, policy, rules, run.seed)
 
 
-def _of_policy(request: Request, path: str) -> Iterator[Entrant]:
-    """The entrants of a SavedModel, or of random actions in each of the games."""
+def _of_saved_model(request: Request, path: str) -> Iterator[Entrant]:
     rules = _rules(request, 'noop', {})
-    if path == RANDOM and not request.games:
-        raise UsageError('--policy random: no game is named. Fix: add --games.')
     for game in request.games or (None,):
-        if path == RANDOM and game is not None:
-            policy = policies.of_chance(game, rules.full_action_space)
-        else:
-            policy = policies.of_saved_model(path, game)
+        yield _entrant(request, policies.of_saved_model(path, game), rules, DEFAULT_SEED)
+
+
+def _of_chance(request: Request, games: Iterable[str]) -> Iterator[Entrant]:
+    """Random actions in each of the games."""
+    rules = _rules(request, 'noop', {})
+    for game in dict.fromkeys(games):
+        policy = policies.of_chance(game, rules.full_action_space)
         yield _entrant(request, policy, rules, DEFAULT_SEED)
 
 

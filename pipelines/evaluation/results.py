@@ -12,6 +12,9 @@ import numpy as np
 
 from pipelines.evaluation.play import Failure, Score
 
+PROGRESS_SECONDS = 10.0
+"""Between two lines of progress while games are played."""
+
 _FAILURES_NAMED = 5
 
 
@@ -81,6 +84,7 @@ def file_name(result: Mapping[str, Any], elsewhere: bool) -> str:
     parts: Sequence[str] = ('evaluation', result['protocol'], stamp)
     if elsewhere:
         path = pathlib.PurePath(result['policy']['path'])
-        name = path.name if path.name != 'policy' else path.parent.name
-        parts = (name or 'policy', result['game'], result['protocol'], stamp)
+        saved_model = result['policy']['kind'] == 'saved_model'  # each run has a `policy`
+        names = (path.parent.name, path.name) if saved_model else (path.name,)
+        parts = (*filter(None, names), result['game'], result['protocol'], stamp)
     return '-'.join(parts) + '.json'

@@ -181,9 +181,7 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
         conflict_handler='resolve',
     )
     if not own_only:
-        for options in PipelineOptions.__subclasses__():
-            if options is not GorilaOptions:
-                options._add_argparse_args(_BeamArguments(parser))
+        _add_beam_arguments(parser)
     else:
         parser.add_argument(
             '--runner',
@@ -195,6 +193,12 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
         parser.add_argument('--help_beam', action='store_true', help='Also list the flags of Beam.')
     _add_arguments(parser, preset)
     return parser
+
+
+def _add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    for options in PipelineOptions.__subclasses__():
+        if options is not GorilaOptions:
+            options._add_argparse_args(_BeamArguments(parser))
 
 
 class _BeamArguments:
@@ -225,6 +229,23 @@ def _reject_unknown(
         near = difflib.get_close_matches(flag, known, n=3)
         hint = f'Did you mean {", ".join(near)}?' if near else 'See --help.'
         raise UsageError(f'{text}: unknown flag. {hint}')
+
+
+def require_known(engine: catalog.Engine, flags: Sequence[str]) -> None:
+    """Checks that `flags` are Beam's, for commands other than run.py.
+
+    Raises:
+      UsageError: a flag is unknown, or its value is invalid.
+    """
+    engine.register_flags()
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, conflict_handler='resolve'
+    )
+    _add_beam_arguments(parser)
+    try:
+        _reject_unknown(parser.parse_known_args(flags)[1], parser, engine)
+    except argparse.ArgumentError as error:
+        raise UsageError(with_fix(error, 'see --help')) from error
 
 
 def _addresses(kind: str, text: str | None) -> tuple[str, ...]:

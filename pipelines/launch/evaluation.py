@@ -9,19 +9,19 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from infra.disk import is_remote, write_json
+from pipelines.engines import catalog
 from pipelines.errors import UsageError, unwritable
 from pipelines.evaluation import local
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import Policy
-from pipelines.evaluation.results import by_policy, combined, file_name
+from pipelines.evaluation.results import PROGRESS_SECONDS, by_policy, combined, file_name
 from pipelines.experiment import config as config_lib
+from pipelines.preflight.engine import require_flags, require_reachable
 from pipelines.storage import evaluations, provenance
 
 if TYPE_CHECKING:
     from pipelines.evaluation.video import Film
-
-_PROGRESS_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,22 @@ class Work:
     runner: str | None = None
     num_workers: int = 1
     beam_flags: Sequence[str] = ()
+
+    def require_ready(self) -> None:
+        """Checks the engine and its flags, before policies are read.
+
+        Raises:
+          UsageError: the engine or a flag is unknown, a flag is missing, or an address unreachable.
+        """
+        if self.runner is None:
+            return
+        chosen = catalog.engine(self.runner)
+        catalog.require_free(self.runner, self.beam_flags)
+        require_flags(self.runner, self.beam_flags)
+        from pipelines.experiment import command_line  # imports Beam
+
+        command_line.require_known(chosen, self.beam_flags)
+        require_reachable(self.beam_flags)
 
 
 def require_valid(episodes: int | None, epsilon: float | None, seed: int | None) -> None:
@@ -80,11 +96,10 @@ def evaluate(
       UsageError: the request cannot be carried out, no game could be played, or a result or the
         video cannot be written.
     """
+    work.require_ready()
     found = entrants(request, notify)
     filmed = _game_of(found, film)
-    files = [_target(entrant, output, len(found)) for entrant in found]
-    for file in files:
-        evaluations.require_new(file)
+    files = _files(found, output)
     results = _results(found, work, files, command)
     _report_failures(results)
     with _noted() as written:
@@ -160,7 +175,20 @@ def _play(
         return _play_here(found, games, work.num_workers, files)
     from pipelines.launch import evaluation_job  # imports Beam
 
-    return evaluation_job.run(found, games, work.runner, work.num_workers, work.beam_flags, notify)
+    workers = min(work.num_workers, len(games))
+    return evaluation_job.run(found, games, work.runner, workers, work.beam_flags, notify)
+
+
+def _files(found: Sequence[Entrant], output: str | None) -> list[str]:
+    """Paths of the files for the results.
+
+    Raises:
+      UsageError: one exists or cannot be written.
+    """
+    files = [_target(entrant, output, len(found)) for entrant in found]
+    for file in files:
+        evaluations.require_new(file)
+    return files
 
 
 def _target(entrant: Entrant, output: str | None, count: int) -> str:
@@ -196,7 +224,7 @@ def _play_here(
 ) -> dict[int, dict[str, Any]]:
     """Plays in this process and shows progress; returns the scores by policy."""
     records: list[Score | Failure] = []
-    due = monotonic() + _PROGRESS_SECONDS
+    due = monotonic() + PROGRESS_SECONDS
     progress = None
     if len(files) == 1 and not is_remote(files[0]) and pathlib.Path(files[0]).parent.is_dir():
         progress = evaluations.progress_file(pathlib.Path(files[0]))  # the launcher reads it
@@ -207,7 +235,7 @@ def _play_here(
             if progress is not None:
                 write_json(progress, {'episodes': len(records)})
             if monotonic() >= due:
-                due = monotonic() + _PROGRESS_SECONDS
+                due = monotonic() + PROGRESS_SECONDS
                 notify(_progress(records, len(games), single=len(found) == 1))
     finally:
         if progress is not None:

@@ -30,10 +30,8 @@ from pipelines.evaluation.entrants import Entrant
 from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import packed
 from pipelines.launch import beam_job
-from pipelines.preflight.engine import require_flags, require_reachable
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 
-_PROGRESS_SECONDS = 10.0
 _LAST_LINES = 20
 
 
@@ -51,13 +49,9 @@ def run(
     failed.
 
     Raises:
-      UsageError: the engine lacks a flag or cannot be reached, no game was played, or the shared
-        directory is not shared.
+      UsageError: no game was played, or the shared directory is not shared.
     """
     engine = catalog.engine(runner)
-    catalog.require_free(runner, flags)
-    require_flags(runner, flags)
-    require_reachable(flags)
     engine.register_flags()
     os.environ.update(own_code(os.environ.get('PYTHONPATH', '')))  # of Beam's worker processes
     options = PipelineOptions(engine.job_flags('evaluation', num_workers, flags))
@@ -161,8 +155,8 @@ def _shared_directory(engine: Engine, flags: Sequence[str]) -> Iterator[str]:
     """Yields a new directory for policies and scores, removed at the end."""
     place = None if engine.runs_locally else value_of('--temp_location', flags)
     if place is None:
-        with tempfile.TemporaryDirectory(prefix='gorila-evaluation-') as directory:
-            yield directory
+        with scratch() as directory:
+            yield str(directory)
         return
     directory = FileSystems.join(place, f'gorila-evaluation-{uuid.uuid4().hex}')
     FileSystems.mkdirs(directory)
@@ -222,7 +216,7 @@ def _progress(shared: Shared, total: int, shown: TextIO) -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(_PROGRESS_SECONDS):
+        while not ended.wait(results.PROGRESS_SECONDS):
             with contextlib.suppress(Exception):  # only for show
                 done = len(_played(shared))
                 print(f'evaluate.py: {done} of {total} episodes', file=shown, flush=True)

@@ -258,7 +258,7 @@ def test_an_evaluation_survives_the_death_of_a_worker(tmp_path):
             # Without the level of TensorFlow's messages that the tests set.
             env={**os.environ, 'TMPDIR': str(tmp_path), 'TF_CPP_MIN_LOG_LEVEL': '3'},
         )
-    played = lambda: list(tmp_path.glob('gorila-evaluation-*/played-*'))  # noqa: E731
+    played = lambda: list(tmp_path.glob('gorila-scratch-*/played-*'))  # noqa: E731
     assert eventually(lambda: len(played()) > 4, 60.0)
     workers = psutil.Process(process.pid).children(recursive=True)
     # Not the shell that starts it.

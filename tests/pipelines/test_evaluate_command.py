@@ -1,41 +1,56 @@
 """The evaluation command: which policies it accepts, what it writes, what it says."""
 
 import errno
+import importlib
 import json
 import os
 import pathlib
 import shutil
 import signal
 import tempfile
+import time
 
 import pytest
+import tensorflow as tf
+from tf_agents.policies import policy_saver, random_tf_policy
+from tf_agents.specs import tensor_spec
+from tf_agents.trajectories import time_step as ts
 
+from agents.config import EnvironmentConfig
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines import evaluate, export
 from pipelines.errors import UsageError
-from pipelines.evaluation import entrants, local, policies, starts
+from pipelines.evaluation import entrants, local, policies, results, starts
 from pipelines.evaluation.play import Failure, Score
 from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
 from pipelines.launch import evaluation
-from pipelines.storage import evaluations
+from pipelines.storage import evaluations, saved_policies
+
+DATA = 'variables/variables.data-00000-of-00001'
+HALF = b'half of the file'
+EXPERIMENT = presets.experiment('laptop', {})
 
 
-@pytest.fixture
-def run_dir(tmp_path, monkeypatch):
-    """A run whose checkpoint holds the parameters of a new network."""
-    experiment = presets.experiment('laptop', {})
-    path = tmp_path / 'run'
-    path.mkdir()
-    (path / 'config.json').write_text(config_lib.to_json(experiment))
-    policy = builders.build_policy(experiment)
-    saved = Checkpoint(
+@pytest.fixture(scope='module')
+def saved():
+    """The parameters of a new network."""
+    policy = builders.build_policy(EXPERIMENT)
+    return Checkpoint(
         layout=builders.layout_of(policy),
         parameters=policy.parameters(),
         target=policy.parameters(),
         clock={'updates': 1},
     )
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch, saved):
+    """A run whose checkpoint holds these."""
+    path = tmp_path / 'run'
+    path.mkdir()
+    (path / 'config.json').write_text(config_lib.to_json(EXPERIMENT))
     for command in (policies, export):
         monkeypatch.setattr(command, 'read_parameters', lambda *_: ('checkpoint-00000001', saved))
     return path
@@ -84,17 +99,39 @@ def test_a_signal_during_the_games_leaves_the_evaluation_before(
     assert list(temporary.iterdir()) == []
 
 
+def test_a_signal_during_an_import_waits_for_its_end(run_dir, monkeypatch, capsys):
+    (run_dir / 'imported.py').write_text(
+        'import os, signal\n'
+        'try:\n'
+        '    os.kill(os.getpid(), signal.SIGTERM)\n'
+        'except BaseException:\n'
+        '    raise ImportError\n'
+        'complete = True\n'
+    )
+    monkeypatch.syspath_prepend(run_dir)
+
+    def imports_and_plays(*_):
+        assert importlib.import_module('imported').complete
+        time.sleep(60.0)
+        yield from ()
+
+    monkeypatch.setattr(local, 'play_all', imports_and_plays)
+    assert evaluate.main([f'--run_dir={run_dir}']) == 143
+    said = 'evaluate.py: SIGTERM: stopped. No result is written.\n'
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize('command', [evaluate, export])
-def test_a_signal_that_an_import_turns_into_another_error_is_one_line(
+def test_a_signal_that_a_library_turns_into_another_error_is_one_line(
     run_dir, temporary, monkeypatch, capsys, command
 ):
-    def import_tensorflow(*_):
+    def fail(*_):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except BaseException:
-            raise ImportError('initialization failed') from None
+            raise SystemError('initialization failed') from None
 
-    monkeypatch.setattr(command, command.__name__.rpartition('.')[2], import_tensorflow)
+    monkeypatch.setattr(command, command.__name__.rpartition('.')[2], fail)
     assert command.main([f'--run_dir={run_dir}']) == 143
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f'{command.__name__.rpartition(".")[2]}.py: SIGTERM: stopped. No ')
@@ -221,15 +258,36 @@ def test_of_two_evaluations_with_one_output_the_second_is_refused(tmp_path):
     assert json.loads(pathlib.Path(output).read_text()) == {'mean': 1.0}
 
 
-def test_several_policies_have_a_file_each(run_dir, tmp_path, monkeypatch):
+def test_several_policies_have_a_file_each_and_random_plays_the_game_of_the_run(
+    run_dir, tmp_path, monkeypatch
+):
     played(monkeypatch, scores(1.0) + scores(5.0, policy=1))
-    flags = ['--policy', 'random', '--games', 'pong', '--episodes=1']
+    flags = ['--policy', 'random', '--episodes=1']
     output = tmp_path / 'results'
     assert evaluate.main(['--run_dir', str(run_dir), *flags, f'--output={output}']) == 0
-    results = [json.loads(file.read_text()) for file in sorted(output.iterdir())]
-    assert [r['policy']['kind'] for r in results] == ['random', 'run']
-    assert [r['mean'] for r in results] == [5.0, 1.0]
-    assert results[0]['epsilon'] == 1.0
+    written = [json.loads(file.read_text()) for file in sorted(output.iterdir())]
+    assert [r['policy']['kind'] for r in written] == ['random', 'run']
+    assert [r['mean'] for r in written] == [5.0, 1.0]
+    assert written[0]['epsilon'] == 1.0
+    assert [file.name.partition('-noop')[0] for file in sorted(output.iterdir())] == [
+        'random-pong',
+        'run-pong',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'path', 'name'),
+    [
+        ('run', 'runs/a', 'a-pong-noop-'),
+        ('run', 'gs://bucket/runs/a/', 'a-pong-noop-'),
+        ('saved_model', 'runs/a/policy', 'a-policy-pong-noop-'),
+        ('saved_model', 'runs/a/policy_best', 'a-policy_best-pong-noop-'),
+        ('saved_model', 'policy', 'policy-pong-noop-'),
+    ],
+)
+def test_a_file_outside_the_run_names_its_policy(kind, path, name):
+    result = {'policy': {'kind': kind, 'path': path}, 'game': 'pong', 'protocol': 'noop'}
+    assert results.file_name(result, elsewhere=True).startswith(name)
 
 
 @pytest.mark.parametrize('command', [evaluate, export])
@@ -253,7 +311,10 @@ def test_an_unreadable_configuration_is_one_line(tmp_path, capsys, content):
 def test_a_run_without_a_checkpoints_directory_is_one_line(tmp_path, capsys):
     (tmp_path / 'config.json').write_text(config_lib.to_json(presets.experiment('laptop', {})))
     assert evaluate.main([f'--run_dir={tmp_path}']) == 2
-    assert 'no checkpoint yet' in capsys.readouterr().err
+    assert 'no checkpoint yet. Fix: train for longer' in capsys.readouterr().err
+    (tmp_path / 'best').mkdir()
+    assert evaluate.main([f'--run_dir={tmp_path}']) == 2
+    assert 'no checkpoint yet. Fix: add --checkpoint best, or train' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('which', ['best', '7'])
@@ -272,23 +333,62 @@ def test_a_game_that_would_end_the_interpreter_is_one_line(run_dir, capsys, comm
     assert "game 'joust' cannot be played" in line
 
 
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory, saved):
+    path = tmp_path_factory.mktemp('exported') / 'policy'
+    export.export(EXPERIMENT, saved, path)
+    return path
+
+
 @pytest.fixture
-def saved_model(run_dir):
+def saved_model(run_dir, exported):
     """The policy of `run_dir`, exported into it."""
-    assert export.main([f'--run_dir={run_dir}']) == 0
-    return run_dir / 'policy'
+    return pathlib.Path(shutil.copytree(exported, run_dir / 'policy'))
 
 
-def test_a_saved_model_plays_as_the_run_that_it_is_from(saved_model, run_dir, tmp_path):
+def test_a_saved_model_plays_anywhere_as_the_run_that_it_is_from(run_dir, exported, tmp_path):
     # Greedy: otherwise the two would differ only by chance.
     flags = ['--episodes=1', '--seed=3', '--epsilon=0']
     assert evaluate.main([f'--run_dir={run_dir}', *flags]) == 0
     output = tmp_path / 'saved.json'
-    assert evaluate.main([f'--policy={saved_model}', *flags, f'--output={output}']) == 0
+    assert evaluate.main([f'--policy={exported}', *flags, f'--output={output}']) == 0
     result = json.loads(output.read_text())
     assert result['returns'] == result_of(run_dir)['returns']
     assert result['details'] == result_of(run_dir)['details']
     assert result['policy']['kind'] == 'saved_model'
+
+
+def test_a_saved_model_keeps_the_environment_that_its_policy_was_trained_in(exported, tmp_path):
+    copy = pathlib.Path(shutil.copytree(exported, tmp_path / 'copy'))
+    assert saved_policies.checked(str(copy)) == EXPERIMENT.environment
+    (copy / 'policy.json').unlink()
+    environment = EnvironmentConfig(game='boxing', action_repeat=5, full_action_space=True)
+    saved_policies.describe(copy, environment)
+    (copy / 'README').write_text('Files may be added.')
+    assert saved_policies.checked(str(copy)) == environment
+
+
+def test_a_saved_model_of_an_earlier_version_plays_the_game_of_the_run_around_it(saved_model):
+    (saved_model / 'policy.json').unlink()
+    (entrant,) = entrants.entrants(entrants.Request(policies=[str(saved_model)]), print)
+    assert entrant.policy.environment == EXPERIMENT.environment
+
+
+def damage(file: pathlib.Path, content: bytes | None) -> None:
+    if content is None:
+        file.unlink()
+    else:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if content is HALF else content)
+
+
+def saved_policy(directory: pathlib.Path, shape: tuple[int, ...]) -> pathlib.Path:
+    """A SavedModel of a policy for another environment than Atari."""
+    time_steps = ts.time_step_spec(tf.TensorSpec(shape, tf.float32))
+    actions = tensor_spec.BoundedTensorSpec((), tf.int64, 0, 1)
+    policy = random_tf_policy.RandomTFPolicy(time_steps, actions)
+    policy_saver.PolicySaver(policy).save(str(directory / 'other'))
+    return directory / 'other'
 
 
 class TestBadInput:
@@ -301,25 +401,70 @@ class TestBadInput:
         return line
 
     def test_a_policy_of_another_game(self, run_dir, saved_model, tmp_path, capsys):
-        capsys.readouterr()
         line = self.refused([f'--run_dir={run_dir}', '--games=breakout'], capsys)
         assert 'a policy for pong, not for breakout' in line
         line = self.refused([f'--policy={saved_model}', '--games=breakout'], capsys)
         assert 'a policy for pong, not for breakout' in line
-        alone = shutil.copytree(saved_model, tmp_path / 'alone')  # without its run
+        alone = pathlib.Path(shutil.copytree(saved_model, tmp_path / 'alone'))  # without its run
+        line = self.refused([f'--policy={alone}', '--games=breakout'], capsys)
+        assert 'a policy for pong, not for breakout' in line
+        (alone / 'policy.json').unlink()  # of an earlier version
         line = self.refused([f'--policy={alone}', '--games=breakout'], capsys)
         assert 'a policy of another game (6 actions; breakout has 4)' in line
         assert 'its game is unknown' in self.refused([f'--policy={alone}'], capsys)
 
-    def test_a_damaged_saved_model(self, saved_model, capsys):
-        capsys.readouterr()
-        (saved_model / 'saved_model.pb').write_bytes(b'damaged')
-        assert 'cannot be loaded' in self.refused([f'--policy={saved_model}'], capsys)
+    @pytest.mark.parametrize(
+        ('name', 'content', 'problem'),
+        [
+            ('saved_model.pb', None, 'it is missing'),
+            ('saved_model.pb', b'damaged', 'its content has changed'),
+            ('policy_specs.pbtxt', None, 'it is missing'),
+            ('fingerprint.pb', b'', 'its content has changed'),
+            ('variables/variables.index', b'', 'its content has changed'),
+            (DATA, None, 'it is missing'),
+            (DATA, HALF, 'its content has changed'),
+            ('policy.json', HALF, 'no JSON of ours'),
+            ('policy.json', b'{"environment": {"colour": true}}', 'of another version'),
+        ],
+    )
+    def test_a_damaged_saved_model(self, saved_model, capfd, name, content, problem):
+        damage(saved_model / name, content)
+        line = self.refused([f'--policy={saved_model}'], capfd)
+        assert f'--policy {saved_model}: damaged ({name}: {problem}' in line
+
+    @pytest.mark.parametrize(
+        ('name', 'content', 'problem'),
+        [
+            ('saved_model.pb', None, 'not a SavedModel (saved_model.pb is missing)'),
+            ('saved_model.pb', b'', 'damaged (saved_model.pb: it is empty)'),
+            ('policy_specs.pbtxt', None, 'damaged (policy_specs.pbtxt: it is missing)'),
+            ('variables/variables.index', b'', 'damaged (variables/variables.index: it is empty)'),
+            (DATA, None, 'damaged (variables/variables.data-*: it is missing)'),
+            ('saved_model.pb', HALF, 'cannot be loaded as a policy of TF-Agents'),
+            ('policy_specs.pbtxt', b'damaged', 'cannot be loaded as a policy of TF-Agents'),
+            ('variables/variables.index', HALF, 'cannot be loaded as a policy of TF-Agents'),
+            (DATA, HALF, 'cannot be loaded as a policy of TF-Agents'),
+        ],
+    )
+    def test_a_damaged_saved_model_without_checksums(
+        self, saved_model, capfd, name, content, problem
+    ):
+        (saved_model / 'policy.json').unlink()  # as of an earlier version
+        damage(saved_model / name, content)
+        line = self.refused([f'--policy={saved_model}'], capfd)
+        assert f'--policy {saved_model}: {problem}' in line
+
+    def test_a_saved_model_of_something_else(self, tmp_path, capfd):
+        line = self.refused([f'--policy={saved_policy(tmp_path, (4,))}', '--games=pong'], capfd)
+        assert 'not a policy for Atari (takes float32 [4], returns int64 [])' in line
 
     def test_what_is_no_policy(self, tmp_path, capsys):
         assert 'not a SavedModel' in self.refused([f'--policy={tmp_path}'], capsys)
         assert 'no game is named' in self.refused(['--policy=random'], capsys)
         assert 'nothing to evaluate' in self.refused([], capsys)
+        assert self.refused(['--policy=random', '--run_dir=nowhere'], capsys).startswith(
+            f'evaluate.py: {pathlib.Path.cwd() / "nowhere"}: no such run directory'
+        )
         assert evaluate.main(['--policy=random', '--games=pogn']) == 2
         assert 'did you mean pong' in capsys.readouterr().err
 
@@ -336,6 +481,25 @@ class TestBadInput:
         starts.write(file, StartFile('pong', 4, 'person', (Start(b'\x00'), Start(b'\x05'))))
         flags = [f'--run_dir={run_dir}', '--protocol=human', f'--starts={file}']
         assert 'point 1: a start point uses an action outside' in self.refused(flags, capsys)
+
+    @pytest.mark.parametrize(
+        ('flags', 'problem'),
+        [
+            (['--policy=a', '--checkpoint=newest'], '--checkpoint: no effect without --run_dir'),
+            (['--run_dir=a', '--video_overlay'], '--video_overlay: no effect without --video'),
+            (['--run_dir=a', '--video_episode=0'], '--video_episode: no effect without --video'),
+            (['--policy=random', '--epsilon=0'], '--epsilon: no effect without a trained policy'),
+            (['--run_dir=a', '--runner=Foo'], "--runner 'Foo': unknown"),
+            (['--run_dir=a', '--runner=DaskRunner'], '--dask_client_address or'),
+            (['--run_dir=a', '--runner=DirectRunner', '--epsiode=1'], '--epsiode=1: unknown flag'),
+            (
+                ['--run_dir=a', '--runner=DirectRunner', '--direct_num_workers=1'],
+                '--direct_num_workers: reserved, since the number of workers determines it',
+            ),
+        ],
+    )
+    def test_flags_without_effect_are_refused_before_a_policy_is_read(self, capsys, flags, problem):
+        assert problem in self.refused(flags, capsys)
 
     def test_an_unknown_protocol(self, capsys):
         with pytest.raises(SystemExit) as ended:
