@@ -23,14 +23,13 @@ from pipelines.storage.remote_run import (
     run_file,
     stamp_of,
 )
-from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory
+from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, SERVERS, RunDirectory
 
 _LONGEST_DELAY_SECONDS = 120.0  # between two tries while it is unreachable
 _RESEND_BYTES_PER_SECOND = 200_000  # average for a growing file, sent whole each time
 _LAST_SECONDS = 300.0  # for the last pass, plus what is left to send at this rate:
 _LAST_BYTES_PER_SECOND = 4e6
 _LAST_DELAY_SECONDS = 2.0
-_LOCAL = 'servers'  # state of this machine's servers
 
 
 class Mirror:
@@ -159,7 +158,7 @@ class Mirror:
         for file in files_below(root):
             name = file.relative_to(root).as_posix()
             parts = name.split('/')
-            hidden = any(part.startswith('.') for part in parts) or parts[0] == _LOCAL
+            hidden = any(part.startswith('.') for part in parts) or parts[0] == SERVERS.name
             unfinished = checkpoint_of(name) and checkpoint_of(name) not in complete
             if not hidden and not unfinished:
                 with contextlib.suppress(FileNotFoundError):

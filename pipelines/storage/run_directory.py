@@ -46,7 +46,7 @@ BEST = 'best'
 """Directory of the best checkpoint, and its name as --checkpoint."""
 
 _DIRECTORIES = frozenset(
-    {BEST, 'checkpoints', 'events', 'logs', 'policy', 'policy_best', 'servers'}
+    {BEST, 'checkpoints', 'events', 'logs', 'policy', 'policy_best', SERVERS.name}
 )
 _FILES = frozenset(
     {LOCK_FILE, 'episodes.jsonl', 'evaluations.jsonl', 'launches.jsonl', 'summary.json'}
