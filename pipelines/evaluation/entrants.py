@@ -62,7 +62,7 @@ class Entrant:
 
     @property
     def game(self) -> str:
-        """Its ROM."""
+        """Its ROM; raises GameError if it cannot be played."""
         return rom_id(self.policy.environment.game)
 
     def games(self, index: int) -> Iterator[Game]:
@@ -118,7 +118,7 @@ def entrants(request: Request, notify: Callable[[str], None]) -> list[Entrant]:
         if RANDOM in request.policies:
             found += _of_chance(request, games or [entrant.game for entrant in found])
         for entrant in found:
-            if games and entrant.game not in games:
+            if entrant.game not in (games or [entrant.game]):
                 raise policies.other_game(entrant.policy.path, entrant.game, games[0])
     except GameError as error:
         raise UsageError(str(error)) from error

@@ -155,8 +155,8 @@ def _shared_directory(engine: Engine, flags: Sequence[str]) -> Iterator[str]:
     """Yields a new directory for policies and scores, removed at the end."""
     place = None if engine.runs_locally else value_of('--temp_location', flags)
     if place is None:
-        with scratch() as directory:
-            yield str(directory)
+        with scratch() as path:
+            yield str(path)
         return
     directory = FileSystems.join(place, f'gorila-evaluation-{uuid.uuid4().hex}')
     FileSystems.mkdirs(directory)

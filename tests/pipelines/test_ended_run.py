@@ -181,7 +181,12 @@ def test_a_policy_that_cannot_be_exported_is_evaluated_all_the_same(monkeypatch,
 
     evaluated: list[list[str]] = []
     monkeypatch.setattr(finish.export, 'main', fail)
-    monkeypatch.setattr(finish.evaluate, 'main', lambda argv: evaluated.append(argv) or 0)
+
+    def evaluate_nothing(argv):
+        evaluated.append(argv)
+        return 0
+
+    monkeypatch.setattr(finish.evaluate, 'main', evaluate_nothing)
     assert finish.main(['runs/a', 'runs/a/evaluation.json']) == 1
     assert evaluated == [['--run_dir=runs/a', '--output=runs/a/evaluation.json']]
     assert "TypeError: the agent's own" in capsys.readouterr().err

@@ -37,7 +37,7 @@ SETTINGS = {
 }
 
 
-SHOOTING = {'game': 'demon_attack', 'evaluation_max_frames': 400, 'evaluation_epsilon': 0.0}
+SHOOTING = {'game': 'demon_attack', 'evaluation_max_frames': 200, 'evaluation_epsilon': 0.0}
 FIRE = 1  # index of the action
 
 
