@@ -227,8 +227,8 @@ def _reject_unknown(
         if engine.forwards and not difflib.get_close_matches(flag, known, cutoff=0.8):
             continue
         near = difflib.get_close_matches(flag, known, n=3)
-        hint = f'Did you mean {", ".join(near)}?' if near else 'See --help.'
-        raise UsageError(f'{text}: unknown flag. {hint}')
+        hint = f' (did you mean {" or ".join(near)}?)' if near else ''
+        raise UsageError(f'{text}: unknown flag{hint}. Fix: see --help.')
 
 
 def require_known(engine: catalog.Engine, flags: Sequence[str]) -> None:

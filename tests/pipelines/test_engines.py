@@ -90,13 +90,13 @@ def test_flags_of_one_job_go_to_that_job_only():
 
 def test_flags_that_only_a_job_server_knows_go_on_to_it():
     portable = ('--runner=PortableRunner', '--job_endpoint=localhost:1')
-    with pytest.raises(UsageError, match='Did you mean.*--environment_type'):
+    with pytest.raises(UsageError, match='did you mean.*--environment_type'):
         command_line.parse([*portable, '--enviroment_type=EXTERNAL'])
     launch, _, _ = command_line.parse(
         [*portable, '--flink_conf_dir=d', '--checkpointing_interval=9']
     )
     assert launch.beam_flags[-1] == '--checkpointing_interval=9'
-    with pytest.raises(UsageError, match='Did you mean.*--num_actors'):
+    with pytest.raises(UsageError, match='did you mean.*--num_actors'):
         command_line.parse([*portable, '--num_actor=3'])
 
 
