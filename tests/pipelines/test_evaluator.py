@@ -37,7 +37,7 @@ SETTINGS = {
 }
 
 
-SHOOTING = {'game': 'demon_attack', 'evaluation_max_frames': 200, 'evaluation_epsilon': 0.0}
+SHOOTING = {'game': 'demon_attack', 'evaluation_max_frames': 400, 'evaluation_epsilon': 0.0}
 FIRE = 1  # index of the action
 
 
@@ -357,9 +357,11 @@ def rows(run_dir) -> list[dict]:
 def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(tmp_path):
     policy = builders.build_policy(presets.experiment('laptop', SETTINGS | SHOOTING))
     layout = builders.layout_of(policy)
-    # The last parameters are the biases of the actions, all other values are 0.
+    # The bias of FIRE alone is above 0. The biases of the actions lie before the last kernel.
     fire = np.zeros(layout.size, np.float32)
-    fire[FIRE - policy.variables[-1].shape[0]] = 1e-6
+    *before, bias, _ = policy.variables
+    assert bias.shape == (6,)
+    fire[sum(variable.shape.num_elements() for variable in before) + FIRE] = 1e-6
     with opened(tmp_path, layout, fire, **SHOOTING) as run:
         path = run.directory.path
         run.save(gradient=0.0)  # shoots all the time
@@ -385,7 +387,7 @@ def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(t
         assert (first['episodes'], first['protocol'], first['epsilon']) == (2, 'noop', 0.0)
         assert len(first['returns']) == 2
         assert first['wall_seconds'] == pytest.approx(first['time'], abs=60)  # the origin is 1970
-        assert first['mean'] > 0.0 == second['mean']  # who does not shoot scores nothing
+        assert first['mean'] > 0.0 == second['mean']  # 20 and 20; without a shot nothing
         assert (first['best'], second['best']) == (True, False)
         assert json.loads((run.directory.best / 'evaluation.json').read_text()) == first
         assert of_run(str(path), 'best', print).updates == 1
