@@ -6,7 +6,6 @@ the stages of one pipeline run in turn.
 
 import argparse
 import pathlib
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 

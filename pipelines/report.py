@@ -13,7 +13,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
 from infra.flags import Parser, nonempty_path, positive_number
 from infra.output import protect_output
 from pipelines.errors import one_line_errors
-from pipelines.launch.interrupts import Ended, handled, raise_ended
+from pipelines.launch.interrupts import stoppable
 from pipelines.reporting.report import VIDEO_MIB, write_report
 
 
@@ -51,15 +51,11 @@ def _parser() -> Parser:
 
 
 @one_line_errors('report.py', OSError)
+@stoppable('report.py', 'No report is written.')
 def main(argv: Sequence[str]) -> int:
     """Writes the report; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        with handled(raise_ended):
-            written = write_report(arguments.runs, arguments.output, arguments.video_mib, _notify)
-    except Ended as ended:
-        print('report.py: interrupted; no report written.', file=sys.stderr)
-        return ended.exit_code
+    written = write_report(arguments.runs, arguments.output, arguments.video_mib, _notify)
     skipped = f', problems: {len(written.problems)} (see above)' if written.problems else ''
     print(f'{written.page}: runs: {written.runs}{skipped}\ntables and charts: {written.files}')
     return 0

@@ -263,8 +263,8 @@ def from_json(text: str | bytes) -> ExperimentConfig:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f'{CONFIG_FILE}: damaged or of another version ({error}). Fix: restore a copy, remove its'
-            ' seal and checksum if you edited it, or start a new run in another --run_dir.'
+            f'{CONFIG_FILE}: damaged or of another version ({error}). Fix: restore a copy, remove'
+            ' its seal and checksum if you edited it, or start a new run in another --run_dir.'
         ) from error
 
 

@@ -606,7 +606,7 @@ class TestCommand:
         )
         code = report.main([str(run_dir), '--output', str(tmp_path / 'r.html')])
         assert code == 128 + number
-        assert 'report.py: interrupted; no report written.' in capsys.readouterr().err
+        assert 'stopped. No report is written.' in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ['run']
         assert {n: signal.getsignal(n) for n in before} == before
 
