@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.reporting import curves, drawing, results
+from pipelines.reporting import curves, drawing, reference, results
 from pipelines.reporting.drawing import Picture
 from pipelines.reporting.records import Evaluation
 from pipelines.reporting.results import Variant, Verdict
@@ -23,6 +23,8 @@ _PUBLISHED = (
 )
 """Agent, name, colour, marker and line of published scores: hollow and grey, ours have colours."""
 _LINEAR_PERCENT = 100.0  # the scale of normalised scores is linear below, logarithmic above
+_STARTS = (('noop', results.TITLES['noop']), ('human', results.TITLES['human']))
+_MOST_TICKS = 5  # that are percentages, on an axis
 _ROW_INCHES, _FRAME_INCHES = 0.3, 1.25
 _PROFILE_POINTS = 81
 _LEARNER_TAGS = 12  # charts of the learners' own figures at most
@@ -96,14 +98,14 @@ def series(
         rules = verdict.protocol
         if verdict.known and rules.starts == starts and (rules.comparable or not comparable):
             held.append((verdict, place))
-    several = len({verdict.protocol for verdict, _ in held}) > 1
-    return [
-        Series(v, place, f'{v.variant.key}, {v.protocol.name}' if several else v.variant.key)
-        for v, place in held
-    ]
+    return [Series(verdict, place, _label(verdict)) for verdict, place in held]
 
 
-_STARTS = (('noop', 'no-op starts'), ('human', 'human starts'))
+def _label(verdict: Verdict) -> str:
+    """The variant, and what distinguishes the protocol from the chart's starts."""
+    rules = verdict.protocol
+    other = rules.name.removeprefix(dict(_STARTS)[rules.starts]).removeprefix(', ')
+    return f'{verdict.variant.key}, {other}' if other else verdict.variant.key
 
 
 def scores(verdicts: Sequence[Verdict], variants: Sequence[Variant]) -> Chart | None:
@@ -141,11 +143,14 @@ def _paint_scores(axes: Any, held: Sequence[Series], games: Sequence[str], title
             label = row.name if score is row.verdict.known[0] else None
             axes.plot(seeds.mean(), y, marker, color=shade, markersize=7.5, label=label)
     axes.set_xscale('symlog', linthresh=_LINEAR_PERCENT, linscale=1.2)
-    axes.set_yticks(list(rows.values()), [game.replace('_', ' ') for game in rows])
+    axes.set_yticks(list(rows.values()), [reference.title(game) for game in rows])
     axes.set_ylim(-0.7, len(games) - 0.3)
     axes.set_title(title)
     _percent_axis(axes)
-    _ticks(axes)
+    low, high = axes.get_xlim()
+    steps = [-100, 0, 50, 100, 300, 1000, 10_000]
+    axes.set_xticks([step for step in steps if low <= step <= high])
+    axes.minorticks_off()
     drawing.legend(axes)
 
 
@@ -160,18 +165,11 @@ def _percent_axis(axes: Any) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f} %')
 
 
-def _ticks(axes: Any) -> None:
-    low, high = axes.get_xlim()
-    steps = [-100, 0, 50, 100, 300, 1000, 10_000]
-    axes.set_xticks([step for step in steps if low <= step <= high])
-    axes.minorticks_off()
-
-
 def _paint_published(axes: Any, starts: str, rows: Mapping[str, int]) -> None:
     for percent in (0, 100):
         axes.axvline(percent, color=drawing.MUTED, linewidth=1.0)
     for agent, name, shade, marker, _ in _PUBLISHED:
-        values = results.reference.published_normalised(agent, starts)
+        values = reference.published_normalised(agent, starts)
         axes.plot(
             [values[game] for game in rows],
             list(rows.values()),
@@ -233,6 +231,7 @@ def _paint_profiles(axes: Any, held: Sequence[Series], title: str) -> None:
     axes.set(ylabel='share of runs', ylim=(-3, 103))
     axes.set_xlim(thresholds[0], thresholds[-1])
     _percent_axis(axes)
+    axes.locator_params(axis='x', nbins=_MOST_TICKS)
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
     drawing.legend(axes)
 
@@ -279,6 +278,7 @@ def _paint_aggregates(axes: Any, held: Sequence[Series], title: str) -> None:
     axes.set_xlim(min(0, axes.get_xlim()[0]))
     axes.set_title(title)
     _percent_axis(axes)
+    axes.locator_params(axis='x', nbins=_MOST_TICKS)
     drawing.legend(axes)
 
 
@@ -340,10 +340,11 @@ def _paint_curves(
         axes.plot(found.x, found.mean, _line(index), color=shade, label=label)
         if axis is curves.frames:
             _paint_evaluations(axes, _of(variant, game), shade)
-    axes.set_title(game.replace('_', ' '))
+    axes.set_title(reference.title(game))
     axes.set(xlabel=unit, ylabel='return (game score)')
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_engineering)
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:,g}'.replace('-', '−'))
     drawing.legend(axes)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 INK, MUTED, GRID = '#1d2733', '#5d6876', '#dfe4ea'
 SERIES = ('#0067a8', '#c8500a', '#00835f', '#a8478c', '#8a6a00', '#3f3fb5', '#6b6b6b')
 """Okabe and Ito's palette, safe for colour blindness, darkened to a contrast of 4.5 on white."""
-SIZE_INCHES = (4.6, 3.1)  # text is 10 pixels high in the page's columns and on a phone
+SIZE_INCHES = (4.0, 2.75)  # text is 12 pixels high in the page's columns and on a phone
 
-_LEGEND_CHARACTERS = 54  # of a row of a legend, at the width of `SIZE_INCHES`
+_LEGEND_CHARACTERS = 46  # of a row of a legend, at the width of `SIZE_INCHES`
 _LEGEND_HANDLE = 5  # characters as wide as a handle with its space
 _LEGEND_INCHES = 0.19  # height of a row
 

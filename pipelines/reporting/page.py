@@ -72,7 +72,7 @@ def render(content: Content) -> str:
         published_wins=_published_wins(best),
         aggregates=list(results.AGGREGATES),
         agents=reference.AGENTS,
-        run_rows=tables.runs(content.variants).rows,
+        run_rows=_run_rows(content.variants),
         settings=tables.settings(content.variants).rows,
         machines=tables.machines(content.variants),
         launches=tables.launches,
@@ -114,9 +114,10 @@ def headline(best: Verdict | None, content: Content) -> str:
     won, of = best.wins('gorila')
     if of == 1:
         score = best.known[0]
+        game = reference.title(score.game)
         gorila = number((score.published or {})['gorila'])
         place = 'above' if won else 'below'
-        text = f'{_game(score.game)}: {number(score.mean)} points, {place} Gorila’s {gorila}'
+        text = f'{game}: {number(score.mean)} points, {place} Gorila’s {gorila}'
     else:
         text = f'Beats Gorila on {won} of {of} games'
     return text if not any(best.protocol.precedence) else f'{text} ({best.protocol.name})'
@@ -126,15 +127,16 @@ def _headline_without_comparison(content: Content) -> str:
     scores = [score for verdict in content.verdicts for score in verdict.scores]
     if len(scores) == 1:
         score = scores[0]
-        return f'{_game(score.game)}: {number(score.mean)} points under {score.protocol.name}'
+        game = reference.title(score.game)
+        return f'{game}: {number(score.mean)} points under {score.protocol.name}'
     returns = [episode.raw_return for run in content.runs for episode in run.episodes]
     if not scores and len(content.runs) == 1 and returns:
         last = returns[-RETURN_WINDOW:]
         mean = number(sum(last) / len(last))
-        game = _game(content.runs[0].game)
+        game = reference.title(content.runs[0].game)
         return f'{game}: {mean} points in the last {len(last)} training games, not evaluated yet'
     games = sorted({run.game for run in content.runs})
-    named = _game(games[0]) if len(games) == 1 else f'{len(games)} games'
+    named = reference.title(games[0]) if len(games) == 1 else f'{len(games)} games'
     return f'{named}: no score to hold against the published ones yet'
 
 
@@ -149,6 +151,17 @@ def _few_seeds(verdicts: Sequence[Verdict]) -> bool:
     """Whether an interval is shown that comes from too few seeds to be wide enough."""
     seeds = [min(map(len, (s.means for s in v.scores))) for v in verdicts if v.scores]
     return any(2 <= least < _FEW_SEEDS for least in seeds)
+
+
+def _run_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """The rows of the runs with the variant itself, and names of runs where they are unique."""
+    held = [(variant, run) for variant in variants for run in variant.runs]
+    unique = len({run.name for _, run in held}) == len(held)
+    rows = tables.runs(variants).rows
+    return [
+        {**row, 'variant': variant, 'run': run.name if unique else run.path}
+        for row, (variant, run) in zip(rows, held)
+    ]
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
@@ -200,15 +213,11 @@ def _interval(estimate: Estimate, factor: float = 1.0) -> str:
     """Bounds of an estimate in percent, or that there are none."""
     if estimate.low is None or estimate.high is None:
         return 'one seed'
-    return f'{percent(factor * float(estimate.low))} to {percent(factor * float(estimate.high))}'
+    return f'{number(factor * float(estimate.low))} to {percent(factor * float(estimate.high))}'
 
 
 def _duration(minutes: float) -> str:
     return f'{number(minutes)} min' if minutes < 60 else f'{number(minutes / 60)} h'
-
-
-def _game(name: str) -> str:
-    return name.replace('_', ' ').capitalize()
 
 
 def _value(value: Any) -> str:
@@ -223,7 +232,7 @@ def _value(value: Any) -> str:
 _FILTERS = {
     'number': number,
     'percent': percent,
-    'game': _game,
+    'game': reference.title,
     'interval': _interval,
     'span': _span,
     'value': _value,

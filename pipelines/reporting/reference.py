@@ -28,6 +28,11 @@ def table() -> dict[str, dict[str, dict[str, float]]]:
     return {name.replace('-', '_'): row for name, row in rows.items()}
 
 
+def title(game: str) -> str:
+    """The name of a game's ROM as a title: 'Space invaders'."""
+    return game.replace('_', ' ').capitalize()
+
+
 def scores(game: str, starts: str) -> Mapping[str, float] | None:
     """Published mean raw scores by agent, None for a game outside the 49.
 

@@ -25,7 +25,8 @@ _NO_VARIANT_PREFIXES = ('checkpoint_', 'evaluation_', 'evaluator_', 'wandb')
 
 _EARLIER_NAMES = {'no-op starts': 'noop'}
 """Names of protocols in results of earlier versions."""
-_TITLES = {'noop': 'no-op starts', 'human': 'human starts'}
+TITLES = {'noop': 'no-op starts', 'human': 'human starts'}
+"""Names of protocols with published scores, as shown."""
 _SOURCES = {
     'noop': 'Nair et al. 2015',
     'human': 'Nair et al. 2015, whose start points were never published: these are others',
@@ -263,7 +264,7 @@ def _protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
     missed = _missed(evaluation, exact)
     named = [f'{field} {value}' for field, value in changed.items()]
     named += [f'fewer than {number}' for number in missed]
-    title = ', '.join([_TITLES.get(name, name), *named])
+    title = ', '.join([TITLES.get(name, name), *named])
     note = f'{_rules(dataclasses.replace(exact, **_known(changed)))} ({_SOURCES[name]})'
     starts = 'human' if name == 'human' else 'noop'
     comparable = not named and name in reference.STARTS

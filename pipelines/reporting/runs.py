@@ -324,7 +324,7 @@ def _video(file: pathlib.Path, limit: int, problems: list[str]) -> Video | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        remedy = 'film the run again with `pipelines/evaluate.py --video`'
+        remedy = 'remove it, then film the run with `pipelines/evaluate.py --video`'
         problems.append(_skipped(file.name, reason_of(error), remedy_of(error) or remedy))
         return None
 

@@ -109,7 +109,7 @@ class TestRuns:
         film.write_bytes(whole[:-1])
         run = read(path)
         assert run.video is None
-        assert run.problems[0].startswith('video.mp4: skipped (no whole MP4 file). Fix: film')
+        assert run.problems[0].startswith('video.mp4: skipped (no whole MP4 file). Fix: remove')
 
     def test_damaged_episodes_and_events_are_skipped_and_named(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0)
@@ -319,7 +319,8 @@ class TestResults:
         assert [v.protocol.name for v in found] == ['no-op starts', 'human starts']
         text = _render(path)
         assert '<h1>Pong: 5.0 points, below Gorila’s 18.3</h1>' in text
-        assert '<td>1</td><td>100</td><td>960</td><td class="text path">person</td>' in text
+        assert '<td>1</td><td>100</td><td>960</td>' in text
+        assert 'Start points played by: person.' in text
         assert tables.runs([found[0].variant]).rows[0]['protocol'] == 'no-op starts'
         (path / 'evaluation.json').unlink()
         assert 'points, above Gorila’s 16.7 (human starts)</h1>' in _render(path)
@@ -334,8 +335,8 @@ class TestResults:
         verdicts = results.verdicts(variants)
         shown = charts.series(verdicts, variants, 'noop')
         assert [series.name for series in shown] == [
-            'A, no-op starts',
-            'B, no-op starts',
+            'A',
+            'B',
             'A, rainbow',
             'B, rainbow',
         ]
