@@ -148,7 +148,7 @@ def _paint_scores(axes: Any, held: Sequence[Series], games: Sequence[str], title
     axes.set_title(title)
     _percent_axis(axes)
     low, high = axes.get_xlim()
-    steps = [-100, 0, 50, 100, 300, 1000, 10_000]
+    steps = [-100, 0, 50, 100, 1000 if high >= 1000 else 300, 10_000]
     axes.set_xticks([step for step in steps if low <= step <= high])
     axes.minorticks_off()
     drawing.legend(axes)

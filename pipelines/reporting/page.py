@@ -226,7 +226,9 @@ def _value(value: Any) -> str:
         return '–'
     if isinstance(value, Mapping):
         return ', '.join(f'{name} {entry}' for name, entry in value.items())
-    return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f'{value:,}'
+    return results.shown(value)
 
 
 _FILTERS = {

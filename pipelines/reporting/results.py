@@ -227,9 +227,16 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _name(run: Run, differing: Iterable[str]) -> str:
     values = [
-        f'{name} {run.settings.get(name, "not recorded")}' for name in differing if name != 'preset'
+        f'{name} {shown(run.settings.get(name, "not recorded"))}'
+        for name in differing
+        if name != 'preset'
     ]
     return ', '.join([str(run.settings.get('preset', 'unknown')), *values])
+
+
+def shown(value: Any) -> str:
+    """A setting without the digits that binary fractions add."""
+    return f'{value:.12g}' if isinstance(value, float) else str(value)
 
 
 def _unique(names: Sequence[str]) -> list[str]:
