@@ -38,7 +38,7 @@ class Evaluation:
       episodes: games that ended.
       failed: games that did not.
       start_points: number of recorded ones; None: unknown, or the protocol has none.
-      start_source: who played them, or their file; None as before.
+      start_source: who played them, 'unknown' with their file if it does not say; None as before.
       epsilon: share of random actions; None: unknown.
       max_frames: emulator frames at which a game is cut off; None: unknown.
       deviations: from the protocol's rules; None: the file, of an earlier version, does not say.
@@ -173,11 +173,12 @@ def evaluation(file: str, held: Mapping[str, Any]) -> Evaluation:
         raise ValueError('not the result of an evaluation')
     policy, made_by = mapping(held.get('policy')), mapping(held.get('provenance'))
     starts = mapping(held.get('starts'))
+    unknown = f'unknown ({starts["file"]})' if text(starts.get('file')) else None
     elsewhere = {
         'path': policy.get('path'),
         'checkpoint': policy.get('checkpoint'),
         'start_points': starts.get('count'),
-        'start_source': starts.get('source') or starts.get('file'),
+        'start_source': text(starts.get('source')) or unknown,
     }
     return Evaluation(
         **_values(Evaluation, {**held, **elsewhere}),

@@ -74,7 +74,7 @@ class Variant:
 
     Attributes:
       key: short name in charts: a letter, or the preset of the report's only variant.
-      name: the preset, and what distinguishes it from the report's other variants.
+      name: the preset, and what distinguishes it from the report's other variants of that.
       settings: of its first run.
       runs: at least one.
     """
@@ -192,8 +192,8 @@ def variants(runs: Sequence[Run]) -> list[Variant]:
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(sorted(_identity(run).items())), []).append(run)
-    differing = differences([group[0].settings for group in groups.values()])
-    names = [_name(group[0], differing) for group in groups.values()]
+    firsts = [group[0] for group in groups.values()]
+    names = [_name(run, firsts) for run in firsts]
     return [
         Variant(
             key=_letters(index) if len(groups) > 1 else name,
@@ -225,13 +225,14 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({repr(held.get(name)) for held in settings}) > 1]
 
 
-def _name(run: Run, differing: Iterable[str]) -> str:
+def _name(run: Run, others: Iterable[Run]) -> str:
+    """The preset, and what distinguishes the run from others of this preset."""
+    preset = run.settings.get('preset', 'unknown')
+    peers = [o.settings for o in others if o.settings.get('preset', 'unknown') == preset]
     values = [
-        f'{name} {shown(run.settings.get(name, "not recorded"))}'
-        for name in differing
-        if name != 'preset'
+        f'{name} {shown(run.settings.get(name, "not recorded"))}' for name in differences(peers)
     ]
-    return ', '.join([str(run.settings.get('preset', 'unknown')), *values])
+    return ', '.join([str(preset), *values])
 
 
 def shown(value: Any) -> str:

@@ -135,16 +135,26 @@ def _below(path: str) -> list[str]:
     try:
         if (directory / CONFIG_FILE).is_file():
             return [path]
-        inner = [entry for entry in sorted(directory.iterdir()) if (entry / CONFIG_FILE).is_file()]
+        inner = [entry for entry in sorted(directory.iterdir()) if _is_run(entry)]
     except OSError as error:
         raise UsageError(
             f'{path}: no readable directory ({error.strerror}). Fix: name run directories.'
         ) from error
     if not inner:
-        raise UsageError(
-            f'{path}: holds no run ({CONFIG_FILE} is missing). Fix: name directories of runs.'
-        )
+        raise _no_run(path)
     return [str(entry) for entry in inner]
+
+
+def _is_run(directory: pathlib.Path) -> bool:
+    """Whether it has files of a run; `read` names one without a configuration."""
+    names = CONFIG_FILE, 'summary.json', 'episodes.jsonl'
+    return any((directory / name).is_file() for name in names)
+
+
+def _no_run(path: str) -> UsageError:
+    return UsageError(
+        f'{path}: holds no run ({CONFIG_FILE} is missing). Fix: name directories of runs.'
+    )
 
 
 def read(path: str, video_bytes: int) -> Run:
@@ -158,6 +168,8 @@ def read(path: str, video_bytes: int) -> Run:
       UsageError: there is no run, or its configuration is damaged.
     """
     with readable_records(path) as local:
+        if not (local / CONFIG_FILE).exists():
+            raise _no_run(path)
         directory = RunDirectory.existing(local)
         problems: list[str] = []
         settings = _settings(directory.config_file, path)

@@ -231,10 +231,12 @@ class TestResults:
     def test_seeds_are_one_variant_and_settings_distinguish_variants(self, tmp_path):
         paths = [make_run(tmp_path / f'a{seed}', 'pong', seed, 1.0) for seed in (1, 2)]
         paths.append(make_run(tmp_path / 'b', 'pong', 1, 2.0, learning_rate=1e-4 * 6))
+        paths.append(make_run(tmp_path / 'c', 'pong', 1, 2.0, preset='apex', games=0))
         variants = results.variants([read(path) for path in paths])
         assert [(v.key, v.name, len(v.runs)) for v in variants] == [
             ('A', 'laptop, learning_rate 0.0003', 2),
             ('B', 'laptop, learning_rate 0.0006', 1),  # 1e-4 * 6 == 0.0006000000000000001
+            ('C', 'apex', 1),  # its other settings follow from the preset
         ]
 
     def test_wins_are_counted_against_the_published_scores(self, tmp_path):
@@ -310,6 +312,10 @@ class TestResults:
         assert rules.name == f'{exact.name}, fewer than {missed}'
         assert not rules.comparable
         assert f'the published scores are of {missed}, so no win' in rules.note
+
+    def test_start_points_of_an_unknown_player_are_named_by_their_file(self):
+        held = evaluation(5.0, 'human', starts={'file': 'starts/pong.json', 'count': 100})
+        assert records.evaluation('f', held).start_source == 'unknown (starts/pong.json)'
 
     def test_no_op_starts_come_before_human_ones(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, 5.0, games=2)
@@ -464,13 +470,15 @@ class TestReport:
 
     @pytest.fixture(scope='class')
     def odd(self, tmp_path_factory):
-        """The report of a run with an odd name and a large video, beside an unreadable one."""
+        """The report of a run with an odd name and a large video, beside unreadable ones."""
         root = tmp_path_factory.mktemp('odd')
         path = make_run(root / '<img src=x>&$x$', 'pong', 1, 1.0, games=1)
         make_video(path / 'video.mp4')
         bad = make_run(root / 'bad', 'pong', 2, None, games=0)
+        lost = shutil.copytree(bad, root / 'lost')
         (bad / 'config.json').write_text('{')
-        return write_report([str(path), str(bad)], root / 'report.html', video_mib=1e-4)
+        (lost / 'config.json').unlink()
+        return write_report([str(root)], root / 'report.html', video_mib=1e-4)
 
     def test_names_cannot_inject_markup(self, odd):
         assert '<img' not in odd.page.read_text()
@@ -490,9 +498,10 @@ class TestReport:
         assert 'data:video/mp4' not in odd.page.read_text()
         assert 'Not embedded' in odd.page.read_text()
 
-    def test_an_unreadable_run_among_others_is_named_on_the_page(self, odd):
+    def test_unreadable_runs_among_others_are_named_on_the_page(self, odd):
         assert odd.runs == 1
         assert 'bad: config.json is damaged' in odd.page.read_text()
+        assert 'lost: holds no run (config.json is missing). Fix: name' in odd.page.read_text()
 
     def test_a_game_of_any_name_writes_into_the_reports_directory_only(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', 1, None, games=1)

@@ -49,12 +49,13 @@ def make_run(
 
     Args:
       path: of its directory.
-      game, seed, settings: of its configuration, preset laptop.
+      game, seed, settings: of its configuration; default of `preset`: laptop.
       score: mean of its evaluation; None: no evaluation.
       games: number of training games.
       resumed_after_seconds: pause before a second launch with as many games; None: no such launch.
     """
-    config = presets.experiment('laptop', {'game': game, 'seed': seed, **settings})
+    values = {'game': game, 'seed': seed, **settings}
+    config = presets.experiment(values.pop('preset', 'laptop'), values)
     with RunDirectory.open(path) as directory:
         directory.config_file.write_text(config_lib.to_json(config))
         clock = _Clock(_START)
