@@ -7,6 +7,8 @@ import ast
 import pathlib
 from collections.abc import Iterator
 
+import pytest
+
 from pipelines.engines.catalog import ENGINES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -98,6 +100,31 @@ def test_no_function_is_longer_than_40_lines():
     ]
     assert functions
     assert not [(name, lines) for name, lines in functions if lines > 40]
+
+
+IMPORTS = (ast.Import, ast.ImportFrom)
+HEAVY = ('apache_beam', 'matplotlib', 'tensorflow', 'tf_agents')
+
+
+def loaded_by(command: str) -> set[str]:
+    """All that the import of a command imports, functions and type checking aside."""
+    found, waiting = set(), [command]
+    while waiting:
+        body = TREES[waiting.pop()].body
+        new = set(imports(ast.Module([node for node in body if type(node) in IMPORTS], [])))
+        new |= {name.rpartition('.')[0] for name in new}
+        waiting += [name for name in new - found if name in TREES]
+        found |= new
+    return found
+
+
+@pytest.mark.parametrize(
+    'command', ['evaluate', 'export', 'record_starts', 'report', 'stop', 'suite']
+)
+def test_commands_import_heavy_libraries_only_where_they_need_them(command):
+    loaded = loaded_by(f'pipelines.{command}')
+    assert 'pipelines.errors' in loaded
+    assert not [name for name in loaded if name.split('.')[0] in HEAVY]
 
 
 def test_the_rooms_themselves_import_nothing():

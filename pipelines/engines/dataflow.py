@@ -1,6 +1,7 @@
 """Dataflow: a job's workers and the user's flags in, the job's flags, state changes and end out.
 
-The flags give each worker its own process, on a fixed number of machines.
+The flags give each worker its own process, on a fixed number of machines. Functions import Beam, so
+that the names of the engines are checked without it.
 """
 
 import contextlib
@@ -9,13 +10,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from apache_beam.options.pipeline_options import (
-    GoogleCloudOptions,
-    PipelineOptions,
-    StandardOptions,
-    WorkerOptions,
-)
 
 DRAIN_SECONDS = 30.0
 """After this time a draining streaming job is cancelled."""
@@ -34,11 +28,13 @@ def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
     workers has its own. A machine with an accelerator runs one process, for one learner, unless
     Nvidia's MPS shares the accelerator.
     """
-    options = PipelineOptions(list(flags))
-    service = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    from apache_beam.options import pipeline_options as beam
+
+    options = beam.PipelineOptions(list(flags))
+    service = options.view_as(beam.GoogleCloudOptions).dataflow_service_options or []
     accelerator = next((each for each in service if 'worker_accelerator' in each), '')
     accelerated = bool(accelerator) and 'use_nvidia_mps' not in accelerator
-    machine_type = options.view_as(WorkerOptions).machine_type
+    machine_type = options.view_as(beam.WorkerOptions).machine_type
     per_machine = 1 if accelerated else processors(machine_type)
     machines = math.ceil(num_workers / per_machine)
     return [
@@ -64,6 +60,7 @@ def end(result: Any, options: Any) -> None:
 
     A drain never completes if the workers hang because their servers are gone.
     """
+    from apache_beam.options.pipeline_options import StandardOptions
     from apache_beam.runners.dataflow.internal import apiclient
 
     # A new client, because the result's client is used by the thread that runs `follow`.
@@ -82,6 +79,7 @@ def follow(result: Any, options: Any, notify: Callable[[str], None]) -> None:
 
     Blocks, so run it in a thread. Failed requests are retried.
     """
+    from apache_beam.options.pipeline_options import GoogleCloudOptions
     from apache_beam.runners.dataflow.internal import apiclient
 
     google, job = options.view_as(GoogleCloudOptions), result.job_id()
