@@ -95,6 +95,18 @@ def cpu_seconds(pid: int) -> float | None:
     return sum(map(int, fields[11:15])) / os.sysconf('SC_CLK_TCK')
 
 
+def descendants(pid: int) -> list[int]:
+    """IDs of the processes that a process has started, and of those that they have."""
+    parents: dict[int, int] = {}
+    for file in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):  # gone
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(')')[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
 def back_off_seconds(failures: int, first: float, longest: float) -> float:
     """Delay before the next start after so many failures in a row: doubles up to `longest`."""
     return min(longest, first * 2.0 ** min(failures - 1, 30))

@@ -7,11 +7,13 @@ Runs at the end of training, or as a command:
 import argparse
 import contextlib
 import pathlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.cores import whole_cores

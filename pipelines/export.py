@@ -8,11 +8,13 @@ import argparse
 import contextlib
 import logging
 import pathlib
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.disk import replaced_directory

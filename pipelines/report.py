@@ -4,10 +4,12 @@ python pipelines/report.py runs/my-run runs/another --output report.html
 """
 
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.flags import Parser, nonempty_path, positive_number

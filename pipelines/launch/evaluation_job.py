@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
+import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -21,7 +23,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from infra.disk import scratch
 from infra.flags import value_of
-from infra.process import own_code
+from infra.process import descendants, own_code
 from pipelines.engines import catalog
 from pipelines.engines.catalog import Engine
 from pipelines.errors import UsageError
@@ -30,9 +32,11 @@ from pipelines.evaluation.entrants import Entrant
 from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import packed
 from pipelines.launch import beam_job
+from pipelines.launch.interrupts import handled, raise_ended
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 
 _LAST_LINES = 20
+_END_SECONDS = 10.0
 
 
 def run(
@@ -60,12 +64,20 @@ def run(
         shared = Shared(directory)
         _put(entrants, shared)
         if engine.runs_locally:
-            beam_job.end_with_workers(num_workers, lambda: bool(_played(shared)))
+            beam_job.end_with_workers(num_workers, lambda: bool(_played(shared)), _END_SECONDS)
         try:
             job.play(games, shared)
             return {index: _scores(shared, index) for index in range(len(entrants))}
         except JobFailedError as error:
             return results.by_policy(_rescued(job, games, shared, error, notify))
+
+
+def _end_with_workers(number: int, frame: types.FrameType | None) -> None:
+    """A handler: ends the workers of this machine, for which Beam waits; then as `raise_ended`."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    raise_ended(number, frame)
 
 
 class JobFailedError(UsageError):
@@ -96,8 +108,10 @@ class _Job:
         scores = pipeline | 'Evaluate' >> Evaluate(games, shared)
         _ = scores | 'Write scores' >> beam.ParDo(Write(shared))
         with _logged(self.runner) as shown, _progress(shared, len(games), shown):
-            with self.engine.job_context(self.options):
-                beam_job.run(pipeline, self.options, self.engine)
+            here = self.engine.runs_locally
+            with handled(_end_with_workers) if here else contextlib.nullcontext():
+                with self.engine.job_context(self.options):
+                    beam_job.run(pipeline, self.options, self.engine)
 
 
 def _put(entrants: Sequence[Entrant], shared: Shared) -> None:

@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,9 @@ def stoppable(program: str, kept: str) -> Callable[[Main], Main]:
                         raise
                     name = signal.Signals(received[0]).name
                     words = [f'{program}: {name}: stopped.', *(notes_on(error) or [kept])]
+                    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+                    traceback.clear_frames(error.__traceback__)  # half-made objects complain
+                    sys.unraisablehook = hook
                     print(*words, file=sys.stderr, flush=True)
                     return 128 + received[0]
 

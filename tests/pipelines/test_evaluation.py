@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import signal
+import subprocess
 
 import apache_beam as beam
 import numpy as np
@@ -11,6 +14,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 
 from agents.config import EnvironmentConfig
+from infra.process import descendants
 from pipelines.errors import UsageError
 from pipelines.evaluation import local, policies, results, starts
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
@@ -18,7 +22,10 @@ from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import presets
 from pipelines.experiment.protocols import PROTOCOLS, Protocol, deviations, protocol
+from pipelines.launch import evaluation_job
+from pipelines.launch.interrupts import Ended, handled
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
+from tests.support.waiting import eventually, has_ended
 
 SHORT = Protocol('noop', epsilon=0.5, max_frames=400)
 PONG = EnvironmentConfig(game='pong')
@@ -241,6 +248,17 @@ def test_on_an_engine_a_game_that_fails_is_told_and_the_others_stand(tmp_path):
     assert "outside the policy's action set" in written['failures'][0]['reason']
     records = [results.decoded(read_json(str(file))) for file in tmp_path.glob('played-*')]
     assert results.by_policy(records)[0] == written  # as after a failed job
+
+
+def test_a_signal_ends_the_workers_of_this_machine_for_which_beam_waits(monkeypatch):
+    with subprocess.Popen('sleep 60 & wait', shell=True) as shell:
+        assert eventually(lambda: len(descendants(shell.pid)) == 1)
+        workers = [shell.pid, *descendants(shell.pid)]
+        monkeypatch.setattr(evaluation_job, 'descendants', lambda _: workers)
+        with pytest.raises(Ended), handled(evaluation_job._end_with_workers):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert shell.wait(10) == -signal.SIGTERM
+        assert eventually(lambda: has_ended(workers[1]))
 
 
 @pytest.mark.parametrize('kind', ['run', 'saved_model', 'random'])
