@@ -108,7 +108,8 @@ HEAVY = ('apache_beam', 'matplotlib', 'tensorflow', 'tf_agents')
 
 def loaded_by(command: str) -> set[str]:
     """All that the import of a command imports, functions and type checking aside."""
-    found, waiting = set(), [command]
+    found: set[str] = set()
+    waiting = [command]
     while waiting:
         body = TREES[waiting.pop()].body
         new = set(imports(ast.Module([node for node in body if type(node) in IMPORTS], [])))
