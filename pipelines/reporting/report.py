@@ -1,7 +1,6 @@
 """Run directories in, a report out: an HTML page, and its tables and charts as files beside it."""
 
 import dataclasses
-import errno
 import os
 import pathlib
 import shlex
@@ -13,7 +12,7 @@ from pipelines.errors import UsageError, unwritable
 from pipelines.reporting import charts, curves, page, results, runs, tables
 from pipelines.reporting.charts import Chart
 from pipelines.reporting.results import Variant
-from pipelines.storage.run_directory import output_path
+from pipelines.storage.run_directory import writable_output
 
 VIDEO_MIB = 16.0
 _TABLE_OF_A_REPORT = 'runs.csv'
@@ -120,6 +119,7 @@ def write_report(
     content = _content(results.variants(found), problems, files.name, video_bytes)
     html = page.render(content)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with replaced_directory(files) as staging:
             _write_files(content, staging)
             write_atomically(target, html)
@@ -134,14 +134,12 @@ def _targets(output: str) -> tuple[pathlib.Path, pathlib.Path]:
     Raises:
       UsageError: they cannot be written, or exist and are not of an earlier report.
     """
+    target = writable_output(output)
+    files = writable_output(f'{target.with_suffix("")}_files')
     try:
-        target = output_path(output)
         replaceable = not target.exists() or _is_report(target)
     except OSError as error:
         raise unwritable(output, error, _ANOTHER) from error
-    files = target.with_name(f'{target.stem}_files')
-    if not os.access(target.parent, os.W_OK):
-        raise unwritable(output, PermissionError(errno.EACCES, ''), _ANOTHER)
     if not replaceable:
         raise UsageError(f'{output}: not a report. Fix: name a new file or a report as --output.')
     if files.exists() and not (files / _TABLE_OF_A_REPORT).is_file():

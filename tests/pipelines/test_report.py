@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import shutil
 import signal
 
@@ -578,18 +579,54 @@ class TestCommand:
         assert 'config.json is damaged' in lines[-1]
         assert not (tmp_path / 'r.html').exists()
 
+    @pytest.fixture
+    def unread(self, monkeypatch):
+        """What is refused is refused before a run is read."""
+        monkeypatch.setattr(runs, 'read', lambda *_: pytest.fail('a run is read'))
+
     @pytest.mark.parametrize(
-        'name', ['directory', 'notes.txt', 'notes.txt/r.html', 'gs://b/r.html']
+        'name',
+        [
+            'directory',
+            'notes.txt',
+            'notes.txt/r.html',
+            'gs://b/r.html',
+            '/dev/stdin',
+            '/proc/r.html',
+            f'new/{"r" * 240}.html',  # too long beside its temporary name
+        ],
     )
     def test_an_output_that_cannot_be_or_is_another_file_is_refused(
-        self, tmp_path, run_dir, capsys, name
+        self, tmp_path, run_dir, capsys, unread, name
     ):
         (tmp_path / 'directory').mkdir()
         (tmp_path / 'notes.txt').write_text('mine')
         output = name if ':' in name else tmp_path / name
-        self.refused(capsys, run_dir, '--output', output)
+        assert str(output) in self.refused(capsys, run_dir, '--output', output)
         assert (tmp_path / 'notes.txt').read_text() == 'mine'
-        assert not list(tmp_path.glob('*_files'))
+        assert sorted(file.name for file in tmp_path.iterdir()) == ['directory', 'notes.txt', 'run']
+
+    def test_a_disk_without_a_block_is_named_before_a_run_is_read(
+        self, tmp_path, run_dir, capsys, unread
+    ):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # each write fails
+        try:
+            line = self.refused(capsys, run_dir, '--output', tmp_path / 'new' / 'r.html')
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert line.startswith(f'report.py: {tmp_path}/new/r.html: cannot be written (File too')
+        assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+    def test_directories_of_a_new_output_are_created_with_it(self, tmp_path, run_dir, capsys):
+        (run_dir / 'config.json').write_text('{')
+        arguments = [str(run_dir), '--output', str(tmp_path / 'a' / 'b' / 'r.html')]
+        assert report.main(arguments) == 2
+        assert not (tmp_path / 'a').exists()
+        shutil.rmtree(run_dir)
+        make_run(run_dir, 'pong', 1, None, games=0)
+        assert report.main(arguments) == 0
+        assert (tmp_path / 'a' / 'b' / 'r.html').exists()
 
     def test_files_that_are_not_of_a_report_stay(self, tmp_path, run_dir, capsys):
         (tmp_path / 'r_files').mkdir()
