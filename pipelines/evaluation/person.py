@@ -9,10 +9,9 @@ import numpy as np
 import pygame
 
 from pipelines.errors import UsageError
-from pipelines.evaluation.play import Emulator, Game
+from pipelines.evaluation.play import FRAMES_PER_SECOND, Emulator, Game
 
 _SCALE = 4  # of the emulator's screen
-_FRAMES_PER_SECOND = 60  # of the emulator
 _DISPLAYS = ('DISPLAY', 'WAYLAND_DISPLAY', 'SDL_VIDEODRIVER')
 _KEYS = {
     'UP': (pygame.K_UP, pygame.K_w),
@@ -102,7 +101,7 @@ class _Window:
                 self._read_keys()
                 taken.append(action_of(frozenset(self._held), names))
                 score += screen.step(taken[-1])
-                self._clock.tick(_FRAMES_PER_SECOND / game.environment.action_repeat)
+                self._clock.tick(FRAMES_PER_SECOND / game.environment.action_repeat)
         return taken, score
 
     def _show(self, surface: pygame.Surface, picture: np.ndarray) -> None:

@@ -16,6 +16,9 @@ from agents.environment import FrameStack, check_actions, emulator_seeds, make_e
 from pipelines.evaluation.starts import Start, action_codes, indices
 from pipelines.experiment.protocols import Protocol
 
+FRAMES_PER_SECOND = 60
+"""Of the emulator."""
+
 _REASON_CHARACTERS = 500
 _STREAM = 3  # actors' environments and exploration have 1 and 2
 

@@ -18,7 +18,15 @@ from pipelines.errors import UsageError
 from pipelines.evaluation.encoder import SUFFIXES, encoder
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.panel import Panel
-from pipelines.evaluation.play import CancelledError, Emulator, Game, Score, Step, play
+from pipelines.evaluation.play import (
+    FRAMES_PER_SECOND,
+    CancelledError,
+    Emulator,
+    Game,
+    Score,
+    Step,
+    play,
+)
 from pipelines.evaluation.policies import Policy, Values
 from pipelines.evaluation.starts import action_codes
 from pipelines.experiment import config as config_lib
@@ -29,7 +37,6 @@ SCALE = 3
 RUN_SECONDS = 300.0
 """For the video at the end of a run."""
 
-_FRAMES_PER_SECOND = 60  # of the emulator
 _RUN_FRAMES = 18_000  # of the emulator, five minutes
 
 
@@ -109,7 +116,7 @@ def record(
       ValueError: see `Policy.player` and `play`.
     """
     player, values = policy.opened()
-    rate = fractions.Fraction(_FRAMES_PER_SECOND, game.environment.action_repeat)
+    rate = fractions.Fraction(FRAMES_PER_SECOND, game.environment.action_repeat)
     try:
         with Emulator(game, colour=True) as screen, encoder(film.path, rate) as add:
             view = _View(screen, _action_names(game), values, film.overlay)

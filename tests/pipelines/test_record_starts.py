@@ -28,7 +28,7 @@ def short_games(monkeypatch):
 def window(monkeypatch):
     """A window without a screen, and without waiting between its pictures."""
     monkeypatch.setenv('SDL_VIDEODRIVER', 'dummy')
-    monkeypatch.setattr(person, '_FRAMES_PER_SECOND', 0)
+    monkeypatch.setattr(person, 'FRAMES_PER_SECOND', 0)
     pygame.display.init()
     pygame.event.clear()
 
