@@ -17,9 +17,11 @@ from pipelines.launch.interrupts import Ended, raise_ended
 
 
 def end_with_workers(
-    count: int, worked: Callable[[], bool] = lambda: False, grace_seconds: float = 0.0
+    count: int,
+    worked: Callable[[], bool] = lambda: False,
+    end: Callable[[], None] = lambda: os._exit(1),
 ) -> None:
-    """Ends this process after `count` worker processes of Beam's local runner have failed.
+    """Calls `end` after `count` worker processes of Beam's local runner have failed.
 
     The runner waits for ever for a process that fails before it connects; only the thread that
     watches the process raises an error. After `worked()` the runner itself reports failures.
@@ -27,7 +29,7 @@ def end_with_workers(
     Args:
       count: of worker processes.
       worked: whether one of them has done some work.
-      grace_seconds: for this process to end by itself: Ctrl-C in a terminal ends workers, too.
+      end: ends this process, from another thread.
     """
     failed: list[str] = []
     otherwise = threading.excepthook
@@ -39,9 +41,7 @@ def end_with_workers(
         failed.append(f'worker process {len(failed) + 1} of {count} failed: {args.exc_value}')
         print(failed[-1], file=sys.stderr, flush=True)
         if len(failed) >= count and not worked():
-            ending = threading.Timer(grace_seconds, os._exit, (1,))
-            ending.daemon = True
-            ending.start()
+            end()
 
     threading.excepthook = note
 

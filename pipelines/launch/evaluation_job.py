@@ -64,7 +64,8 @@ def run(
         shared = Shared(directory)
         _put(entrants, shared)
         if engine.runs_locally:
-            beam_job.end_with_workers(num_workers, lambda: bool(_played(shared)), _END_SECONDS)
+            signal.signal(signal.SIGUSR1, _raise_no_workers)
+            beam_job.end_with_workers(num_workers, lambda: bool(_played(shared)), _give_up)
         try:
             job.play(games, shared)
             return {index: _scores(shared, index) for index in range(len(entrants))}
@@ -74,10 +75,27 @@ def run(
 
 def _end_with_workers(number: int, frame: types.FrameType | None) -> None:
     """A handler: ends the workers of this machine, for which Beam waits; then as `raise_ended`."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for pid in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     raise_ended(number, frame)
+
+
+class NoWorkersError(BaseException):
+    """No worker process could start; not an `Exception`, since Beam catches those."""
+
+
+def _give_up() -> None:
+    """Raises `NoWorkersError` in the main thread; ends the process if Beam does not let it out."""
+    ending = threading.Timer(_END_SECONDS, os._exit, (1,))
+    ending.daemon = True
+    ending.start()
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _raise_no_workers(*_: Any) -> None:
+    raise NoWorkersError('no worker process could start')
 
 
 class JobFailedError(UsageError):
@@ -211,7 +229,7 @@ def _logged(runner: str) -> Iterator[TextIO]:
         sys.stderr, root.handlers[:] = log, [logging.StreamHandler(log)]
         try:
             yield shown
-        except Exception as error:  # of any kind: engines raise their own
+        except (Exception, NoWorkersError) as error:  # of any kind: engines raise their own
             log.seek(0)
             shown.writelines(log.readlines()[-_LAST_LINES:])
             reason = (str(error) or repr(error)).splitlines()[0]

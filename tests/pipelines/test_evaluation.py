@@ -261,6 +261,14 @@ def test_a_signal_ends_the_workers_of_this_machine_for_which_beam_waits(monkeypa
         assert eventually(lambda: has_ended(workers[1]))
 
 
+def test_workers_that_cannot_start_are_one_line_below_the_end_of_their_log(capfd):
+    with pytest.raises(UsageError, match='the job failed .no worker process could start.. Fix: '):
+        with evaluation_job._logged('DirectRunner'):
+            os.write(2, b'ModuleNotFoundError: of a worker\n')
+            evaluation_job._raise_no_workers()
+    assert capfd.readouterr().err == 'ModuleNotFoundError: of a worker\n'
+
+
 @pytest.mark.parametrize('kind', ['run', 'saved_model', 'random'])
 def test_a_policy_is_the_same_after_its_way_to_a_worker(kind):
     policy = Policy('a', dataclasses.replace(PONG, frame_stack=3))
