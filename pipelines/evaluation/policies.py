@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from agents.environment import FRAME_SHAPE
 from agents.games import rom_id
 from infra.disk import scratch
 from infra.parameter_server.checkpoint import Checkpoint
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unwritable
 from pipelines.evaluation.play import Act
 from pipelines.evaluation.starts import ALL_ACTIONS, action_codes
 from pipelines.experiment import config as config_lib
@@ -150,7 +151,7 @@ def of_saved_model(path: str, game: str | None) -> Policy:
             raise UsageError(f'--policy {path}: its game is unknown. Fix: add --games.')
         environment = EnvironmentConfig(game=game)
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, 'w') as packed:
+    with zipfile.ZipFile(archive, 'w', strict_timestamps=False) as packed:
         for file in sorted(directory.rglob('*')):
             packed.write(file, file.relative_to(directory))
     return _fitted(Policy(path, environment, saved_model=archive.getvalue()))
@@ -251,6 +252,8 @@ def _load(policy: Policy) -> Any:
                 str(directory), load_specs_from_pbtxt=True
             )
     except Exception as error:  # of any kind: TensorFlow raises many for damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # not TensorFlow's
+            raise unwritable(error.filename or tempfile.gettempdir(), error) from error
         raise UsageError(
             f'--policy {policy.path}: cannot be loaded as a policy of TF-Agents'
             f' ({type(error).__name__}). Fix: export it again with `pipelines/export.py`.'

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 
 from agents.config import EnvironmentConfig
-from infra.disk import differences, digests, write_json
+from infra.disk import differences, digests, is_remote, write_json
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
 
@@ -40,15 +40,19 @@ def checked(path: str) -> EnvironmentConfig | None:
       UsageError: the directory holds no SavedModel of a policy, or a file is missing or damaged.
     """
     directory = pathlib.Path(path)
-    if not holds_policy(directory):
+    if is_remote(path):
+        raise UsageError(
+            f'--policy {path}: not on this machine. Fix: copy the SavedModel to a local directory.'
+        )
+    try:
+        found = digests(directory) if holds_policy(directory) else {}
+    except OSError as error:
+        raise unreadable(error.filename or path, error) from error
+    if not found:
         raise UsageError(
             f'--policy {path}: not a SavedModel ({_MODEL} is missing). Fix: name the policy/ of a'
             ' run, another SavedModel, or `random`.'
         )
-    try:
-        found = digests(directory)
-    except OSError as error:
-        raise unreadable(error.filename or path, error) from error
     environment, problem = None, _gap(found)
     if _POLICY_FILE in found:
         try:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import time
+import zipfile
 
 import pytest
 import tensorflow as tf
@@ -454,12 +455,22 @@ class TestBadInput:
         line = self.refused([f'--policy={saved_model}'], capfd)
         assert f'--policy {saved_model}: {problem}' in line
 
+    def test_a_saved_model_without_space_to_unpack_it(self, saved_model, monkeypatch, capsys):
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        os.utime(saved_model / 'saved_model.pb', (0, 0))  # of a container's image
+        monkeypatch.setattr(zipfile.ZipFile, 'extractall', full)
+        line = self.refused([f'--policy={saved_model}'], capsys)
+        assert 'cannot be written (No space left on device). Fix: free some disk space' in line
+
     def test_a_saved_model_of_something_else(self, tmp_path, capfd):
         line = self.refused([f'--policy={saved_policy(tmp_path, (4,))}', '--games=pong'], capfd)
         assert 'not a policy for Atari (takes float32 [4], returns int64 [])' in line
 
     def test_what_is_no_policy(self, tmp_path, capsys):
         assert 'not a SavedModel' in self.refused([f'--policy={tmp_path}'], capsys)
+        assert 'not on this machine' in self.refused(['--policy=gs://bucket/policy'], capsys)
         assert 'no game is named' in self.refused(['--policy=random'], capsys)
         assert 'nothing to evaluate' in self.refused([], capsys)
         assert self.refused(['--policy=random', '--run_dir=nowhere'], capsys).startswith(
