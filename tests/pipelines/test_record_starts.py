@@ -72,7 +72,8 @@ def test_a_recorded_file_is_evaluated_from(tmp_path, monkeypatch):
     flags = ['--protocol=human', '--starts=starts.json', '--output=result.json']
     assert evaluate.main(['--policy=random', '--games=pong', *flags]) == 0
     result = json.loads((tmp_path / 'result.json').read_text())
-    assert (result['episodes'], result['starts']) == (2, {'file': 'starts.json', 'count': 2})
+    starts = {'file': 'starts.json', 'source': 'random', 'count': 2}
+    assert (result['episodes'], result['starts']) == (2, starts)
 
 
 class TestAPerson:

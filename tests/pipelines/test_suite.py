@@ -271,8 +271,8 @@ if argv['--seed'] == '2':
 if argv['--seed'] == '3':
     sys.exit(130)
 if argv['--seed'] == '4':
-    print('[0:00:00] training', flush=True)
     try:
+        print('[0:00:00] training', flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(130)
