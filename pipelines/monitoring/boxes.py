@@ -5,7 +5,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from pipelines.events import count
-from pipelines.monitoring.counters import SessionTotals, StalenessTally, Total, remember
+from pipelines.monitoring.counters import (
+    RATE_SAMPLE_SECONDS,
+    SessionTotals,
+    StalenessTally,
+    Total,
+    remember,
+)
 
 MOST_BOXES = 4_096
 """Boxes of each kind whose figures are kept; bounds the memory whatever the telemetry holds."""
@@ -57,6 +63,8 @@ class _Counted:
 
     def record(self, now: float, number: int, window_seconds: float) -> None:
         self._growth.record(number)
+        if self.samples and now - self.samples[-1][0] < RATE_SAMPLE_SECONDS:
+            now, _ = self.samples.pop()  # one batch of events may hold several of a box
         self.samples.append((now, self._growth.value))
         while now - self.samples[0][0] > window_seconds:
             self.samples.popleft()

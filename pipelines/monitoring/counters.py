@@ -12,7 +12,8 @@ from pipelines.events import count, counts, histogram
 REJECTIONS = ('stale', 'outlier', 'invalid')
 """Why a gradient was not applied: too old, an outlier (the learner's test), or not finite."""
 _REMEMBERED_SESSIONS = 4_096
-_RATE_SAMPLE_SECONDS = 0.5
+RATE_SAMPLE_SECONDS = 0.5
+"""Between two samples of a rate."""
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -179,7 +180,7 @@ class Rates:
         samples = self._samples
         if samples and (frames, updates) == samples[0][1:]:
             samples.clear()  # no progress yet: the window begins with the first
-        if len(samples) >= 2 and now - samples[-2][0] < _RATE_SAMPLE_SECONDS:
+        if len(samples) >= 2 and now - samples[-2][0] < RATE_SAMPLE_SECONDS:
             samples.pop()  # bounds the memory
         samples.append((now, frames, updates))
         # The oldest sample kept is the newest that is at least a window old.

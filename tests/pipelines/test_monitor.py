@@ -11,7 +11,7 @@ import pytest
 from tensorboard.util import tensor_util
 
 from agents.config import STALENESS_BOUNDS
-from pipelines.monitoring import counters, episodes, tensorboard
+from pipelines.monitoring import boxes, counters, episodes, tensorboard
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
 
@@ -184,6 +184,15 @@ class TestBoxes:
         # received the 50 gradients that it applied and the 50 that it rejected.
         rates = {'actor_1': 20.0, 'learner_2': 1.0, 'parameter_server_0': 5.0, 'replay_1': 10.0}
         assert state.rates == state.recent_rates == rates
+
+    def test_two_counts_of_a_box_in_one_batch_of_events_make_no_rate(self):
+        rates = boxes.BoxRates(window_seconds=60.0)
+        rates.record(100.0, 'learner_0', 1)
+        rates.record(100.000003, 'learner_0', 2)  # 340,000 a second between them
+        assert (rates.recent(100.000003), rates.means()) == ({}, {})
+        rates.record(101.0, 'learner_0', 4)
+        assert rates.recent(101.0) == {'learner_0': 2.0}  # from 2 to 4 in a second
+        assert rates.means() == {'learner_0': 3.0}  # from 1
 
     def test_recent_rates_leave_out_a_box_that_is_silent(self, monitor, clock):
         for steps in (0, 100):
