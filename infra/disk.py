@@ -31,7 +31,7 @@ _LOCK_SECONDS = 0.5  # tries to lock a directory
 _SCRATCH_SECONDS = 60.0  # a younger one may be about to be held
 _CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
 _UNIQUE_DIGITS = 12
-_BESIDE = re.compile(rf'\..+\.[0-9a-f]{{{_UNIQUE_DIGITS}}}')
+_BESIDE = re.compile(rf'\.(.+)\.[0-9a-f]{{{_UNIQUE_DIGITS}}}')
 _READ_BYTES = 1 << 22
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2(2)
 _NEW, _BEFORE = 'new', 'before'  # in the scratch of a replacement
@@ -257,8 +257,8 @@ def beside(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:_UNIQUE_DIGITS]}')
 
 
-def remove_leftovers(directory: pathlib.Path) -> None:
-    """Removes entries of `beside` that killed processes left in `directory`.
+def remove_leftovers(directory: pathlib.Path, *names: str) -> None:
+    """Removes what killed processes left of `beside` in `directory`: of `names`, or of all.
 
     Completes a `replaced_directory` that was killed between its two renames.
 
@@ -266,8 +266,9 @@ def remove_leftovers(directory: pathlib.Path) -> None:
       OSError: an entry cannot be removed.
     """
     for path in directory.iterdir() if directory.is_dir() else ():
-        if _BESIDE.fullmatch(path.name):
-            name = path.with_name(path.name[1 : -_UNIQUE_DIGITS - 1])
+        left = _BESIDE.fullmatch(path.name)
+        if left and (not names or left[1] in names):
+            name = path.with_name(left[1])
             if (path / _BEFORE).is_dir() and not name.exists():
                 (path / _NEW).rename(name)
             shutil.rmtree(path) if path.is_dir() else path.unlink()

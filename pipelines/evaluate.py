@@ -17,7 +17,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.cores import whole_cores
-from infra.flags import Parser, integer, nonempty_path
+from infra.flags import Parser, integer, nonempty, nonempty_path
 from infra.output import protect_output
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
@@ -25,14 +25,16 @@ from pipelines.evaluation.entrants import Request
 from pipelines.evaluation.policies import RANDOM
 from pipelines.experiment.games import games_of
 from pipelines.experiment.protocols import PROTOCOLS
-from pipelines.launch.evaluation import Work, evaluate, line, require_valid
+from pipelines.launch.evaluation import Work, evaluate, require_valid
 from pipelines.launch.interrupts import stoppable
+from pipelines.storage.evaluations import line
 from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.space import temporary_files
 
 if TYPE_CHECKING:
     from pipelines.evaluation.video import Film
 
+_MOST_WORKERS = 1024
 _DESCRIPTION = """Plays games with one policy or several and writes their scores.
 
   evaluate.py --run_dir runs/a                              a run's newest checkpoint, its own rules
@@ -61,8 +63,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, beam_flags = parser.parse_known_args(argv)
     if beam_flags and not arguments.runner:
         parser.error(f'unrecognized arguments: {" ".join(beam_flags)}')
-    if arguments.num_workers < 1:
-        parser.error(f'--num_workers {arguments.num_workers}: must be at least 1.')
+    if not 1 <= arguments.num_workers <= _MOST_WORKERS:
+        parser.error(f'--num_workers {arguments.num_workers}: must be from 1 to {_MOST_WORKERS}')
     arguments.beam_flags = beam_flags
     return arguments
 
@@ -110,7 +112,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         ' evaluation-*.json in each run, and evaluations/ for other policies.',
     )
     parser.add_argument(
-        '--runner', help='Engine of Beam, as for run.py. Default: threads of this process.'
+        '--runner',
+        type=nonempty,
+        help='Engine of Beam, as for run.py. Default: threads of this process.',
     )
     parser.add_argument(
         '--num_workers',
@@ -186,7 +190,7 @@ def _require_effect(arguments: argparse.Namespace) -> None:
 
 
 def _show(file: str, result: Mapping[str, Any]) -> None:
-    print(f'{line(result)}\nwritten to {file}', flush=True)
+    print(f'{line(result)}\npolicy {result["policy"]["path"]}; written to {file}', flush=True)
 
 
 def _film(arguments: argparse.Namespace) -> 'Film | None':

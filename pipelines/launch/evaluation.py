@@ -213,7 +213,7 @@ def _write(file: str, result: Mapping[str, Any]) -> None:
     try:
         evaluations.write(file, result)
     except (OSError, UsageError) as error:
-        notify(f'not written: {line(result)}')
+        notify(f'not written: {evaluations.line(result)}')
         if isinstance(error, UsageError):
             raise
         raise unwritable(file, error, 'name another file as --output') from error
@@ -263,19 +263,6 @@ def _report_failures(results: Mapping[str, Mapping[str, Any]]) -> None:
             notify(f'{name}: no game could be played; no result is written')
     if not any(result['episodes'] for result in results.values()):
         raise UsageError('no game could be played. Fix: see the reasons above.')
-
-
-def line(result: Mapping[str, Any]) -> str:
-    """A result on one line."""
-    games = 'game' if result['episodes'] == 1 else 'games'
-    failed = f', {result["failed"]} failed' if result['failed'] else ''
-    deviations = ''.join(f', {name} {value}' for name, value in result['deviations'].items())
-    return (
-        f'{result["game"]}: mean return {result["mean"]:.1f}, standard deviation'
-        f' {result["std"]:.1f}, over {result["episodes"]} {games}{failed} (protocol'
-        f' {result["protocol"]}{deviations}, epsilon {result["epsilon"]:g},'
-        f' {result["policy"]["path"]})'
-    )
 
 
 def notify(text: str) -> None:

@@ -3,6 +3,7 @@
 The work is done in a process of `pipelines.finish`.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -10,14 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra.disk import read_json
+from infra.disk import read_json, remove_leftovers
 from infra.process import ProcessSpec, SupervisedProcess
 from pipelines.errors import reason_of, with_remedy
 from pipelines.events import count
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.interrupts import Signals
 from pipelines.monitoring.display import Display
-from pipelines.storage.evaluations import EVALUATION_FILE, progress_file, read_result
+from pipelines.storage.evaluations import EVALUATION_FILE, line, progress_file, read_result
 from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import BEST, RunDirectory, command, loading_hint
 
@@ -64,6 +65,7 @@ class Finishing:
         directory = self.directory
         outputs = file, directory.policy, directory.video, directory.best_policy
         before = [_identity(path) for path in outputs]
+        self._remove_leftovers(*outputs)
         self.signals.effect = 'ending the evaluation; the training is complete and saved'
         child = self._finish(file)
         if not self.signals.received:
@@ -76,6 +78,7 @@ class Finishing:
                 )
             finally:
                 child.terminate()
+                self._remove_leftovers(*outputs)
         written = [_identity(path) != old for path, old in zip(outputs, before)]
         evaluated, exported, filmed, best_exported = written
         missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
@@ -88,18 +91,30 @@ class Finishing:
 
     def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:
         """Shows the progress until the child has ended, or a signal arrives."""
-        deadline = time.monotonic() + _FINISH_SECONDS
+        evaluated = time.monotonic()
+        deadline = evaluated + _FINISH_SECONDS
         done, episodes = 0, self.config.run.evaluation_episodes
         progress, before = progress_file(evaluation), _identity(evaluation)
-        progress.unlink(missing_ok=True)  # may remain from a killed evaluation
         while child.poll() is None and not self.signals.received:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
                 return
             done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
-            films = self.config.run.video and _identity(evaluation) != before
-            self.display.phase('filming' if films else f'evaluating {done}/{episodes}')
+            phase = f'evaluating {done}/{episodes}'
+            if self.config.run.video and _identity(evaluation) != before:
+                phase = f'filming {now - evaluated:.0f} s'
+            else:
+                evaluated = now
+            self.display.phase(phase)
             time.sleep(_POLL_SECONDS)
+
+    def _remove_leftovers(self, evaluation: pathlib.Path, *others: pathlib.Path) -> None:
+        """Removes temporary files of a child that was killed while it wrote these."""
+        names = (path.name for path in (evaluation, *others))
+        with contextlib.suppress(OSError):  # the summary follows
+            progress_file(evaluation).unlink(missing_ok=True)
+            remove_leftovers(self.directory.path, *names)
 
     def _finish(self, evaluation: pathlib.Path) -> SupervisedProcess:
         run_dir = str(self.directory.path)
@@ -131,18 +146,12 @@ class Finishing:
                 'video.mp4: not made (logs/finish.log has the reason). Fix: run'
                 f' {command("evaluate", self.directory.path)} with --video FILE.mp4.'
             )
-        result, evaluation = 'no evaluation', outcome.evaluation
-        if evaluation is not None:
-            episodes = evaluation['episodes']
-            result = (
-                f'mean return {evaluation["mean"]:.1f} (standard deviation'
-                f' {evaluation["std"]:.1f}) over {episodes} game{"s" * (episodes != 1)}'
-            )
+        game = self.config.environment.game
+        result = line(outcome.evaluation) if outcome.evaluation else f'{game}: no evaluation'
         names = ['summary.json'] * summarised + ['policy/'] * outcome.exported
         names = names + ['video.mp4'] * outcome.filmed or ['logs/']
         self.display.message(
-            f'{self.config.environment.game}: {result}; {", ".join(names)} and the rest are in'
-            f' {self.directory.path}'
+            f'{result}; {", ".join(names)} and the rest are in {self.directory.path}'
         )
 
 

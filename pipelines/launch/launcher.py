@@ -144,7 +144,7 @@ class Launcher:
         """Ends the display, writes summary and learning curve; returns whether it succeeded."""
         self.display.end(monitor.state())
         try:
-            monitor.write_summary(reason, outcome.evaluation)
+            monitor.write_summary(reason, outcome.evaluation, outcome.exported)
         except Exception as error:  # of any kind: checkpoint and evaluation are already written
             logging.exception('results')
             self.display.message(with_remedy(f'run.py: {self.directory.path}: {error}', error))

@@ -369,20 +369,26 @@ class Monitor:
         }
 
     def summary(
-        self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
+        self,
+        exit_reason: str,
+        evaluation: Mapping[str, Any] | None = None,
+        exported: bool = False,
     ) -> dict[str, Any]:
         """The current contents of `summary.json`."""
-        return build_summary(self.state(), self._config, exit_reason, evaluation)
+        return build_summary(self.state(), self._config, exit_reason, evaluation, exported)
 
     def write_summary(
-        self, exit_reason: str, evaluation: Mapping[str, Any] | None = None
+        self,
+        exit_reason: str,
+        evaluation: Mapping[str, Any] | None = None,
+        exported: bool = False,
     ) -> dict[str, Any]:
         """Writes `summary.json`, the last scalars and the learning curve; returns the summary.
 
         Raises:
           ResultsError: at least one of them could not be written; the others are.
         """
-        summary = self.summary(exit_reason, evaluation)
+        summary = self.summary(exit_reason, evaluation, exported)
         results: dict[str, Callable[[], object]] = {
             'summary.json': lambda: write_json(self._directory.summary_file, summary),
             'events/': lambda: self._write_scalars(evaluation),

@@ -7,7 +7,19 @@ from typing import Any
 from pipelines.events import finite
 from pipelines.monitoring.counters import REJECTIONS
 
-_EVALUATION_FIELDS = ('protocol', 'episodes', 'epsilon', 'mean', 'std')
+_NOT_SUMMARISED = frozenset(
+    {
+        'game',
+        'policy',
+        'returns',
+        'details',
+        'failures',
+        'engine',
+        'workers',
+        'seconds',
+        'provenance',
+    }
+)  # of an evaluation: repeated here, long, or only about how it was played
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +152,7 @@ def build_summary(
     config: MonitorConfig,
     exit_reason: str,
     evaluation: Mapping[str, Any] | None = None,
+    exported: bool = False,
 ) -> dict[str, Any]:
     """The contents of `summary.json`.
 
@@ -147,18 +160,22 @@ def build_summary(
       state: the run at its end.
       config: of the run.
       exit_reason: why it ended, such as 'max_frames' or 'SIGINT'.
-      evaluation: has at least `{protocol, episodes, epsilon, mean, std}`; None: no evaluation.
+      evaluation: a result (see pipelines/storage/evaluations.py); None: no evaluation.
+      exported: whether `policy/` holds the last parameters.
 
     `frames_per_second` and `updates_per_second` are means over `wall_seconds`.
     """
     seconds = state.wall_seconds
-    kept = {name: evaluation[name] for name in _EVALUATION_FIELDS} if evaluation else None
+    kept = {
+        name: value for name, value in (evaluation or {}).items() if name not in _NOT_SUMMARISED
+    }
     return {
         'game': state.game,
         'preset': state.preset,
         'seed': config.seed,
         **state.summarised(),
-        'evaluation': kept,
+        'evaluation': kept or None,
+        'exported': exported,
         'wall_seconds': round(seconds, 3),
         'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
         'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,

@@ -28,6 +28,22 @@ def read_result(path: pathlib.Path) -> dict[str, Any] | None:
     return held if named and None not in numbers else None
 
 
+def line(result: Mapping[str, Any]) -> str:
+    """The score of a result on one line, with its error and the rules that it was taken under."""
+    error, played = result['standard_error'], result['episodes']
+    parts = [
+        f'{result["game"]}: mean return {result["mean"]:.1f}',
+        *([] if error is None else [f'standard error {error:.1f}']),
+        f'over {played} game{"s" * (played != 1)}',
+        *([f'{result["failed"]} failed'] if result['failed'] else []),
+    ]
+    changed = ', '.join(f'{name} {value}' for name, value in result['deviations'].items())
+    return (
+        f'{", ".join(parts)} (protocol {result["protocol"]}, epsilon {result["epsilon"]:g}, at most'
+        f' {result["max_frames"]:,} frames{"; deviations: " * bool(changed)}{changed})'
+    )
+
+
 def progress_file(output: pathlib.Path) -> pathlib.Path:
     """The file that holds the number of games so far while those for `output` are played."""
     return output.with_suffix('.partial.json')

@@ -33,7 +33,8 @@ def resuming(directory: RunDirectory) -> str:
 def is_complete(directory: RunDirectory) -> bool:
     """Whether summary, evaluation and policy of the newest checkpoint exist.
 
-    `summary.json` holds an evaluation only if that was made at the same end of the run.
+    `summary.json` holds an evaluation only if that was made at the same end of the run, and says
+    whether the policy was exported there; that of the budget before may remain.
 
     Raises:
       UsageError: the directory is not readable.
@@ -42,7 +43,8 @@ def is_complete(directory: RunDirectory) -> bool:
     told = summary.get('evaluation') is not None
     whole = told and (count(summary.get('frames')) or 0) >= (_saved_frames(directory) or 0)
     evaluated = read_result(directory.path / EVALUATION_FILE) is not None
-    return whole and evaluated and directory.policy.is_dir()
+    exported = summary.get('exported') is not False and directory.policy.is_dir()
+    return whole and evaluated and exported
 
 
 def _at_budget(directory: RunDirectory) -> bool:

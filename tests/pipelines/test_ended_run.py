@@ -102,6 +102,7 @@ def complete(path):
         ('summary.json', None),
         ('summary.json', {'frames': 400, 'evaluation': None}),
         ('summary.json', {'frames': 396, 'evaluation': {}}),  # of an earlier, smaller budget
+        ('summary.json', {'frames': 400, 'evaluation': {}, 'exported': False}),  # policy of before
         ('evaluation.json', None),
         ('policy', None),
     ],

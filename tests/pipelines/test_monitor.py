@@ -16,7 +16,17 @@ from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
 
 CONFIG = MonitorConfig(game='pong', preset='laptop', seed=7, max_frames=4000)
-EVALUATION = {'protocol': 'no-op starts', 'episodes': 30, 'epsilon': 0.05, 'mean': 15.0, 'std': 2.0}
+EVALUATION = {
+    'protocol': 'noop',
+    'deviations': {'epsilon': 0.1},
+    'epsilon': 0.1,
+    'max_frames': 18_000,
+    'episodes': 30,
+    'failed': 0,
+    'mean': 15.0,
+    'std': 2.0,
+    'standard_error': 0.4,
+}
 
 
 class FakeClock:
@@ -591,8 +601,8 @@ class TestSummary:
         clock.now += 50
         monitor.end_training()
         clock.now += 1000  # the evaluation
-        extra = {**EVALUATION, 'returns': [1.0]}
-        summary = monitor.summary('max_frames', extra)
+        extra = {'game': 'pong', **EVALUATION, 'returns': [1.0], 'provenance': {}}
+        summary = monitor.summary('max_frames', extra, exported=True)
         assert summary.pop('learners')['learner_0']['staleness'] == summary['staleness']
         assert summary == {
             'game': 'pong',
@@ -606,6 +616,7 @@ class TestSummary:
             'mean_length_100': 100.0,
             'epsilon': 0.25,
             'evaluation': EVALUATION,
+            'exported': True,
             'wall_seconds': 50.0,
             'frames_per_second': 40.0,  # 2000 / 50
             'updates_per_second': 2.0,

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 
 from pipelines.experiment import command_line
+from pipelines.launch import finishing
 from pipelines.launch.finishing import Finishing, Outcome
 from pipelines.launch.interrupts import Signals
 from pipelines.launch.launcher import Launcher
@@ -239,17 +241,74 @@ def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
     assert f'] SIGTERM: {effect[phase]}\n' in said.getvalue()
 
 
+def test_what_a_child_leaves_that_is_killed_while_it_films_is_removed(
+    directory, signals, capsys, monkeypatch
+):
+    left = ['.video.mp4.0123456789ab', '.policy.0123456789ab', 'evaluation.partial.json']
+    others = '.mine.mp4.0123456789ab'  # that another process writes
+
+    def write():
+        for name in (*left, others):
+            (directory.path / name).touch()
+
+    child = types.SimpleNamespace(start=write, terminate=str, describe_failure=str)
+    monkeypatch.setattr(Finishing, '_finish', lambda *_: child)
+    monkeypatch.setattr(Finishing, '_await', lambda *_: None)
+    finishing_in(directory, signals).evaluate()
+    here = {path.name for path in directory.path.iterdir()}
+    assert not here & set(left)
+    assert others in here
+
+
+def test_the_display_says_for_how_long_a_run_films(directory, signals, monkeypatch):
+    evaluation = directory.path / 'evaluation.json'
+    now = 0.0
+    phases: list[str] = []
+
+    def poll():
+        nonlocal now
+        now += 4.0
+        if now == 12.0:
+            evaluation.touch()
+        return 0 if now == 24.0 else None
+
+    clock = types.SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
+    monkeypatch.setattr(finishing, 'time', clock)
+    monkeypatch.setattr(PlainDisplay, 'phase', lambda _, text: phases.append(text))
+    child: Any = types.SimpleNamespace(poll=poll)
+    finishing_in(directory, signals)._await(child, evaluation)
+    # Looked at after 4, 8, 12, 16 and 20 s; the evaluation was written between 8 and 12 s.
+    assert phases == [*['evaluating 0/30'] * 2, *(f'filming {seconds} s' for seconds in (4, 8, 12))]
+
+
 def test_a_resumed_run_at_its_budget_is_only_evaluated(directory, signals, capsys, monkeypatch):
     counters = {'updates': 7, 'agent_steps': 100, 'wall_seconds': 60.0}
     monkeypatch.setattr(Checkpoints, 'open', lambda *_: counters)
     monkeypatch.setattr(Launcher, '_train', lambda *_: pytest.fail('the training has begun'))
-    result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': 3.0, 'std': 0.0}
-    monkeypatch.setattr(Finishing, 'evaluate', lambda *_: Outcome(result, exported=True))
+    result = {
+        'protocol': 'noop',
+        'deviations': {},
+        'epsilon': 0.05,
+        'max_frames': 18_000,
+        'episodes': 2,
+        'failed': 0,
+        'mean': 3.0,
+        'std': 0.5,
+        'standard_error': 0.5,
+    }
+    outcome = Outcome({**result, 'game': 'pong', 'returns': [2.5, 3.5]}, exported=True)
+    monkeypatch.setattr(Finishing, 'evaluate', lambda *_: outcome)
     launcher = launcher_in(directory, signals, '--max_frames=400', '--min_replay_size=1')
     assert launcher.run() == 0
     summary = json.loads(directory.summary_file.read_text())
     assert (summary['exit_reason'], summary['frames']) == ('max_frames', 400)
     assert summary['evaluation'] == result
+    assert summary['exported']
+    *_, last = capsys.readouterr().out.splitlines()
+    assert (
+        'pong: mean return 3.0, standard error 0.5, over 2 games (protocol noop, epsilon 0.05, at'
+        ' most 18,000 frames); summary.json, policy/ and the rest are in'
+    ) in last
     assert summary['wall_seconds'] == pytest.approx(60.0, abs=5.0)
     assert directory.learning_curve_file.exists()
 
