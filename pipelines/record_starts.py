@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
@@ -25,13 +25,19 @@ from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Game, Step, play
 from pipelines.evaluation.policies import RANDOM, of_chance
 from pipelines.experiment.protocols import PROTOCOLS, Protocol
+from pipelines.storage.outputs import require_new
 from pipelines.storage.reading import CHECKPOINT_FLAG
-from pipelines.storage.run_directory import output_path
 from pipelines.storage.space import temporary_files
 
 # Nair et al. 2015, section 5: a game of up to thirty minutes, from its very beginning, since a
 # start point is a sequence of actions.
 _RULES = Protocol('recording', epsilon=0.05, max_frames=108_000, max_noops=0)
+_RANGES: Mapping[str, tuple[int, int]] = {
+    'count': (1, starts.MOST_STARTS),
+    'games_played': (1, 10_000),  # all of them are held in memory
+    'epsilon': (0, 1),
+    'seed': (0, 2**63 - 1),
+}
 _DESCRIPTION = """Records start points for `evaluate.py --protocol human --starts FILE`.
 
   record_starts.py --run_dir runs/a --output starts/pong.json           from a run's policy
@@ -84,20 +90,15 @@ def main(argv: Sequence[str]) -> int:
     """Records start points; returns the exit code."""
     arguments = parse(argv)
     _require_valid(arguments)
-    output = output_path(arguments.output)
-    if output.exists():
-        raise UsageError(
-            f'--output {arguments.output}: already exists and is not overwritten. Fix: name a new'
-            ' file.'
-        )
+    require_new(arguments.output)
     try:
         with temporary_files():
             file = record(arguments)
     except KeyboardInterrupt:
         print('record_starts.py: interrupted; nothing written.', file=sys.stderr)
         return 130
-    starts.write(output, file)
-    print(f'{output}: {len(file.starts)} start points of {file.game}')
+    starts.write(pathlib.Path(arguments.output), file)
+    print(f'{arguments.output}: {len(file.starts)} start points of {file.game}')
     return 0
 
 
@@ -106,13 +107,11 @@ def _require_valid(arguments: argparse.Namespace) -> None:
     Raises:
       UsageError: a value is out of range.
     """
-    for name in ('count', 'games_played'):
-        if (value := getattr(arguments, name)) < 1:
-            raise UsageError(f'--{name} {value}: must be at least 1.')
-    if not 0.0 <= arguments.epsilon <= 1.0:
-        raise UsageError(f'--epsilon {arguments.epsilon:g}: must be from 0 to 1.')
-    if arguments.seed < 0:
-        raise UsageError(f'--seed {arguments.seed}: must be at least 0.')
+    for name, (least, most) in _RANGES.items():
+        if not least <= (value := getattr(arguments, name)) <= most:
+            raise UsageError(
+                f'--{name} {value}: must be from {least} to {most}. Fix: correct the value.'
+            )
 
 
 def record(arguments: argparse.Namespace) -> starts.StartFile:

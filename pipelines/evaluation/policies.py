@@ -148,7 +148,7 @@ def of_saved_model(path: str, game: str | None) -> Policy:
     environment = trained
     if environment is None:
         if game is None:
-            raise UsageError(f'--policy {path}: its game is unknown. Fix: add --games.')
+            raise UsageError(f'--policy {path}: its game is unknown. Fix: name it.')
         environment = EnvironmentConfig(game=game)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, 'w', strict_timestamps=False) as packed:
@@ -165,8 +165,8 @@ def of_chance(game: str, full_action_space: bool) -> Policy:
 def other_game(path: str, trained: str, game: str) -> UsageError:
     """The error of a policy that is to play a game that it was not trained for."""
     return UsageError(
-        f'{path}: a policy for {rom_id(trained)}, not for {rom_id(game)}. Fix: omit --games, or'
-        f' name a policy for {rom_id(game)}.'
+        f'{path}: a policy for {rom_id(trained)}, not for {rom_id(game)}. Fix: omit the game,'
+        f' or name a policy for {rom_id(game)}.'
     )
 
 
@@ -221,7 +221,7 @@ def _fitted(policy: Policy) -> Policy:
     if num_actions not in (minimal, ALL_ACTIONS):
         raise UsageError(
             f'--policy {policy.path}: a policy of another game ({num_actions} actions;'
-            f' {environment.game} has {minimal}). Fix: name its game as --games.'
+            f' {environment.game} has {minimal}). Fix: name its game.'
         )
     environment = dataclasses.replace(environment, full_action_space=num_actions != minimal)
     updates = int(loaded.get_train_step())  # -1: unknown

@@ -16,12 +16,13 @@ import numpy as np
 from ale_py import roms
 
 from agents.games import loaded, rom_id
-from infra.disk import write_atomically
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError
+from pipelines.storage.outputs import write_new
 
 _KIND = 'start points'
-_MOST_STARTS = 100_000
+MOST_STARTS = 100_000
+"""In a file."""
 ALL_ACTIONS = 18
 """Number of ALE's actions."""
 
@@ -72,10 +73,10 @@ def indices(start: Start, codes: tuple[int, ...]) -> np.ndarray:
 
 
 def write(path: pathlib.Path, file: StartFile) -> None:
-    """Writes start points.
+    """Writes start points to a new file.
 
     Raises:
-      OSError: `path` is not writable.
+      UsageError: `path` exists or is not writable.
     """
     values = {
         'kind': _KIND,
@@ -85,7 +86,7 @@ def write(path: pathlib.Path, file: StartFile) -> None:
         'source': file.source,
         'starts': [start.actions.hex() for start in file.starts],
     }
-    write_atomically(path, json.dumps(seal(values)) + '\n')
+    write_new(str(path), json.dumps(seal(values)) + '\n')
 
 
 def read(path: pathlib.Path, game: str, action_repeat: int) -> StartFile:
@@ -125,7 +126,7 @@ def _decoded(values: dict[str, Any]) -> StartFile:
     if values['kind'] != _KIND or not isinstance(values['game'], str):
         raise ValueError('other contents')
     starts = tuple(_start(text) for text in values['starts'])
-    if not 0 < len(starts) <= _MOST_STARTS:
+    if not 0 < len(starts) <= MOST_STARTS:
         raise ValueError(f'{len(starts)} start points')
     return StartFile(values['game'], int(values['action_repeat']), str(values['source']), starts)
 

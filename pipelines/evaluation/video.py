@@ -13,7 +13,6 @@ from time import monotonic
 import ale_py
 import numpy as np
 
-from infra.disk import beside, is_remote
 from pipelines.errors import UsageError
 from pipelines.evaluation.encoder import SUFFIXES, encoder
 from pipelines.evaluation.entrants import Entrant, Request, entrants
@@ -30,7 +29,8 @@ from pipelines.evaluation.play import (
 from pipelines.evaluation.policies import Policy, Values
 from pipelines.evaluation.starts import action_codes
 from pipelines.experiment import config as config_lib
-from pipelines.storage.run_directory import RunDirectory, output_path
+from pipelines.storage.outputs import require_new
+from pipelines.storage.run_directory import RunDirectory
 
 SCALE = 3
 """Pixels of the video for one of the emulator, in each direction."""
@@ -56,28 +56,16 @@ class Film:
 
 
 def new_file(path: str) -> pathlib.Path:
-    """Checks that a video can be written to `path`; creates its parent.
+    """Checks that a video can be written to `path`; creates nothing.
 
     Raises:
       UsageError: it exists, is remote or not writable, or its suffix is unknown.
     """
-    file = pathlib.Path(path)
-    if is_remote(path):
-        raise UsageError(f'--video {path}: not on this machine. Fix: name a local file.')
+    file = pathlib.Path(path).absolute()
     if file.suffix.lower() not in SUFFIXES:
         raise UsageError(f'--video {path}: unknown kind. Fix: name a .mp4 or .gif file.')
-    if file.exists():
-        raise UsageError(
-            f'--video {path}: already exists and is not overwritten. Fix: name a new file.'
-        )
-    try:
-        output = output_path(path)
-        probe = beside(output)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise _not_written(path, error) from error
-    return output
+    require_new(path, '--video')
+    return file
 
 
 def game_of(found: Sequence[Entrant], film: Film) -> Game:
@@ -107,7 +95,7 @@ def record(
     Args:
       policy: of the game.
       game: what to play; its limit of frames bounds the video.
-      film: where to; its directory exists.
+      film: where to; its directory is created.
       cancelled: whether to stop without a video; asked at every step.
 
     Raises:
@@ -118,6 +106,7 @@ def record(
     player, values = policy.opened()
     rate = fractions.Fraction(FRAMES_PER_SECOND, game.environment.action_repeat)
     try:
+        film.path.parent.mkdir(parents=True, exist_ok=True)
         with Emulator(game, colour=True) as screen, encoder(film.path, rate) as add:
             view = _View(screen, _action_names(game), values, film.overlay)
 

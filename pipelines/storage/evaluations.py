@@ -2,14 +2,13 @@
 
 import json
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from infra.disk import is_remote, read_json, write_json
-from pipelines.errors import UsageError, unwritable
+from infra.disk import is_remote, read_json
+from pipelines.errors import UsageError
 from pipelines.events import count, finite
-from pipelines.storage.run_directory import output_path, require_fit
+from pipelines.storage import outputs
 
 if TYPE_CHECKING:
     from pipelines.storage.object_store import Place
@@ -57,60 +56,33 @@ def require_new(path: str) -> None:
     Raises:
       UsageError: the file exists, cannot be written, or its name is unsuitable.
     """
+    file = pathlib.Path(path)
     if is_remote(path):
-        exists = _remote(path, lambda place, name: place.read(name)) is not None
+        if _remote(path, lambda place, name: place.read(name)) is not None:
+            raise outputs.existing(path)
+    elif file.name == EVALUATION_FILE and file.is_file():
+        outputs.require_writable(file.absolute())
     else:
-        file = pathlib.Path(path).absolute()
-        require_fit(file)
-        exists = file.is_dir() or (file.exists() and file.name != EVALUATION_FILE)
-        _require_writable(file)
-    if exists:
-        raise _exists(path)
-
-
-def _exists(path: str) -> UsageError:
-    return UsageError(
-        f'--output {path}: already exists and is not overwritten. Fix: name a new file.'
-    )
-
-
-def _require_writable(file: pathlib.Path) -> None:
-    """Raises UsageError unless the nearest directory above `file` that exists can be written."""
-    directory = file.parent
-    while not directory.exists():
-        directory = directory.parent
-    try:
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise unwritable(file, error, 'name another file as --output') from error
+        outputs.require_new(path)
 
 
 def write(path: str, result: Mapping[str, Any]) -> None:
     """Writes a result to `path`, local or remote; keeps an `EVALUATION_FILE` of before.
 
     Raises:
-      OSError: the local file is not writable.
-      UsageError: the remote one is not, or the file has appeared meanwhile.
+      OSError: the `EVALUATION_FILE` cannot be kept.
+      UsageError: the file cannot be written, or has appeared meanwhile.
     """
-    content = (json.dumps(dict(result), indent=2) + '\n').encode()
+    content = (json.dumps(dict(result), indent=2, allow_nan=False) + '\n').encode()
     if is_remote(path):
         _remote(path, lambda place, name: place.write(name, content))
         return
-    file = output_path(path)
+    file = pathlib.Path(path)
     if file.name == EVALUATION_FILE and file.exists():
         before = read_result(file)
         name = f'evaluation-{before.get("updates")}-updates' if before else 'damaged-evaluation'
         file.replace(_free(file.with_name(f'{name}.json')))
-    try:
-        file.touch(exist_ok=False)  # of two evaluations at once the second is refused
-    except FileExistsError:
-        raise _exists(path) from None
-    try:
-        write_json(file, result)
-    except OSError:
-        file.unlink()
-        raise
+    outputs.write_new(path, content)
 
 
 def _remote(path: str, act: Callable[['Place', str], _T]) -> _T:

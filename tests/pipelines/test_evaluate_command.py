@@ -27,7 +27,7 @@ from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
 from pipelines.launch import evaluation
-from pipelines.storage import evaluations, saved_policies
+from pipelines.storage import evaluations, outputs, saved_policies
 
 DATA = 'variables/variables.data-00000-of-00001'
 HALF = b'half of the file'
@@ -157,7 +157,7 @@ def test_a_long_evaluation_shows_its_progress_every_ten_seconds(run_dir, monkeyp
     )
 
 
-def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch):
+def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch, capsys):
     played(monkeypatch, scores(1.0, 3.0))
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=2', '--epsilon=0.1']) == 0
     result = result_of(run_dir)
@@ -173,6 +173,12 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch):
     }
     assert '--epsilon=0.1' in result['provenance']['command']
     assert result['provenance']['packages']['tensorflow'] == '2.15.1'
+    line, place = capsys.readouterr().out.splitlines()
+    assert line == (
+        'pong: mean return 2.0, standard error 1.0, over 2 games (protocol noop, epsilon 0.1, at'
+        ' most 18,000 frames; deviations: epsilon 0.1, episodes 2)'
+    )
+    assert place.startswith(f'policy {run_dir}; written to {run_dir}/evaluation-noop-')
 
 
 def test_a_failed_game_is_counted_and_named_and_the_rest_stands(run_dir, monkeypatch, capsys):
@@ -202,7 +208,7 @@ def test_a_score_that_cannot_be_written_is_printed(run_dir, monkeypatch, capsys)
     def full(path, _):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    monkeypatch.setattr(evaluations, 'write_json', full)
+    monkeypatch.setattr(outputs, 'write_atomically', full)
     output = run_dir / 'new' / 'result.json'
     assert evaluate.main([f'--run_dir={run_dir}', f'--output={output}']) == 2
     first, second = capsys.readouterr().err.splitlines()
@@ -511,6 +517,15 @@ class TestBadInput:
     )
     def test_flags_without_effect_are_refused_before_a_policy_is_read(self, capsys, flags, problem):
         assert problem in self.refused(flags, capsys)
+
+    @pytest.mark.parametrize('flag', ['--runner=', '--num_workers=0', '--num_workers=99999'])
+    def test_work_that_cannot_be_done(self, flag, capsys):
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main(['--policy=random', '--games=pong', flag])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert flag.partition('=')[0] in line
+        assert 'Fix: ' in line
 
     def test_an_unknown_protocol(self, capsys):
         with pytest.raises(SystemExit) as ended:

@@ -1,7 +1,9 @@
 """The recorder of start points: whose play it records, and what its file is good for."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import numpy as np
 import pygame
@@ -12,6 +14,7 @@ from pipelines import evaluate, record_starts
 from pipelines.evaluation import person, starts
 from pipelines.evaluation.play import Game, Step, play
 from pipelines.experiment.protocols import PROTOCOLS
+from pipelines.storage import outputs
 
 SHORT = dataclasses.replace(record_starts._RULES, max_frames=400)
 PONG = EnvironmentConfig(game='pong')
@@ -142,9 +145,17 @@ class TestAPerson:
         (['--policy=random'], 'no game is named'),
         (['--person'], 'no game is named'),
         (['--person', '--game=pogn'], 'did you mean pong'),
-        ([*RANDOM_PONG, '--count=0'], '--count 0: must be at least 1'),
-        ([*RANDOM_PONG, '--epsilon=2'], '--epsilon 2: must be from 0 to 1'),
-        ([*RANDOM_PONG, '--seed=-1'], '--seed -1: must be at least 0'),
+        ([*RANDOM_PONG, '--count=0'], '--count 0: must be from 1 to 100000. Fix: '),
+        ([*RANDOM_PONG, '--count=1e12'], '--count 1000000000000: must be from 1 to'),
+        ([*RANDOM_PONG, '--games_played=1e14'], '--games_played 100000000000000: must be'),
+        ([*RANDOM_PONG, '--epsilon=2'], '--epsilon 2.0: must be from 0 to 1'),
+        ([*RANDOM_PONG, '--epsilon=nan'], '--epsilon nan: must be from 0 to 1'),
+        ([*RANDOM_PONG, '--seed=-1'], '--seed -1: must be from 0 to'),
+        ([*RANDOM_PONG, '--output=gs://a/b'], '--output gs://a/b: not on this machine'),
+        (
+            [*RANDOM_PONG, '--output=old.json/new.json'],
+            'cannot be written (Not a directory). Fix: ',
+        ),
         ([*RANDOM_PONG, '--output=old.json'], 'already exists'),
         ([*RANDOM_PONG, '--games_played=1', '--count=101'], 'only 100 steps were played'),
         (['--policy=nowhere', '--game=pong'], 'not a SavedModel'),
@@ -156,3 +167,24 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, said, tmp_path, monkeyp
     assert record_starts.main(['--output=new.json', *flags]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert [file.name for file in tmp_path.iterdir()] == ['old.json']
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_game(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_starts, 'record', lambda _: pytest.fail('the play has begun'))
+    (tmp_path / 'file').touch()
+    assert record_starts.main([*RANDOM_PONG, f'--output={tmp_path / "file" / "a.json"}']) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ['file']
+
+
+def test_a_full_disk_is_one_line_without_names_of_temporary_files(tmp_path, monkeypatch, capsys):
+    def full(path, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path.with_name('.temporary'))
+
+    monkeypatch.setattr(outputs, 'write_atomically', full)
+    output = tmp_path / 'pong.json'
+    flags = ['--count=2', '--games_played=1', f'--output={output}']
+    assert record_starts.main([*RANDOM_PONG, *flags]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    problem = f'{output}: cannot be written (No space left on device)'
+    assert line == f'record_starts.py: {problem}. Fix: name another file as --output.'
+    assert list(tmp_path.iterdir()) == []
