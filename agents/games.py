@@ -15,6 +15,7 @@ from ale_py import ALEInterface, LoggerMode, roms
 
 _ENTRY_POINT = 'ale_py.env:AtariEnv'
 _LOCK = threading.Lock()
+_CHOOSE = 'choose one of those that `python pipelines/suite.py --list_games` lists'
 
 
 class GameError(ValueError):
@@ -36,9 +37,9 @@ def rom_id(game: str) -> str:
         raise GameError(f'{game!r}: no name. Fix: name a game, such as pong.')
     name = _rom_of_id(game) or _known().get(_letters(game))
     if name is None:
-        raise GameError(f'unknown game {game!r}: {_advice(_letters(game))}')
+        raise GameError(f'unknown game {game!r}{_nearest(_letters(game))}. Fix: {_CHOOSE}.')
     if reason := _obstacle(name):
-        raise GameError(f'game {game!r} cannot be played: {reason}; choose another.')
+        raise GameError(f'game {game!r} cannot be played ({reason}). Fix: {_CHOOSE}.')
     return name
 
 
@@ -92,14 +93,13 @@ def _obstacle_in(name: str, _roms_dir: str | None) -> str:
     return '' if supported else 'ALE has no rules of it for one player'
 
 
-def _advice(wanted: str) -> str:
+def _nearest(wanted: str) -> str:
+    """A question that names the games most like `wanted`, in brackets; empty if there is none."""
     names = {_letters(name): name for name in game_names()}
     nearest = [names[match] for match in difflib.get_close_matches(wanted, names, cutoff=0.5)]
     if not nearest:  # an id of another gymnasium version, such as `PongDeterministic-v4`
         nearest = sorted((names[n] for n in names if n in wanted), key=len)[-1:]
-    if nearest:
-        return f'did you mean {" or ".join(nearest)}?'
-    return f'none is like it. The games are {", ".join(names.values())}.'
+    return f' (did you mean {" or ".join(nearest)}?)' if nearest else ''
 
 
 def _known() -> dict[str, str]:

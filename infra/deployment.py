@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from infra.addresses import is_port, split_address
-from infra.flags import Parser, integer
+from infra.flags import Parser, integer, nonempty
 from infra.sealed import parse_object
 
 KINDS = ('parameter', 'replay')
@@ -295,7 +295,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     places = parser.add_subparsers(dest='place', required=True)
     cluster = places.add_parser('kubernetes', help='StatefulSets of infra/kubernetes.')
     cluster.add_argument('file', nargs='?', help='Their JSON or YAML. Default: standard input.')
-    cluster.add_argument('--namespace', help='Namespace to search. Default: all.')
+    cluster.add_argument('--namespace', type=nonempty, help='Namespace to search. Default: all.')
     cluster.add_argument(
         '--domain', default='cluster.local', help='Domain of the cluster. Default: cluster.local.'
     )

@@ -44,11 +44,16 @@ def add_shard_flags(
     )
     parser.add_argument('--shard', type=integer, required=True, help='Index of this shard, from 0.')
     parser.add_argument('--port', type=integer, default=0, help='Port. Default: any free one.')
-    parser.add_argument('--ready_file', help='JSON file to write when ready: {"port", "pid"}.')
+    parser.add_argument(
+        '--ready_file',
+        type=nonempty_path,
+        help='JSON file to write when ready: {"port", "pid"}.',
+    )
     place = parser.add_mutually_exclusive_group()
-    place.add_argument(otherwise, help=text)
+    place.add_argument(otherwise, type=nonempty_path, help=text)
     place.add_argument(
         '--state_dir',
+        type=nonempty_path,
         help='Directory for the state of this shard only: the shard starts from the newest state in'
         ' it and saves its state periodically and at SIGTERM. Use it under a supervisor.',
     )

@@ -27,6 +27,8 @@ from pipelines.errors import UsageError, one_line_errors, reason_of
 COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
 """Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
 
+_LEAST, _MOST = 1e-6, 1e12  # values of flags
+
 UTILISATION = 0.8
 """Planned load of a core or a network; the rest absorbs peaks, checkpoints and restarts."""
 
@@ -194,11 +196,13 @@ def _steps_per_second(arguments: argparse.Namespace) -> float:
     """Converts the target to agent steps per second.
 
     Raises:
-      UsageError: a value is not positive.
+      UsageError: a value is out of range.
     """
     for name, value in vars(arguments).items():
-        if isinstance(value, float | int) and not 0 < value < math.inf:
-            raise UsageError(f'--{name} {value}: must be positive. Fix: correct the value.')
+        if isinstance(value, float | int) and not _LEAST <= value <= _MOST:
+            raise UsageError(
+                f'--{name} {value:g}: must be from {_LEAST:g} to {_MOST:g}. Fix: correct the value.'
+            )
     if arguments.target_fps is not None:
         return arguments.target_fps / arguments.action_repeat
     return arguments.target_ups * arguments.agent_steps_per_update

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from infra.flags import Parser, add_shard_flags, positive_number
+from infra.flags import Parser, add_shard_flags, nonempty_path, positive_number
 from infra.memory import OwnBound, available_memory
 from infra.output import protect_output
 from infra.parameter_server import checkpoint, protocol
@@ -486,13 +486,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         '--host', default='127.0.0.1', help='Address to listen on. Default: 127.0.0.1.'
     )
     parser.add_argument(
-        '--checkpoint_root', help='Directory below which clients may request checkpoints.'
+        '--checkpoint_root',
+        type=nonempty_path,
+        help='Directory below which clients may request checkpoints.',
     )
     parser.add_argument(
         '--tls_certificate',
+        type=nonempty_path,
         help='PEM certificate for the host name that clients use; enables TLS.',
     )
-    parser.add_argument('--tls_key', help='PEM private key of --tls_certificate.')
+    parser.add_argument(
+        '--tls_key', type=nonempty_path, help='PEM private key of --tls_certificate.'
+    )
     parser.add_argument(
         '--message_memory_mib',
         type=positive_number,

@@ -27,7 +27,7 @@ from infra import disk, process
 from infra import telemetry as telemetry_lib
 from infra.addresses import reach_directly
 from infra.disk import digests, hold, remove_leftovers, write_atomically
-from infra.flags import Parser, add_shard_flags
+from infra.flags import Parser, add_shard_flags, nonempty_path
 from infra.output import protect_output
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.errors import ReplayUnavailable
@@ -329,7 +329,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     where = 'Directory for checkpoints that a run requests.'
     add_shard_flags(parser, '--checkpoint_dir', where, _STATE_SECONDS)
     parser.add_argument('--host', help='No effect: Reverb listens on every interface.')
-    parser.add_argument('--restore', help='Checkpoint to start from, with --checkpoint_dir.')
+    parser.add_argument(
+        '--restore',
+        type=nonempty_path,
+        help='Checkpoint to start from, with --checkpoint_dir.',
+    )
     options = parser.parse_args(arguments)
     if options.restore and options.state_dir:
         parser.error(

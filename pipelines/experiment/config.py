@@ -33,6 +33,7 @@ CONFIG_FILE = 'config.json'
 """Name of the file in the directory of a run."""
 TOPOLOGIES = ('separate', 'bundled')
 _WITHOUT_STARTS = [protocol.name for protocol in PROTOCOLS.values() if not protocol.starts]
+_MOST_EPISODES = 100_000  # of an evaluation; far above what is of use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_choice(self, 'topology', TOPOLOGIES)
+        if self.evaluation_protocol == 'human':
+            raise ValueError(
+                '--evaluation_protocol human: the end of training has no start points. Fix: omit'
+                ' it, then run `pipelines/evaluate.py --protocol human --starts FILE` (see'
+                ' docs/evaluation.md).'
+            )
         require_choice(self, 'evaluation_protocol', _WITHOUT_STARTS)
-        counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_episodes')
-        require_at_least(self, 1, *counts, 'evaluation_max_frames')
-        require_at_least(self, 1, 'evaluator_episodes', 'evaluation_period_updates')
+        counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_max_frames')
+        require_at_least(self, 1, *counts, 'evaluation_period_updates')
+        require_from_to(self, 1, _MOST_EPISODES, 'evaluation_episodes', 'evaluator_episodes')
         require_fraction(self, 'evaluator_cpu_share')
         require_from_to(self, 0, 2**63 - 1, 'seed')
         require_from_to(self, 1, 1024, 'worker_threads')

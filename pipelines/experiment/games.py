@@ -37,7 +37,8 @@ def games_of(text: str) -> tuple[str, ...]:
     try:
         games = [rom for name in names for rom in GROUPS.get(name) or (rom_id(name),)]
     except GameError as error:
-        raise UsageError(f'--games: {error} Groups: {", ".join(GROUPS)}.') from error
+        text = str(error).rstrip('.')
+        raise UsageError(f'--games: {text}, or a group: {", ".join(GROUPS)}.') from error
     return tuple(dict.fromkeys(games))
 
 

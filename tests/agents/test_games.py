@@ -45,12 +45,12 @@ class TestPlayable:
             assert loading.returncode != 0
 
     def test_a_game_that_would_end_the_process_raises_an_error_instead(self):
-        with pytest.raises(GameError, match=r"game 'Warlords' cannot be played: .* one player"):
+        with pytest.raises(GameError, match=r"game 'Warlords' cannot be played .*one player"):
             AtariEnvironment(EnvironmentConfig(game='Warlords'), 1, seed=0)
 
     def test_a_rom_that_is_not_there_is_named(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv('ALE_ROMS_DIR', str(tmp_path))
-        with pytest.raises(GameError, match=rf"'pong' cannot be played: .*{tmp_path}/pong\.bin"):
+        with pytest.raises(GameError, match=rf"'pong' cannot be played .*{tmp_path}/pong\.bin"):
             games.rom_id('pong')
         assert games.game_names() == ()
         assert capsys.readouterr().out == ''
@@ -77,7 +77,7 @@ class TestNames:
         assert [games.rom_id(name) for name in names] == list(names)
 
     def test_an_unknown_game_is_refused_with_the_nearest_names(self):
-        with pytest.raises(GameError, match=r"'brakout': did you mean breakout"):
+        with pytest.raises(GameError, match=r"'brakout' .did you mean breakout.*\?\). Fix: choose"):
             games.rom_id('brakout')
 
     @pytest.mark.parametrize('game', ['PongDeterministic-v4', 'ALE/Pong-ram-v5', 'ale/pong-v5'])
@@ -85,10 +85,11 @@ class TestNames:
         with pytest.raises(GameError, match='did you mean pong'):
             games.rom_id(game)
 
-    def test_a_game_like_no_other_is_refused_with_those_that_can_be_played(self):
-        with pytest.raises(GameError, match=r'The games are .*breakout, .*space_invaders') as error:
+    def test_a_game_like_no_other_is_refused_with_the_command_that_lists_them_all(self):
+        with pytest.raises(
+            GameError, match=r"^unknown game '\+{3}'\. Fix: .*--list_games` lists\.$"
+        ):
             games.rom_id('+++')
-        assert not any(name in str(error.value).split(', ') for name in REFUSED)
 
     def test_another_environment_of_gymnasium_is_no_game(self):
         with pytest.raises(GameError, match="unknown game 'CartPole-v1'"):

@@ -112,3 +112,17 @@ def test_help_beside_a_preset_that_does_not_exist_names_those_that_do():
         UsageError, match="--preset 'desktop': unknown. Fix: choose one of laptop, nature"
     ):
         command_line.parse(['--preset=desktop', '--help'])
+
+
+@pytest.mark.parametrize(
+    ('parse', 'flag'),
+    [
+        *((parameter_server.parse, flag) for flag in ('--tls_certificate', '--checkpoint_root')),
+        *((replay_server.parse, flag) for flag in ('--restore', '--state_dir', '--ready_file')),
+    ],
+)
+def test_an_empty_path_of_a_server_never_means_that_the_flag_is_absent(parse, flag, capsys):
+    with pytest.raises(SystemExit) as refused:
+        parse(['--config=a', '--shard=0', f'{flag}='])
+    assert refused.value.code == 2
+    assert f'{flag}: empty. Fix: name a path.' in capsys.readouterr().err

@@ -77,6 +77,8 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--preset=desktop',), 'laptop'),
         (('--preset=',), "--preset '': unknown. Fix: choose one of laptop, "),
         (('--topology=ring',), 'bundled'),
+        (('--evaluation_protocol=human',), 'then run `pipelines/evaluate.py --protocol human'),
+        (('--evaluation_episodes=1e14',), '--evaluation_episodes 100000000000000: must be from 1'),
         (('--topology=bundled', '--num_actors=3', '--num_learners=2'), '--num_learners 2'),
         (('--num_replay_shards=3',), '--num_actors'),
         (('--min_replay_size=1000', '--replay_capacity=10'), '--min_replay_size'),
@@ -291,7 +293,15 @@ def _catches(status: str, number: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    'flag', ['--episodes=0', '--epsilon=1.5', '--epsilon=-1', '--epsilon=nan', '--seed=-1']
+    'flag',
+    [
+        '--episodes=0',
+        '--episodes=1e14',
+        '--epsilon=1.5',
+        '--epsilon=-1',
+        '--epsilon=nan',
+        '--seed=-1',
+    ],
 )
 def test_wrong_value_for_the_evaluation_is_one_line_before_any_run_is_asked(tmp_path, capsys, flag):
     assert evaluate.main([f'--run_dir={tmp_path / "no_run"}', flag]) == 2
