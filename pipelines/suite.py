@@ -5,6 +5,7 @@ Each run is a process of run.py with a directory of its own. The same command, o
 """
 
 import argparse
+import contextlib
 import pathlib
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
-from infra.flags import Parser, nonempty_path
+from infra.flags import Parser, integer, nonempty, nonempty_path
 from infra.output import protect_output
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 1.0
 _PARENT = pathlib.Path('runs')
 _AUTO = 'auto'
-_ONE = '1'
 _SEEDS = '1'
-_MOST_PARALLEL = 1_000
 
 _EPILOG = """examples:
   python pipelines/suite.py --games pong,breakout,freeway --seeds 1..3 --max_frames 1e6
@@ -95,9 +94,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--list_games', action='store_true', help='List the games and exit.')
     parser.add_argument(
         '--seeds',
+        type=nonempty,
         help=f'Such as 1..3 or 1,2,5. Default: {_SEEDS}. Use 3 or more to compare.',
     )
-    parser.add_argument('--presets', metavar='NAME,...', help='Presets. Default: laptop.')
+    parser.add_argument(
+        '--presets', type=nonempty, metavar='NAME,...', help='Presets. Default: laptop.'
+    )
     parser.add_argument(
         '--grid',
         action='append',
@@ -107,10 +109,25 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _parallel(text: str) -> int | str:
+    """Parses --parallel, for argparse.
+
+    Raises:
+      ArgumentTypeError: it is neither `auto` nor a number from 1.
+    """
+    if text == _AUTO:
+        return text
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if (number := integer(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f'{text!r} is neither {_AUTO} nor a number from 1')
+
+
 def _add_conduct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--parallel',
-        default=_ONE,
+        type=_parallel,
+        default=1,
         help='Runs at once, or auto: as many as cores and memory allow. Default: 1. Raise it if'
         ' cores are idle.',
     )
@@ -145,10 +162,9 @@ def asked(arguments: argparse.Namespace, flags: Sequence[str]) -> list['Run']:
         if arguments.suite_dir is None:
             raise UsageError('--resume: no suite given. Fix: name its directory in --suite_dir.')
         return []
-    presets = (arguments.presets or DEFAULT).split(',')
     sweep = plan.Sweep(
         games_of(arguments.games),
-        tuple(dict.fromkeys(preset.strip() for preset in presets)),
+        plan.presets_of(arguments.presets or DEFAULT),
         plan.seeds_of(arguments.seeds or _SEEDS),
         plan.grid_of(arguments.grid),
         common,
@@ -189,29 +205,19 @@ def planned(
         return list(runs)
     if not runs:
         return stored
-    try:
-        return plan.extended(stored, runs)
-    except UsageError as error:
+    if flags := plan.differing(stored, runs):
         raise UsageError(
-            f'{path}: holds another suite: {error}. Fix: add --resume and omit all flags but'
-            ' --suite_dir, repeat its command (games, seeds and values may be added), or choose'
-            ' another --suite_dir.'
-        ) from error
+            f'{path}: holds a suite with other {", ".join(flags)}. Fix: continue it by --resume'
+            ' --suite_dir alone, or choose another --suite_dir.'
+        )
+    return plan.extended(stored, runs)
 
 
-def at_once(text: str, runs: Sequence['Prepared']) -> int:
-    """The number of runs at once.
-
-    Raises:
-      UsageError: it is neither `auto` nor a number from 1.
-    """
+def at_once(parallel: int | str, runs: Sequence['Prepared']) -> int:
+    """The number of runs at once, for --parallel and the runs that are left."""
     from pipelines.suites.room import most_at_once
 
-    if text == _AUTO:
-        return most_at_once(runs)
-    if not text.isdecimal() or not 1 <= int(text) <= _MOST_PARALLEL:
-        raise UsageError(f'--parallel {text}: must be auto or from 1 to {_MOST_PARALLEL}.')
-    return int(text)
+    return most_at_once(runs) if isinstance(parallel, str) else min(parallel, len(runs))
 
 
 def conduct(
@@ -253,14 +259,19 @@ def _stop(scheduler: 'Scheduler', notify: Callable[[str], None]) -> None:
 
 
 def outcome(
-    entries: Sequence['Entry'], path: pathlib.Path, at_once: str, number: int | None
+    entries: Sequence['Entry'], path: pathlib.Path, parallel: int | str, number: int | None
 ) -> int:
     """Prints the result of a suite that has ended, by a signal or not; returns the exit code."""
     from pipelines.suites import scheduler, table
 
     for entry in entries:
         print(table.line(entry))
-    flags = ['--resume', '--suite_dir', str(path), *(['--parallel', at_once] * (at_once != _ONE))]
+    flags = [
+        '--resume',
+        '--suite_dir',
+        str(path),
+        *(['--parallel', str(parallel)] * (parallel != 1)),
+    ]
     resume = f'`python pipelines/suite.py {shlex.join(flags)}`'
     failed = [entry for entry in entries if entry.state == scheduler.FAILED]
     done = sum(entry.state == scheduler.DONE for entry in entries)

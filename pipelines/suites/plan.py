@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.flags import integer
 from pipelines.errors import UsageError
-from pipelines.experiment import command_line
+from pipelines.experiment import command_line, presets
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -83,6 +83,21 @@ class Prepared:
     config: ExperimentConfig
 
 
+def presets_of(text: str) -> tuple[str, ...]:
+    """The presets of a comma-separated list, each once.
+
+    Raises:
+      UsageError: one is unknown.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(',')))
+    for name in names:
+        if name not in presets.PRESETS:
+            raise UsageError(
+                f'--presets {name!r}: unknown. Fix: choose from {", ".join(presets.PRESETS)}.'
+            )
+    return names
+
+
 def seeds_of(text: str) -> tuple[int, ...]:
     """The seeds of `1..3` or `1,2,7..9`, each once.
 
@@ -96,6 +111,8 @@ def seeds_of(text: str) -> tuple[int, ...]:
             low, high = integer(first), integer(last or first)
         except argparse.ArgumentTypeError:
             raise UsageError(f'--seeds {text}: not seeds. Fix: write 1..3 or 1,2,5.') from None
+        if low < 0:
+            raise UsageError(f'--seeds {text}: must be at least 0. Fix: correct {part.strip()}.')
         if not 0 <= high - low < _MOST_RUNS:
             raise UsageError(
                 f'--seeds {text}: {part.strip()} has {max(0, high - low + 1)} seeds. Fix: name 1 to'
@@ -140,9 +157,12 @@ def _value(name: str, text: str) -> Any:
     group, _ = config_lib.fields()[name]
     if typing.get_type_hints(dict(config_lib.groups())[group])[name] is bool:
         if text.lower() not in _TRUTH:
-            raise UsageError(f'--grid {name}={text}: must be true or false.')
+            raise UsageError(f'--grid {name}={text}: no truth value. Fix: write true or false.')
         return _TRUTH[text.lower()]
-    return command_line.parse([f'--{name}={text}'])[2][name]
+    try:
+        return command_line.parse([f'--{name}={text}'])[2][name]
+    except UsageError as error:
+        raise UsageError(f'--grid {name}={text}: {error}') from error
 
 
 def joined(flags: Sequence[str]) -> tuple[str, ...]:
@@ -254,20 +274,27 @@ def _prepare(run: Run) -> Prepared:
     return Prepared(dataclasses.replace(run, max_frames=config.run.max_frames), launch, config)
 
 
-def extended(stored: Sequence[Run], asked: Sequence[Run]) -> list[Run]:
-    """The runs of a suite that a command continues: those stored, and new ones that it adds.
+def differing(stored: Sequence[Run], asked: Sequence[Run]) -> list[str]:
+    """The flags in which a command lacks or changes values of a suite; empty if it continues it."""
+    found = [
+        _OWN.get(field, f'--{field}')
+        for field in ('game', 'preset', 'seed', 'grid')
+        if {getattr(run, field) for run in stored} - {getattr(run, field) for run in asked}
+    ]
+    before, now = _by_name(stored), _by_name(asked)
+    return found + [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
-    Raises:
-      UsageError: the command omits a run of the suite, or changes its flags.
-    """
-    found = {run.name: run for run in asked}
-    missing = [run.name for run in stored if run.name not in found]
-    if missing:
-        raise UsageError(f'the command omits {len(missing)} of its runs ({_few(missing)})')
-    for run in stored:
-        if found[run.name] != run:
-            ours, theirs = (' '.join(each.argv) for each in (found[run.name], run))
-            raise UsageError(f'{run.name} was started with {theirs}, not {ours}')
+
+def _by_name(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The flags that runs of a suite share, by `--name`; `--no-name` is one of them."""
+    named: dict[str, list[str]] = {}
+    for flag in runs[0].flags:
+        named.setdefault(flag.partition('=')[0].replace('--no-', '--', 1), []).append(flag)
+    return named
+
+
+def extended(stored: Sequence[Run], asked: Sequence[Run]) -> list[Run]:
+    """The runs of a suite that a command continues: those stored, and new ones that it adds."""
     known = {run.name: run for run in stored}
     return [known.get(run.name, run) for run in asked]
 

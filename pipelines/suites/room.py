@@ -22,17 +22,16 @@ def most_at_once(runs: Sequence[Prepared]) -> int:
     return max(1, min(by_cores, available_memory() // memory, len(runs)))
 
 
-def require_room(runs: Sequence[Prepared], parallel: int, path: pathlib.Path) -> list[str]:
-    """Checks memory, disk and ports for so many of these runs at once; returns warnings.
+def require_room(runs: Sequence[Prepared], at_once: int, path: pathlib.Path) -> list[str]:
+    """Checks memory, disk, ports and cores for so many of these runs at once; returns warnings.
 
     Raises:
-      UsageError: memory or disk does not suffice, or runs would share ports.
+      UsageError: memory, disk or cores do not suffice, or runs would share ports.
     """
-    at_once = min(parallel, len(runs))
     memory = _largest([memory_bytes(each.config, each.launch) for each in runs], at_once)
     if (available := available_memory()) < memory:
         raise UsageError(
-            f'--parallel {parallel}: {at_once} runs at once need {memory / _GIB:.1f} GiB of memory,'
+            f'--parallel: {at_once} runs at once need {memory / _GIB:.1f} GiB of memory,'
             f' {available / _GIB:.1f} GiB are available. Fix: choose a smaller --parallel or'
             ' --replay_capacity, or end other programs.'
         )
@@ -46,7 +45,7 @@ def require_room(runs: Sequence[Prepared], parallel: int, path: pathlib.Path) ->
         )
     if at_once > 1 and any(e.launch.parameter_ports or e.launch.replay_ports for e in runs):
         raise UsageError(
-            f'--parallel {parallel}: runs cannot share --parameter_ports or --replay_ports. Fix:'
+            f'--parallel {at_once}: runs cannot share --parameter_ports or --replay_ports. Fix:'
             ' omit them, or choose --parallel 1.'
         )
     return [*_on_disk(path, sum(disk), free), *_on_cores(max(map(_workers, runs)), at_once)]
@@ -62,9 +61,15 @@ def _on_disk(path: pathlib.Path, need: int, free: int) -> list[str]:
 
 
 def _on_cores(workers: int, at_once: int) -> list[str]:
+    """Raises UsageError if a run has no core of its own; warns if they share some."""
     cores = whole_cores()
     if at_once == 1 or at_once * workers <= cores:
         return []
+    if at_once > cores:
+        raise UsageError(
+            f'--parallel: {at_once} runs at once exceed {cores} cores. Fix: choose at most {cores},'
+            ' or auto.'
+        )
     return [
         f'--parallel: {at_once} runs of {workers} workers share {cores} cores, which slows each.'
         ' Fix: choose a smaller --parallel to compare their times.'

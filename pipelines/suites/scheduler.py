@@ -36,6 +36,9 @@ class Entry:
     Attributes:
       state: one of the constants of this module.
       attempts: how often this suite process has started it.
+      started: when the last attempt was, by the monotonic clock.
+      seconds: that the last attempt has taken.
+      frames_before: that it began with.
       reason: why it failed.
       process: of the attempt, if it is running.
     """
@@ -46,6 +49,9 @@ class Entry:
     state: str = WAITING
     figures: Figures = dataclasses.field(default_factory=Figures)
     attempts: int = 0
+    started: float = 0.0
+    seconds: float = 0.0
+    frames_before: int = 0
     reason: str = ''
     process: SupervisedProcess | None = None
 
@@ -96,6 +102,7 @@ class Scheduler:
             assert process is not None
             lines = process.last_log_lines(_LOG_LINES)
             entry.figures = standing.printed(lines, entry.figures)
+            entry.seconds = time.monotonic() - entry.started
             code = process.terminate() if late else process.poll()
             if code is not None:
                 self._ended(entry, process, code)
@@ -154,6 +161,7 @@ class Scheduler:
             self._fail(entry, f'not started ({error})')
             return False
         entry.state, entry.reason = RUNNING, ''
+        entry.started, entry.frames_before = time.monotonic(), entry.figures.frames or 0
         entry.figures = dataclasses.replace(entry.figures, phase='starting')
         return True
 

@@ -1,4 +1,8 @@
-"""How far a run is: its directory, or the lines that it prints, in; figures out."""
+"""How far a run is: its directory, or the lines that it prints, in; figures out.
+
+Only the lines of an active run name its phase and its rate; of its files, `episodes.jsonl` has the
+frames where a game ends, and the rest appear at checkpoints or at the end.
+"""
 
 import dataclasses
 import enum
@@ -30,9 +34,7 @@ _PHASES = (
     'filming',
     'resuming',
 )
-_FIGURES = re.compile(
-    r'frames (?P<frames>[\d,]+)/[\d,]+ .*\| return (?P<mean_return>\S+) .*\| eta (?P<eta>[\d:]+|-)'
-)
+_FIGURES = re.compile(r'frames (?P<frames>[\d,]+)/[\d,]+ .*\| return (?P<mean_return>\S+) ')
 _RATE = re.compile(r'\((\d+)/s\)')
 
 
@@ -53,7 +55,6 @@ class Figures:
       frames: emulator frames.
       mean_return: raw, of the last 100 training games.
       score: mean return of the evaluation.
-      eta_seconds: until the budget is reached.
       frames_per_second: recently.
     """
 
@@ -61,7 +62,6 @@ class Figures:
     frames: int | None = None
     mean_return: float | None = None
     score: float | None = None
-    eta_seconds: float | None = None
     frames_per_second: float | None = None
 
 
@@ -117,17 +117,9 @@ def _read(text: str, before: Figures) -> Figures:
         phase=phase,
         frames=int(found['frames'].replace(',', '')),
         mean_return=_number(found['mean_return']),
-        eta_seconds=_seconds(found['eta']),
         frames_per_second=float(rate[1]) if rate else None,
     )
 
 
 def _number(text: str) -> float | None:
     return None if text == '-' else float(text)
-
-
-def _seconds(text: str) -> float | None:
-    if text == '-':
-        return None
-    hours, minutes, seconds = map(int, text.split(':'))
-    return 3600.0 * hours + 60.0 * minutes + seconds

@@ -38,7 +38,7 @@ class Table:
             self._shown[entry.run.name] = now
             changed = now != before and (before is not None or entry.state != WAITING)
             if changed or (due and entry.state == RUNNING):
-                display.message(line(entry))
+                display.message(line(entry, pace(entries)))
         if due:
             display.message(counts(entries, parallel))
 
@@ -52,8 +52,9 @@ class Table:
             grid.add_column(name, no_wrap=True, overflow='ellipsis', ratio=name == 'state' or None)
         for name in ('frames', 'return', 'score', 'eta'):
             grid.add_column(name, no_wrap=True, justify='right')
+        seconds_per_frame = pace(self._entries)
         for entry in visible(self._entries, max(1, lines - _FRAME_LINES)):
-            grid.add_row(*_cells(entry), style=_STYLES[entry.state])
+            grid.add_row(*_cells(entry, seconds_per_frame), style=_STYLES[entry.state])
         return panel.Panel(
             grid,
             box=box.ROUNDED,
@@ -86,9 +87,9 @@ def state(entry: Entry) -> str:
     return 'waiting to resume' if entry.state == WAITING and figures.frames else entry.state
 
 
-def line(entry: Entry) -> str:
-    """An entry on one line, for a log."""
-    _, _, _, _, _, mean_return, score, eta = _cells(entry)
+def line(entry: Entry, seconds_per_frame: float | None = None) -> str:
+    """An entry on one line, for a log; see `pace`."""
+    *_, mean_return, score, eta = _cells(entry, seconds_per_frame)
     frames = f'frames {entry.figures.frames or 0:,}/{entry.run.max_frames:,}'
     return (
         f'{entry.run.name}: {state(entry)} | {frames} | return {mean_return} | score {score}'
@@ -106,16 +107,38 @@ def counts(entries: Sequence[Entry], parallel: int) -> str:
 
 
 def eta_seconds(entries: Sequence[Entry], parallel: int) -> float | None:
-    """Seconds of training that the suite still needs at the rates so far; None: not known yet."""
-    rates = [e.figures.frames_per_second for e in entries if e.figures.frames_per_second]
-    left = [
-        max(0, entry.run.max_frames - (entry.figures.frames or 0))
-        for entry in entries
-        if entry.state in (WAITING, RUNNING)
-    ]
-    if not rates or not left:
+    """Seconds that the suite still needs; None: not known yet."""
+    if (seconds_per_frame := pace(entries)) is None:
         return None
-    return sum(left) / (sum(rates) / len(rates) * min(parallel, len(left)))
+    left = [_left_seconds(e, seconds_per_frame) for e in entries if e.state in (WAITING, RUNNING)]
+    return max(*left, sum(left) / parallel) if left else None
+
+
+def pace(entries: Sequence[Entry]) -> float | None:
+    """Seconds that a run takes for a frame; None: not known yet.
+
+    Those of finished runs include start, evaluation and video; before the first, it is the time of
+    training alone.
+    """
+    whole = [
+        entry
+        for entry in entries
+        if entry.state == DONE and entry.seconds and 2 * entry.frames_before < entry.run.max_frames
+    ]
+    if whole:
+        frames = sum(entry.run.max_frames - entry.frames_before for entry in whole)
+        return sum(entry.seconds for entry in whole) / frames
+    rates = [e.figures.frames_per_second for e in entries if e.figures.frames_per_second]
+    return len(rates) / sum(rates) if rates else None
+
+
+def _left_seconds(entry: Entry, seconds_per_frame: float) -> float:
+    """Seconds that a waiting or active run still needs."""
+    training = max(0, entry.run.max_frames - (entry.figures.frames or 0)) * seconds_per_frame
+    if entry.state != RUNNING:
+        return training
+    attempt = (entry.run.max_frames - entry.frames_before) * seconds_per_frame
+    return max(training, attempt - entry.seconds)
 
 
 def _kind(entry: Entry) -> str:
@@ -123,9 +146,11 @@ def _kind(entry: Entry) -> str:
     return f'{entry.state} {entry.figures.phase.partition(" ")[0]}'
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: Entry, seconds_per_frame: float | None) -> tuple[str, ...]:
     figures = entry.figures
-    eta = figures.eta_seconds if entry.state == RUNNING else None
+    eta = None
+    if entry.state == RUNNING and seconds_per_frame is not None:
+        eta = _left_seconds(entry, seconds_per_frame)
     return (
         entry.run.game,
         plan.label(entry.run),

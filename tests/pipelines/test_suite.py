@@ -15,6 +15,7 @@ from pipelines import suite
 from pipelines.errors import UsageError
 from pipelines.experiment import games
 from pipelines.monitoring import display
+from pipelines.monitoring.run_state import RunState
 from pipelines.suites import directory, plan, room, scheduler, standing, table
 from pipelines.suites.directory import SuiteDirectory
 from pipelines.suites.scheduler import Entry, Scheduler
@@ -86,16 +87,31 @@ class TestExtension:
 
     def test_games_and_seeds_can_be_added(self):
         asked = plan.expand(sweep(games=('pong', 'breakout'), seeds=(1, 2, 3)))
+        assert plan.differing(self.stored, asked) == []
         assert plan.extended(self.stored, asked) == asked
 
-    def test_fewer_runs_are_refused(self):
-        with pytest.raises(UsageError, match='omits 1 of its runs .pong-laptop-seed2.'):
-            plan.extended(self.stored, plan.expand(sweep()))
+    @pytest.mark.parametrize(
+        ('changes', 'flags'),
+        [
+            ({'seeds': (1,)}, ['--seeds']),
+            ({'games': ('breakout',)}, ['--games']),
+            ({'presets': ('nature',), 'flags': ('--n_step=7',)}, ['--presets', '--n_step']),
+            ({'grid': {'n_step': (1,)}}, ['--grid']),
+            ({'flags': ('--max_frames=7', '--no-dueling')}, ['--max_frames', '--dueling']),
+        ],
+    )
+    def test_fewer_runs_or_other_flags_are_named(self, changes, flags):
+        asked = plan.expand(sweep(**{'seeds': (1, 2), **changes}))
+        assert plan.differing(self.stored, asked) == flags
 
-    def test_other_flags_are_refused(self):
-        asked = plan.expand(sweep(seeds=(1, 2), flags=('--max_frames=7',)))
-        with pytest.raises(UsageError, match='was started with .*, not .*--max_frames=7'):
-            plan.extended(self.stored, asked)
+    def test_the_order_of_flags_is_no_difference(self):
+        one, other = (
+            ('--n_step=3', '--n_step=7', '--dueling'),
+            ('--dueling', '--n_step=3', '--n_step=7'),
+        )
+        stored, asked = (plan.expand(sweep(flags=flags)) for flags in (one, other))
+        assert plan.differing(stored, asked) == []
+        assert plan.differing(stored, plan.expand(sweep(flags=other[::-1]))) == ['--n_step']
 
 
 class TestGames:
@@ -124,15 +140,22 @@ class TestGames:
         (('--games=pong', '--grid=seed=1,2'), '--grid seed: not for a grid. Fix: use --seeds'),
         (('--games=pong', '--grid=n_step'), '--grid n_step: no values'),
         (('--games=pong', '--grid=n_step=1', '--grid=n_step=3'), '--grid n_step: given twice'),
-        (('--games=pong', '--grid=double_dqn=1'), 'must be true or false'),
+        (('--games=pong', '--grid=double_dqn=1'), 'Fix: write true or false'),
         (('--games=pong', '--grid=n_step=1,3', '--n_step=3'), '--n_step: also in --grid'),
         (('--games=pong', '--game=breakout'), '--game=breakout: set for each run by the suite'),
         (('--games=pong', '--run_dir', 'x'), '--run_dir=x: set for each run by the suite'),
         (('--games=pong', '--replay_addresses=h:1'), '--replay_addresses: such servers hold'),
         (('--games=pong', '--nosuch=1'), '--nosuch=1: unknown flag'),
         (('--games=pong', 'stray'), 'stray: not a flag'),
-        (('--games=pong', '--presets=x'), 'unknown. Fix: choose one of laptop'),
-        (('--games=pong', '--parallel=0'), '--parallel 0: must be auto or from 1'),
+        (('--games=pong', '--presets=laptop,x'), "--presets 'x': unknown. Fix: choose from laptop"),
+        (('--games=pong', '--presets='), '--presets: empty. Fix: '),
+        (('--games=pong', '--seeds='), '--seeds: empty. Fix: '),
+        (('--games=pong', '--seeds=,'), '--seeds: empty. Fix: '),
+        (('--games=pong', '--seeds=-1..1'), '--seeds -1..1: must be at least 0'),
+        (('--games=pong', '--grid='), '--grid : no values. Fix: '),
+        (('--games=pong', '--grid=n_step=x'), '--grid n_step=x: '),
+        (('--games=pong', '--parallel='), "--parallel: '' is neither auto nor a number"),
+        (('--games=nosuch', '--parallel=0'), "--parallel: '0' is neither auto nor a number"),
         (('--games=pong', '--suite_dir=gs://a/b'), '--suite_dir gs://a/b: not on this machine'),
         (('--games=pong', '--seeds=1..3', '--parallel=3', '--replay_capacity=1e12'), 'GiB of mem'),
         (('--resume',), '--resume: no suite given'),
@@ -142,7 +165,9 @@ class TestGames:
 )
 def test_bad_input_is_one_line_and_leaves_nothing(argv, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert suite.main(argv) == 2
+    with pytest.raises(SystemExit) as ended:  # by the parser, or with the returned code
+        raise SystemExit(suite.main(argv))
+    assert ended.value.code == 2
     err = capsys.readouterr().err
     assert told in err
     assert err.count('\n') == 1
@@ -159,6 +184,13 @@ class TestDirectory:
         file.write_text(file.read_text().replace('laptop', 'nature'))
         with pytest.raises(UsageError, match='checksum'):
             directory.stored(tmp_path / 'suite')
+
+    def test_a_command_with_other_flags_is_refused_on_one_line(self, tmp_path, capsys):
+        with SuiteDirectory.open(tmp_path) as opened:
+            opened.write(plan.expand(sweep(seeds=(1, 2))), 'suite.py')
+        assert suite.main(['--games=pong', '--max_frames=9', f'--suite_dir={tmp_path}']) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f'{tmp_path}: holds a suite with other --seeds, --max_frames. Fix: ' in line
 
     def test_two_suites_do_not_share_a_directory(self, tmp_path):
         program = (
@@ -245,17 +277,20 @@ class TestStanding:
             '[0:00:10] filling replay 3200/5000',
         ]
         assert standing.printed(lines, Figures()).phase == 'filling replay 3200/5000'
-        lines.append(
-            '[0:08:02] training | frames 505,632/3,000,000 (1023/s) | updates 30,262 (63.7/s) |'
-            ' episodes 76 | return -16.01 | epsilon 0.020 | replay 126,370 | rejected 0 stale |'
-            ' eta 0:40:38'
+        state = RunState(
+            *('pong', 'laptop', 3_000_000),
+            frames=505_632,
+            frames_per_second=1023.4,
+            mean_return_100=-16.01,
         )
-        expected = Figures('training', 505_632, -16.01, None, 2438.0, 1023.0)
+        lines.append(f'[0:08:02] {display.state_line(state, "training")}')
+        expected = Figures('training', 505_632, -16.01, None, 1023.0)
         assert standing.printed(lines, Figures()) == expected
         lines.append('[0:08:03] actor 0: ended with exit code 1, failure 1 in a row; restarting')
         assert standing.printed(lines, Figures()) == expected
-        lines.append('[0:52:37] evaluating 3/30')
-        assert standing.printed(lines, Figures()).phase == 'evaluating 3/30'
+        for phase in ('evaluating 3/30', 'filming 12 s'):
+            lines.append(f'[0:52:37] {phase}')
+            assert standing.printed(lines, Figures()).phase == phase
 
 
 # Stands for run.py: does what its seed says, and appends its arguments to a file.
@@ -412,9 +447,28 @@ class TestTable:
             entry('b', scheduler.WAITING),
             entry('c', scheduler.DONE, frames=1000),
         ]
-        # 500 + 1000 frames at 10/s; two runs at once halve it, a third slot is of no use.
+        entries[0].seconds = 60.0  # it took 10 s to start
+        # 500 and 1000 frames at 10/s, in turn or side by side.
         assert table.eta_seconds(entries, 1) == 150.0
-        assert table.eta_seconds(entries, 3) == 75.0
+        assert table.eta_seconds(entries, 2) == 100.0
+        assert table.eta_seconds(entries, 3) == 100.0
+
+    def test_the_time_left_includes_evaluation_and_video_once_a_run_has_finished(self):
+        entries = [
+            entry('a', scheduler.DONE, frames=1000, frames_per_second=10.0),  # 100 s of 250 s
+            entry('b', scheduler.RUNNING, frames=1000, phase='filming 12 s'),
+            entry('c', scheduler.WAITING, frames=600),
+            entry('d', scheduler.DONE, frames=1000),  # had only its end left
+        ]
+        seconds = {'a': 250.0, 'b': 190.0, 'd': 99.0}
+        for each in entries:
+            each.seconds = seconds.get(each.run.name, 0.0)
+        entries[3].frames_before = 1000
+        # A frame takes 0.25 s: b needs 250 s - 190 s, c 400 frames.
+        assert table.eta_seconds(entries, 1) == 160.0
+        assert table.line(entries[1], table.pace(entries)).endswith(
+            'filming 12 s | frames 1,000/1,000 | return - | score - | eta 0:01:00'
+        )
 
     def test_it_fits_80_columns(self):
         from rich.console import Console
@@ -444,3 +498,7 @@ def test_as_many_runs_at_once_as_cores_and_memory_allow(monkeypatch):
     monkeypatch.setattr(room, 'available_memory', lambda: 4 * need)
     (warning,) = room.require_room(prepared, 4, pathlib.Path())
     assert '4 runs of 3 workers share 9 cores' in warning
+    monkeypatch.setattr(room, 'whole_cores', lambda: 3)
+    with pytest.raises(UsageError, match='4 runs at once exceed 3 cores. Fix: choose at most 3'):
+        room.require_room(prepared, 4, pathlib.Path())
+    assert suite.at_once(10**9, prepared) == 4
