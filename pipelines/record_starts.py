@@ -25,6 +25,7 @@ from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Game, Step, play
 from pipelines.evaluation.policies import RANDOM, of_chance
 from pipelines.experiment.protocols import PROTOCOLS, Protocol
+from pipelines.launch.interrupts import stoppable
 from pipelines.storage.outputs import require_new
 from pipelines.storage.reading import CHECKPOINT_FLAG
 from pipelines.storage.space import temporary_files
@@ -86,17 +87,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 @one_line_errors('record_starts.py', OSError, GameError)
+@stoppable('record_starts.py', 'No start points are written.')
 def main(argv: Sequence[str]) -> int:
     """Records start points; returns the exit code."""
     arguments = parse(argv)
     _require_valid(arguments)
     require_new(arguments.output)
-    try:
-        with temporary_files():
-            file = record(arguments)
-    except KeyboardInterrupt:
-        print('record_starts.py: interrupted; nothing written.', file=sys.stderr)
-        return 130
+    with temporary_files():
+        file = record(arguments)
     starts.write(pathlib.Path(arguments.output), file)
     print(f'{arguments.output}: {len(file.starts)} start points of {file.game}')
     return 0

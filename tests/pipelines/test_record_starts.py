@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 
 import numpy as np
 import pygame
@@ -77,6 +78,17 @@ def test_a_recorded_file_is_evaluated_from(tmp_path, monkeypatch):
     result = json.loads((tmp_path / 'result.json').read_text())
     starts = {'file': 'starts.json', 'source': 'random', 'count': 2}
     assert (result['episodes'], result['starts']) == (2, starts)
+
+
+def test_a_signal_is_one_line_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(record_starts, 'play', stop)
+    assert record_starts.main([*RANDOM_PONG, f'--output={tmp_path / "a.json"}']) == 143
+    said = 'record_starts.py: SIGTERM: stopped. No start points are written.\n'
+    assert capsys.readouterr().err == said
+    assert list(tmp_path.iterdir()) == []
 
 
 class TestAPerson:
