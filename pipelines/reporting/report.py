@@ -12,7 +12,7 @@ from pipelines.errors import UsageError, unwritable
 from pipelines.reporting import charts, curves, page, results, runs, tables
 from pipelines.reporting.charts import Chart
 from pipelines.reporting.results import Variant
-from pipelines.storage.run_directory import writable_output
+from pipelines.storage.outputs import writable
 
 VIDEO_MIB = 16.0
 _TABLE_OF_A_REPORT = 'runs.csv'
@@ -134,8 +134,8 @@ def _targets(output: str) -> tuple[pathlib.Path, pathlib.Path]:
     Raises:
       UsageError: they cannot be written, or exist and are not of an earlier report.
     """
-    target = writable_output(output)
-    files = writable_output(f'{target.with_suffix("")}_files')
+    target = writable(output)
+    files = writable(f'{target.with_suffix("")}_files')
     try:
         replaceable = not target.exists() or _is_report(target)
     except OSError as error:

@@ -61,7 +61,7 @@ def require_new(path: str) -> None:
         if _remote(path, lambda place, name: place.read(name)) is not None:
             raise outputs.existing(path)
     elif file.name == EVALUATION_FILE and file.is_file():
-        outputs.require_writable(file.absolute())
+        outputs.writable(path)
     else:
         outputs.require_new(path)
 

@@ -1,11 +1,12 @@
 """New files that a user names: a flag's path in, a file that never replaces another one out."""
 
 import pathlib
-import tempfile
 
-from infra.disk import is_remote, write_atomically
+from infra.disk import beside, is_remote, write_atomically
 from pipelines.errors import UsageError, unwritable
 from pipelines.storage.run_directory import output_path, require_fit
+
+_BLOCK_BYTES = 4096  # of a file system; a full disk has none
 
 
 def require_new(path: str, flag: str = '--output') -> None:
@@ -14,12 +15,7 @@ def require_new(path: str, flag: str = '--output') -> None:
     Raises:
       UsageError: it is remote, exists or cannot be written, or its name is unsuitable.
     """
-    if is_remote(path):
-        raise UsageError(f'{flag} {path}: not on this machine. Fix: name a local path.')
-    file = pathlib.Path(path).absolute()
-    require_fit(file)
-    require_writable(file, flag)
-    if file.exists():
+    if writable(path, flag).exists():
         raise existing(path, flag)
 
 
@@ -30,16 +26,30 @@ def existing(path: str, flag: str = '--output') -> UsageError:
     )
 
 
-def require_writable(file: pathlib.Path, flag: str = '--output') -> None:
-    """Raises UsageError unless the nearest directory above `file` that exists can be written."""
+def writable(path: str, flag: str = '--output') -> pathlib.Path:
+    """The absolute path of a local file, checked to be writable; creates nothing.
+
+    Raises:
+      UsageError: it is remote, its name is unsuitable, or the nearest directory above it that
+        exists takes no file of its name, or no block of content.
+    """
+    if is_remote(path):
+        raise UsageError(f'{flag} {path}: not on this machine. Fix: name a local path.')
+    file = pathlib.Path(path).absolute()
+    require_fit(file)
     try:
         directory = file.parent
         while not directory.exists():
             directory = directory.parent
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        probe = beside(directory / file.name)  # as `write_atomically` names it
+        probe.touch(exist_ok=False)
+        try:
+            probe.write_bytes(bytes(_BLOCK_BYTES))
+        finally:
+            probe.unlink()
     except OSError as error:
-        raise unwritable(file, error, f'name another file as {flag}') from error
+        raise unwritable(path, error, f'name another file as {flag}') from error
+    return file
 
 
 def write_new(path: str, content: str | bytes) -> None:

@@ -21,7 +21,6 @@ from infra.disk import (
     LOCK_FILE,
     Generations,
     InUseError,
-    beside,
     is_remote,
     lock,
     lock_holder,
@@ -55,7 +54,6 @@ _FILES = frozenset(
 _ANOTHER = 'choose another --run_dir'
 _PATTERN = re.compile(r'\[.*\]|\\', re.DOTALL)
 _STAGING_PREFIX = '.writing-'
-_BLOCK_BYTES = 4096  # of a file system; a full disk has none
 
 
 def default_path(game: str, preset: str, now: datetime.datetime | None = None) -> pathlib.Path:
@@ -89,39 +87,11 @@ def output_path(path: str) -> pathlib.Path:
       UsageError: it is remote, or its name is unsuitable.
       OSError: its parent cannot be created.
     """
-    output = _local_output(path)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output
-
-
-def writable_output(path: str) -> pathlib.Path:
-    """The absolute path of `--output`, checked before the work; creates nothing.
-
-    Raises:
-      UsageError: it is remote, its name is unsuitable, or the nearest directory above it that
-        exists takes no file of its name, or no block of content.
-    """
-    output = _local_output(path)
-    try:
-        directory = output.parent
-        while not directory.exists():
-            directory = directory.parent
-        probe = beside(directory / output.name)  # as `write_atomically` names it
-        probe.touch(exist_ok=False)
-        try:
-            probe.write_bytes(bytes(_BLOCK_BYTES))
-        finally:
-            probe.unlink()
-    except OSError as error:
-        raise unwritable(path, error, 'name another file as --output') from error
-    return output
-
-
-def _local_output(path: str) -> pathlib.Path:
     if is_remote(path):
         raise UsageError(f'--output {path}: not on this machine. Fix: name a local path.')
     output = pathlib.Path(path).absolute()
     require_fit(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     return output
 
 
