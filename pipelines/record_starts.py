@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         '--game', help='Game of --policy or --person. Default: that of the run or SavedModel.'
     )
-    parser.add_argument('--checkpoint', **CHECKPOINT_FLAG)
+    parser.add_argument('--checkpoint', **{**CHECKPOINT_FLAG, 'default': None})
     parser.add_argument('--count', type=integer, default=100, help='Start points. Default: 100.')
     parser.add_argument(
         '--games_played', type=integer, default=10, help='Games to play. Default: 10.'
@@ -103,8 +103,12 @@ def main(argv: Sequence[str]) -> int:
 def _require_valid(arguments: argparse.Namespace) -> None:
     """
     Raises:
-      UsageError: a value is out of range.
+      UsageError: a value is out of range, or without effect.
     """
+    if arguments.checkpoint is not None and arguments.run_dir is None:
+        raise UsageError(
+            '--checkpoint: no effect without --run_dir. Fix: add that, or omit --checkpoint.'
+        )
     for name, (least, most) in _RANGES.items():
         if not least <= (value := getattr(arguments, name)) <= most:
             raise UsageError(
@@ -147,7 +151,7 @@ def _policy(arguments: argparse.Namespace) -> Entrant:
         raise UsageError('--policy random: no game is named. Fix: add --game.')
     request = Request(
         run_dirs=[arguments.run_dir] if arguments.run_dir else [],
-        checkpoint=arguments.checkpoint,
+        checkpoint=arguments.checkpoint or 'newest',
         policies=[arguments.policy] if arguments.policy else [],
         games=[arguments.game] if arguments.game else [],
         protocol=PROTOCOLS['noop'].name,

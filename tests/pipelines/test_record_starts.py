@@ -162,6 +162,7 @@ class TestAPerson:
         ([*RANDOM_PONG, '--games_played=1e14'], '--games_played 100000000000000: must be'),
         ([*RANDOM_PONG, '--epsilon=2'], '--epsilon 2.0: must be from 0 to 1'),
         ([*RANDOM_PONG, '--epsilon=nan'], '--epsilon nan: must be from 0 to 1'),
+        ([*RANDOM_PONG, '--checkpoint=best'], '--checkpoint: no effect without --run_dir'),
         ([*RANDOM_PONG, '--seed=-1'], '--seed -1: must be from 0 to'),
         ([*RANDOM_PONG, '--output=gs://a/b'], '--output gs://a/b: not on this machine'),
         (
