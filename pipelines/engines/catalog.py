@@ -157,5 +157,6 @@ def require_free(runner: str, flags: Sequence[str]) -> None:
     for flag in engine(runner).reserved_flags:
         if value_of(flag, flags) is not None:
             raise UsageError(
-                f'{flag}: reserved, since the number of workers determines it. Fix: omit it.'
+                f'{flag}: reserved, since the number of workers determines it (--num_actors and'
+                ' --num_learners; of evaluate.py, --num_workers). Fix: omit it.'
             )
