@@ -125,7 +125,8 @@ class _Job:
         pipeline = beam.Pipeline(options=self.options)
         scores = pipeline | 'Evaluate' >> Evaluate(games, shared)
         _ = scores | 'Write scores' >> beam.ParDo(Write(shared))
-        with _logged(self.runner) as shown, _progress(shared, len(games), shown):
+        total = len(_records(shared)) + len(games)  # a job before it may have played some
+        with _logged(self.runner) as shown, _progress(shared, total, shown):
             here = self.engine.runs_locally
             with handled(_end_with_workers) if here else contextlib.nullcontext():
                 with self.engine.job_context(self.options):

@@ -122,6 +122,16 @@ def test_what_can_be_written_is_written_in_its_order(unbuffered):
     assert ended.stderr == b'two\n'
 
 
+def test_output_reaches_its_file_while_the_descriptor_leads_elsewhere(tmp_path):
+    program = (
+        'import os, sys; from infra.output import protect_output; protect_output();'
+        'os.dup2(os.open(os.devnull, os.O_WRONLY), 2); print("progress", file=sys.stderr)'
+    )
+    with open(tmp_path / 'stderr', 'w') as stderr:
+        subprocess.run([sys.executable, '-c', program], stderr=stderr, timeout=60, check=True)
+    assert (tmp_path / 'stderr').read_text() == 'progress\n'
+
+
 def test_every_command_whose_work_is_more_than_its_output_is_protected():
     root = pathlib.Path(__file__).resolve().parents[2]
     files = [*root.glob('pipelines/*.py'), *root.glob('infra/*/server.py')]
