@@ -88,7 +88,7 @@ def is_alive(pid: int) -> bool:
 def cpu_seconds(pid: int) -> float | None:
     """CPU seconds of a process and its ended children; None if there is no such process."""
     try:
-        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        fields = Path(f'/proc/{pid}/stat').read_text(errors='replace').rpartition(')')[2].split()
     except OSError:
         return None
     # utime, stime, cutime and cstime: fields 14 to 17 of proc(5), the third is the first here.
@@ -100,7 +100,8 @@ def descendants(pid: int) -> list[int]:
     parents: dict[int, int] = {}
     for file in Path('/proc').glob('[0-9]*/stat'):
         with contextlib.suppress(OSError):  # gone
-            parents[int(file.parent.name)] = int(file.read_text().rpartition(')')[2].split()[1])
+            stat = file.read_text(errors='replace')  # a name may be cut within a character
+            parents[int(file.parent.name)] = int(stat.rpartition(')')[2].split()[1])
     found = [pid]
     for each in found:
         found += [child for child, parent in parents.items() if parent == each]

@@ -106,7 +106,7 @@ def _output(path: str) -> pathlib.Path:
     """
     output = output_path(path)
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not (empty or saved_policies.holds_policy(output)):
+    if not (empty or (output / saved_policies.MODEL).is_file()):  # others have a policy.json, too
         raise UsageError(f'--output {path}: not a policy. Fix: name a new directory or a policy.')
     return output
 

@@ -103,11 +103,7 @@ def evaluate(
     results = _results(found, work, files, command)
     _report_failures(results)
     with _noted() as written:
-        for file, result in results.items():
-            if result['episodes']:
-                _write(file, result)
-                written.append(file)
-                show(file, result)
+        _write_all(results, written, show)
         if film is not None and filmed is not None:
             _record(found[0].policy, filmed, film)
     return results
@@ -202,6 +198,31 @@ def _target(entrant: Entrant, output: str | None, count: int) -> str:
         folder = entrant.policy.path.rstrip('/')
         return f'{folder}/{file_name(named, elsewhere=False)}'
     return f'evaluations/{file_name(named, elsewhere=True)}'
+
+
+def _write_all(
+    results: Mapping[str, Mapping[str, Any]],
+    written: list[str],
+    show: Callable[[str, Mapping[str, Any]], None],
+) -> None:
+    """Writes the results of policies that have played; notes and shows each.
+
+    Raises:
+      UsageError: a file is not writable; the others are written.
+    """
+    failed: list[UsageError] = []
+    for file, result in results.items():
+        if not result['episodes']:
+            continue
+        try:
+            _write(file, result)
+        except UsageError as error:
+            failed.append(error)
+        else:
+            written.append(file)
+            show(file, result)
+    if failed:
+        raise failed[0]
 
 
 def _write(file: str, result: Mapping[str, Any]) -> None:

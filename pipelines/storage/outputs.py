@@ -36,6 +36,8 @@ def writable(path: str, flag: str = '--output') -> pathlib.Path:
     if is_remote(path):
         raise UsageError(f'{flag} {path}: not on this machine. Fix: name a local path.')
     file = pathlib.Path(path).absolute()
+    if not file.name:
+        raise UsageError(f'{flag} {path}: names no file. Fix: name a new file.')
     require_fit(file)
     try:
         directory = file.parent

@@ -13,14 +13,14 @@ from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
 
 _POLICY_FILE = 'policy.json'
-_MODEL = 'saved_model.pb'
-_NEEDED = (_MODEL, 'policy_specs.pbtxt', 'variables/variables.index')
+MODEL = 'saved_model.pb'
+_NEEDED = (MODEL, 'policy_specs.pbtxt', 'variables/variables.index')
 _VARIABLES = 'variables/variables.data-'
 
 
 def holds_policy(directory: pathlib.Path) -> bool:
     """Whether the directory holds a SavedModel, damaged or not."""
-    return any((directory / name).is_file() for name in (_MODEL, _POLICY_FILE))
+    return any((directory / name).is_file() for name in (MODEL, _POLICY_FILE))
 
 
 def describe(directory: pathlib.Path, environment: EnvironmentConfig) -> None:
@@ -50,7 +50,7 @@ def checked(path: str) -> EnvironmentConfig | None:
         raise unreadable(error.filename or path, error) from error
     if not found:
         raise UsageError(
-            f'--policy {path}: not a SavedModel ({_MODEL} is missing). Fix: name the policy/ of a'
+            f'--policy {path}: not a SavedModel ({MODEL} is missing). Fix: name the policy/ of a'
             ' run, another SavedModel, or `random`.'
         )
     environment, problem = None, _gap(found)

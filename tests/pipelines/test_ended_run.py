@@ -163,6 +163,13 @@ def test_a_run_that_may_only_be_read_is_exported_elsewhere(
     assert (caplog.messages, recwarn.list) == ([], [])  # what TensorFlow says of every policy
 
 
+def test_a_directory_with_another_programs_policy_is_left_alone(run_dir, elsewhere, capsys):
+    (elsewhere / 'policy.json').write_text('{"Statement": []}')
+    assert export.main([f'--run_dir={run_dir}', f'--output={elsewhere}']) == 2
+    assert 'not a policy' in capsys.readouterr().err
+    assert [file.name for file in elsewhere.iterdir()] == ['policy.json']
+
+
 @pytest.mark.parametrize('name', ['run', 'run/config.json'])
 def test_an_output_that_holds_something_else_is_refused_and_left_alone(run_dir, capsys, name):
     before = sorted(run_dir.rglob('*'))

@@ -217,6 +217,30 @@ def test_a_score_that_cannot_be_written_is_printed(run_dir, monkeypatch, capsys)
     assert not output.exists()
 
 
+def test_a_score_that_cannot_be_written_costs_no_other(run_dir, tmp_path, monkeypatch, capsys):
+    played(monkeypatch, [*scores(1.0), *scores(5.0, policy=1)])
+    write = outputs.write_atomically
+
+    def full(path, content):
+        if 'random' not in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        write(path, content)
+
+    monkeypatch.setattr(outputs, 'write_atomically', full)
+    flags = ['--policy', 'random', '--games', 'pong', '--episodes=1']
+    output = tmp_path / 'results'
+    assert evaluate.main(['--run_dir', str(run_dir), *flags, f'--output={output}']) == 2
+    (file,) = output.iterdir()
+    assert json.loads(file.read_text())['mean'] == 5.0
+    assert 'not written: pong: mean return 1.0' in capsys.readouterr().err
+
+
+def test_an_output_without_a_name_is_one_line(run_dir, capsys):
+    assert evaluate.main([f'--run_dir={run_dir}', '--output=/']) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert '--output /: ' in line
+
+
 def test_without_a_single_game_nothing_is_written(run_dir, monkeypatch, capsys):
     played(monkeypatch, [Failure(0, 0, 'OSError: gone')])
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1']) == 2

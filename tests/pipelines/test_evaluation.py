@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 
 import apache_beam as beam
 import numpy as np
@@ -248,6 +249,16 @@ def test_on_an_engine_a_game_that_fails_is_told_and_the_others_stand(tmp_path):
     assert "outside the policy's action set" in written['failures'][0]['reason']
     records = [results.decoded(read_json(str(file))) for file in tmp_path.glob('played-*')]
     assert results.by_policy(records)[0] == written  # as after a failed job
+
+
+def test_processes_are_found_beside_one_whose_name_is_no_text():
+    rename = 'import ctypes, time; ctypes.CDLL(None).prctl(15, b"a\\xd0"); print(1, flush=True)'
+    command = [sys.executable, '-c', f'{rename}; time.sleep(60)']
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert process.pid in descendants(os.getpid())
+        process.kill()
 
 
 def test_a_signal_ends_the_workers_of_this_machine_for_which_beam_waits(monkeypatch):

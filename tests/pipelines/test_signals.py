@@ -325,8 +325,9 @@ def test_a_resumed_run_begins_its_clock_where_the_last_session_ended(
     monkeypatch.setattr(launcher, '_train', lambda *_: 'SIGINT')
     launcher.run()
     # 3,661 s are an hour, a minute and a second.
-    for line in capsys.readouterr().out.splitlines():
-        assert '[1:01:01] ' <= line[:10] <= '[1:01:59] '
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all('[1:01:01] ' <= line[:10] <= '[1:01:59] ' for line in lines)
 
 
 def test_a_picture_that_cannot_be_drawn_hides_no_other_result(directory, signals, capsys):
