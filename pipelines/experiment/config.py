@@ -264,7 +264,7 @@ def from_json(text: str | bytes) -> ExperimentConfig:
         for (group_name, name), value in _ADDED.items():
             values[group_name].setdefault(name, value)
         for name, group in types.items():
-            _check_types(name, group, values[name])
+            check_types(name, group, values[name])
         return ExperimentConfig(
             preset=preset, **{name: types[name](**group) for name, group in values.items()}
         )
@@ -287,7 +287,7 @@ _ADDED = {
 """Settings (group, name) that earlier versions lack, and the values that they used."""
 
 
-def _check_types(name: str, group: type, values: Mapping[str, Any]) -> None:
+def check_types(name: str, group: type, values: Mapping[str, Any]) -> None:
     """Raises ValueError unless `values` has every field of `group`, with its type."""
     kinds = typing.get_type_hints(group)
     if missing := {field.name for field in dataclasses.fields(group)} - values.keys():

@@ -32,7 +32,7 @@ from pipelines.evaluation.entrants import Entrant
 from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import packed
 from pipelines.launch import beam_job
-from pipelines.launch.interrupts import handled, raise_ended
+from pipelines.launch.interrupts import ended_before, handled, raise_ended
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 
 _LAST_LINES = 20
@@ -73,13 +73,36 @@ def run(
             return results.by_policy(_rescued(job, games, shared, error, notify))
 
 
-def _end_with_workers(number: int, frame: types.FrameType | None) -> None:
-    """A handler: ends the workers of this machine, for which Beam waits; then as `raise_ended`."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    raise_ended(number, frame)
+@contextlib.contextmanager
+def _ending_workers() -> Iterator[None]:
+    """On a signal ends the workers of this machine, for which Beam waits; then as `raise_ended`.
+
+    Ends the process if Beam waits all the same, for a worker that was about to start.
+    """
+    limits: list[threading.Timer] = []
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        limits.append(_limit(128 + number))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        raise_ended(number, frame)
+
+    try:
+        with handled(end):
+            yield
+    finally:
+        for limit in limits:
+            limit.cancel()
+
+
+def _limit(exit_code: int) -> threading.Timer:
+    """Ends the process after `_END_SECONDS`, unless cancelled."""
+    limit = threading.Timer(_END_SECONDS, os._exit, (exit_code,))
+    limit.daemon = True
+    limit.start()
+    return limit
 
 
 class NoWorkersError(BaseException):
@@ -88,9 +111,7 @@ class NoWorkersError(BaseException):
 
 def _give_up() -> None:
     """Raises `NoWorkersError` in the main thread; ends the process if Beam does not let it out."""
-    ending = threading.Timer(_END_SECONDS, os._exit, (1,))
-    ending.daemon = True
-    ending.start()
+    _limit(1)
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
@@ -128,7 +149,7 @@ class _Job:
         total = len(_records(shared)) + len(games)  # a job before it may have played some
         with _logged(self.runner) as shown, _progress(shared, total, shown):
             here = self.engine.runs_locally
-            with handled(_end_with_workers) if here else contextlib.nullcontext():
+            with _ending_workers() if here else contextlib.nullcontext():
                 with self.engine.job_context(self.options):
                     beam_job.run(pipeline, self.options, self.engine)
 
@@ -221,6 +242,7 @@ def _logged(runner: str) -> Iterator[TextIO]:
       A stream to the terminal.
 
     Raises:
+      Ended: a signal came first, whatever error followed.
       JobFailedError: the block raised an error.
     """
     terminal, shown, root = os.dup(2), sys.stderr, logging.getLogger()
@@ -231,6 +253,8 @@ def _logged(runner: str) -> Iterator[TextIO]:
         try:
             yield shown
         except (Exception, NoWorkersError) as error:  # of any kind: engines raise their own
+            if (ended := ended_before(error)) is not None:
+                raise ended from error
             log.seek(0)
             shown.writelines(log.readlines()[-_LAST_LINES:])
             reason = (str(error) or repr(error)).splitlines()[0]

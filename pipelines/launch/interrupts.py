@@ -58,6 +58,13 @@ def raise_ended(number: int = signal.SIGTERM, frame: types.FrameType | None = No
     signal.setitimer(signal.ITIMER_REAL, _IMPORT_SECONDS)
 
 
+def ended_before(error: BaseException | None) -> Ended | None:
+    """The `Ended` during whose handling an error arose; None if there was no signal."""
+    while error is not None and not isinstance(error, Ended):
+        error = error.__context__
+    return error
+
+
 def _is_import(frame: types.FrameType | None) -> bool:
     """Whether the code that runs in `frame` belongs to an import."""
     while frame is not None and frame.f_code.co_filename != _IMPORTER:
@@ -107,15 +114,22 @@ def stoppable(program: str, kept: str) -> Callable[[Main], Main]:
                         raise
                     name = signal.Signals(received[0]).name
                     words = [f'{program}: {name}: stopped.', *(notes_on(error) or [kept])]
-                    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-                    traceback.clear_frames(error.__traceback__)  # half-made objects complain
-                    sys.unraisablehook = hook
+                    _release(error)
                     print(*words, file=sys.stderr, flush=True)
                     return 128 + received[0]
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # `main` ended before its import did
 
         return framed
 
     return frame
+
+
+def _release(error: BaseException) -> None:
+    """Releases what the frames of an error hold; half-made objects complain to nobody."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    traceback.clear_frames(error.__traceback__)
+    sys.unraisablehook = hook
 
 
 class StartUp:

@@ -258,12 +258,14 @@ def _lines(
       problems: takes what was skipped.
     """
     try:
-        lines = [line for line in file.read_bytes().splitlines() if line.strip()]
+        content = file.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         problems.append(_unreadable(file, error))
         return []
+    whole, _, _ = content.rpartition(b'\n')  # a last line without its end is being written
+    lines = [line for line in whole.splitlines() if line.strip()]
     found = []
     for line in lines:
         with contextlib.suppress(ValueError):

@@ -40,8 +40,8 @@ def is_complete(directory: RunDirectory) -> bool:
       UsageError: the directory is not readable.
     """
     summary = read_json(directory.summary_file) or {}
-    told = summary.get('evaluation') is not None
-    whole = told and (count(summary.get('frames')) or 0) >= (_saved_frames(directory) or 0)
+    evaluated = summary.get('evaluation') is not None
+    whole = evaluated and (count(summary.get('frames')) or 0) >= (_saved_frames(directory) or 0)
     evaluated = read_result(directory.path / EVALUATION_FILE) is not None
     exported = summary.get('exported') is not False and directory.policy.is_dir()
     return whole and evaluated and exported

@@ -11,6 +11,7 @@ from agents.config import EnvironmentConfig
 from infra.disk import differences, digests, is_remote, write_json
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
+from pipelines.experiment import config as config_lib
 
 _POLICY_FILE = 'policy.json'
 MODEL = 'saved_model.pb'
@@ -57,6 +58,7 @@ def checked(path: str) -> EnvironmentConfig | None:
     if _POLICY_FILE in found:
         try:
             values = unseal(parse_object((directory / _POLICY_FILE).read_bytes()))
+            config_lib.check_types('environment', EnvironmentConfig, values['environment'])
             environment = EnvironmentConfig(**values['environment'])
             problem = _change(values['files'], found)
         except (OSError, ValueError) as error:

@@ -455,7 +455,8 @@ class TestBadInput:
             (DATA, None, 'it is missing'),
             (DATA, HALF, 'its content has changed'),
             ('policy.json', HALF, 'no JSON of ours'),
-            ('policy.json', b'{"environment": {"colour": true}}', 'of another version'),
+            ('policy.json', b'{"environment": {"colour": true}}', 'missing in environment: '),
+            ('policy.json', b'{"files": {}}', 'of another version'),
         ],
     )
     def test_a_damaged_saved_model(self, saved_model, capfd, name, content, problem):

@@ -24,7 +24,7 @@ from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import presets
 from pipelines.experiment.protocols import PROTOCOLS, Protocol, deviations, protocol
 from pipelines.launch import evaluation_job
-from pipelines.launch.interrupts import Ended, handled
+from pipelines.launch.interrupts import Ended
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 from tests.support.waiting import eventually, has_ended
 
@@ -266,10 +266,18 @@ def test_a_signal_ends_the_workers_of_this_machine_for_which_beam_waits(monkeypa
         assert eventually(lambda: len(descendants(shell.pid)) == 1)
         workers = [shell.pid, *descendants(shell.pid)]
         monkeypatch.setattr(evaluation_job, 'descendants', lambda _: workers)
-        with pytest.raises(Ended), handled(evaluation_job._end_with_workers):
+        with pytest.raises(Ended), evaluation_job._ending_workers():
             os.kill(os.getpid(), signal.SIGTERM)
         assert shell.wait(10) == -signal.SIGTERM
         assert eventually(lambda: has_ended(workers[1]))
+
+
+def test_a_signal_ends_a_job_whose_end_fails_too():
+    with pytest.raises(Ended), evaluation_job._logged('FlinkRunner'):
+        try:
+            raise Ended
+        finally:
+            raise ConnectionError('the job cannot be cancelled')
 
 
 def test_workers_that_cannot_start_are_one_line_below_the_end_of_their_log(capfd):

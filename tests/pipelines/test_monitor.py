@@ -16,6 +16,26 @@ from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
 
 CONFIG = MonitorConfig(game='pong', preset='laptop', seed=7, max_frames=4000)
+BINS = [60, 35, 0, 0, 0, 1, *[0] * 7]
+STALENESS = {
+    'median': 0,
+    'percentile_99': 10,  # 95 of 96 are 0 or 1: less than 99 %
+    'histogram': {
+        '0': 60,
+        '1': 35,
+        '2': 0,
+        '3': 0,
+        '5': 0,
+        '10': 1,
+        '20': 0,
+        '50': 0,
+        '100': 0,
+        '200': 0,
+        '500': 0,
+        '1000': 0,
+        'above 1000': 0,
+    },
+}
 EVALUATION = {
     'protocol': 'noop',
     'deviations': {'epsilon': 0.1},
@@ -594,8 +614,7 @@ class TestSummary:
         monitor.fold([episode(-20.0, 1), episode(-10.0, 2)])
         monitor.replay([{'size': 400, 'samples': 3200, 'inserts': 400}])
         monitor.parameter_server([{'rejected': {'stale': 1, 'invalid': 0}}])
-        bins = [60, 35, 0, 0, 0, 1, *[0] * 7]
-        monitor.fold([event('learner', rejected_outlier=4, staleness=bins)])
+        monitor.fold([event('learner', rejected_outlier=4, staleness=BINS)])
         monitor.fold([event('actor', epsilon=0.25)])
         monitor.restarted('actor')
         clock.now += 50
@@ -624,25 +643,7 @@ class TestSummary:
             'learned_per_insert': 8.0,  # 100 updates of 32
             'rejected': {'stale': 1, 'outlier': 4, 'invalid': 0},
             'outlier_share': 0.04,  # 4 dropped of 100 computed
-            'staleness': {
-                'median': 0,
-                'percentile_99': 10,  # 95 of 96 are 0 or 1: less than 99 %
-                'histogram': {
-                    '0': 60,
-                    '1': 35,
-                    '2': 0,
-                    '3': 0,
-                    '5': 0,
-                    '10': 1,
-                    '20': 0,
-                    '50': 0,
-                    '100': 0,
-                    '200': 0,
-                    '500': 0,
-                    '1000': 0,
-                    'above 1000': 0,
-                },
-            },
+            'staleness': STALENESS,
             'rates': {},  # one reading each
             'memory_bytes': {},
             'learner': {},

@@ -82,7 +82,7 @@ class TestRuns:
     )
     def test_a_damaged_file_is_skipped_and_named(self, tmp_path, name):
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0, games=1)
-        (path / name).write_text('{"protocol": ')
+        (path / name).write_text('{"protocol": \n')
         (problem,) = read(path).problems
         assert problem.startswith(f'{name}: ')
         assert 'skipped (' in problem
@@ -92,7 +92,8 @@ class TestRuns:
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=1.0, games=1)
         for name in ('evaluations.jsonl', 'launches.jsonl'):
             text = (path / name).read_text()
-            (path / name).write_text(f'{{"mean": 5}}\n{text}\n')  # no such record; a blank line
+            # No such record; a blank line; a last line that is being written.
+            (path / name).write_text(f'{{"mean": 5}}\n{text}\n{{"cut')
         run = read(path)
         assert ([row.mean for row in run.curve], len(run.launches)) == ([-10.0, 5.0], 1)
         assert [problem.partition(': skipped')[0] for problem in run.problems] == [
