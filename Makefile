@@ -89,12 +89,15 @@ run: $(RUN_STAMP)  ## train; flags: make run ARGS="--game breakout" (ARGS=--help
 test: $(TEST_STAMP) browser  ## lint, format, types and the whole suite; flags of pytest: ARGS="-k replay"
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(if $(ARGS),$(BIN)/mypy)
 	$(if $(ARGS),exec $(BIN)/python -m pytest $(ARGS))
-	# The last tests need Prism, whose build takes minutes: beside the first ones.
+	# Some tests need Prism, whose build takes minutes: beside the others, as the types.
 	if command -v go > /dev/null; then (nice -n 19 make prism > $(VENV)/prism.log 2>&1 || true) & fi
-	$(BIN)/python -m pytest -n 3 --dist loadscope -m 'not end_to_end'
-	exec $(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1 -m end_to_end
+	$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!
+	$(BIN)/python -m pytest -n 3 --dist loadscope || failed=$$?
+	wait $$types || { cat $(VENV)/mypy.log; failed=1; }
+	tail -n 1 $(VENV)/mypy.log
+	exit $${failed:-0}
 
 test-fast: $(TEST_STAMP)  ## lint, types and the quick tests: before each commit
 	@$(BIN)/ruff check .

@@ -105,7 +105,7 @@ def lock_holder(directory: pathlib.Path) -> int | None:
     return int(text) if _PROCESS_ID.fullmatch(text) else None
 
 
-def _locked(file: BinaryIO, kind: int) -> bool:
+def _locked(file: BinaryIO | int, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -260,18 +260,38 @@ def beside(path: pathlib.Path) -> pathlib.Path:
 def remove_leftovers(directory: pathlib.Path, *names: str) -> None:
     """Removes what killed processes left of `beside` in `directory`: of `names`, or of all.
 
-    Completes a `replaced_directory` that was killed between its two renames.
+    Completes a `replaced_directory` that was killed between its two renames; leaves one that
+    another process fills.
 
     Raises:
       OSError: an entry cannot be removed.
     """
     for path in directory.iterdir() if directory.is_dir() else ():
         left = _BESIDE.fullmatch(path.name)
-        if left and (not names or left[1] in names):
+        if left and (not names or left[1] in names) and not _is_filled(path):
             name = path.with_name(left[1])
             if (path / _BEFORE).is_dir() and not name.exists():
                 (path / _NEW).rename(name)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_filled(scratch: pathlib.Path) -> bool:
+    """Whether a process holds what `_hold_scratch` returns."""
+    descriptor = os.open(scratch, os.O_RDONLY)
+    try:
+        return not _locked(descriptor, fcntl.LOCK_EX)
+    except OSError:  # some network file systems cannot tell
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _hold_scratch(scratch: pathlib.Path) -> int:
+    """A descriptor that keeps `remove_leftovers` away until it is closed."""
+    descriptor = os.open(scratch, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        _locked(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
@@ -371,6 +391,7 @@ def replaced_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     scratch = beside(path)
     scratch.mkdir()
+    held = _hold_scratch(scratch)
     try:
         filled, before = scratch / _NEW, scratch / _BEFORE
         filled.mkdir()
@@ -382,6 +403,7 @@ def replaced_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
                 path.rename(before)
             filled.rename(path)
     finally:
+        os.close(held)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -4,7 +4,8 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 Main = Callable[[Sequence[str]], int]
 """Runs a command: arguments in, exit code out."""
@@ -58,6 +59,24 @@ def unwritable(path: str | os.PathLike[str], error: OSError, remedy: str = '') -
     """The error for a file or directory that cannot be written; default: `remedy_of` it."""
     fix = remedy or remedy_of(error) or _CHECK
     return UsageError(f'{path}: cannot be written ({reason_of(error)}). Fix: {fix}.')
+
+
+def require_effect(given: Mapping[str, Any], needs: Mapping[str, tuple[str, Any]]) -> None:
+    """Checks that each given flag has an effect.
+
+    Args:
+      given: values by flag; None: not given.
+      needs: what a flag needs, as the user would add it, and whether that is there.
+
+    Raises:
+      UsageError: a flag has no effect.
+    """
+    for name, (needed, there) in needs.items():
+        if (value := given.get(name)) is not None and not there:
+            flag = f'--{name}' if value is True else f'--{name} {value}'
+            raise UsageError(
+                f'{flag}: no effect without {needed}. Fix: add that, or omit --{name}.'
+            )
 
 
 def notes_on(error: BaseException) -> list[str]:

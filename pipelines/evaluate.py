@@ -20,7 +20,7 @@ from infra.cores import whole_cores
 from infra.flags import Parser, integer, nonempty, nonempty_path
 from infra.output import protect_output
 from infra.process import exit_with_launcher
-from pipelines.errors import UsageError, one_line_errors
+from pipelines.errors import one_line_errors, require_effect
 from pipelines.evaluation.entrants import Request
 from pipelines.evaluation.policies import RANDOM
 from pipelines.experiment.games import games_of
@@ -182,11 +182,7 @@ def _require_effect(arguments: argparse.Namespace) -> None:
         'video_episode': ('--video', arguments.video),
         'video_overlay': ('--video', arguments.video),
     }
-    for name, (needed, given) in needs.items():
-        if getattr(arguments, name) is not None and not given:
-            raise UsageError(
-                f'--{name}: no effect without {needed}. Fix: add that, or omit --{name}.'
-            )
+    require_effect(vars(arguments), needs)
 
 
 def _show(file: str, result: Mapping[str, Any]) -> None:

@@ -27,8 +27,9 @@ from pipelines.experiment import config as config_lib
 from pipelines.launch.interrupts import stoppable
 from pipelines.storage import saved_policies
 from pipelines.storage.checkpoints import read_parameters
+from pipelines.storage.outputs import writable
 from pipelines.storage.reading import CHECKPOINT_FLAG, readable
-from pipelines.storage.run_directory import BEST, RunDirectory, loading_hint, output_path
+from pipelines.storage.run_directory import BEST, RunDirectory, loading_hint
 from pipelines.storage.space import temporary_files
 
 
@@ -101,10 +102,9 @@ def _output(path: str) -> pathlib.Path:
     """The directory of `--output`.
 
     Raises:
-      UsageError: see `output_path`; or it is not empty and not a policy.
-      OSError: see `output_path`.
+      UsageError: see `writable`; or it is not empty and not a policy.
     """
-    output = output_path(path)
+    output = writable(path)
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not (empty or (output / saved_policies.MODEL).is_file()):  # others have a policy.json, too
         raise UsageError(f'--output {path}: not a policy. Fix: name a new directory or a policy.')
@@ -124,6 +124,7 @@ def _export_checkpoint(directory: RunDirectory, which: str, output: pathlib.Path
     import tensorflow as tf
 
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         export(config, saved, output)
     except (ValueError, OSError, tf.errors.OpError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]

@@ -19,7 +19,7 @@ import numpy as np
 from agents.games import GameError, rom_id
 from infra.flags import Parser, integer, nonempty_path
 from infra.output import protect_output
-from pipelines.errors import UsageError, one_line_errors
+from pipelines.errors import UsageError, one_line_errors, require_effect
 from pipelines.evaluation import starts
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Game, Step, play
@@ -75,9 +75,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         '--epsilon',
         type=float,
-        default=_RULES.epsilon,
-        help='Probability of a random action of a policy. Default: 0.05. With 0 all games of a'
-        ' deterministic policy are equal.',
+        help='Probability of a random action of a trained policy. Default: 0.05. With 0 all games'
+        ' of a deterministic policy are equal.',
     )
     parser.add_argument('--seed', type=integer, default=1, help='Of play and draw. Default: 1.')
     parser.add_argument(
@@ -105,12 +104,15 @@ def _require_valid(arguments: argparse.Namespace) -> None:
     Raises:
       UsageError: a value is out of range, or without effect.
     """
-    if arguments.checkpoint is not None and arguments.run_dir is None:
-        raise UsageError(
-            '--checkpoint: no effect without --run_dir. Fix: add that, or omit --checkpoint.'
-        )
+    trained = arguments.run_dir or (arguments.policy not in (None, RANDOM))
+    needs = {
+        'checkpoint': ('--run_dir', arguments.run_dir),
+        'epsilon': ('a trained policy', trained),
+    }
+    require_effect(vars(arguments), needs)
     for name, (least, most) in _RANGES.items():
-        if not least <= (value := getattr(arguments, name)) <= most:
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
             raise UsageError(
                 f'--{name} {value}: must be from {least} to {most}. Fix: correct the value.'
             )
@@ -161,7 +163,9 @@ def _policy(arguments: argparse.Namespace) -> Entrant:
 
 
 def _game(entrant: Entrant, arguments: argparse.Namespace, number: int) -> Game:
-    epsilon = 1.0 if entrant.policy.kind == RANDOM else arguments.epsilon
+    epsilon = _RULES.epsilon if arguments.epsilon is None else arguments.epsilon
+    if entrant.policy.kind == RANDOM:
+        epsilon = 1.0
     rules = dataclasses.replace(_RULES, epsilon=epsilon)
     return Game(0, number, arguments.seed, entrant.policy.environment, rules)
 

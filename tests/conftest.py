@@ -5,6 +5,7 @@ import pathlib
 import signal
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -62,10 +63,45 @@ SLOW = frozenset(
 )
 
 
+_LONGEST_FIRST = (
+    'TestOnDask',
+    'TestOnAJobServer',
+    'test_a_killed_suite',
+    'test_an_interrupted_run_at_a_bucket',
+    'test_servers_actor_and_learner_on_three_hosts',
+    'test_killed_bundle_and_shard',
+    'test_all_parts_of_the_family',
+    'test_kubernetes.py',
+    '/end_to_end/',
+)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if str(item.path.relative_to(TESTS).with_suffix('')) in SLOW:
             item.add_marker('slow')
+
+    def place(item):
+        begins = (place for place, name in enumerate(_LONGEST_FIRST) if name in item.nodeid)
+        return next(begins, len(_LONGEST_FIRST) + ('slow' not in item.keywords))
+
+    items.sort(key=place)
+
+
+class _Rooms(LoadScopeScheduling):
+    """Deals whole runs one by one, all other tests by module or class, which share start-ups."""
+
+    def _split_scope(self, nodeid):
+        scope = super()._split_scope(nodeid)
+        return nodeid if scope.endswith('.py') and '/end_to_end/' in scope else scope
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue('dist') != 'loadscope':
+        return None
+    config.option.loadscopereorder = False  # the longest first, not the most tests
+    return _Rooms(config, log)
 
 
 @pytest.fixture

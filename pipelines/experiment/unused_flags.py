@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipelines.errors import UsageError
+from pipelines import errors
 from pipelines.experiment.config import ExperimentConfig
 
 
@@ -70,9 +70,7 @@ def require_effect(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
     Raises:
       UsageError: a value has no effect.
     """
-    for name, value in values.items():
-        needed, holds = _NEEDS.get(name, ('', lambda _: True))
-        if not holds(config):
-            raise UsageError(
-                f'--{name} {value}: no effect without {needed}. Fix: add that, or omit --{name}.'
-            )
+    errors.require_effect(
+        values,
+        {name: (needed, holds(config)) for name, (needed, holds) in _NEEDS.items()},
+    )

@@ -3,7 +3,6 @@
 import functools
 import os
 import pathlib
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import apache_beam as beam
 
 from infra.disk import write_atomically
 from pipelines.engines.catalog import Engine
-from pipelines.launch.interrupts import Ended, raise_ended
+from pipelines.launch.interrupts import Ended, handled, raise_ended
 
 
 def end_with_workers(
@@ -49,7 +48,7 @@ def end_with_workers(
 def run(
     pipeline: beam.Pipeline, options: Any, engine: Engine, state_file: pathlib.Path | None = None
 ) -> None:
-    """Runs a job to its end; SIGTERM and Ctrl-C also end a job that would outlive this process.
+    """Runs a job to its end; a signal also ends a job that would outlive this process.
 
     Args:
       pipeline: to run, with `options`.
@@ -58,24 +57,24 @@ def run(
       state_file: receives the engine's reports on the job.
 
     Raises:
-      Ended, KeyboardInterrupt: a signal ended the job.
+      Ended: a signal ended the job.
     """
     if not engine.outlives_submitter:
         pipeline.run().wait_until_finish()
         return
     noted: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))  # while it is submitted
-    result = pipeline.run()
-    try:
-        signal.signal(signal.SIGTERM, raise_ended)
-        if noted:
-            raise_ended(noted[0])
-        if engine.follow is not None and state_file is not None:
-            report = functools.partial(write_atomically, state_file)
-            follow = functools.partial(engine.follow, result, options, report)
-            threading.Thread(target=follow, daemon=True).start()
-        result.wait_until_finish()
-    except (Ended, KeyboardInterrupt):
-        print('ending the job ...', flush=True)
-        engine.end(result, options)
-        raise
+    with handled(lambda number, _: noted.append(number)):  # while it is submitted
+        result = pipeline.run()
+        with handled(raise_ended):
+            try:
+                if noted:
+                    raise_ended(noted[0])
+                if engine.follow is not None and state_file is not None:
+                    report = functools.partial(write_atomically, state_file)
+                    follow = functools.partial(engine.follow, result, options, report)
+                    threading.Thread(target=follow, daemon=True).start()
+                result.wait_until_finish()
+            except Ended:
+                print('ending the job ...', flush=True)
+                engine.end(result, options)
+                raise

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 _TELL_SECONDS = 5.0  # a terminal that pauses
-_IMPORT_SECONDS = 0.1  # between two checks for the end of an import
+_FIRST_SECONDS = 0.1  # until `Ended` is raised that an import delayed or a callback lost
+_AGAIN_SECONDS = 1.0  # until it is raised again
 _IMPORTER = '<frozen importlib._bootstrap>'  # in the stack of all code that an import runs
 
 
@@ -45,17 +46,23 @@ class Ended(BaseException):
 
 
 def raise_ended(number: int = signal.SIGTERM, frame: types.FrameType | None = None) -> None:
-    """A handler: raises `Ended`, once, in the main thread; a second SIGINT ends the process.
+    """A handler: raises `Ended` in the main thread; a second SIGINT ends the process.
 
     Waits for the end of an import, which may turn the exception into another one or print it.
+    Raises it again if it was lost, as in a finalizer or a callback of C code, until the end of the
+    `handled` block; never during the clean-up that it leads to.
     """
     for other in end_signals():
         signal.signal(other, signal.SIG_IGN)  # the end takes seconds
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
-    if not _is_import(frame):
+    signal.signal(signal.SIGALRM, lambda _, later: _raise_once(number, later))
+    signal.setitimer(signal.ITIMER_REAL, _FIRST_SECONDS, _AGAIN_SECONDS)
+    _raise_once(number, frame)
+
+
+def _raise_once(number: int, frame: types.FrameType | None) -> None:
+    if not _is_import(frame) and ended_before(sys.exception()) is None:
         raise Ended(number)
-    signal.signal(signal.SIGALRM, lambda _, later: raise_ended(number, later))
-    signal.setitimer(signal.ITIMER_REAL, _IMPORT_SECONDS)
 
 
 def ended_before(error: BaseException | None) -> Ended | None:
@@ -80,6 +87,7 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # of `raise_ended`
         for number, previous in before.items():
             signal.signal(number, previous)
 
@@ -112,13 +120,12 @@ def stoppable(program: str, kept: str) -> Callable[[Main], Main]:
                         received.append(error.exit_code - 128)
                     if not received:
                         raise
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # of `raise_ended`
                     name = signal.Signals(received[0]).name
                     words = [f'{program}: {name}: stopped.', *(notes_on(error) or [kept])]
                     _release(error)
                     print(*words, file=sys.stderr, flush=True)
                     return 128 + received[0]
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)  # `main` ended before its import did
 
         return framed
 

@@ -90,7 +90,7 @@ class Machine:
     system: str | None
     python: str | None
     engine: str | None
-    cores: int | None
+    cores: float | None
     memory_bytes: int | None
     commit: str | None
     dirty: bool

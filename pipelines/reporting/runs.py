@@ -98,7 +98,7 @@ class Run:
         held = [s.scalars[tag] for s in self.sessions if tag in s.scalars]
         return np.concatenate([np.empty((0, 3)), *held])
 
-    def cores(self, when: float) -> int | None:
+    def cores(self, when: float) -> float | None:
         """Cores of the launcher's machine at a time (seconds since 1970); None: unknown."""
         launched = self._launched(when)
         return launched.machine.cores if launched else None

@@ -4,7 +4,7 @@ import pathlib
 
 from infra.disk import beside, is_remote, write_atomically
 from pipelines.errors import UsageError, unwritable
-from pipelines.storage.run_directory import output_path, require_fit
+from pipelines.storage.run_directory import require_fit
 
 _BLOCK_BYTES = 4096  # of a file system; a full disk has none
 
@@ -61,7 +61,8 @@ def write_new(path: str, content: str | bytes) -> None:
       UsageError: it exists, such as that of another command of this moment, or cannot be written.
     """
     try:
-        file = output_path(path)
+        file = writable(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             file.touch(exist_ok=False)
         except FileExistsError:

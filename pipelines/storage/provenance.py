@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra.cores import whole_cores
+from infra.cores import usable_cores
 from infra.disk import read_json_lines, write_atomically
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
         'git': _revision(),
         'host': socket.gethostname(),
         'processor': _processor(),
-        'cores': whole_cores(),
+        'cores': usable_cores(),
         'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
         'system': platform.platform(),
         'python': platform.python_version(),

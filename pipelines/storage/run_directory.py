@@ -21,7 +21,6 @@ from infra.disk import (
     LOCK_FILE,
     Generations,
     InUseError,
-    is_remote,
     lock,
     lock_holder,
     publish,
@@ -78,21 +77,6 @@ def require_fit(path: pathlib.Path) -> None:
     """
     if reason := unfit_name(path):
         raise UsageError(f'{str(path)!r}: {reason}. Fix: choose another directory.')
-
-
-def output_path(path: str) -> pathlib.Path:
-    """The absolute path of `--output`; creates its parent directory.
-
-    Raises:
-      UsageError: it is remote, or its name is unsuitable.
-      OSError: its parent cannot be created.
-    """
-    if is_remote(path):
-        raise UsageError(f'--output {path}: not on this machine. Fix: name a local path.')
-    output = pathlib.Path(path).absolute()
-    require_fit(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output
 
 
 def command(verb: str, run: str | os.PathLike[str], *flags: str) -> str:

@@ -56,21 +56,30 @@ def checked(path: str) -> EnvironmentConfig | None:
         )
     environment, problem = None, _gap(found)
     if _POLICY_FILE in found:
-        try:
-            values = unseal(parse_object((directory / _POLICY_FILE).read_bytes()))
-            config_lib.check_types('environment', EnvironmentConfig, values['environment'])
-            environment = EnvironmentConfig(**values['environment'])
-            problem = _change(values['files'], found)
-        except (OSError, ValueError) as error:
-            problem = f'{_POLICY_FILE}: {error}'
-        except (KeyError, TypeError, AttributeError):
-            problem = f'{_POLICY_FILE}: of another version'
+        environment, problem = _described(directory / _POLICY_FILE, found)
     if problem:
         raise UsageError(
-            f'--policy {path}: damaged ({problem}). Fix: copy it again, or export it again with'
-            ' `pipelines/export.py`.'
+            f'--policy {path}: {problem}. Fix: copy it again, or export it again with'
+            ' `pipelines/export.py` of this version.'
         )
     return environment
+
+
+def _described(
+    file: pathlib.Path, found: dict[str, list[int]]
+) -> tuple[EnvironmentConfig | None, str]:
+    """The environment by `policy.json`; and what makes the SavedModel unusable, if anything."""
+    try:
+        values = unseal(parse_object(file.read_bytes()))
+    except (OSError, ValueError) as error:
+        return None, f'damaged ({_POLICY_FILE}: {error})'
+    try:
+        if change := _change(values['files'], found):
+            return None, change
+        config_lib.check_types('environment', EnvironmentConfig, values['environment'])
+        return EnvironmentConfig(**values['environment']), ''
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f'{_POLICY_FILE} is of another version ({type(error).__name__}: {error})'
 
 
 def _gap(found: dict[str, list[int]]) -> str:
@@ -78,13 +87,14 @@ def _gap(found: dict[str, list[int]]) -> str:
     data = next((name for name in found if name.startswith(_VARIABLES)), f'{_VARIABLES}*')
     for name in (*_NEEDED, data):
         if name not in found:
-            return f'{name}: it is missing'
+            return f'damaged ({name}: it is missing)'
         if not found[name][0]:
-            return f'{name}: it is empty'
+            return f'damaged ({name}: it is empty)'
     return ''
 
 
 def _change(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
     """The first file that is not as it was written, empty if there is none; others may be added."""
     own = {name: found[name] for name in expected.keys() & found.keys()}
-    return next((f'{name}: {how}' for name, how in differences(expected, own).items()), '')
+    changes = differences(expected, own).items()
+    return next((f'damaged ({name}: {how})' for name, how in changes), '')

@@ -34,6 +34,8 @@ SMALL_SETTINGS: dict[str, Any] = {
 }
 STARTED: list[subprocess.Popen] = []
 """Runs of the present test: one that fails must not leave them to the others."""
+FEW = ('--num_learners=1', '--num_parameter_shards=1')
+"""As few processes as a run can have."""
 SMALL = (*(f'--{name}={value}' for name, value in SMALL_SETTINGS.items() if value), '--no-video')
 
 

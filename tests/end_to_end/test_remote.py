@@ -38,7 +38,7 @@ def content(gcs, name):
 def start(copy, *flags):
     """Starts the main job at the remote place."""
     remote = (f'--run_dir=gs://{BUCKET}/runs/pong', f'--work_dir={copy}')
-    return launching.start(copy, *remote, *flags)  # the later --run_dir counts
+    return launching.start(copy, *remote, *launching.FEW, *flags)  # the later --run_dir counts
 
 
 def assert_example_follows(run_dir: pathlib.Path) -> None:

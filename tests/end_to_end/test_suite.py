@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.end_to_end import launching
+from tests.support.browser import browser, opened
 from tests.support.waiting import eventually, has_ended
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
@@ -49,11 +50,26 @@ def trains(run_dir, suite_dir):
     return eventually(shown, launching.RUN_SECONDS)
 
 
+def assert_report_shows(page):
+    """Both runs' scores, every plot, and a video that plays; on a phone and on a screen."""
+    with browser() as chromium:
+        for width in (400, 1280):
+            with opened(chromium, page, width, 'light') as shown:
+                assert all(
+                    shown.page.locator(f'text={game}').count() for game in ('Pong', 'Breakout')
+                )
+                plots = shown.page.locator('figure.plot svg').all()
+                assert len(plots) > 5
+                assert all(plot.locator('path').count() for plot in plots)
+                shown.play_video()
+                assert (shown.messages, shown.asks_nobody()) == ([], True)
+
+
 def test_a_killed_suite_continues_repeats_no_run_and_a_killed_launcher_leaves_no_orphan(tmp_path):
     suite_dir = tmp_path / 'suite'
     first, second = [suite_dir / f'{game}-laptop-seed1' for game in _GAMES]
-    command = [f'--games={",".join(_GAMES)}', f'--max_frames={_FRAMES}', '--num_learners=1']
-    command += launching.SMALL
+    command = [f'--games={",".join(_GAMES)}', f'--max_frames={_FRAMES}']
+    command += (*launching.FEW, *launching.SMALL, '--video')
     process = start(suite_dir, *command)
     assert trains(first, suite_dir), launching.output(suite_dir)
     process.kill()
@@ -74,7 +90,6 @@ def test_a_killed_suite_continues_repeats_no_run_and_a_killed_launcher_leaves_no
     launching.check_run_directory(first, _FRAMES)
     assert [launch['resumed'] for launch in launches(first)] == [False, True, True]
     assert [launch['resumed'] for launch in launches(second)] == [False]  # it had no checkpoint
-    page = (suite_dir / 'report.html').read_text()
-    assert all(game in page for game in _GAMES)
+    assert_report_shows(suite_dir / 'report.html')
     assert launching.output(suite_dir).count('2 of 2 runs are done, 0 failed') == 2
     launching.assert_nothing_runs(suite_dir, within_seconds=10)

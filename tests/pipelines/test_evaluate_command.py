@@ -1,5 +1,6 @@
 """The evaluation command: which policies it accepts, what it writes, what it says."""
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -18,6 +19,7 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import time_step as ts
 
 from agents.config import EnvironmentConfig
+from infra import sealed
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines import evaluate, export
 from pipelines.errors import UsageError
@@ -455,14 +457,28 @@ class TestBadInput:
             (DATA, None, 'it is missing'),
             (DATA, HALF, 'its content has changed'),
             ('policy.json', HALF, 'no JSON of ours'),
-            ('policy.json', b'{"environment": {"colour": true}}', 'missing in environment: '),
-            ('policy.json', b'{"files": {}}', 'of another version'),
         ],
     )
     def test_a_damaged_saved_model(self, saved_model, capfd, name, content, problem):
         damage(saved_model / name, content)
         line = self.refused([f'--policy={saved_model}'], capfd)
         assert f'--policy {saved_model}: damaged ({name}: {problem}' in line
+
+    @pytest.mark.parametrize(
+        'values',
+        [
+            {'environment': {'game': 'pong'}, 'files': {}},
+            {'environment': {**dataclasses.asdict(EXPERIMENT.environment), 'x': 1}, 'files': {}},
+            {'environment': ['pong'], 'files': {}},
+            {'files': {}},
+            {'files': [['saved_model.pb', 1]]},
+            {},
+        ],
+    )
+    def test_a_saved_model_of_a_later_version(self, saved_model, capfd, values):
+        (saved_model / 'policy.json').write_text(json.dumps(sealed.seal(values)))
+        line = self.refused([f'--policy={saved_model}'], capfd)
+        assert f'--policy {saved_model}: policy.json is of another version (' in line
 
     @pytest.mark.parametrize(
         ('name', 'content', 'problem'),
@@ -527,10 +543,16 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ('flags', 'problem'),
         [
-            (['--policy=a', '--checkpoint=newest'], '--checkpoint: no effect without --run_dir'),
+            (
+                ['--policy=a', '--checkpoint=newest'],
+                '--checkpoint newest: no effect without --run_dir',
+            ),
             (['--run_dir=a', '--video_overlay'], '--video_overlay: no effect without --video'),
-            (['--run_dir=a', '--video_episode=0'], '--video_episode: no effect without --video'),
-            (['--policy=random', '--epsilon=0'], '--epsilon: no effect without a trained policy'),
+            (['--run_dir=a', '--video_episode=0'], '--video_episode 0: no effect without --video'),
+            (
+                ['--policy=random', '--epsilon=0'],
+                '--epsilon 0.0: no effect without a trained policy',
+            ),
             (['--run_dir=a', '--runner=Foo'], "--runner 'Foo': unknown"),
             (['--run_dir=a', '--runner=DaskRunner'], '--dask_client_address or'),
             (['--run_dir=a', '--runner=DirectRunner', '--epsiode=1'], '--epsiode=1: unknown flag'),

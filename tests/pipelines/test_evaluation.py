@@ -7,15 +7,18 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import apache_beam as beam
 import numpy as np
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 
 from agents.config import EnvironmentConfig
 from infra.process import descendants
+from pipelines.engines import catalog
 from pipelines.errors import UsageError
 from pipelines.evaluation import local, policies, results, starts
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
@@ -23,8 +26,8 @@ from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import presets
 from pipelines.experiment.protocols import PROTOCOLS, Protocol, deviations, protocol
-from pipelines.launch import evaluation_job
-from pipelines.launch.interrupts import Ended
+from pipelines.launch import beam_job, evaluation_job
+from pipelines.launch.interrupts import Ended, handled, raise_ended
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 from tests.support.waiting import eventually, has_ended
 
@@ -259,6 +262,44 @@ def test_processes_are_found_beside_one_whose_name_is_no_text():
         process.stdout.readline()
         assert process.pid in descendants(os.getpid())
         process.kill()
+
+
+def test_the_progress_of_a_second_job_counts_the_games_of_the_first(tmp_path, monkeypatch, capsys):
+    def play_none(*_):  # the job's progress is shown by another thread
+        assert eventually(lambda: shown.append(capsys.readouterr().err) or 'of 3' in ''.join(shown))
+
+    shown: list[str] = []
+    shared = Shared(str(tmp_path))
+    for episode in range(2):
+        record = Failure(0, episode, 'as one of any score')
+        write_json(shared.played(0, episode), results.encoded(record))
+    monkeypatch.setattr(results, 'PROGRESS_SECONDS', 0.01)
+    monkeypatch.setattr(beam_job, 'run', play_none)
+    engine = catalog.engine('DirectRunner')
+    options = PipelineOptions(engine.job_flags('evaluation', 1, []))
+    evaluation_job._Job('DirectRunner', engine, options).play([game(2)], shared)
+    assert 'evaluate.py: 2 of 3 episodes\n' in ''.join(shown)
+
+
+def test_a_signal_that_a_finalizer_loses_is_raised_again():
+    def lose() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Ended:
+            lost.append(time.monotonic())
+
+    lost: list[float] = []
+    cleaned: list[bool] = []
+    with pytest.raises(Ended), handled(raise_ended):
+        lose()
+        try:
+            time.sleep(10.0)
+        finally:
+            time.sleep(1.3)  # longer than until it would be raised a third time
+            cleaned.append(True)
+    assert lost
+    assert cleaned
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
 
 
 def test_a_signal_ends_the_workers_of_this_machine_for_which_beam_waits(monkeypatch):

@@ -76,6 +76,14 @@ def test_a_directory_is_replaced_when_the_new_one_is_complete(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_directory_that_another_process_fills_is_no_leftover(tmp_path):
+    path = tmp_path / 'policy'
+    with disk.replaced_directory(path) as staging:
+        (staging / 'new').touch()
+        disk.remove_leftovers(tmp_path, 'policy')
+    assert [file.name for file in path.iterdir()] == ['new']
+
+
 def test_no_kill_finds_a_directory_gone_while_it_is_replaced(tmp_path, monkeypatch):
     path = tmp_path / 'policy'
     path.mkdir()

@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 
-from infra.cores import whole_cores
+from infra.cores import usable_cores
 from pipelines.storage import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def test_a_description_holds_command_machine_and_packages():
     described = provenance.describe(['run.py', '--run_dir', 'my run'])
     assert described['command'] == "run.py --run_dir 'my run'"
-    assert described['cores'] == whole_cores()
+    assert described['cores'] == usable_cores()
     assert described['packages']['numpy'] == np.__version__
     assert described['packages']['tensorflow'] == '2.15.1'  # requirements.txt
     json.dumps(described, allow_nan=False)

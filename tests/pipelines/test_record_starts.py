@@ -160,9 +160,14 @@ class TestAPerson:
         ([*RANDOM_PONG, '--count=0'], '--count 0: must be from 1 to 100000. Fix: '),
         ([*RANDOM_PONG, '--count=1e12'], '--count 1000000000000: must be from 1 to'),
         ([*RANDOM_PONG, '--games_played=1e14'], '--games_played 100000000000000: must be'),
-        ([*RANDOM_PONG, '--epsilon=2'], '--epsilon 2.0: must be from 0 to 1'),
-        ([*RANDOM_PONG, '--epsilon=nan'], '--epsilon nan: must be from 0 to 1'),
-        ([*RANDOM_PONG, '--checkpoint=best'], '--checkpoint: no effect without --run_dir'),
+        (['--policy=nowhere', '--epsilon=2'], '--epsilon 2.0: must be from 0 to 1'),
+        (['--policy=nowhere', '--epsilon=nan'], '--epsilon nan: must be from 0 to 1'),
+        ([*RANDOM_PONG, '--epsilon=0.1'], '--epsilon 0.1: no effect without a trained policy'),
+        (
+            ['--person', '--game=pong', '--epsilon=0.1'],
+            '--epsilon 0.1: no effect without a trained',
+        ),
+        ([*RANDOM_PONG, '--checkpoint=best'], '--checkpoint best: no effect without --run_dir'),
         ([*RANDOM_PONG, '--seed=-1'], '--seed -1: must be from 0 to'),
         ([*RANDOM_PONG, '--output=gs://a/b'], '--output gs://a/b: not on this machine'),
         (

@@ -24,6 +24,9 @@ _REMEDY = (
 )
 
 
+_VIDEO_MILLISECONDS = 20_000
+
+
 @dataclasses.dataclass
 class Opened:
     """A page with what it did since it was opened.
@@ -37,6 +40,21 @@ class Opened:
     page: Any
     requests: list[str] = dataclasses.field(default_factory=list)
     messages: list[str] = dataclasses.field(default_factory=list)
+
+    def asks_nobody(self) -> bool:
+        """Whether the page itself was the only request that left the browser."""
+        return all(address.startswith('data:') for address in self.requests[1:])
+
+    def play_video(self) -> None:
+        """Plays the page's first video; raises an error unless pictures are shown."""
+        self.page.eval_on_selector('video', 'async (video) => { await video.play(); }')
+        self.page.wait_for_function(
+            """() => {
+              const { readyState, currentTime, videoWidth } = document.querySelector('video');
+              return readyState >= 2 && currentTime > 0.2 && videoWidth >= 160;
+            }""",
+            timeout=_VIDEO_MILLISECONDS,
+        )
 
 
 @contextlib.contextmanager
