@@ -5,7 +5,7 @@ import pathlib
 import signal
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 TESTS = pathlib.Path(__file__).parent
 

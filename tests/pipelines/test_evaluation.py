@@ -265,8 +265,12 @@ def test_processes_are_found_beside_one_whose_name_is_no_text():
 
 
 def test_the_progress_of_a_second_job_counts_the_games_of_the_first(tmp_path, monkeypatch, capsys):
+    def is_shown() -> bool:
+        shown.append(capsys.readouterr().err)
+        return 'of 3' in ''.join(shown)
+
     def play_none(*_):  # the job's progress is shown by another thread
-        assert eventually(lambda: shown.append(capsys.readouterr().err) or 'of 3' in ''.join(shown))
+        assert eventually(is_shown)
 
     shown: list[str] = []
     shared = Shared(str(tmp_path))
