@@ -268,11 +268,16 @@ def remove_leftovers(directory: pathlib.Path, *names: str) -> None:
     """
     for path in directory.iterdir() if directory.is_dir() else ():
         left = _BESIDE.fullmatch(path.name)
-        if left and (not names or left[1] in names) and not _is_filled(path):
-            name = path.with_name(left[1])
-            if (path / _BEFORE).is_dir() and not name.exists():
-                (path / _NEW).rename(name)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if left and (not names or left[1] in names):
+            with contextlib.suppress(FileNotFoundError):  # whoever filled it is done
+                if not _is_filled(path):
+                    _remove_leftover(path, path.with_name(left[1]))
+
+
+def _remove_leftover(path: pathlib.Path, name: pathlib.Path) -> None:
+    if (path / _BEFORE).is_dir() and not name.exists():
+        (path / _NEW).rename(name)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_filled(scratch: pathlib.Path) -> bool:
@@ -290,8 +295,26 @@ def _hold_scratch(scratch: pathlib.Path) -> int:
     """A descriptor that keeps `remove_leftovers` away until it is closed."""
     descriptor = os.open(scratch, os.O_RDONLY)
     with contextlib.suppress(OSError):
-        _locked(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # `_is_filled` may hold it for a moment
     return descriptor
+
+
+def put_new(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Moves a complete file to `path` in one step, which replaces nothing.
+
+    Raises:
+      FileExistsError: `path` exists; `temporary` is unchanged.
+      OSError: the directory is not writable.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        path.touch(exist_ok=False)
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
@@ -403,8 +426,8 @@ def replaced_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
                 path.rename(before)
             filled.rename(path)
     finally:
-        os.close(held)
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(held)
 
 
 def _exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:

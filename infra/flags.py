@@ -90,6 +90,18 @@ def positive_number(text: str) -> float:
     raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
 
 
+def number_from_zero(text: str) -> float:
+    """Parses a finite number of at least 0, for argparse.
+
+    Raises:
+      ArgumentTypeError: the text is not such a number.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on')
+
+
 def nonempty_path(text: str) -> str:
     """Parses a path, for argparse.
 

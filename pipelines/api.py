@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from infra.cores import whole_cores
 from infra.disk import is_remote
 from infra.process import LAUNCHER_VARIABLE, own_code
 from infra.sealed import parse_object
@@ -126,7 +125,7 @@ def evaluate(
         seed=seed,
     )
     file = None if output is None else os.fspath(output)
-    work = Work(num_workers=whole_cores())
+    work = Work()
     (result,) = play_and_write(request, file, work, ['api.evaluate']).values()
     return result
 

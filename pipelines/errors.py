@@ -39,8 +39,14 @@ def remedy_of(error: Exception) -> str:
 
     Also finds the system's reason in the text of an error that comes from another process.
     """
+    text = system_reason(error)
+    return next((fix for number, fix in _REMEDIES.items() if os.strerror(number) == text), '')
+
+
+def system_reason(error: Exception) -> str:
+    """The system's reason in the text of an error, such as TensorFlow's; empty if it has none."""
     text = reason_of(error)
-    return next((fix for number, fix in _REMEDIES.items() if os.strerror(number) in text), '')
+    return next((os.strerror(number) for number in _REMEDIES if os.strerror(number) in text), '')
 
 
 def with_remedy(text: str, error: Exception) -> str:
@@ -73,10 +79,9 @@ def require_effect(given: Mapping[str, Any], needs: Mapping[str, tuple[str, Any]
     """
     for name, (needed, there) in needs.items():
         if (value := given.get(name)) is not None and not there:
-            flag = f'--{name}' if value is True else f'--{name} {value}'
-            raise UsageError(
-                f'{flag}: no effect without {needed}. Fix: add that, or omit --{name}.'
-            )
+            flag = f'--no-{name}' if value is False else f'--{name}'
+            shown = flag if isinstance(value, bool) else f'{flag} {value}'
+            raise UsageError(f'{shown}: no effect without {needed}. Fix: add that, or omit {flag}.')
 
 
 def notes_on(error: BaseException) -> list[str]:

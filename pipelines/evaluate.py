@@ -16,7 +16,6 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
-from infra.cores import whole_cores
 from infra.flags import Parser, integer, nonempty, nonempty_path
 from infra.output import protect_output
 from infra.process import exit_with_launcher
@@ -63,7 +62,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, beam_flags = parser.parse_known_args(argv)
     if beam_flags and not arguments.runner:
         parser.error(f'unrecognized arguments: {" ".join(beam_flags)}')
-    if not 1 <= arguments.num_workers <= _MOST_WORKERS:
+    workers = arguments.num_workers
+    if workers is not None and not 1 <= workers <= _MOST_WORKERS:
         parser.error(f'--num_workers {arguments.num_workers}: must be from 1 to {_MOST_WORKERS}')
     arguments.beam_flags = beam_flags
     return arguments
@@ -108,8 +108,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--output',
         type=nonempty_path,
-        help='New file for the result; a directory if there are several. Default: a new'
-        ' evaluation-*.json in each run, and evaluations/ for other policies.',
+        help='New file for the result; a directory if it ends with / or there are several. Default:'
+        ' a new evaluation-*.json in each run, and evaluations/ for other policies.',
     )
     parser.add_argument(
         '--runner',
@@ -119,8 +119,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--num_workers',
         type=integer,
-        default=whole_cores(),
-        help='Games at a time. Default: the cores that this process may use.',
+        help='Games at a time; of threads, DirectRunner, DaskRunner and DataflowRunner: other'
+        ' engines decide by themselves. Default: the cores that this process may use.',
     )
 
 
@@ -200,7 +200,8 @@ def _film(arguments: argparse.Namespace) -> 'Film | None':
     from pipelines.evaluation import video  # imports FFmpeg
 
     path = video.new_file(arguments.video)
-    return video.Film(path, arguments.video_episode or 0, bool(arguments.video_overlay))
+    overlay = bool(arguments.video_overlay)
+    return video.Film(path, arguments.video_episode or 0, overlay, new=True)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from infra.flags import Parser, nonempty_path
 from infra.output import protect_output
 from infra.parameter_server.checkpoint import Checkpoint
 from infra.process import exit_with_launcher
-from pipelines.errors import UsageError, one_line_errors
+from pipelines.errors import UsageError, one_line_errors, system_reason
 from pipelines.experiment import config as config_lib
 from pipelines.launch.interrupts import stoppable
 from pipelines.storage import saved_policies
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     with temporary_files(), readable(arguments.run_dir, outputs, which) as path:
         directory = RunDirectory.existing(path)
         own = directory.best_policy if which == BEST else directory.policy
-        output = _output(arguments.output) if arguments.output else own
+        output = _output(arguments.output) if arguments.output else writable(str(own))
         updates = _export_checkpoint(directory, which, output)
     print(f'{target}: policy after {updates} updates')
     if hint := loading_hint(output):
@@ -103,6 +103,7 @@ def _output(path: str) -> pathlib.Path:
 
     Raises:
       UsageError: see `writable`; or it is not empty and not a policy.
+      OSError: it is not readable.
     """
     output = writable(path)
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
@@ -127,7 +128,7 @@ def _export_checkpoint(directory: RunDirectory, which: str, output: pathlib.Path
         output.parent.mkdir(parents=True, exist_ok=True)
         export(config, saved, output)
     except (ValueError, OSError, tf.errors.OpError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = system_reason(error) or (str(error) or repr(error)).splitlines()[0]
         raise UsageError(
             f'{output}: not exported ({reason}). Fix: if it is not writable, name another --output.'
         ) from error

@@ -8,10 +8,12 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 import numpy as np

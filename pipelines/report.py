@@ -12,7 +12,7 @@ if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
-from infra.flags import Parser, nonempty_path, positive_number
+from infra.flags import Parser, nonempty_path, number_from_zero
 from infra.output import protect_output
 from pipelines.errors import one_line_errors
 from pipelines.launch.interrupts import stoppable
@@ -44,10 +44,10 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         '--video_mib',
-        type=positive_number,
+        type=number_from_zero,
         default=VIDEO_MIB,
         help='MiB of videos that the page embeds at most; others are named. Lower it for a page to'
-        f' send by mail. Default: {VIDEO_MIB:g}.',
+        f' send by mail; 0: none. Default: {VIDEO_MIB:g}.',
     )
     return parser
 

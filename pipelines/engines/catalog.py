@@ -67,6 +67,11 @@ class Engine:
     launcher_restarts_workers: bool = False
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
+    @property
+    def takes_count(self) -> bool:
+        """Whether a job has as many workers as it is told to; others decide by themselves."""
+        return bool(self.count_flag) or self.defaults is not Engine.defaults
+
     def job_flags(self, kind: str, num_workers: int, extra: Sequence[str]) -> list[str]:
         """Beam flags of a job with `num_workers` workers; the last of two equal flags counts."""
         defaults = self.defaults(kind, num_workers, extra)

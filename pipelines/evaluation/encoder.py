@@ -10,7 +10,7 @@ from typing import Protocol
 import av
 import numpy as np
 
-from infra.disk import beside
+from infra.disk import beside, put_new
 
 SUFFIXES = ('.mp4', '.gif')
 
@@ -35,7 +35,7 @@ class _Pictures(Protocol):
 
 
 @contextlib.contextmanager
-def encoder(path: pathlib.Path, rate: fractions.Fraction) -> Iterator[Add]:
+def encoder(path: pathlib.Path, rate: fractions.Fraction, new: bool = False) -> Iterator[Add]:
     """Yields a function that appends pictures; `path` appears, or is replaced, when complete.
 
     Holds a few pictures in memory, whatever the length.
@@ -43,8 +43,10 @@ def encoder(path: pathlib.Path, rate: fractions.Fraction) -> Iterator[Add]:
     Args:
       path: ends with one of `SUFFIXES`.
       rate: pictures a second.
+      new: whether to replace nothing.
 
     Raises:
+      FileExistsError: `new`, and the file exists in the end; it is unchanged.
       OSError: the file cannot be written; `path` is unchanged.
     """
     kind, options = _KINDS[path.suffix.lower()]
@@ -57,7 +59,7 @@ def encoder(path: pathlib.Path, rate: fractions.Fraction) -> Iterator[Add]:
             pictures.end()
         with temporary.open('rb') as written:
             os.fsync(written.fileno())
-        temporary.replace(path)
+        put_new(temporary, path) if new else temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -148,7 +148,10 @@ def of_saved_model(path: str, game: str | None) -> Policy:
     environment = trained
     if environment is None:
         if game is None:
-            raise UsageError(f'--policy {path}: its game is unknown. Fix: name it.')
+            raise UsageError(
+                f'--policy {path}: its game is unknown. Fix: name it by --games (of'
+                ' record_starts.py, --game).'
+            )
         environment = EnvironmentConfig(game=game)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, 'w', strict_timestamps=False) as packed:

@@ -104,8 +104,9 @@ def read(path: pathlib.Path, game: str, action_repeat: int) -> StartFile:
             ' `pipelines/record_starts.py`.'
         ) from error
     except (ValueError, KeyError, TypeError) as error:
+        problem = f'it lacks {error}' if isinstance(error, KeyError) else str(error)
         raise UsageError(
-            f'--starts {path}: damaged, or not a file of start points ({error}). Fix: record it'
+            f'--starts {path}: damaged, or not a file of start points ({problem}). Fix: record it'
             ' again with `pipelines/record_starts.py`.'
         ) from error
     if file.game != rom_id(game) or values['rom_md5'] != _rom_md5(file.game):
@@ -157,8 +158,8 @@ def drawn(games: Iterable[bytes], count: int, rng: np.random.Generator) -> tuple
     steps = [(game, step) for game, actions in enumerate(played) for step in range(len(actions))]
     if len(steps) < count:
         raise UsageError(
-            f'{count} start points: only {len(steps)} steps were played. Fix: play longer, or ask'
-            ' for fewer.'
+            f'--count {count}: only {len(steps)} steps were played. Fix: raise --games_played, or'
+            ' lower --count.'
         )
     chosen = np.sort(rng.choice(len(steps), count, replace=False))
     return tuple(Start(played[steps[i][0]][: steps[i][1]]) for i in chosen)

@@ -29,7 +29,7 @@ from pipelines.evaluation.play import (
 from pipelines.evaluation.policies import Policy, Values
 from pipelines.evaluation.starts import action_codes
 from pipelines.experiment import config as config_lib
-from pipelines.storage.outputs import require_new
+from pipelines.storage.outputs import existing, require_new
 from pipelines.storage.run_directory import RunDirectory
 
 SCALE = 3
@@ -48,11 +48,13 @@ class Film:
       path: the file, .mp4 or .gif.
       episode: number of the game.
       overlay: whether score, actions and expected returns stand beside the screen.
+      new: whether to replace no file.
     """
 
     path: pathlib.Path
     episode: int = 0
     overlay: bool = False
+    new: bool = False
 
 
 def new_file(path: str) -> pathlib.Path:
@@ -107,7 +109,10 @@ def record(
     rate = fractions.Fraction(FRAMES_PER_SECOND, game.environment.action_repeat)
     try:
         film.path.parent.mkdir(parents=True, exist_ok=True)
-        with Emulator(game, colour=True) as screen, encoder(film.path, rate) as add:
+        with (
+            Emulator(game, colour=True) as screen,
+            encoder(film.path, rate, film.new) as add,
+        ):
             view = _View(screen, _action_names(game), values, film.overlay)
 
             def observe(step: Step) -> None:
@@ -116,6 +121,8 @@ def record(
 
             score = play(game, player(), observe, cancelled)
             add(view.picture(None))
+    except FileExistsError as error:  # another command's
+        raise existing(str(film.path), '--video') from error
     except OSError as error:
         raise _not_written(film.path, error) from error
     return score

@@ -81,7 +81,7 @@ class RunConfig:
     )
     evaluator_cpu_share: float = described(
         0.03,
-        "Share of the CPU of the launcher's machine, from 0 to 1, that evaluations during training"
+        'Share of the CPU that the launcher may use, from 0 to 1, that evaluations during training'
         ' may take; 0 turns them off. Raise it for more evaluations, each of which slows training.',
     )
     evaluator_episodes: int = described(

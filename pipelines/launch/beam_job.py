@@ -1,18 +1,21 @@
 """Runs a Beam pipeline to its end, and ends a job that would outlive this process."""
 
+import contextlib
 import functools
 import os
 import pathlib
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
 
 from infra.disk import write_atomically
+from infra.output import last_words
 from pipelines.engines.catalog import Engine
-from pipelines.launch.interrupts import Ended, handled, raise_ended
+from pipelines.launch.interrupts import Ended, ended_before, handled, raise_ended
 
 
 def end_with_workers(
@@ -62,8 +65,7 @@ def run(
     if not engine.outlives_submitter:
         pipeline.run().wait_until_finish()
         return
-    noted: list[int] = []
-    with handled(lambda number, _: noted.append(number)):  # while it is submitted
+    with _submitting() as noted:
         result = pipeline.run()
         with handled(raise_ended):
             try:
@@ -74,7 +76,32 @@ def run(
                     follow = functools.partial(engine.follow, result, options, report)
                     threading.Thread(target=follow, daemon=True).start()
                 result.wait_until_finish()
-            except Ended:
-                print('ending the job ...', flush=True)
-                engine.end(result, options)
+            except BaseException as error:  # the runner's clean-up may replace `Ended`
+                if ended_before(error) is not None:
+                    print('ending the job ...', flush=True)
+                    engine.end(result, options)
                 raise
+
+
+@contextlib.contextmanager
+def _submitting() -> Iterator[list[int]]:
+    """Yields the signals that have come: a job that is submitted by halves could not be ended.
+
+    A second one ends the process. If the submission fails after a signal, that is its end.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        noted.append(number)
+        if len(noted) > 1:
+            last_words(sys.stderr, f'{signal.Signals(number).name} again: stopped at once\n')
+            os._exit(128 + number)
+        last_words(sys.stderr, f'{signal.Signals(number).name}: once the job is submitted\n')
+
+    with handled(note):
+        try:
+            yield noted
+        except Exception as error:
+            if noted and ended_before(error) is None:
+                raise Ended(noted[0]) from error
+            raise

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from infra.disk import is_remote, write_json
+from infra.cores import whole_cores
+from infra.disk import write_json
 from pipelines.engines import catalog
-from pipelines.errors import UsageError, unwritable
+from pipelines.errors import UsageError, require_effect, unwritable
 from pipelines.evaluation import local
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Failure, Game, Score
@@ -30,13 +31,20 @@ class Work:
 
     Attributes:
       runner: Beam's engine; None: threads of this process.
-      num_workers: games at a time.
+      num_workers: games at a time; None: the cores that this process may use.
       beam_flags: of the engine.
     """
 
     runner: str | None = None
-    num_workers: int = 1
+    num_workers: int | None = None
     beam_flags: Sequence[str] = ()
+
+    @property
+    def workers(self) -> int | None:
+        """Games at a time; None: the engine decides."""
+        if self.runner is not None and not catalog.engine(self.runner).takes_count:
+            return None
+        return whole_cores() if self.num_workers is None else self.num_workers
 
     def require_ready(self) -> None:
         """Checks the engine and its flags, before policies are read.
@@ -47,6 +55,8 @@ class Work:
         if self.runner is None:
             return
         chosen = catalog.engine(self.runner)
+        given = {'num_workers': self.num_workers}
+        require_effect(given, {'num_workers': ('an engine that takes it', chosen.takes_count)})
         catalog.require_free(self.runner, self.beam_flags)
         require_flags(self.runner, self.beam_flags)
         from pipelines.experiment import command_line  # imports Beam
@@ -129,7 +139,7 @@ def _results(
     scores = _play(found, work, files)
     own = {
         'engine': work.runner or 'threads',
-        'workers': work.num_workers,
+        'workers': work.workers,
         'seconds': round(monotonic() - began, 3),
         'provenance': provenance.describe(command),
     }
@@ -168,10 +178,10 @@ def _play(
     """Plays all games; returns the scores of each entrant by its index."""
     games = [game for index, entrant in enumerate(found) for game in entrant.games(index)]
     if work.runner is None:
-        return _play_here(found, games, work.num_workers, files)
+        return _play_here(found, games, work.workers or 1, files)
     from pipelines.launch import evaluation_job  # imports Beam
 
-    workers = min(work.num_workers, len(games))
+    workers = min(work.workers or 1, len(games))
     return evaluation_job.run(found, games, work.runner, workers, work.beam_flags, notify)
 
 
@@ -190,7 +200,7 @@ def _files(found: Sequence[Entrant], output: str | None) -> list[str]:
 def _target(entrant: Entrant, output: str | None, count: int) -> str:
     """Path of the file for a result."""
     named = entrant.result({})
-    if output is not None and count == 1:
+    if output is not None and count == 1 and not _is_directory(output):
         return output
     if output is not None:
         return f'{output.rstrip("/")}/{file_name(named, elsewhere=True)}'
@@ -198,6 +208,10 @@ def _target(entrant: Entrant, output: str | None, count: int) -> str:
         folder = entrant.policy.path.rstrip('/')
         return f'{folder}/{file_name(named, elsewhere=False)}'
     return f'evaluations/{file_name(named, elsewhere=True)}'
+
+
+def _is_directory(output: str) -> bool:
+    return output.endswith('/') and bool(output.strip('/'))
 
 
 def _write_all(
@@ -247,14 +261,15 @@ def _play_here(
     records: list[Score | Failure] = []
     due = monotonic() + PROGRESS_SECONDS
     progress = None
-    if len(files) == 1 and not is_remote(files[0]) and pathlib.Path(files[0]).parent.is_dir():
+    if [pathlib.Path(file).name for file in files] == [evaluations.EVALUATION_FILE]:
         progress = evaluations.progress_file(pathlib.Path(files[0]))  # the launcher reads it
     try:
         policies = [entrant.policy for entrant in found]
         for record in local.play_all(policies, games, num_threads):
             records.append(record)
             if progress is not None:
-                write_json(progress, {'episodes': len(records)})
+                with contextlib.suppress(OSError):  # only for show
+                    write_json(progress, {'episodes': len(records)})
             if monotonic() >= due:
                 due = monotonic() + PROGRESS_SECONDS
                 notify(_progress(records, len(games), single=len(found) == 1))

@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import threading
-import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -32,7 +31,7 @@ from pipelines.evaluation.entrants import Entrant
 from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import packed
 from pipelines.launch import beam_job
-from pipelines.launch.interrupts import ended_before, handled, raise_ended
+from pipelines.launch.interrupts import before_end, ended_before, handled, raise_ended
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 
 _LAST_LINES = 20
@@ -81,16 +80,15 @@ def _ending_workers() -> Iterator[None]:
     """
     limits: list[threading.Timer] = []
 
-    def end(number: int, frame: types.FrameType | None) -> None:
+    def end(number: int) -> None:
         limits.append(_limit(128 + number))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for pid in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        raise_ended(number, frame)
 
     try:
-        with handled(end):
+        with handled(raise_ended), before_end(end):
             yield
     finally:
         for limit in limits:
@@ -179,11 +177,12 @@ def _rescued(
     if not played:
         raise error
     missing = [game for game in games if (game.policy, game.episode) not in played]
-    notify(f'{error} {len(missing)} of {len(games)} games are missing and played again.')
-    try:
-        job.play(missing, shared)
-    except JobFailedError as second:
-        error = second
+    if missing:
+        notify(f'{error} {len(missing)} of {len(games)} games are missing and played again.')
+        try:
+            job.play(missing, shared)
+        except JobFailedError as second:
+            error = second
     played = _records(shared)
     return [played.get((game.policy, game.episode)) or Failure.of(game, error) for game in games]
 

@@ -33,6 +33,11 @@ _AGAIN_SECONDS = 1.0  # until it is raised again
 _IMPORTER = '<frozen importlib._bootstrap>'  # in the stack of all code that an import runs
 
 
+_before: list[Callable[[int], object]] = []
+"""What is done, given the signal's number, before `Ended` is raised; see `before_end`."""
+_blocks = 0  # of `handled`, one in another
+
+
 class Ended(BaseException):
     """Raised on a signal that requests the end; not an `Exception`, since Beam catches those.
 
@@ -54,14 +59,23 @@ def raise_ended(number: int = signal.SIGTERM, frame: types.FrameType | None = No
     """
     for other in end_signals():
         signal.signal(other, signal.SIG_IGN)  # the end takes seconds
-    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    signal.signal(signal.SIGINT, _end_at_once)
     signal.signal(signal.SIGALRM, lambda _, later: _raise_once(number, later))
     signal.setitimer(signal.ITIMER_REAL, _FIRST_SECONDS, _AGAIN_SECONDS)
     _raise_once(number, frame)
 
 
+def _end_at_once(number: int, _frame: types.FrameType | None) -> None:
+    last_words(sys.stderr, f'{signal.Signals(number).name} again: stopped at once\n')
+    os._exit(128 + number)
+
+
 def _raise_once(number: int, frame: types.FrameType | None) -> None:
-    if not _is_import(frame) and ended_before(sys.exception()) is None:
+    handled_now = sys.exception()  # `GeneratorExit` closes a generator during a clean-up
+    cleans_up = isinstance(handled_now, GeneratorExit) or ended_before(handled_now) is not None
+    if not _is_import(frame) and not cleans_up:
+        for act in _before:
+            act(number)
         raise Ended(number)
 
 
@@ -80,14 +94,33 @@ def _is_import(frame: types.FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Calls `handler` on each signal that asks for the end; restores the handlers before it."""
-    numbers = (signal.SIGINT, *end_signals())
-    before = {number: signal.signal(number, handler) for number in numbers}
+def before_end(act: Callable[[int], object]) -> Iterator[None]:
+    """Calls `act` with the number of a signal for which `Ended` is raised in the block, before.
+
+    Whenever that is: an import may delay it, and it is raised again if it was lost.
+    """
+    _before.append(act)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # of `raise_ended`
+        _before.remove(act)
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Calls `handler` on each signal that asks for the end; restores the handlers before it."""
+    global _blocks
+    numbers = (signal.SIGINT, *end_signals())
+    before = {number: signal.signal(number, handler) for number in numbers}
+    alarm = signal.getsignal(signal.SIGALRM)
+    _blocks += 1
+    try:
+        yield
+    finally:
+        _blocks -= 1
+        if not _blocks:  # a signal that came in an inner block may still be delayed
+            signal.setitimer(signal.ITIMER_REAL, 0)  # of `raise_ended`
+            signal.signal(signal.SIGALRM, alarm)
         for number, previous in before.items():
             signal.signal(number, previous)
 

@@ -87,7 +87,7 @@ class RunState:
         inserts/s.
       memory_bytes: latest resident memory of each process.
       evaluations: during training: number, last, best, and the evaluator's CPU time in seconds and
-        as a share of that of the launcher's machine over `wall_seconds`.
+        as a share of what the launcher may use over `wall_seconds`.
       restarts: by component.
       eta_seconds: until `max_frames` at the current rate.
       wall_seconds: since the launch, earlier sessions included.

@@ -52,7 +52,7 @@ def minutes(run: Run) -> np.ndarray | None:
 
 
 def core_minutes(run: Run) -> np.ndarray | None:
-    """Axis: minutes of training times cores of the launcher's machine."""
+    """Axis: minutes of training times cores that the launcher may use."""
     spent = spent_core_minutes(run)
     return None if spent is None else spent(_ends(run))
 

@@ -99,7 +99,7 @@ class Run:
         return np.concatenate([np.empty((0, 3)), *held])
 
     def cores(self, when: float) -> float | None:
-        """Cores of the launcher's machine at a time (seconds since 1970); None: unknown."""
+        """Cores that the launcher may use at a time (seconds since 1970); None: unknown."""
         launched = self._launched(when)
         return launched.machine.cores if launched else None
 

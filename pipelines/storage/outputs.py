@@ -2,7 +2,7 @@
 
 import pathlib
 
-from infra.disk import beside, is_remote, write_atomically
+from infra.disk import beside, is_remote, put_new, write_atomically
 from pipelines.errors import UsageError, unwritable
 from pipelines.storage.run_directory import require_fit
 
@@ -15,7 +15,10 @@ def require_new(path: str, flag: str = '--output') -> None:
     Raises:
       UsageError: it is remote, exists or cannot be written, or its name is unsuitable.
     """
-    if writable(path, flag).exists():
+    file = writable(path, flag)
+    if file.is_dir():
+        raise UsageError(f'{flag} {path}: a directory. Fix: name a new file in it.')
+    if file.exists():
         raise existing(path, flag)
 
 
@@ -63,14 +66,13 @@ def write_new(path: str, content: str | bytes) -> None:
     try:
         file = writable(path)
         file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = beside(file)
         try:
-            file.touch(exist_ok=False)
+            write_atomically(temporary, content)
+            put_new(temporary, file)
         except FileExistsError:
             raise existing(path) from None
-        try:
-            write_atomically(file, content)
-        except BaseException:
-            file.unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error, 'name another file as --output') from error

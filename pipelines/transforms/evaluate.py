@@ -41,8 +41,8 @@ class Shared:
         """Start points of a policy's games, as hexadecimal texts in JSON."""
         return self._file(f'starts-{index}.json')
 
-    def played(self, policy: int, episode: int | str) -> str:
-        """The record of a game; a pattern of all if `episode` is '*'."""
+    def played(self, policy: int, episode: int) -> str:
+        """The record of a game."""
         return self._file(f'played-{policy}-{episode}.json')
 
     def scores(self, index: int) -> str:

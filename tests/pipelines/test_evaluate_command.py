@@ -90,7 +90,6 @@ def test_a_signal_during_the_games_leaves_the_evaluation_before(
 
     def one_game_and_a_signal(*_):
         yield scores(1.0)[0]
-        assert len(list(run_dir.glob('*.partial.json'))) == 1
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(local, 'play_all', one_game_and_a_signal)
@@ -289,6 +288,36 @@ def test_of_two_evaluations_with_one_output_the_second_is_refused(tmp_path):
     with pytest.raises(UsageError, match='already exists'):
         evaluations.write(output, {'mean': 2.0})
     assert json.loads(pathlib.Path(output).read_text()) == {'mean': 1.0}
+
+
+def test_a_directory_as_output_gets_a_file_of_the_usual_name(run_dir, tmp_path, monkeypatch):
+    played(monkeypatch, scores(1.0) * 2)
+    (tmp_path / 'there').mkdir()
+    for output in ('there/', 'new/'):
+        flags = [f'--run_dir={run_dir}', '--episodes=1', f'--output={tmp_path}/{output}']
+        assert evaluate.main(flags) == 0
+        (file,) = (tmp_path / output).iterdir()
+        assert file.name.startswith('run-pong-noop-')
+
+
+def test_a_file_beside_the_output_is_left_alone(run_dir, tmp_path, monkeypatch):
+    played(monkeypatch, scores(1.0))
+    beside = tmp_path / 'a.partial.json'
+    beside.write_text('mine')
+    flags = [f'--run_dir={run_dir}', '--episodes=1', f'--output={tmp_path}/a.json']
+    assert evaluate.main(flags) == 0
+    assert beside.read_text() == 'mine'
+
+
+def test_progress_that_cannot_be_written_costs_no_score(run_dir, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    played(monkeypatch, scores(1.0))
+    monkeypatch.setattr(evaluation, 'write_json', full)
+    output = tmp_path / 'evaluation.json'  # as the launcher names it, which reads the progress
+    assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1', f'--output={output}']) == 0
+    assert json.loads(output.read_text())['episodes'] == 1
 
 
 def test_several_policies_have_a_file_each_and_random_plays_the_game_of_the_run(
@@ -549,6 +578,10 @@ class TestBadInput:
             ),
             (['--run_dir=a', '--video_overlay'], '--video_overlay: no effect without --video'),
             (['--run_dir=a', '--video_episode=0'], '--video_episode 0: no effect without --video'),
+            (
+                ['--policy=random', '--games=pong', '--runner=PrismRunner', '--num_workers=2'],
+                '--num_workers 2: no effect without an engine that takes it',
+            ),
             (
                 ['--policy=random', '--epsilon=0'],
                 '--epsilon 0.0: no effect without a trained policy',

@@ -26,7 +26,7 @@ from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import presets
 from pipelines.experiment.protocols import PROTOCOLS, Protocol, deviations, protocol
-from pipelines.launch import beam_job, evaluation_job
+from pipelines.launch import beam_job, evaluation_job, interrupts
 from pipelines.launch.interrupts import Ended, handled, raise_ended
 from pipelines.transforms.evaluate import Evaluate, Shared, Write, read_json, write_json
 from tests.support.waiting import eventually, has_ended
@@ -315,6 +315,78 @@ def test_a_signal_ends_the_workers_of_this_machine_for_which_beam_waits(monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
         assert shell.wait(10) == -signal.SIGTERM
         assert eventually(lambda: has_ended(workers[1]))
+
+
+@pytest.mark.parametrize('outside', [True, False])
+def test_a_signal_that_an_import_delays_ends_the_workers_too(monkeypatch, outside):
+    imports = [True, False]  # at the signal, and at the next look
+    monkeypatch.setattr(interrupts, '_is_import', lambda _: imports.pop(0) if imports else False)
+    with subprocess.Popen(['sleep', '60']) as worker:
+        monkeypatch.setattr(evaluation_job, 'descendants', lambda _: [worker.pid])
+        with pytest.raises(Ended), handled(raise_ended):
+            if outside:
+                os.kill(os.getpid(), signal.SIGTERM)
+            with evaluation_job._ending_workers():
+                if not outside:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10.0)
+        assert worker.wait(10) == -signal.SIGTERM
+
+
+def test_a_delayed_signal_is_not_lost_when_an_inner_block_ends(monkeypatch):
+    imports = [True, False]
+    monkeypatch.setattr(interrupts, '_is_import', lambda _: imports.pop(0) if imports else False)
+    with pytest.raises(Ended), handled(raise_ended):
+        with handled(raise_ended):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10.0)
+
+
+def test_a_generator_that_a_signal_closes_cleans_up_undisturbed():
+    def playing():
+        try:
+            yield 1
+        finally:
+            time.sleep(1.5)  # longer than until the signal would be raised again
+            cleaned.append(True)
+
+    cleaned: list[bool] = []
+    with pytest.raises(Ended), handled(raise_ended):
+        for _ in playing():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert cleaned
+
+
+def test_an_alarm_of_somebody_else_is_left_alone():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Ended), handled(raise_ended):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_job_that_failed_after_its_last_game_plays_none_again(tmp_path, monkeypatch):
+    shared, notes = Shared(str(tmp_path)), []
+    write_json(shared.played(0, 0), results.encoded(Failure(0, 0, 'as one of any score')))
+    monkeypatch.setattr(evaluation_job._Job, 'play', lambda *_: pytest.fail('played again'))
+    job = evaluation_job._Job('DirectRunner', catalog.engine('DirectRunner'), PipelineOptions([]))
+    error = evaluation_job.JobFailedError('the combination failed')
+    (record,) = evaluation_job._rescued(job, [game(0)], shared, error, notes.append)
+    assert (record.episode, notes) == (0, [])
+
+
+def test_a_second_ctrl_c_says_so_and_ends_the_process_at_once():
+    code = """
+import os, signal, time
+from pipelines.launch.interrupts import handled, raise_ended
+with handled(raise_ended):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+"""
+    ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, 'SIGINT again: stopped at once\n')
 
 
 def test_a_signal_ends_a_job_whose_end_fails_too():

@@ -84,6 +84,24 @@ def test_a_directory_that_another_process_fills_is_no_leftover(tmp_path):
     assert [file.name for file in path.iterdir()] == ['new']
 
 
+def test_a_leftover_that_vanishes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    left = tmp_path / '.policy.0123456789ab'
+    left.mkdir()
+    monkeypatch.setattr(disk, '_is_filled', lambda _: left.rmdir())  # its process is done
+    disk.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_file_is_put_where_none_is(tmp_path):
+    one, other, place = (tmp_path / name for name in ('one', 'other', 'place'))
+    one.write_text('one')
+    other.write_text('other')
+    disk.put_new(one, place)
+    with pytest.raises(FileExistsError):
+        disk.put_new(other, place)
+    assert (place.read_text(), other.read_text(), one.exists()) == ('one', 'other', False)
+
+
 def test_no_kill_finds_a_directory_gone_while_it_is_replaced(tmp_path, monkeypatch):
     path = tmp_path / 'policy'
     path.mkdir()

@@ -162,6 +162,15 @@ class TestAnEncoder:
         assert (picture - found).max() < 64
         assert len(np.unique(found.reshape(-1, 3), axis=0)) <= 256
 
+    def test_replaces_no_file_that_came_meanwhile(self, tmp_path):
+        path, black = tmp_path / 'a.gif', np.zeros((20, 30, 3), np.uint8)
+        with pytest.raises(FileExistsError):
+            with encoder(path, fractions.Fraction(15), new=True) as add:
+                add(black)
+                path.write_text("another command's")
+        assert [file.name for file in tmp_path.iterdir()] == ['a.gif']
+        assert path.read_text() == "another command's"
+
     @pytest.mark.parametrize('suffix', ['.mp4', '.gif'])
     def test_is_complete_or_fails_wherever_the_space_ends(self, suffix, tmp_path):
         path = tmp_path / f'a{suffix}'

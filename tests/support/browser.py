@@ -43,7 +43,8 @@ class Opened:
 
     def asks_nobody(self) -> bool:
         """Whether the page itself was the only request that left the browser."""
-        return all(address.startswith('data:') for address in self.requests[1:])
+        asked = [address for address in self.requests if not address.startswith('data:')]
+        return asked == [self.page.url]
 
     def play_video(self) -> None:
         """Plays the page's first video; raises an error unless pictures are shown."""
