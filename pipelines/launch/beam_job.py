@@ -87,16 +87,18 @@ def run(
 def _submitting() -> Iterator[list[int]]:
     """Yields the signals that have come: a job that is submitted by halves could not be ended.
 
-    A second one ends the process. If the submission fails after a signal, that is its end.
+    Ctrl-C after it ends the process. If the submission fails after a signal, that is its end.
     """
     noted: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
         noted.append(number)
-        if len(noted) > 1:
+        if len(noted) > 1 and number == signal.SIGINT:  # the launcher repeats SIGTERM
             last_words(sys.stderr, f'{signal.Signals(number).name} again: stopped at once\n')
             os._exit(128 + number)
-        last_words(sys.stderr, f'{signal.Signals(number).name}: once the job is submitted\n')
+        if len(noted) == 1:
+            text = 'the job will be ended as soon as it is submitted'
+            last_words(sys.stderr, f'{signal.Signals(number).name}: {text}\n')
 
     with handled(note):
         try:

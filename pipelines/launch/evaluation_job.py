@@ -56,10 +56,9 @@ def run(
     """
     engine = catalog.engine(runner)
     engine.register_flags()
-    os.environ.update(own_code(os.environ.get('PYTHONPATH', '')))  # of Beam's worker processes
     options = PipelineOptions(engine.job_flags('evaluation', num_workers, flags))
     job = _Job(runner, engine, options)
-    with _shared_directory(engine, flags) as directory, _temporary_files_of_children():
+    with _shared_directory(engine, flags) as directory, _environment_of_children():
         shared = Shared(directory)
         _put(entrants, shared)
         if engine.runs_locally:
@@ -220,16 +219,18 @@ def _shared_directory(engine: Engine, flags: Sequence[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _temporary_files_of_children() -> Iterator[None]:
-    """Lets worker processes on this machine write temporary files where they are removed."""
+def _environment_of_children() -> Iterator[None]:
+    """Lets worker processes on this machine run this code, and leave no temporary files behind."""
     tempfile.gettempdir()  # this process keeps its own
     before = dict(os.environ)
     with scratch() as directory:
-        os.environ['TMPDIR'] = str(directory)
+        own = own_code(os.environ.get('PYTHONPATH', ''))
+        os.environ.update(own, TMPDIR=str(directory))
         try:
             yield
         finally:
-            os.environ.pop('TMPDIR')
+            for name in (*own, 'TMPDIR'):
+                os.environ.pop(name)
             os.environ.update(before)
 
 

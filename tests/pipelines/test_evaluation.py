@@ -397,6 +397,16 @@ def test_a_signal_ends_a_job_whose_end_fails_too():
             raise ConnectionError('the job cannot be cancelled')
 
 
+def test_the_environment_of_workers_is_not_kept(monkeypatch):
+    monkeypatch.delenv('PYTHONSAFEPATH', raising=False)
+    monkeypatch.setenv('PYTHONPATH', 'mine')
+    before = dict(os.environ)
+    with evaluation_job._environment_of_children():
+        assert os.environ['PYTHONSAFEPATH'] == '1'
+        assert os.environ['PYTHONPATH'].endswith('mine')
+    assert dict(os.environ) == before
+
+
 def test_workers_that_cannot_start_are_one_line_below_the_end_of_their_log(capfd):
     with pytest.raises(UsageError, match='the job failed .no worker process could start.. Fix: '):
         with evaluation_job._logged('DirectRunner'):
