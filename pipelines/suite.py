@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if __name__ == '__main__':  # this checkout's packages, whatever PYTHONPATH and the environment hold
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports would print a traceback
     sys.path[: not sys.flags.safe_path] = [str(pathlib.Path(__file__).resolve().parents[1])]
 
 from infra.flags import Parser, integer, nonempty, nonempty_path
 from infra.output import protect_output
 from infra.process import exit_with_launcher
 from pipelines.errors import UsageError, one_line_errors
-from pipelines.launch.interrupts import handled
+from pipelines.launch.interrupts import StartUp
 from pipelines.suites.standing import END_SECONDS
 
 # Beam takes a second to import, which --help and a first signal need not wait for.
@@ -47,13 +48,15 @@ Any other flag is one of run.py and holds for all runs, such as --runner or --ma
 
 
 class Interruptions:
-    """Counts the signals that ask for the end.
+    """Counts the signals that ask for the end, once a run may have started.
 
     Attributes:
+      start_up: ends the suite at a signal before that.
       first: number of the first, None before it.
     """
 
     def __init__(self) -> None:
+        self.start_up = StartUp('suite.py', self.note)
         self.first: int | None = None
         self._pending = 0
 
@@ -221,20 +224,33 @@ def at_once(parallel: int | str, runs: Sequence['Prepared']) -> int:
 
 
 def conduct(
-    directory: 'SuiteDirectory', runs: Sequence['Run'], parallel: int, signals: Interruptions
+    directory: 'SuiteDirectory',
+    runs: Sequence['Run'],
+    parallel: int,
+    command: str,
+    signals: Interruptions,
 ) -> list['Entry']:
-    """Runs the suite to its end or until a signal; returns its entries."""
+    """Writes the plan and runs it to its end or until a signal; returns its entries.
+
+    Raises:
+      UsageError: the plan cannot be written.
+    """
     from pipelines.monitoring.display import open_display
     from pipelines.suites.report import Report
     from pipelines.suites.scheduler import DONE, Scheduler
     from pipelines.suites.table import Table
 
     table = Table()
+    scheduler = Scheduler(directory, runs, parallel, print)
+    directory.write(runs, command)
+    print(f'suite directory: {directory.path}; runs: {len(runs)}, at once: {parallel}', flush=True)
+    signals.start_up.launched = True
     with (
         open_display(render=table.render) as display,
-        Scheduler(directory, runs, parallel, display.message) as scheduler,
+        scheduler,
         Report(directory.report, directory.report_log, display.message) as report,
     ):
+        scheduler.notify = display.message
         while scheduler.active or (report.active and not scheduler.stopping):
             if signals.take():
                 _stop(scheduler, display.message)
@@ -292,7 +308,7 @@ def main(argv: Sequence[str]) -> int:
     """Plans, runs and reports on a suite; returns the exit code."""
     exit_with_launcher(END_SECONDS)  # if the process that started it is gone
     signals = Interruptions()
-    with handled(signals.note):
+    with signals.start_up:
         arguments, flags = parse(argv)
         if arguments.list_games:
             from pipelines.experiment.games import listing
@@ -311,11 +327,11 @@ def main(argv: Sequence[str]) -> int:
         for warning in room.require_room(left, parallel, path) if left else ():
             print(f'suite.py: {warning}', file=sys.stderr)
         with SuiteDirectory.open(path) as directory:
+            signals.start_up.directory = directory
             directory.require_own(runs)
-            directory.write(runs, shlex.join(['suite.py', *argv]))
-            print(f'suite directory: {path}; runs: {len(runs)}, at once: {parallel}', flush=True)
-            entries = conduct(directory, runs, parallel, signals)
-    return outcome(entries, path, arguments.parallel, signals.first)
+            command = shlex.join(['suite.py', *argv])
+            entries = conduct(directory, runs, parallel, command, signals)
+        return outcome(entries, path, arguments.parallel, signals.first)
 
 
 if __name__ == '__main__':

@@ -173,19 +173,24 @@ def _release(error: BaseException) -> None:
 
 
 class StartUp:
-    """Ends the process at once on a signal, until the launcher takes over. A context manager.
+    """Ends the process at once on a signal, until the work starts. A context manager.
 
-    Nothing of a new run remains. Exits without raising, since an import would turn the exception
-    into another one.
+    Nothing of a new run or suite remains. Exits without raising, since an import would turn the
+    exception into another one.
 
     Attributes:
-      directory: the run's; None before it is open.
+      directory: of the run or suite; it removes itself after a `UsageError` if it is new. None
+        before it is open.
       remote: the run's remote place, released at the end; None for a local run.
-      launched: whether the launcher has taken over; what it wrote then remains.
+      launched: whether the work has started; what it wrote then remains.
     """
 
-    def __init__(self) -> None:
-        self.directory: RunDirectory | None = None
+    def __init__(
+        self, program: str = 'run.py', then: Callable[[int, Any], None] | None = None
+    ) -> None:
+        """`program` names the command; `then` is the handler once `launched`. Default: exits."""
+        self._program, self._then = program, then
+        self.directory: contextlib.AbstractContextManager[Any] | None = None
         self.remote: RemoteRun | None = None
         self.launched = False
         self._handled = handled(self._end)
@@ -215,17 +220,20 @@ class StartUp:
         local = self.remote.open(launch.resume, lambda text: print(text, flush=True))
         return dataclasses.replace(launch, run_dir=str(local))
 
-    def _end(self, number: int, _frame: Any) -> None:
+    def _end(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
+        if self.launched and self._then is not None:
+            self._then(number, frame)
+            return
         if self.launched:
-            last_words(sys.stdout, f'run.py: {name}: stopped at once, after the run\n')
+            last_words(sys.stdout, f'{self._program}: {name}: stopped at once, after the run\n')
             os._exit(128 + number)
-        if self.directory is not None and not self.directory.summary_file.exists():
+        if self.directory is not None:
             # As after a `UsageError`: removes a directory that is new and unused.
             self.directory.__exit__(UsageError, UsageError(name), None)
         if self.remote is not None:
             self.remote.close()
-        last_words(sys.stdout, f'run.py: {name}: stopped before anything was started\n')
+        last_words(sys.stdout, f'{self._program}: {name}: stopped before anything was started\n')
         os._exit(128 + number)
 
 

@@ -151,14 +151,14 @@ class RunDirectory:
             _require_layout(path)
         else:
             _require_unused(path)
-        created = _topmost_missing(path)
+        created = topmost_missing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             held = lock(path)
         except InUseError as error:
             raise _in_use(path, str(error)) from None
         except OSError as error:
-            _remove_empty(path, created)
+            remove_empty(path, created)
             raise unwritable(path, error, remedy) from error
         directory = cls(path, held, created, new=not resume)
         try:
@@ -343,7 +343,7 @@ class RunDirectory:
             # The lock last: others see an active run, or none.
             for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == LOCK_FILE):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            _remove_empty(self.path, self._created)
+            remove_empty(self.path, self._created)
         self.close()
 
 
@@ -408,13 +408,13 @@ def _in_use(path: pathlib.Path, problem: str) -> UsageError:
     )
 
 
-def _topmost_missing(path: pathlib.Path) -> pathlib.Path | None:
+def topmost_missing(path: pathlib.Path) -> pathlib.Path | None:
     """The topmost directory that `mkdir` of `path` will create; None if `path` exists."""
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     return missing[-1] if missing else None
 
 
-def _remove_empty(path: pathlib.Path, topmost: pathlib.Path | None) -> None:
+def remove_empty(path: pathlib.Path, topmost: pathlib.Path | None) -> None:
     """Removes the empty ones of `path` and its parents up to `topmost`."""
     while topmost is not None:
         with contextlib.suppress(OSError):

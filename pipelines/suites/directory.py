@@ -8,12 +8,13 @@ import contextlib
 import pathlib
 import shutil
 from collections.abc import Sequence
+from types import TracebackType
 from typing import BinaryIO
 
-from infra.disk import LOCK_FILE, InUseError, is_remote, lock, write_json
+from infra.disk import LOCK_FILE, InUseError, is_remote, lock, remove_leftovers, write_json
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError
-from pipelines.storage.run_directory import dated, require_fit
+from pipelines.storage.run_directory import dated, remove_empty, require_fit, topmost_missing
 from pipelines.suites import plan, standing
 from pipelines.suites.plan import Run
 from pipelines.suites.standing import Stage
@@ -24,12 +25,16 @@ _VERSION = 1
 
 
 class SuiteDirectory:
-    """A suite's directory, locked by this process from `open` until `close`. A context manager."""
+    """A suite's directory, locked by this process from `open` until `close`.
 
-    def __init__(self, path: pathlib.Path, held: BinaryIO):
-        """Use `open`."""
+    A context manager. A new suite that ends in a `UsageError` before its first run removes it.
+    """
+
+    def __init__(self, path: pathlib.Path, held: BinaryIO, created: pathlib.Path | None):
+        """Use `open`. `created`: topmost directory created for the suite, None if it existed."""
         self.path = path
         self._held = held
+        self._created = created
 
     @classmethod
     def open(cls, path: pathlib.Path) -> 'SuiteDirectory':
@@ -38,6 +43,7 @@ class SuiteDirectory:
         Raises:
           UsageError: it is not writable, locked by another process, or holds other files.
         """
+        created = topmost_missing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             entries = {entry.name for entry in path.iterdir()} - {LOCK_FILE}
@@ -45,12 +51,15 @@ class SuiteDirectory:
                 raise UsageError(
                     f'{path}: not an empty directory and no suite. Fix: choose another --suite_dir.'
                 )
-            return cls(path, lock(path))
+            held = lock(path)
+            remove_leftovers(path, _PLAN_FILE)  # of a suite killed while it wrote its plan
+            return cls(path, held, created)
         except InUseError as error:
             raise UsageError(
                 f'{error}. Fix: wait until that suite ends, or choose another --suite_dir.'
             ) from None
         except OSError as error:
+            remove_empty(path, created)
             raise _unwritable(path, error) from error
 
     def run(self, run: Run) -> pathlib.Path:
@@ -59,7 +68,11 @@ class SuiteDirectory:
 
     def log(self, run: Run) -> pathlib.Path:
         """File with what a run prints. It exists once the suite has started the run."""
-        return self.path / 'logs' / f'{run.name}.log'
+        return self._logs / f'{run.name}.log'
+
+    @property
+    def _logs(self) -> pathlib.Path:
+        return self.path / 'logs'
 
     @property
     def report(self) -> pathlib.Path:
@@ -67,7 +80,7 @@ class SuiteDirectory:
 
     @property
     def report_log(self) -> pathlib.Path:
-        return self.path / 'logs' / 'report.log'
+        return self._logs / 'report.log'
 
     def write(self, runs: Sequence[Run], command: str) -> None:
         """Writes the plan, with the command that made it, unless it is there already.
@@ -114,7 +127,17 @@ class SuiteDirectory:
     def __enter__(self) -> 'SuiteDirectory':
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, UsageError) and self._created is not None and not self._logs.exists():
+            remove_leftovers(self.path, _PLAN_FILE)
+            for name in (_PLAN_FILE, LOCK_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            remove_empty(self.path, self._created)
         self.close()
 
 

@@ -61,6 +61,7 @@ class Scheduler:
 
     Attributes:
       entries: one for each run, in the order of the plan.
+      notify: receives lines for the user.
       stopping: whether the user has requested the end; nothing starts any more.
     """
 
@@ -71,10 +72,10 @@ class Scheduler:
         parallel: int,
         notify: Callable[[str], None],
     ):
-        """Reads how far each run is. `notify` receives lines for the user."""
+        """Reads how far each run is."""
         self._directory = directory
         self._parallel = parallel
-        self._notify = notify
+        self.notify = notify
         self._opened = time.monotonic()
         self._deadline = math.inf  # for the runs to end, once the user has asked for it
         self.stopping = False
@@ -192,7 +193,7 @@ class Scheduler:
         again = entry.attempts < _ATTEMPTS
         entry.state, entry.reason = (WAITING if again else FAILED), reason
         then = 'tried once more later' if again else f'log: {entry.log}'
-        self._notify(f'{entry.run.name}: failed: {reason}; {then}')
+        self.notify(f'{entry.run.name}: failed: {reason}; {then}')
 
     def _stage(self, entry: Entry) -> Stage:
         return standing.stage(entry.path, entry.run.max_frames)

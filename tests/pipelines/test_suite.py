@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -172,6 +174,77 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, told, tmp_path, monkeypa
     assert told in err
     assert err.count('\n') == 1
     assert not [*tmp_path.iterdir()]
+
+
+# Runs the suite of its arguments; sends itself a signal after a step of the start.
+STOPPED = """
+import os, sys
+from pipelines import suite
+from pipelines.suites import directory, plan, scheduler
+holder, name = {
+    'prepare': (plan, 'prepare'),
+    'open': (directory.SuiteDirectory, 'require_own'),
+    'read': (scheduler.Scheduler, '__init__'),
+    'write': (directory.SuiteDirectory, 'write'),
+}[sys.argv[1]]
+step = getattr(holder, name)
+def signalled(*arguments):
+    step(*arguments)
+    os.kill(os.getpid(), int(sys.argv[2]))
+setattr(holder, name, signalled)
+sys.exit(suite.main(sys.argv[3:]))
+"""
+
+
+class TestSignal:
+    def stopped(self, step, number, *flags):
+        """Asserts that a signal after `step` ends the command on one line; returns that."""
+        ended = subprocess.run(
+            [sys.executable, '-c', STOPPED, step, str(int(number)), *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ended.returncode, ended.stderr) == (128 + number, '')
+        return ended.stdout.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ('step', 'number'),
+        [
+            ('prepare', signal.SIGINT),
+            ('open', signal.SIGTERM),
+            ('read', signal.SIGHUP),
+            ('write', signal.SIGTERM),
+        ],
+    )
+    def test_before_the_first_run_it_leaves_no_directory(self, step, number, tmp_path):
+        suite_dir = tmp_path / 'suites' / 'new'
+        line = self.stopped(step, number, '--games=pong', f'--suite_dir={suite_dir}')
+        assert line == f'suite.py: {number.name}: stopped before anything was started'
+        assert not [*tmp_path.iterdir()]
+
+    @pytest.mark.parametrize('step', ['prepare', 'open', 'read'])
+    def test_before_the_first_run_it_changes_no_earlier_suite(self, step, tmp_path):
+        with SuiteDirectory.open(tmp_path) as opened:
+            opened.write(plan.expand(sweep()), 'suite.py')
+        before = (tmp_path / 'suite.json').read_bytes()
+        flags = ('--games=pong', '--seeds=1,2', f'--suite_dir={tmp_path}')
+        assert 'before anything was started' in self.stopped(step, signal.SIGINT, *flags)
+        assert (tmp_path / 'suite.json').read_bytes() == before
+        assert {file.name for file in tmp_path.iterdir()} == {'suite.json', '.lock'}
+
+    def test_while_modules_are_imported_is_no_traceback(self, tmp_path):
+        # In place of the first module that only this project's modules import.
+        (tmp_path / 'decimal.py').write_text('import os; os.kill(os.getpid(), 2)\n')
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / 'pipelines' / 'suite.py'), '--list_games'],
+            env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, '', '')
 
 
 class TestDirectory:
