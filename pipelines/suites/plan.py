@@ -106,9 +106,9 @@ def seeds_of(text: str) -> tuple[int, ...]:
     """
     seeds: list[int] = []
     for part in text.split(','):
-        first, _, last = part.strip().partition('..')
+        first, dots, last = part.strip().partition('..')
         try:
-            low, high = integer(first), integer(last or first)
+            low, high = integer(first), integer(last if dots else first)
         except argparse.ArgumentTypeError:
             raise UsageError(f'--seeds {text}: not seeds. Fix: write 1..3 or 1,2,5.') from None
         if low < 0:

@@ -138,6 +138,8 @@ class TestGames:
         (('--games=,',), '--games: empty'),
         (('--games=pong', '--seeds=3..1'), '3..1 has 0 seeds'),
         (('--games=pong', '--seeds=x'), '--seeds x: not seeds'),
+        (('--games=pong', '--seeds=1..'), '--seeds 1..: not seeds. Fix: write 1..3 or 1,2,5'),
+        (('--games=pong', '--seeds=..3'), '--seeds ..3: not seeds. Fix: write 1..3 or 1,2,5'),
         (('--games=pong', '--grid=learningrate=3'), 'Fix: choose learning_rate'),
         (('--games=pong', '--grid=seed=1,2'), '--grid seed: not for a grid. Fix: use --seeds'),
         (('--games=pong', '--grid=n_step'), '--grid n_step: no values'),
