@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from infra.disk import LOCK_FILE, InUseError, is_remote, lock, remove_leftovers, write_json
 from infra.sealed import parse_object, seal, unseal
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, reason_of, unwritable
 from pipelines.storage.run_directory import dated, remove_empty, require_fit, topmost_missing
 from pipelines.suites import plan, standing
 from pipelines.suites.plan import Run
@@ -22,6 +22,7 @@ from pipelines.suites.standing import Stage
 _PLAN_FILE = 'suite.json'
 _STEM = 'suite'
 _VERSION = 1
+_ANOTHER = 'choose another --suite_dir'
 
 
 class SuiteDirectory:
@@ -48,19 +49,15 @@ class SuiteDirectory:
             path.mkdir(parents=True, exist_ok=True)
             entries = {entry.name for entry in path.iterdir()} - {LOCK_FILE}
             if entries and _PLAN_FILE not in entries:
-                raise UsageError(
-                    f'{path}: not an empty directory and no suite. Fix: choose another --suite_dir.'
-                )
+                raise UsageError(f'{path}: not an empty directory and no suite. Fix: {_ANOTHER}.')
             held = lock(path)
             remove_leftovers(path, _PLAN_FILE)  # of a suite killed while it wrote its plan
             return cls(path, held, created)
         except InUseError as error:
-            raise UsageError(
-                f'{error}. Fix: wait until that suite ends, or choose another --suite_dir.'
-            ) from None
+            raise UsageError(f'{error}. Fix: wait until that suite ends, or {_ANOTHER}.') from None
         except OSError as error:
             remove_empty(path, created)
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error, _ANOTHER) from error
 
     def run(self, run: Run) -> pathlib.Path:
         """Directory of a run."""
@@ -94,7 +91,7 @@ class SuiteDirectory:
         try:
             write_json(self.path / _PLAN_FILE, seal(values))
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error, _ANOTHER) from error
 
     def require_own(self, runs: Sequence[Run]) -> None:
         """Checks that no directory of a run was made by somebody else.
@@ -105,8 +102,8 @@ class SuiteDirectory:
         for run in runs:
             if self.run(run).exists() and not self.log(run).exists():
                 raise UsageError(
-                    f'{self.run(run)}: not made by this suite. Fix: move it elsewhere, or choose'
-                    ' another --suite_dir.'
+                    f'{self.run(run)}: not made by this suite. Fix: move it elsewhere, or'
+                    f' {_ANOTHER}.'
                 )
 
     def clear(self, run: Run) -> None:
@@ -166,7 +163,7 @@ def stored(path: pathlib.Path) -> list[Run] | None:
     """The plan of the suite in `path`, None if it holds none.
 
     Raises:
-      UsageError: the plan is unreadable or damaged.
+      UsageError: the path is no directory, or the plan unreadable or damaged.
     """
     file = path / _PLAN_FILE
     try:
@@ -176,9 +173,12 @@ def stored(path: pathlib.Path) -> list[Run] | None:
         return [plan.from_json(run) for run in values['runs']]
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        wrong = next(each for each in (path, *path.parents) if each.exists())
+        raise UsageError(f'{wrong}: not a directory. Fix: {_ANOTHER}.') from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f'{file}: unreadable ({error}). Fix: restore a copy, or choose another --suite_dir.'
+            f'{file}: unreadable ({reason_of(error)}). Fix: restore a copy, or {_ANOTHER}.'
         ) from error
 
 
@@ -195,9 +195,3 @@ def unfinished(parent: pathlib.Path, runs: Sequence[Run]) -> pathlib.Path | None
 def is_done(path: pathlib.Path, run: Run) -> bool:
     """Whether the directory of a run holds all of it."""
     return standing.stage(path, run.max_frames) is Stage.DONE
-
-
-def _unwritable(path: pathlib.Path, error: OSError) -> UsageError:
-    return UsageError(
-        f'{path}: cannot be written ({error.strerror}). Fix: choose another --suite_dir.'
-    )

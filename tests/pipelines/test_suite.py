@@ -286,6 +286,15 @@ class TestDirectory:
                 SuiteDirectory.open(tmp_path)
             other.stdin.close()
 
+    @pytest.mark.parametrize('flags', [('--games=pong',), ('--resume',)])
+    @pytest.mark.parametrize('below', ['', 'x', 'x/y'])
+    def test_a_file_in_its_place_is_named(self, below, flags, tmp_path, capsys):
+        file = tmp_path / 'file'
+        file.touch()
+        assert suite.main([*flags, f'--suite_dir={file / below}']) == 2
+        problem = f'suite.py: {file}: not a directory. Fix: choose another --suite_dir.\n'
+        assert capsys.readouterr().err == problem
+
     def test_other_files_are_not_touched(self, tmp_path):
         (tmp_path / 'mine').touch()
         with pytest.raises(UsageError, match='no suite'):
