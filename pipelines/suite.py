@@ -280,8 +280,8 @@ def outcome(
     """Prints the result of a suite that has ended, by a signal or not; returns the exit code."""
     from pipelines.suites import scheduler, table
 
-    for entry in entries:
-        print(table.line(entry))
+    for line in [*map(table.line, entries), *table.rules(entries)]:
+        print(line)
     flags = [
         '--resume',
         '--suite_dir',

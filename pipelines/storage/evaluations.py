@@ -36,10 +36,15 @@ def line(result: Mapping[str, Any]) -> str:
         f'over {played} game{"s" * (played != 1)}',
         *([f'{result["failed"]} failed'] if result['failed'] else []),
     ]
+    return f'{", ".join(parts)} ({rules(result)})'
+
+
+def rules(result: Mapping[str, Any]) -> str:
+    """The rules that a score was taken under: `protocol noop, epsilon 0.05, ...`."""
     changed = ', '.join(f'{name} {value}' for name, value in result['deviations'].items())
     return (
-        f'{", ".join(parts)} (protocol {result["protocol"]}, epsilon {result["epsilon"]:g}, at most'
-        f' {result["max_frames"]:,} frames{"; deviations: " * bool(changed)}{changed})'
+        f'protocol {result["protocol"]}, epsilon {result["epsilon"]:g}, at most'
+        f' {result["max_frames"]:,} frames{"; deviations: " * bool(changed)}{changed}'
     )
 
 

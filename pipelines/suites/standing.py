@@ -4,6 +4,7 @@ Only the lines of an active run name its phase and its rate; of its files, `epis
 frames where a game ends, and the rest appear at checkpoints or at the end.
 """
 
+import contextlib
 import dataclasses
 import enum
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 from infra.disk import read_json
 from pipelines.errors import UsageError
 from pipelines.events import count, finite
-from pipelines.storage.evaluations import EVALUATION_FILE, read_result
+from pipelines.storage.evaluations import EVALUATION_FILE, read_result, rules
 from pipelines.storage.resuming import is_complete
 from pipelines.storage.run_directory import RunDirectory
 
@@ -55,6 +56,7 @@ class Figures:
       frames: emulator frames.
       mean_return: raw, of the last 100 training games.
       score: mean return of the evaluation.
+      rules: that the score was taken under; empty: its file, of an earlier version, does not say.
       frames_per_second: recently.
     """
 
@@ -63,6 +65,7 @@ class Figures:
     mean_return: float | None = None
     score: float | None = None
     frames_per_second: float | None = None
+    rules: str = ''
 
 
 def stage(path: pathlib.Path, max_frames: int) -> Stage:
@@ -93,7 +96,14 @@ def recorded(path: pathlib.Path, before: Figures) -> Figures:
         mean_return=before.mean_return if mean_return is None else mean_return,
         score=finite(evaluation.get('mean')),
         frames_per_second=before.frames_per_second,
+        rules=_rules(evaluation),
     )
+
+
+def _rules(evaluation: Any) -> str:
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        return rules(evaluation)
+    return ''
 
 
 def printed(lines: Sequence[str], before: Figures) -> Figures:

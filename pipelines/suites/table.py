@@ -97,6 +97,15 @@ def line(entry: Entry, seconds_per_frame: float | None = None) -> str:
     )
 
 
+def rules(entries: Sequence[Entry]) -> list[str]:
+    """The line that says under which rules the scores were taken; none without a score."""
+    used = {entry.figures.rules for entry in entries if entry.figures.score is not None}
+    if not used:
+        return []
+    said = used.pop() if len(used) == 1 else ''
+    return [f'scores: {said or "each by the rules in the summary.json of its run"}']
+
+
 def counts(entries: Sequence[Entry], parallel: int) -> str:
     """`2 of 9 done, 1 failed, eta 5:12:00`."""
     states = [entry.state for entry in entries]

@@ -317,11 +317,12 @@ class TestDirectory:
         assert directory.unfinished(tmp_path, runs) is None
 
 
-def finish(path, frames, score=3.5):
-    """Writes what a finished run leaves."""
+def finish(path, frames, score=3.5, **rules):
+    """Writes what a finished run leaves; `rules`: of its evaluation."""
     (path / 'policy').mkdir(parents=True)
     (path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
     result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': score, 'std': 0.0}
+    result |= rules
     (path / 'evaluation.json').write_text(json.dumps(result))
     summary = {'frames': frames, 'mean_return_100': -20.5, 'evaluation': result}
     (path / 'summary.json').write_text(json.dumps(summary))
@@ -553,6 +554,22 @@ class TestTable:
         assert table.line(entries[1], table.pace(entries)).endswith(
             'filming 12 s | frames 1,000/1,000 | return - | score - | eta 0:01:00'
         )
+
+    def test_the_rules_of_the_scores_are_said_once_if_they_are_the_same(self, tmp_path, capsys):
+        rules = {'max_frames': 18_000, 'deviations': {'episodes': 2}}
+        entries = [entry('a', scheduler.DONE), entry('b', scheduler.DONE)]
+        for each in entries:
+            finish(tmp_path / each.run.name, frames=1000, **rules)
+            each.figures = standing.recorded(tmp_path / each.run.name, Figures())
+        said = 'scores: protocol noop, epsilon 0.05, at most 18,000 frames; deviations: episodes 2'
+        assert suite.outcome([*entries, entry('c', scheduler.DONE)], tmp_path, 1, None) == 0
+        assert capsys.readouterr().out.splitlines().count(said) == 1
+        finish(tmp_path / 'old', frames=1000)  # of a version that did not record them
+        entries[0].figures = standing.recorded(tmp_path / 'old', Figures())
+        told = 'scores: each by the rules in the summary.json of its run'
+        for some in (entries, entries[:1]):
+            assert table.rules(some) == [told]
+        assert table.rules([entry('a', scheduler.WAITING)]) == []
 
     def test_it_fits_80_columns(self):
         from rich.console import Console
