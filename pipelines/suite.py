@@ -268,10 +268,11 @@ def _stop(scheduler: 'Scheduler', notify: Callable[[str], None]) -> None:
     again = scheduler.stopping
     active = len(scheduler.of('running'))
     scheduler.interrupt()
+    runs = f'{active} run{"s" * (active != 1)}'
     if again:
-        notify(f'stopping {active} runs at once, without a checkpoint')
+        notify(f'stopping {runs} at once, without a checkpoint')
     elif active:
-        notify(f'stopping {active} runs, which write checkpoints; once more stops them at once')
+        notify(f'stopping {runs} after a last checkpoint; once more stops at once')
 
 
 def outcome(
@@ -293,7 +294,8 @@ def outcome(
     done = sum(entry.state == scheduler.DONE for entry in entries)
     for entry in failed:
         print(f'suite.py: {entry.run.name}: {entry.reason}. Log: {entry.log}', file=sys.stderr)
-    print(f'{done} of {len(entries)} runs are done, {len(failed)} failed: {path}')
+    are = 'run is' if len(entries) == 1 else 'runs are'
+    print(f'{done} of {len(entries)} {are} done, {len(failed)} failed: {path}')
     if number is not None and done < len(entries):
         print(f'{signal.Signals(number).name}: stopped. Resume with {resume}')
         return 128 + number

@@ -31,15 +31,15 @@ def require_room(runs: Sequence[Prepared], at_once: int, path: pathlib.Path) -> 
     memory = _largest([memory_bytes(each.config, each.launch) for each in runs], at_once)
     if (available := available_memory()) < memory:
         raise UsageError(
-            f'--parallel: {at_once} runs at once need {memory / _GIB:.1f} GiB of memory,'
-            f' {available / _GIB:.1f} GiB are available. Fix: choose a smaller --parallel or'
-            ' --replay_capacity, or end other programs.'
+            f'--parallel: {_need(at_once)} {memory / _GIB:.1f} GiB of memory,'
+            f' {available / _GIB:.1f} GiB are available. Fix: choose a smaller'
+            f' {"--parallel or " * (at_once > 1)}--replay_capacity, or end other programs.'
         )
     disk = [disk_bytes(each.config, each.launch) for each in runs]
     free = free_disk(path)
     if free < _largest(disk, at_once):
         raise UsageError(
-            f'{path}: {free / _GIB:.1f} GiB of disk free, {at_once} runs need'
+            f'{path}: {free / _GIB:.1f} GiB of disk free, {_need(at_once)}'
             f' {_largest(disk, at_once) / _GIB:.1f} GiB. Fix: free some, choose another'
             ' --suite_dir, or add --no-checkpoint_replay.'
         )
@@ -67,13 +67,17 @@ def _on_cores(workers: int, at_once: int) -> list[str]:
         return []
     if at_once > cores:
         raise UsageError(
-            f'--parallel: {at_once} runs at once exceed {cores} cores. Fix: choose at most {cores},'
-            ' or auto.'
+            f'--parallel: {at_once} runs at once exceed {cores} core{"s" * (cores != 1)}. Fix:'
+            f' choose at most {cores}, or auto.'
         )
     return [
         f'--parallel: {at_once} runs of {workers} workers share {cores} cores, which slows each.'
         ' Fix: choose a smaller --parallel to compare their times.'
     ]
+
+
+def _need(at_once: int) -> str:
+    return '1 run needs' if at_once == 1 else f'{at_once} runs at once need'
 
 
 def _largest(values: Sequence[int], number: int) -> int:

@@ -589,6 +589,27 @@ class TestTable:
         assert '0 of 2 done, 1 failed' in lines[-1]
 
 
+def test_one_run_is_no_plural(monkeypatch, tmp_path, capsys):
+    assert suite.outcome([entry('a', scheduler.DONE)], tmp_path, 1, None) == 0
+    assert '1 of 1 run is done, 0 failed' in capsys.readouterr().out
+    told: list[str] = []
+    running = types.SimpleNamespace(stopping=False, of=lambda _: [1], interrupt=lambda: None)
+    suite._stop(running, told.append)  # type: ignore[arg-type]
+    running.stopping = True
+    suite._stop(running, told.append)  # type: ignore[arg-type]
+    assert told == [
+        'stopping 1 run after a last checkpoint; once more stops at once',
+        'stopping 1 run at once, without a checkpoint',
+    ]
+    prepared = plan.prepare(plan.expand(sweep()))
+    monkeypatch.setattr(room, 'free_disk', lambda _: 0)
+    with pytest.raises(UsageError, match='0.0 GiB of disk free, 1 run needs'):
+        room.require_room(prepared, 1, tmp_path)
+    monkeypatch.setattr(room, 'available_memory', lambda: 0)
+    with pytest.raises(UsageError, match='1 run needs .* Fix: choose a smaller --replay_capacity'):
+        room.require_room(prepared, 1, tmp_path)
+
+
 def test_as_many_runs_at_once_as_cores_and_memory_allow(monkeypatch):
     prepared = plan.prepare(plan.expand(sweep(seeds=(1, 2, 3, 4))))  # three workers each
     monkeypatch.setattr(room, 'whole_cores', lambda: 9)
