@@ -29,11 +29,13 @@ def games_of(text: str) -> tuple[str, ...]:
     """The ROMs that a comma-separated list of games and groups names, each once.
 
     Raises:
-      UsageError: a name is unknown, or a game cannot be played.
+      UsageError: a name is empty or unknown, or a game cannot be played.
     """
-    names = [name.strip() for name in text.split(',') if name.strip()]
-    if not names:
+    names = [name.strip() for name in text.split(',')]
+    if not any(names):
         raise UsageError('--games: empty. Fix: name a game, atari49 or atari5.')
+    if not all(names):
+        raise UsageError(f'--games {text}: a name is empty. Fix: omit a comma, or name a game.')
     try:
         games = [rom for name in names for rom in GROUPS.get(name) or (rom_id(name),)]
     except GameError as error:

@@ -552,6 +552,8 @@ class TestBadInput:
         assert self.refused(['--policy=random', '--run_dir=nowhere'], capsys).startswith(
             f'evaluate.py: {pathlib.Path.cwd() / "nowhere"}: no such run directory'
         )
+        line = self.refused(['--policy=random', '--games=pong,,breakout'], capsys)
+        assert '--games pong,,breakout: a name is empty' in line
         assert evaluate.main(['--policy=random', '--games=pogn']) == 2
         assert 'did you mean pong' in capsys.readouterr().err
 

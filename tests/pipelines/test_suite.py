@@ -136,6 +136,8 @@ class TestGames:
         ((), '--games: missing'),
         (('--games=nosuch',), "--games: unknown game 'nosuch'"),
         (('--games=,',), '--games: empty'),
+        (('--games=pong,,breakout',), '--games pong,,breakout: a name is empty. Fix: '),
+        (('--games=pong,', '--seeds=x'), '--games pong,: a name is empty. Fix: '),
         (('--games=pong', '--seeds=3..1'), '3..1 has 0 seeds'),
         (('--games=pong', '--seeds=x'), '--seeds x: not seeds'),
         (('--games=pong', '--seeds=1..'), '--seeds 1..: not seeds. Fix: write 1..3 or 1,2,5'),
