@@ -12,9 +12,6 @@ already holds gamma^n. A loss that multiplies by the agent's `_gamma` receives t
 by `_gamma`.
 """
 
-import importlib
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,8 +21,9 @@ from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import time_step as ts
 
 from agents.config import AgentConfig
-from agents.custom_loss import Unusable, brief, probe
+from agents.custom_loss import Unusable, probe
 from agents.model import Model
+from infra.named_function import NoFunctionError, brief, load_function
 
 
 class ForeignAgentError(ValueError):
@@ -54,9 +52,10 @@ def foreign_model(
     """
     tf.keras.utils.set_random_seed(seed % 2**32)
     specs = tensor_spec.from_spec(time_step_spec), tensor_spec.from_spec(action_spec)
-    factory = load_factory(name)
     try:
-        agent = factory(*specs, config)
+        agent = load_function(name)(*specs, config)
+    except NoFunctionError as error:
+        raise ForeignAgentError(str(error)) from error
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise ForeignAgentError(f'{name} failed: {brief(error)}') from error
     if not isinstance(agent, tf_agent.TFAgent):
@@ -92,28 +91,6 @@ def _require_specs(
             f'{name}: its actions are {agent.action_spec}, those of the game {action_spec};'
             ' build it with the specs that the factory is given'
         )
-
-
-def load_factory(name: str) -> Callable[..., Any]:
-    """Imports the function named `module:function`.
-
-    Raises:
-      ForeignAgentError: the import fails, or the module has no such function.
-    """
-    module_name, _, function = name.partition(':')
-    if '' not in sys.path:  # the current directory goes last, so its files shadow no library
-        sys.path.append('')
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # user code may raise anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name in module_name.split('.')
-        remedy = '; put its directory on PYTHONPATH, or change to it' if missing else ''
-        reason = f'cannot import {module_name} ({brief(error)})'
-        raise ForeignAgentError(f'{name}: {reason}{remedy}') from error
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        raise ForeignAgentError(f'{name}: {module_name} has no function {function}')
-    return factory
 
 
 def _best_action(agent: tf_agent.TFAgent, observation: tf.Tensor) -> tf.Tensor:

@@ -16,11 +16,11 @@ from tf_agents.agents import tf_agent
 from tf_agents.trajectories import trajectory
 
 from agents.model import Losses, tf_agents_transition
+from infra.named_function import brief
 from infra.replay.trajectory import Transition
 
 _ROWS = 8
 _SEED = 0  # of the trials' random numbers; any value does
-_BRIEF_LENGTH = 300
 # Tolerances relative to a change of the loss, and to the loss itself (float32 rounding). A real
 # effect has relative size 1, far above both.
 _SAME = 1e-2
@@ -408,9 +408,3 @@ def no_graph(error: BaseException) -> str:
         f'it cannot be run in a graph without AutoGraph, as workers do ({brief(error)}); use'
         ' TensorFlow operations in place of Python ifs and loops over tensors, and of .numpy()'
     )
-
-
-def brief(error: BaseException) -> str:
-    """Formats an error as one line of at most 300 characters after its type."""
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text[:_BRIEF_LENGTH]}'

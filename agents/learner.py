@@ -150,6 +150,7 @@ class LearnerCounters:
       invalid: gradients rejected as not finite or misshapen.
       staleness: histogram of pushed gradients by staleness (see `STALENESS_BOUNDS`).
       loss: mean loss of the latest batch, without importance weights.
+      loss_sum: sum of the losses of all gradients.
       priorities_dropped: priority updates that a replay shard did not accept.
     """
 
@@ -161,6 +162,7 @@ class LearnerCounters:
         default_factory=lambda: [0] * (len(STALENESS_BOUNDS) + 1)
     )
     loss: float = 0.0
+    loss_sum: float = 0.0
     priorities_dropped: int = 0
 
 
@@ -216,6 +218,7 @@ class Learner:
         counters, sample = self.counters, computed.sample
         counters.gradients += 1
         counters.loss = float(computed.loss)
+        counters.loss_sum += counters.loss
         if self._priorities is not None:
             self._priorities.update(sample.key, sample.shard, computed.absolute_error)
             counters.priorities_dropped = self._priorities.dropped

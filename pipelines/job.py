@@ -1,7 +1,7 @@
 """Runs one Beam job: worker numbers and addresses in, their pipeline run to its end.
 
 The launcher starts it as `python -m pipelines.job`. Actors and learners are separate jobs, since
-the stages of one pipeline run in turn.
+some engines run the stages of one pipeline in turn.
 """
 
 import argparse
@@ -10,12 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from infra.addresses import reach_directly
-from infra.disk import is_remote
+from infra.disk import is_remote, write_json
 from infra.output import protect_output
 from infra.process import exit_with_parent
 from infra.tls import read_roots
 from pipelines.engines import catalog
 from pipelines.experiment import config as config_lib
+from pipelines.experiment import job_settings
 from pipelines.experiment.launch import Addresses
 from pipelines.launch import beam_job
 from pipelines.launch.interrupts import Ended
@@ -23,6 +24,9 @@ from pipelines.storage.object_store import read_bytes
 from pipelines.transforms.act import Act
 from pipelines.transforms.bundle import ActAndLearn
 from pipelines.transforms.learn import Learn
+from pipelines.transforms.metrics import committed
+from pipelines.transforms.sinks import sink_of
+from pipelines.transforms.statistics import Statistics
 from pipelines.transforms.workers import Work, Workers
 from pipelines.workers.spec import Submission
 
@@ -46,7 +50,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--telemetry_address', required=True, help='HOST:PORT.')
     parser.add_argument('--tls_roots', help='PEM file, if parameter shards use TLS.')
     parser.add_argument('--state_file', type=pathlib.Path, help='File for the state of the job.')
+    parser.add_argument('--metrics_file', type=pathlib.Path, help="File for Beam's counters.")
     parser.add_argument('--runner', required=True, help='Engine.')
+    job_settings.add_arguments(parser)
     return parser.parse_known_args(argv)
 
 
@@ -67,17 +73,25 @@ def main(argv: Sequence[str]) -> None:
     reach_directly(addresses.all)  # and Beam's own workers, by loopback
     workers = tuple(int(worker) for worker in arguments.workers.split(','))
     beam_job.end_with_workers(len(workers))
-    work = WORK[arguments.kind](read_config(arguments.config), addresses)
-    transform = Workers(work, Submission(workers, arguments.submission))
     engine.register_flags()
-    options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), extra))
+    settings = job_settings.from_arguments(arguments)
+    flags = [*job_settings.beam_flags(settings, engine.continues_elements), *extra]
+    accelerated = 'accelerator' in settings.hints(arguments.kind)
+    options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), flags, accelerated))
+    work = WORK[arguments.kind](read_config(arguments.config), addresses)
     with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
-        _ = pipeline | arguments.kind.capitalize() >> transform
+        period = settings.element_seconds * engine.continues_elements
+        transform = Workers(work, Submission(workers, arguments.submission), period, settings)
+        segments = pipeline | arguments.kind.capitalize() >> transform
+        if (sink := sink_of(settings)) is not None:
+            _ = segments | 'Statistics' >> Statistics(sink, arguments.submission)
         try:
-            beam_job.run(pipeline, options, engine, arguments.state_file)
+            result = beam_job.run(pipeline, options, engine, arguments.state_file)
         except Ended as ended:
             sys.exit(ended.exit_code)
+    if arguments.metrics_file is not None:
+        write_json(arguments.metrics_file, committed(result))
 
 
 def read_config(path: str) -> config_lib.ExperimentConfig:

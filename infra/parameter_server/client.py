@@ -271,6 +271,36 @@ class ParameterClient:
         """
         return self._ask([0], 'enlist', kind=kind, worker=worker)[0]['before']
 
+    def begin_segments(self, kind: str, worker: int, committed: int) -> tuple[int, list[str]]:
+        """Returns what shard 0 knows of a worker's segments (see `Ledger.begin`).
+
+        Args:
+          kind: kind of the worker.
+          worker: its number.
+          committed: number of the first segment whose results the engine has not committed.
+
+        Raises:
+          ParameterServerError: shard 0 refuses the request, or does not reply in time.
+        """
+        reply = self._ask([0], 'begin_segments', kind=kind, number=worker, committed=committed)[0]
+        return reply['first'], reply['records']
+
+    def finish_segment(self, kind: str, worker: int, segment: int, record: str) -> None:
+        """Records a finished segment at shard 0 (see `Ledger.finish`).
+
+        Raises:
+          ParameterServerError: shard 0 refuses the request, or does not reply in time.
+        """
+        self._ask([0], 'finish_segment', kind=kind, number=worker, segment=segment, record=record)
+
+    def commit_segments(self) -> None:
+        """Drops all records of segments: the engine has committed the results of every element.
+
+        Raises:
+          ParameterServerError: shard 0 does not reply in time.
+        """
+        self._ask([0], 'commit_segments')
+
     def request_stop(self, timeout_seconds: float | None = None) -> None:
         """Makes every later clock say `stopping`.
 

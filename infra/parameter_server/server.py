@@ -32,6 +32,7 @@ from infra.output import protect_output
 from infra.parameter_server import checkpoint, protocol
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
+from infra.parameter_server.ledger import MAX_RECORD_BYTES
 from infra.parameter_server.shared_memory import (
     GRADIENT,
     PARAMETERS,
@@ -138,6 +139,19 @@ def _clock_seen(header: dict[str, Any]) -> tuple[int, int]:
     return updates, protocol.count_of(header, 'seen_agent_steps')
 
 
+def _kind_of(header: dict[str, Any]) -> str:
+    """Returns the kind of a worker, one of `WORKER_KINDS`."""
+    kind = header.get('kind')
+    if kind not in protocol.WORKER_KINDS:
+        raise ValueError(f'kind of a worker must be one of {", ".join(protocol.WORKER_KINDS)}')
+    return kind
+
+
+def _worker_of(header: dict[str, Any]) -> tuple[str, int]:
+    """Returns kind and number of a worker."""
+    return _kind_of(header), protocol.count_of(header, 'number')
+
+
 class _FlightServer(flight.FlightServerBase):
     """Turns the messages of each stream into calls of the shard."""
 
@@ -166,6 +180,9 @@ class _FlightServer(flight.FlightServerBase):
             'report': self._report,
             'claim': self._claim,
             'enlist': self._enlist,
+            'begin_segments': self._begin_segments,
+            'finish_segment': self._finish_segment,
+            'commit_segments': self._commit_segments,
             'stop': self._stop,
             'save': self._save,
         }
@@ -292,12 +309,25 @@ class _FlightServer(flight.FlightServerBase):
         return self._shard.clock()
 
     def _enlist(self, connection: _Connection, header: dict, body: Any) -> dict:
-        kind = header.get('kind')
-        if kind not in protocol.WORKER_KINDS:
-            raise ValueError(f'kind of a worker must be one of {", ".join(protocol.WORKER_KINDS)}')
+        kind = _kind_of(header)
         worker = protocol.text_of(header, 'worker', _LONGEST_NAME)
         before = self._shard.control.enlist(connection.session, kind, worker)
         return {**self._shard.clock(), 'before': before}
+
+    def _begin_segments(self, connection: _Connection, header: dict, body: Any) -> dict:
+        committed = protocol.count_of(header, 'committed')
+        first, records = self._shard.ledger.begin(*_worker_of(header), committed)
+        return {'first': first, 'records': records}
+
+    def _finish_segment(self, connection: _Connection, header: dict, body: Any) -> dict:
+        record = protocol.text_of(header, 'record', MAX_RECORD_BYTES)
+        segment = protocol.count_of(header, 'segment')
+        self._shard.ledger.finish(*_worker_of(header), segment, record)
+        return self._shard.clock()
+
+    def _commit_segments(self, connection: _Connection, header: dict, body: Any) -> dict:
+        self._shard.ledger.commit_all()
+        return self._shard.clock()
 
     def _stop(self, connection: _Connection, header: dict, body: Any) -> dict:
         self._shard.control.request_stop()

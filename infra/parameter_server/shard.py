@@ -19,6 +19,7 @@ import tensorflow as tf
 from infra.parameter_server.checkpoint import ShardState
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
+from infra.parameter_server.ledger import Ledger
 from infra.parameter_server.optimizers import OptimizedSlice
 from infra.parameter_server.protocol import (
     INVALID,
@@ -46,6 +47,7 @@ class Shard:
 
     Attributes:
       control: owner, workers and the request to stop.
+      ledger: of the workers' finished segments, kept at shard 0.
       layout: None until a client initialises the shard or a state is restored.
     """
 
@@ -59,6 +61,7 @@ class Shard:
         self.config = config
         self.index = index
         self.control = RunControl(index)
+        self.ledger = Ledger()
         self.layout: Layout | None = None
         self._lock = threading.Lock()
         self._sessions = Sessions(index)
@@ -149,6 +152,7 @@ class Shard:
             self._set_limits()
             self._sessions.restore(state.counters['sessions'])
             self.control.restore(state.counters, keep_owner)
+            self.ledger.restore(state.counters.get('segments', []))
             self.layout = state.layout
 
     def open_session(self, name: str) -> None:
@@ -302,6 +306,8 @@ class Shard:
             raise ValueError(f'shard {self.index} has no parameters to save; initialise first')
         self._keep_good()
         counters = {
+            # First: a segment that is done twice is better than one that is lost.
+            'segments': self.ledger.counters(),
             'version': self._version,
             'target_version': self._target_version,
             'agent_steps': max(self._agent_steps, self._agent_steps_seen),

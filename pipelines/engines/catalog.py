@@ -29,8 +29,8 @@ class Engine:
     Attributes:
       beam_runner: Beam's name of the runner.
       flags: Beam flags of every job.
-      defaults: Beam flags of a job, computed from its kind, number of workers and the user's flags;
-        the user's flags override them.
+      defaults: Beam flags of a job, computed from its kind, number of workers, the user's flags,
+        and whether a hint asks for an accelerator; the user's flags override them.
       count_flag: Beam flag for the number of workers; empty if the engine needs none.
       reserved_flags: flags that a user must not set, because `flags` and `count_flag` set them.
       required: groups of flags; the user must set at least one flag of each group.
@@ -46,12 +46,13 @@ class Engine:
         the log shows them.
       end_seconds: time limit of `end`, or, without `outlives_submitter`, of the job process's exit.
       launcher_restarts_workers: the launcher replaces dead workers, because the engine does not.
+      continues_elements: takes the rest of an element that returns early, and commits its results.
       job_context: context manager in which the pipeline runs, given its options.
     """
 
     beam_runner: str
     flags: tuple[str, ...] = ()
-    defaults: Callable[[str, int, Sequence[str]], list[str]] = lambda *_: []
+    defaults: Callable[[str, int, Sequence[str], bool], list[str]] = lambda *_: []
     count_flag: str = ''
     reserved_flags: tuple[str, ...] = ()
     required: tuple[tuple[str, ...], ...] = ()
@@ -65,6 +66,7 @@ class Engine:
     follow: Callable[[Any, Any, Callable[[str], None]], None] | None = None
     end_seconds: float = 5.0
     launcher_restarts_workers: bool = False
+    continues_elements: bool = False
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property
@@ -72,9 +74,11 @@ class Engine:
         """Whether a job has as many workers as it is told to; others decide by themselves."""
         return bool(self.count_flag) or self.defaults is not Engine.defaults
 
-    def job_flags(self, kind: str, num_workers: int, extra: Sequence[str]) -> list[str]:
+    def job_flags(
+        self, kind: str, num_workers: int, extra: Sequence[str], accelerated: bool = False
+    ) -> list[str]:
         """Beam flags of a job with `num_workers` workers; the last of two equal flags counts."""
-        defaults = self.defaults(kind, num_workers, extra)
+        defaults = self.defaults(kind, num_workers, extra, accelerated)
         count = [f'{self.count_flag}={num_workers}'] if self.count_flag else []
         return [*defaults, *extra, f'--runner={self.beam_runner}', *self.flags, *count]
 
@@ -104,7 +108,9 @@ ENGINES: Mapping[str, Engine] = {
         options_module='pipelines.engines.dask',
         job_context=_placed_by_dask,
     ),
-    'PrismRunner': Engine('PrismRunner', runs_locally=True, launcher_restarts_workers=True),
+    'PrismRunner': Engine(
+        'PrismRunner', runs_locally=True, launcher_restarts_workers=True, continues_elements=True
+    ),
     'PortableRunner': Engine(
         'PortableRunner',
         # Without --environment_type Beam starts containers, which lack this project.
@@ -113,6 +119,7 @@ ENGINES: Mapping[str, Engine] = {
         ' --environment_config=HOST:50000 (see docs/engines.md)',
         forwards=True,
         launcher_restarts_workers=True,
+        continues_elements=True,
         outlives_submitter=True,
         end_seconds=_END_SECONDS,
     ),
@@ -134,6 +141,7 @@ ENGINES: Mapping[str, Engine] = {
         example='--project=P --region=R --temp_location=gs://BUCKET/tmp'
         ' --sdk_container_image=IMAGE (see docs/deploy/images.md)',
         always_remote=True,
+        continues_elements=True,
         outlives_submitter=True,
         end=dataflow.end,
         follow=dataflow.follow,

@@ -21,8 +21,13 @@ _ENDED = {f'JOB_STATE_{state}' for state in ('DONE', 'FAILED', 'CANCELLED', 'UPD
 _PROCESSORS = re.compile(r'-(\d+)(?=-|$)')
 
 
-def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
+def job_flags(
+    kind: str, num_workers: int, flags: Sequence[str], accelerated: bool = False
+) -> list[str]:
     """Default flags of a job; the user's flags follow and override them.
+
+    `accelerated`: whether a resource hint asks for an accelerator, as a service option in `flags`
+    may do too.
 
     Dataflow starts one process per virtual processor; with one thread per process, each of our
     workers has its own. A machine with an accelerator runs one process, for one learner, unless
@@ -33,7 +38,7 @@ def job_flags(kind: str, num_workers: int, flags: Sequence[str]) -> list[str]:
     options = beam.PipelineOptions(list(flags))
     service = options.view_as(beam.GoogleCloudOptions).dataflow_service_options or []
     accelerator = next((each for each in service if 'worker_accelerator' in each), '')
-    accelerated = bool(accelerator) and 'use_nvidia_mps' not in accelerator
+    accelerated = (accelerated or bool(accelerator)) and 'use_nvidia_mps' not in accelerator
     machine_type = options.view_as(beam.WorkerOptions).machine_type
     per_machine = 1 if accelerated else processors(machine_type)
     machines = math.ceil(num_workers / per_machine)

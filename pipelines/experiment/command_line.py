@@ -23,7 +23,7 @@ from infra.tls import TlsError, read_pair, read_roots
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
-from pipelines.experiment import presets
+from pipelines.experiment import job_settings, presets
 from pipelines.experiment.launch import LOOPBACK, Launch
 from pipelines.experiment.unused_flags import require_effect
 
@@ -156,6 +156,7 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     """Adds the project's flags, with the preset's values in their help texts."""
     _add_launch_arguments(parser)
     _add_server_arguments(parser)
+    job_settings.add_arguments(parser.add_argument_group('jobs of Beam'))
     default = presets.experiment(preset, {})
     for group, config in config_lib.groups():
         arguments = parser.add_argument_group(group.replace('_', ' '))
@@ -351,13 +352,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         of_jobs = _flags_of_jobs(known, rest)
     except argparse.ArgumentError as error:
         raise UsageError(with_fix(error, 'see --help')) from error
-    values = {
-        name: getattr(known, name)
-        for name in config_lib.fields()
-        if getattr(known, name) is not None
-    }
-    if 'game' in values:
-        values['game'] = _game(values['game'])
+    values = _values(known)
     launch = Launch(
         runner=known.runner,
         run_dir=known.run_dir,
@@ -374,9 +369,26 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         actor_flags=of_jobs[0],
         learner_flags=of_jobs[1],
         wandb_project=known.wandb_project,
+        jobs=job_settings.from_arguments(known),
     )
     _require_directories(launch)
     return launch, known.preset, {**values, **_attached_shards(launch, values)}
+
+
+def _values(known: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the experiment that are given, by name.
+
+    Raises:
+      UsageError: the game is unknown or cannot be played.
+    """
+    values = {
+        name: getattr(known, name)
+        for name in config_lib.fields()
+        if getattr(known, name) is not None
+    }
+    if 'game' in values:
+        values['game'] = _game(values['game'])
+    return values
 
 
 def _require_directories(launch: Launch) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pipelines.engines import catalog
+from pipelines.experiment.job_settings import JobSettings
 
 LOOPBACK = '127.0.0.1'
 
@@ -26,6 +27,7 @@ class Launch:
     actor_flags: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
     wandb_project: str | None = None
+    jobs: JobSettings = JobSettings()
 
     def flags_of(self, kind: str) -> tuple[str, ...]:
         """Beam flags of one kind of job; bundles take the learners' flags."""

@@ -50,8 +50,8 @@ def end_with_workers(
 
 def run(
     pipeline: beam.Pipeline, options: Any, engine: Engine, state_file: pathlib.Path | None = None
-) -> None:
-    """Runs a job to its end; a signal also ends a job that would outlive this process.
+) -> Any:
+    """Runs a job and returns its result; a signal also ends a job that would outlive this process.
 
     Args:
       pipeline: to run, with `options`.
@@ -63,8 +63,9 @@ def run(
       Ended: a signal ended the job.
     """
     if not engine.outlives_submitter:
-        pipeline.run().wait_until_finish()
-        return
+        result = pipeline.run()
+        result.wait_until_finish()
+        return result
     with _submitting() as noted:
         result = pipeline.run()
         with handled(raise_ended):
@@ -81,6 +82,7 @@ def run(
                     print('ending the job ...', flush=True)
                     engine.end(result, options)
                 raise
+    return result
 
 
 @contextlib.contextmanager

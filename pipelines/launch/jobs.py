@@ -17,11 +17,14 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from infra.disk import is_remote
 from infra.flags import value_of
 from infra.process import ProcessSpec, SupervisedProcess, back_off_seconds, describe_exit
 from pipelines.events import Heartbeat
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses, Launch
+from pipelines.monitoring import beam_counters
 from pipelines.monitoring.monitor import Worker
 from pipelines.storage.run_directory import RunDirectory
 
@@ -41,6 +44,7 @@ HEALTHY_SECONDS = 300.0
 """A worker that worked for this long starts a new series of failures."""
 _STATE_CHARACTERS = 1_000  # read of an engine's report
 _BACKOFF_SECONDS = 2.0
+_STATISTICS = 'statistics'  # directory
 _MAX_BACKOFF_SECONDS = 60.0
 
 Command = Callable[[str, Sequence[int], int], Sequence[str]]
@@ -159,6 +163,8 @@ class Jobs:
         self._news: list[str] = []
         self.restarts: dict[str, int] = {}
         self.failures = 0  # of workers, restarted or not
+        self.committed = True
+        """Whether every job that has ended did so by itself, so that its results are written."""
 
     def start(self, now: float) -> None:
         """Submits every worker of the topology."""
@@ -238,12 +244,14 @@ class Jobs:
             left = job.workers - ended
             vain = [n for n in left if n not in job.heard or self._fault_of(job, n, now)]
             if len(vain) == len(left) and (left or job.lost - ended):
+                self.committed = False
                 job.process.terminate(self._launch.engine.end_seconds)
                 self._jobs.remove(job)
 
     def stop(self) -> None:
         """Ends the jobs and their workers."""
         for job in self._jobs:
+            self.committed &= job.process.poll() == 0
             job.process.signal(signal.SIGTERM)  # all at once, so that grace periods overlap
         for job in self._jobs:
             job.process.terminate(self._launch.engine.end_seconds)
@@ -253,6 +261,7 @@ class Jobs:
         """Records a job's end; without an error its workers saw the run's end."""
         self._jobs.remove(job)
         if code:
+            self.committed = False
             self._failed(job.workers, job, describe_exit(code))
         else:
             self._finished.update({(job.kind, number): job for number in job.workers})
@@ -269,6 +278,7 @@ class Jobs:
                     break
         job.kill_lost()
         if not job.workers:
+            self.committed = False
             job.process.terminate(self._launch.engine.end_seconds)
             self._jobs.remove(job)
 
@@ -334,7 +344,7 @@ class Jobs:
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
-        state_file = self._state_file(kind, number)
+        state_file = self._file(kind, number, 'state')
         state_file.unlink(missing_ok=True)  # may remain from before a resumption
         process.start()
         start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
@@ -353,7 +363,9 @@ class Jobs:
             f'--parameter_addresses={",".join(self._addresses.parameters)}',
             f'--replay_addresses={",".join(self._addresses.replay)}',
             f'--telemetry_address={self._addresses.telemetry}',
-            f'--state_file={self._state_file(kind, submission)}',
+            f'--state_file={self._file(kind, submission, "state")}',
+            f'--metrics_file={self._file(kind, submission, beam_counters.SUFFIX)}',
+            *self._settings.flags(),
             *([f'--tls_roots={self._launch.tls_roots}'] * bool(self._launch.tls_roots)),
             f'--runner={self._launch.runner}',
             *self._launch.beam_flags,
@@ -361,8 +373,23 @@ class Jobs:
             *([name] * self._launch.engine.outlives_submitter),
         ]
 
-    def _state_file(self, kind: str, submission: int) -> pathlib.Path:
-        return (self._directory.logs / f'{kind}-{submission}.state').resolve()
+    @property
+    def _settings(self) -> JobSettings:
+        """The settings of jobs, with the place of their statistics."""
+        settings, launch = self._launch.jobs, self._launch
+        if settings.statistics_dir is not None:
+            return settings
+        place = None
+        if is_remote(launch.run_dir or ''):
+            place = f'{launch.run_dir}/{_STATISTICS}'
+        elif launch.engine.runs_locally:
+            place = str((self._directory.path / _STATISTICS).resolve())
+        elif (shared := value_of('--temp_location', launch.beam_flags)) is not None:
+            place = f'{shared}/gorila-{self._directory.path.name}/{_STATISTICS}'
+        return dataclasses.replace(settings, statistics_dir=place)
+
+    def _file(self, kind: str, submission: int, suffix: str) -> pathlib.Path:
+        return (self._directory.logs / f'{kind}-{submission}.{suffix}').resolve()
 
     def _job_name(self, kind: str, submission: int) -> str:
         """A name that engines accept, unique among the jobs of all runs."""

@@ -332,8 +332,23 @@ class Training:
             self._attempt(self.look)
             self._attempt(self._end_stranded)
             time.sleep(_POLL_SECONDS)
-        for act in (self.jobs.stop, self._ask, self.evaluate, self.look):
+        for act in (self.jobs.stop, self._ask, self.evaluate, self.look, self._commit):
             self._attempt(act)
+
+    def _commit(self) -> None:
+        """Lets the checkpoint forget segments whose results are written; compares the counts."""
+        if not self.jobs.committed:
+            return
+        with contextlib.suppress(ParameterServerError):  # written again after a resumption
+            self.client.commit_segments()
+        counted = self.monitor.beam_counters()
+        steps = sum(each['agent_steps'] for each in counted.values() if 'agent_steps' in each)
+        own = self.monitor.state().agent_steps
+        if counted and self._clock_before == (0, 0) and steps != own:
+            self.display.message(
+                f'Beam counted {steps:,} agent steps, the parameter server {own:,}: a worker that'
+                ' died had made more than it handed on'
+            )
 
     def _ask_to_stop(self) -> None:
         with contextlib.suppress(ParameterServerError):  # asked again later

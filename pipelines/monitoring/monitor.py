@@ -20,7 +20,7 @@ from infra.disk import write_json
 from infra.memory import resident_bytes
 from pipelines.errors import reason_of
 from pipelines.events import HEARTBEAT, count, counts, finite, histogram, is_event
-from pipelines.monitoring import boxes, episodes, learning_curve, tensorboard
+from pipelines.monitoring import beam_counters, boxes, episodes, learning_curve, tensorboard
 from pipelines.monitoring.counters import (
     Rates,
     RejectionTally,
@@ -375,7 +375,12 @@ class Monitor:
         exported: bool = False,
     ) -> dict[str, Any]:
         """The current contents of `summary.json`."""
-        return build_summary(self.state(), self._config, exit_reason, evaluation, exported)
+        beam = self.beam_counters()
+        return build_summary(self.state(), self._config, exit_reason, evaluation, exported, beam)
+
+    def beam_counters(self) -> dict[str, dict[str, Any]]:
+        """What Beam has counted in the jobs that have ended, by kind of worker and name."""
+        return beam_counters.totals(self._directory.logs)
 
     def write_summary(
         self,

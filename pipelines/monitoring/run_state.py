@@ -153,6 +153,7 @@ def build_summary(
     exit_reason: str,
     evaluation: Mapping[str, Any] | None = None,
     exported: bool = False,
+    beam: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of `summary.json`.
 
@@ -162,6 +163,7 @@ def build_summary(
       exit_reason: why it ended, such as 'max_frames' or 'SIGINT'.
       evaluation: a result (see pipelines/storage/evaluations.py); None: no evaluation.
       exported: whether `policy/` holds the last parameters.
+      beam: Beam's own counters, by kind of worker and name.
 
     `frames_per_second` and `updates_per_second` are means over `wall_seconds`.
     """
@@ -176,6 +178,7 @@ def build_summary(
         **state.summarised(),
         'evaluation': kept or None,
         'exported': exported,
+        'beam': beam or {},
         'wall_seconds': round(seconds, 3),
         'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
         'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,

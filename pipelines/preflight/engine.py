@@ -3,7 +3,7 @@
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from infra.addresses import AddressError, reach_directly, split_address
@@ -49,12 +49,25 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
         flags = [*launch.beam_flags, *launch.flags_of(kind)]
         require_flags(launch.runner, flags)
         require_reachable(flags)
+        _require_one_way(launch.jobs.hints(kind), flags)
     attached = launch.parameter_addresses and launch.replay_addresses
     if launch.engine.always_remote and not attached and _means_this_machine(launch.host):
         raise UsageError(
             f'--runner {launch.runner}: workers cannot reach servers on {launch.host}. Fix: set'
             ' --host to an address of this machine that they reach, or attach to servers with'
             ' --parameter_addresses and --replay_addresses.'
+        )
+
+
+def _require_one_way(hints: Mapping[str, str], flags: Sequence[str]) -> None:
+    """
+    Raises:
+      UsageError: an accelerator is asked for by a hint and by an option of Dataflow's.
+    """
+    if 'accelerator' in hints and any('worker_accelerator' in flag for flag in flags):
+        raise UsageError(
+            f'--learner_accelerator {hints["accelerator"]}: excludes the service option'
+            ' worker_accelerator (right fitting). Fix: omit one of them.'
         )
 
 

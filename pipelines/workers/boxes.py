@@ -4,6 +4,7 @@ A worker runs in segments. The `with` that opens a worker closes everything it u
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import time
@@ -19,6 +20,7 @@ from pipelines.events import beat
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses
 from pipelines.workers.process import STATUS_SECONDS, Status, budget_reached
+from pipelines.workers.segment import Episode, Segment, decode, encode
 from pipelines.workers.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -39,12 +41,23 @@ SERVER_SECONDS = 90.0
 REPLAY_SECONDS = 600.0
 """How long an actor waits for the replay: all learners may be down, a shard may be saving."""
 
+ACTOR_SEGMENT = 2_000
+"""Agent steps of an actor's segment, which take seconds."""
+LEARNER_SEGMENT = 500
+"""Updates of a learner's segment, which take seconds."""
+SEGMENT_SECONDS = 10.0
+"""After which a segment ends at the latest, as with a slow environment: it tells that it works."""
+
 # Each random stream needs its own number.
 _ENVIRONMENT_STREAM, _EXPLORATION_STREAM = 1, 2
 
 
 class ActorWorker:
-    """Runs an actor in segments and reports its episodes."""
+    """Runs an actor in segments and reports its episodes.
+
+    Attributes:
+      made: agent steps so far.
+    """
 
     def __init__(
         self,
@@ -60,7 +73,9 @@ class ActorWorker:
         self._telemetry = telemetry
         self._status = Status(telemetry, 'actor')
         self._sync_due = 0.0
-        self._made = 0  # agent steps
+        self.made = 0
+        self._taken = 0  # of these, in earlier figures
+        self._episodes: list[Episode] = []
         self._budget_reached = budget_reached(config)
         self._replay = replay
         self._seeds = seeds
@@ -72,19 +87,33 @@ class ActorWorker:
     def run(self, segment: int, agent_steps: int) -> int:
         """Acts for `agent_steps`, or until the run is finished; returns the steps made."""
         rng = np.random.default_rng([*self._seeds, segment])
-        made = 0
-        while made < agent_steps and not self.finished():
-            for episode in self._actor.step(rng):
-                self._telemetry.record(
-                    'episode',
-                    **dataclasses.asdict(episode),
-                    run_agent_steps=self._actor.run_agent_steps,
-                    run_updates=self._actor.clock.updates,
+        before, due = self.made, time.monotonic() + SEGMENT_SECONDS
+        goal = before + agent_steps
+        while self.made < goal and not self.finished() and time.monotonic() < due:
+            for game in self._actor.step(rng):
+                steps, updates = self._actor.run_agent_steps, self._actor.clock.updates
+                episode = Episode(
+                    time=time.time(),
+                    **dataclasses.asdict(game),
+                    run_agent_steps=steps,
+                    run_updates=updates,
                 )
-            made += self._config.actor.envs_per_actor
-            self._made += self._config.actor.envs_per_actor
+                self._episodes.append(episode)
+                self._telemetry.record('episode', **episode._asdict())
+            self.made += self._config.actor.envs_per_actor
             self._status.report(self._describe)
-        return made
+        return self.made - before
+
+    def run_segment(self, segment: int) -> None:
+        """Acts for one segment."""
+        self.run(segment, ACTOR_SEGMENT)
+
+    def take(self) -> dict[str, Any]:
+        """The figures of `Segment` since the last call; the clock holds these agent steps then."""
+        self.sync()
+        taken, self._taken = self._taken, self.made
+        episodes, self._episodes = self._episodes, []
+        return {'agent_steps': self.made - taken, 'episodes': tuple(episodes)}
 
     def sync(self) -> Any:
         """Reports agent steps, pulls newer parameters and returns the clock."""
@@ -101,7 +130,7 @@ class ActorWorker:
 
     def _describe(self) -> dict[str, Any]:
         replay = {'replay': self._replay.read()[0]} if self._replay else {}
-        return {'epsilon': self._actor.epsilon, 'agent_steps': self._made, **replay}
+        return {'epsilon': self._actor.epsilon, 'agent_steps': self.made, **replay}
 
 
 class LearnerWorker:
@@ -113,6 +142,7 @@ class LearnerWorker:
         self._patient = config.run.topology == 'separate'
         self._status = Status(telemetry, 'learner')
         self._budget_reached = budget_reached(config)
+        self._taken = copy.deepcopy(learner.counters)
 
     def finished(self) -> bool:
         """Whether the run's budget is reached or the run is being stopped."""
@@ -124,8 +154,8 @@ class LearnerWorker:
 
     def run(self, updates: int) -> int:
         """Computes up to `updates` gradients, fewer if the run ends; returns their number."""
-        made = 0
-        while made < updates and not self.finished():
+        made, due = 0, time.monotonic() + SEGMENT_SECONDS
+        while made < updates and not self.finished() and time.monotonic() < due:
             try:
                 self._learner.update()
                 made += 1
@@ -136,6 +166,19 @@ class LearnerWorker:
             self._status.report(self._describe)
         self._learner.finish_push()
         return made
+
+    def run_segment(self, segment: int) -> None:
+        """Learns for one segment."""
+        self.run(LEARNER_SEGMENT)
+
+    def take(self) -> dict[str, Any]:
+        """The figures of `Segment` since the last call."""
+        before, now = self._taken, copy.deepcopy(self._learner.counters)
+        self._taken = now
+        names = ('gradients', 'outliers', 'stale', 'invalid', 'loss_sum')
+        figures = {name: getattr(now, name) - getattr(before, name) for name in names}
+        staleness = (new - old for new, old in zip(now.staleness, before.staleness))
+        return {**figures, 'staleness': tuple(staleness)}
 
     def report(self) -> None:
         """Reports the last figures."""
@@ -220,19 +263,61 @@ def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvi
     return AtariEnvironment(config.environment, config.actor.envs_per_actor, seed=seed)
 
 
+class OpenWorker:
+    """A worker of any kind, whose segments are on record at the parameter server.
+
+    Attributes:
+      box: an `ActorWorker`, a `LearnerWorker` or a `Bundle`.
+      next: number of the first segment that is neither committed nor on record.
+    """
+
+    def __init__(self, kind: str, enlisted: Enlisted, box: Any):
+        self._kind, self._spec, self._parameters = kind, enlisted.spec, enlisted.parameters
+        self.box = box
+        self._first = self.next = 0
+        self._done: list[Segment] = []
+
+    def begin(self, committed: int) -> None:
+        """Begins a part of the element; the engine has committed the segments before this one."""
+        first, records = self._parameters.begin_segments(self._kind, self._spec.worker, committed)
+        self._first, self._done = first, [decode(record) for record in records]
+        self.next = first + len(self._done)
+
+    def finished(self) -> bool:
+        """Whether the run's budget is reached or the run is being stopped."""
+        return self.box.finished()
+
+    def segment(self, number: int) -> Segment | None:
+        """Runs a segment, unless it is on record; None if it is committed."""
+        if number < self._first:
+            return None
+        if number < self.next:
+            return self._done[number - self._first]
+        begun = time.monotonic()
+        self.box.run_segment(number)
+        figures = self.box.take()
+        seconds = time.monotonic() - begun
+        spec = self._spec
+        identity = self._kind, spec.worker, number, spec.submission
+        segment = Segment(*identity, time.time(), seconds, **figures)
+        self._parameters.finish_segment(self._kind, spec.worker, number, encode(segment))
+        return segment
+
+
 @contextlib.contextmanager
 def open_actor(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
-) -> Iterator[ActorWorker]:
+) -> Iterator[OpenWorker]:
     """Opens an actor with its environments, policy, adder and connections."""
     from pipelines.experiment import builders
 
     with contextlib.ExitStack() as stack:
         build = functools.partial(builders.build_policy, config)
         worker = stack.enter_context(enlisted(config, addresses, spec, 'actor', build))
-        yield stack.enter_context(
+        actor = stack.enter_context(
             acting(config, addresses.replay, worker, worker.network, worker.parameters)
         )
+        yield OpenWorker('actor', worker, actor)
 
 
 @contextlib.contextmanager
@@ -292,7 +377,7 @@ def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayData
 @contextlib.contextmanager
 def open_learner(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
-) -> Iterator[LearnerWorker]:
+) -> Iterator[OpenWorker]:
     """Opens a learner with its network, sample stream and connections."""
     shards = addresses.replay
     if config.replay.replay_mode == 'local':
@@ -301,7 +386,8 @@ def open_learner(
         build = functools.partial(learners_network, config, spec)
         worker = stack.enter_context(enlisted(config, addresses, spec, 'learner', build))
         samples = stack.enter_context(samples_of(config, shards))
-        yield stack.enter_context(learning(config, shards, worker, samples))
+        learner = stack.enter_context(learning(config, shards, worker, samples))
+        yield OpenWorker('learner', worker, learner)
 
 
 def learners_network(config: ExperimentConfig, spec: WorkerSpec) -> 'AgentGradient':

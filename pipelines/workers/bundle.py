@@ -3,14 +3,20 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses
 from pipelines.workers import boxes
-from pipelines.workers.boxes import ActorWorker, LearnerWorker
+from pipelines.workers.boxes import ActorWorker, LearnerWorker, OpenWorker
 from pipelines.workers.spec import WorkerSpec
+
+TURN_AGENT_STEPS = 64
+"""Agent steps of the actor before the learner's turn: 16 updates at 4 steps each."""
+_TURNS = 32  # of a segment, which take seconds
+SEGMENT_AGENT_STEPS = _TURNS * TURN_AGENT_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,22 @@ class Bundle:
     learner: LearnerWorker
     owed: 'UpdatesOwed'
 
+    def finished(self) -> bool:
+        """Whether the run's budget is reached or the run is being stopped."""
+        return self.actor.finished()
+
+    def run_segment(self, segment: int) -> None:
+        """Acts and learns in turn for one segment."""
+        due = time.monotonic() + boxes.SEGMENT_SECONDS
+        for turn in range(_TURNS):
+            if self.finished() or time.monotonic() > due:
+                break
+            self.learn(self.actor.run(segment * _TURNS + turn, TURN_AGENT_STEPS))
+
+    def take(self) -> dict[str, Any]:
+        """The figures of `Segment` since the last call."""
+        return {**self.actor.take(), **self.learner.take()}
+
     def learn(self, agent_steps: int) -> int:
         """Makes the updates due after `agent_steps` more steps; returns their number."""
         updates = self.owed.after(agent_steps)
@@ -41,7 +63,7 @@ class Bundle:
 @contextlib.contextmanager
 def open_bundle(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
-) -> Iterator[Bundle]:
+) -> Iterator[OpenWorker]:
     """Opens a bundle with its replay, environments, network and connections."""
     from agents.policy import GreedyPolicy
 
@@ -57,7 +79,7 @@ def open_bundle(
             boxes.acting(own, replay, worker, policy, LearnersParameters(learner))
         )
         owed = UpdatesOwed(own.replay.min_replay_size, config.replay.agent_steps_per_update)
-        yield Bundle(actor, learner, owed)
+        yield OpenWorker('bundle', worker, Bundle(actor, learner, owed))
 
 
 class Pulled(NamedTuple):

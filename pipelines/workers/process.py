@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from infra.process import exit_with_launcher
 from pipelines.events import beat
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.workers.hangs import progress
 
 if TYPE_CHECKING:
     from infra.telemetry import Telemetry
@@ -56,7 +57,8 @@ class Status:
         self._due = 0.0
 
     def report(self, describe: Callable[[], dict[str, Any]]) -> None:
-        """Records a heartbeat and `describe()` when they are due."""
+        """Records a heartbeat and `describe()` when they are due; the worker has come further."""
+        progress()
         now = time.monotonic()
         if now >= self._due:
             self._due = now + STATUS_SECONDS

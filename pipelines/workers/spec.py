@@ -11,12 +11,10 @@ class WorkerSpec:
       worker: number of the actor, learner or bundle, from 0.
       submission: number of its job; a restarted worker must not replay its predecessor's games. If
         the engine restarts it within a job, the parameter server's count distinguishes the two.
-      segments: upper bound; the run's global budget usually ends the worker sooner.
     """
 
     worker: int
     submission: int
-    segments: int
 
     @property
     def name(self) -> str:
@@ -36,6 +34,6 @@ class Submission:
     workers: tuple[int, ...]
     number: int
 
-    def specs(self, segments: int) -> list[WorkerSpec]:
+    def specs(self) -> list[WorkerSpec]:
         """The job's elements."""
-        return [WorkerSpec(worker, self.number, segments) for worker in self.workers]
+        return [WorkerSpec(worker, self.number) for worker in self.workers]

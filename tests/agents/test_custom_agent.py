@@ -210,5 +210,6 @@ def test_a_good_agent_passes_the_trial():
 
 
 def test_a_module_that_cannot_be_imported_is_named():
+    values = {'agent': 'no_such_module:make'}
     with pytest.raises(ForeignAgentError, match='cannot import no_such_module'):
-        custom_agent.load_factory('no_such_module:make')
+        builders.try_agent(presets.experiment('laptop', values))

@@ -32,6 +32,7 @@ SMALL_SETTINGS: dict[str, Any] = {
     'evaluation_max_frames': 800,
     'video': False,
 }
+COUNTS = ('agent_steps', 'gradients', 'outliers', 'stale', 'invalid', 'episodes')
 STARTED: list[subprocess.Popen] = []
 """Runs of the present test: one that fails must not leave them to the others."""
 FEW = ('--num_learners=1', '--num_parameter_shards=1')
@@ -168,6 +169,34 @@ def check_run_directory(run_dir: pathlib.Path, max_frames: int, epsilon: float =
     assert list(run_dir.glob('events/events.out.tfevents.*'))
     assert list(run_dir.glob('checkpoints/checkpoint-*/run.json'))
     return told
+
+
+def check_statistics(run_dir: pathlib.Path, told: dict) -> None:
+    """Checks that the rows of a run without failures are those of its summary."""
+    rows: dict[str, list[dict]] = {'segments': [], 'episodes': []}
+    for table, found in rows.items():
+        for file in run_dir.glob(f'statistics/{table}-*.jsonl'):
+            found.extend(json.loads(line) for line in file.read_text().splitlines())
+    segments, games = rows['segments'], rows['episodes']
+    assert len({(row['kind'], row['worker'], row['segment']) for row in segments}) == len(segments)
+    total = {name: sum(row[name] for row in segments) for name in COUNTS}
+    rejected = {name: told['rejected'][name] for name in ('stale', 'invalid')}
+    rejected['outliers'] = told['rejected']['outlier']
+    assert total == {
+        'agent_steps': told['agent_steps'],
+        'gradients': told['updates'] + sum(rejected.values()),
+        'episodes': told['episodes'],
+        **rejected,
+    }
+    staleness = [row['staleness'] for row in segments if row['staleness']]
+    assert [sum(bins) for bins in zip(*staleness)] == list(told['staleness']['histogram'].values())
+    returns = [row['raw_return'] for row in sorted(games, key=lambda row: row['time'])[-100:]]
+    assert len(games) == told['episodes']
+    if returns:
+        assert told['mean_return_100'] == pytest.approx(sum(returns) / len(returns))
+    counted = told['beam'].values()  # empty where the engine gives none
+    if counted:
+        assert sum(kind['agent_steps'] for kind in counted) == told['agent_steps']
 
 
 @contextlib.contextmanager

@@ -38,10 +38,17 @@ def check_bundles(summary: dict, agent_steps: int = 1_500) -> None:
 
 
 def train(run_dir: pathlib.Path, *flags: str, max_frames: int = 6_000) -> dict:
-    """Runs the main job to its end; returns its summary."""
+    """Runs the main job to its end; returns its summary, with which its statistics agree."""
     process = launching.start(run_dir, f'--max_frames={max_frames}', *flags, *SMALL)
     assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
-    return launching.check_run_directory(run_dir, max_frames)
+    summary = launching.check_run_directory(run_dir, max_frames)
+    launching.check_statistics(run_dir, summary)
+    return summary
+
+
+def parts(summary: dict, kind: str) -> int:
+    """How often elements of a kind were begun or continued."""
+    return summary['beam'][kind]['start_milliseconds']['count']
 
 
 def wait_for_restarts(run_dir: pathlib.Path, count: int) -> None:
@@ -136,6 +143,7 @@ class TestOnDask:
             '--agent=tests.examples.own_agent:munchausen',
             '--num_parameter_shards=3',
             '--max_frames=10000',
+            f'--statistics_dir={run_dir / "statistics"}',
             *dask_flags,
             *BUNDLED,
             *flags,
@@ -143,6 +151,7 @@ class TestOnDask:
         assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
         summary = launching.check_run_directory(run_dir, 10_000)
         check_bundles(summary, agent_steps=2_500)
+        launching.check_statistics(run_dir, summary)
         script = [sys.executable, 'tests/examples/play_a_trained_policy.py', str(run_dir)]
         played = subprocess.run(
             script, cwd=launching.ROOT, capture_output=True, text=True, timeout=90
@@ -180,16 +189,22 @@ class TestOnDask:
             assert evaluated(tmp_path, *flags, *dask_flags, f'--num_workers={workers}') == expected
 
 
-def test_separate_topology_trains_on_prism(tmp_path):
-    flags = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
-    summary = train(tmp_path / 'run', *flags, *SEPARATE)
-    assert summary['restarts'] == {}
+def on_prism() -> tuple[str, ...]:
+    return '--runner=PrismRunner', f'--prism_location={engines.prism()}', '--element_seconds=1'
+
+
+def test_separate_topology_trains_on_prism_in_elements_that_are_continued(tmp_path):
+    summary = train(tmp_path / 'run', *on_prism(), *SEPARATE, max_frames=16_000)
+    assert summary['restarts'] == {}  # by a new process, or a new worker in this one
+    assert parts(summary, 'actor') >= 2
+    assert parts(summary, 'learner') >= 2
+    starts = summary['beam']['actor']['start_milliseconds']
+    assert starts['min'] < 1_000 < starts['max']  # a continuation, and the first start
     launching.assert_nothing_runs(tmp_path / 'run', within_seconds=10)
 
 
 def test_bundles_train_on_prism(tmp_path):
-    flags = ('--runner=PrismRunner', f'--prism_location={engines.prism()}')
-    check_bundles(train(tmp_path / 'run', *flags, *BUNDLED))
+    check_bundles(train(tmp_path / 'run', *on_prism(), *BUNDLED))
 
 
 class TestOnAJobServer:

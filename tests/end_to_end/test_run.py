@@ -36,6 +36,7 @@ def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_dir
         told = api.train(experiment, run_dir, progress=lambda line: print(line, file=out))
     summary = launching.check_run_directory(run_dir, 10_000, epsilon=0.001)
     assert told == summary
+    launching.check_statistics(run_dir, summary)
     assert api.evaluate(run_dir, episodes=1, output=tmp_path / 'one.json')['episodes'] == 1
     # Batch 32, 4 agent steps an update (the preset's): 32 / 4 = 8 samples an insert behind the
     # first 400. Each of two shards' limiters lets sampling lag or lead by half of 2,000; 3 batches

@@ -96,7 +96,7 @@ def open_worker(address):
     with boxes.enlisted(
         presets.experiment('laptop', {}),
         Addresses((address,), (), 'telemetry:1'),
-        WorkerSpec(0, 0, 1),
+        WorkerSpec(0, 0),
         'actor',
         lambda: pytest.skip('reached'),
     ):

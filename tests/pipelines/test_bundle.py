@@ -11,9 +11,10 @@ from infra import telemetry
 from infra.parameter_server import client as client_lib
 from pipelines.experiment import presets
 from pipelines.experiment.launch import Addresses
-from pipelines.transforms.bundle import SEGMENT_AGENT_STEPS
 from pipelines.workers import boxes
-from pipelines.workers.bundle import open_bundle
+from pipelines.workers import bundle as bundle_lib
+from pipelines.workers.bundle import TURN_AGENT_STEPS, open_bundle
+from pipelines.workers.segment import Segment
 from pipelines.workers.spec import WorkerSpec
 from tests.support import parameter_servers
 
@@ -68,11 +69,12 @@ def opened(monkeypatch):
             servers = Addresses(
                 tuple(shard.address for shard in shards), (), f'127.0.0.1:{queue.port}'
             )
-            bundles = [
-                stack.enter_context(open_bundle(config, servers, WorkerSpec(number, 0, 100)))
+            workers = [
+                stack.enter_context(open_bundle(config, servers, WorkerSpec(number, 0)))
                 for number in range(2)
             ]
-            return zip(bundles, Tape.tapes, strict=True)
+            opened.workers = workers  # type: ignore[attr-defined]
+            return zip([worker.box for worker in workers], Tape.tapes, strict=True)
 
         yield opened
 
@@ -91,7 +93,7 @@ def results(monkeypatch, module, name):
 
 def turn(bundle, segment):
     """One turn of a bundle: it acts, then it learns."""
-    return bundle.learn(bundle.actor.run(segment, SEGMENT_AGENT_STEPS))
+    return bundle.learn(bundle.actor.run(segment, TURN_AGENT_STEPS))
 
 
 @pytest.mark.parametrize(
@@ -119,10 +121,10 @@ def test_what_a_bundle_asks_before_each_step_brings_nothing_unless_others_pushed
         turn(first, segment)
         turn(second, segment)
     tape.modified.clear()
-    first.actor.run(2, SEGMENT_AGENT_STEPS)
+    first.actor.run(2, TURN_AGENT_STEPS)
     # The first step acts with what the learner's last push brought. Before the second comes what
     # the other bundle pushed, once; what this one's own learner has is never fetched again.
-    assert tape.modified == [True] + [False] * (SEGMENT_AGENT_STEPS - 2)
+    assert tape.modified == [True] + [False] * (TURN_AGENT_STEPS - 2)
 
 
 def test_actor_and_learner_of_a_bundle_have_one_network_which_is_the_newest(opened, monkeypatch):
@@ -138,4 +140,28 @@ def test_actor_and_learner_of_a_bundle_have_one_network_which_is_the_newest(open
         assert [shard['clients'] for shard in observer.report()['shards']] == [3, 3]  # itself too
     np.testing.assert_array_equal(policies[0].parameters(), newest)
     np.testing.assert_array_equal(networks[0].parameters(), newest)
-    assert clock.agent_steps == 4 * SEGMENT_AGENT_STEPS
+    assert clock.agent_steps == 4 * TURN_AGENT_STEPS
+
+
+def test_segments_that_an_engine_runs_twice_have_their_effects_once(opened, monkeypatch):
+    monkeypatch.setattr(bundle_lib, '_TURNS', 2)
+    ((bundle, tape), _), (worker, _) = opened(), opened.workers
+    committed: list[Segment] = []
+    part: list[Segment] = []
+    for first in range(0, 14, 2):  # of each part the engine loses the last two, and repeats them
+        worker.begin(first)
+        part = [worker.segment(number) for number in range(first, first + 4)]
+        committed += part[:2]
+    committed += part[2:]
+    assert [segment.segment for segment in committed] == list(range(16))
+    shards = tape.report()['shards']
+    # 16 segments of two turns, each of 64 decisions and then 16 updates.
+    agent_steps = sum(segment.agent_steps for segment in committed)
+    gradients = sum(segment.gradients for segment in committed)
+    assert (agent_steps, gradients) == (16 * 2 * TURN_AGENT_STEPS, 16 * 2 * BURST - 1)
+    assert shards[0]['agent_steps'] == agent_steps
+    rejected = sum(s.outliers + s.stale + s.invalid for s in committed)
+    assert shards[0]['version'] == gradients - rejected
+    # What is on its way, and the windows that the environments have begun, are not there yet.
+    inserts = bundle.actor._replay.read()[0]['inserts']
+    assert inserts == pytest.approx(agent_steps, abs=150)

@@ -107,6 +107,17 @@ def dofns(pipeline: beam_runner_api_pb2.Pipeline) -> dict[str, beam_runner_api_p
     return found
 
 
+ROW_CODER = 'beam:coder:row:v1'
+
+
+def unbounded(pipeline: beam_runner_api_pb2.Pipeline, step: str) -> bool:
+    """Whether the output of a step has no end."""
+    components = pipeline.components
+    (found,) = [each for each in components.transforms.values() if each.unique_name == step]
+    outputs = [components.pcollections[name] for name in found.outputs.values()]
+    return all(each.is_bounded == beam_runner_api_pb2.IsBounded.UNBOUNDED for each in outputs)
+
+
 def test_actors_get_machines_of_a_fixed_number_and_one_thread_a_process(submit):
     job = submit(
         'actor',
@@ -118,7 +129,8 @@ def test_actors_get_machines_of_a_fixed_number_and_one_thread_a_process(submit):
         '--labels=team=rl',
         '--disk_size_gb=30',
     )
-    assert job.request['type'] == 'JOB_TYPE_BATCH'
+    assert job.request['type'] == 'JOB_TYPE_STREAMING'
+    assert job.options['element_processing_timeout_minutes'] == 10  # twice --hang_seconds
     assert job.request['name'] == 'pong-actor-0'
     assert job.request['path'].startswith('/v1b3/projects/p/locations/r/jobs')
     assert job.request['labels'] == {'gorila': 'actor', 'team': 'rl'}
@@ -139,6 +151,7 @@ def test_actors_get_machines_of_a_fixed_number_and_one_thread_a_process(submit):
     expected = {'use_runner_v2', 'use_multiple_sdk_containers', 'use_network_tags=gorila'}
     assert expected <= set(job.request['environment']['experiments'])
     assert list(dofns(job.pipeline)) == ['Actor/Act']
+    assert unbounded(job.pipeline, 'Actor/Act')
 
 
 def test_learners_get_an_accelerator_each_and_one_process_a_machine(submit):
@@ -170,8 +183,41 @@ def test_bundles_are_one_splittable_dofn_behind_a_reshuffle_with_the_users_resou
     assert job.pool['numWorkers'] == 3
 
 
+def test_hints_say_what_a_worker_needs_so_that_right_fitting_finds_its_machine(submit):
+    accelerator = 'type:nvidia-l4;count:1;install-nvidia-driver'
+    job = submit('learner', '--learner_ram=8GB', f'--learner_accelerator={accelerator}')
+    pipeline = job.pipeline
+    (step,) = [
+        each
+        for each in pipeline.components.transforms.values()
+        if each.unique_name == 'Learner/Learn'
+    ]
+    hints = dict(pipeline.components.environments[step.environment_id].resource_hints)
+    assert hints == {
+        'beam:resources:min_ram_bytes:v1': b'8000000000',
+        'beam:resources:accelerator:v1': accelerator.encode(),
+    }
+    assert 'no_use_multiple_sdk_containers' in job.request['environment']['experiments']
+    others = {each.environment_id for each in pipeline.components.transforms.values()}
+    assert len(others - {'', step.environment_id}) == 1  # what is not a learner needs no hint
+
+
+def test_segments_and_rows_travel_by_coders_of_their_types(submit):
+    job = submit('actor', '--statistics_dir=gs://bucket/statistics')
+    components = job.pipeline.components
+    (step,) = [t for t in components.transforms.values() if t.unique_name == 'Actor/Act']
+    (output,) = step.outputs.values()
+    assert components.coders[components.pcollections[output].coder_id].spec.urn == ROW_CODER
+    names = {each.unique_name for each in components.transforms.values()}
+    tables = {f'Statistics/Write {table}' for table in ('episodes', 'segments', 'periods')}
+    assert tables <= names
+
+
 def test_a_batch_job_that_scales_is_cancelled_when_its_submitter_is_ended(submit):
-    job = submit('actor', '--autoscaling_algorithm=THROUGHPUT_BASED', '--max_num_workers=9')
+    scales = ['--autoscaling_algorithm=THROUGHPUT_BASED', '--max_num_workers=9']
+    job = submit('actor', '--element_seconds=0', *scales)
+    assert job.request['type'] == 'JOB_TYPE_BATCH'
+    assert not unbounded(job.pipeline, 'Actor/Act')
     assert job.pool['autoscalingSettings'] == {
         'algorithm': 'AUTOSCALING_ALGORITHM_BASIC',
         'maxNumWorkers': 9,
@@ -181,7 +227,7 @@ def test_a_batch_job_that_scales_is_cancelled_when_its_submitter_is_ended(submit
 
 
 def test_a_streaming_job_is_drained_when_its_submitter_is_ended(submit):
-    job = submit('learner', '--streaming')
+    job = submit('learner')
     assert job.request['type'] == 'JOB_TYPE_STREAMING'
     assert job.end() == 128 + signal.SIGTERM
     assert submit.service.requested == [('job-0', 'JOB_STATE_DRAINING')]

@@ -655,6 +655,7 @@ class TestSummary:
                 'cpu_share': 0.0,
             },
             'restarts': {'actor': 1},
+            'beam': {},
             'exit_reason': 'max_frames',
         }
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from agents import custom_agent
+from infra import named_function
 from infra.process import ProcessSpec, SupervisedProcess
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ def test_a_module_of_the_users_is_found_in_the_current_directory_behind_the_libr
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', [path for path in sys.path if path])
     monkeypatch.delitem(sys.modules, 'colorsys', raising=False)
-    factory = custom_agent.load_factory('agent_of_a_user:make')
+    factory = named_function.load_function('agent_of_a_user:make')
     assert factory(1.0, 1.0, 1.0) == (0.0, 0.0, 1.0)
 
 

@@ -1,14 +1,17 @@
-"""Segments as Beam runs them: claimed in order, ended early, never split."""
+"""Segments as Beam runs them: claimed in order, ended early, checkpointed, never split."""
+
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipelines.transforms.bundle import SEGMENT_AGENT_STEPS
-from pipelines.transforms.restriction import Segments, claimed
-from pipelines.workers.bundle import UpdatesOwed
+from pipelines.transforms.restriction import MOST_SEGMENTS, Segments
+from pipelines.workers.bundle import TURN_AGENT_STEPS, UpdatesOwed
 from pipelines.workers.spec import Submission, WorkerSpec
+
+SPEC = WorkerSpec(worker=0, submission=0)
 
 
 class CountTo(beam.DoFn):
@@ -18,47 +21,51 @@ class CountTo(beam.DoFn):
         self._stop = stop
 
     def process(self, spec, tracker=beam.DoFn.RestrictionParam(Segments())):
-        done: list[int] = []
-        for segment in claimed(tracker, lambda: len(done) >= self._stop):
-            done.append(segment)
+        segment = tracker.current_restriction().start
+        while segment < self._stop and tracker.try_claim(segment):
             yield spec.worker, segment
+            segment += 1
+        tracker.try_claim(tracker.current_restriction().stop)
 
 
-def run(stop):
+def test_every_worker_claims_its_segments_in_order_and_ends_early_without_an_error():
     options = PipelineOptions(['--runner=FnApiRunner'])
     with TestPipeline(options=options) as pipeline:
-        yield (
-            pipeline
-            | beam.Create(Submission((3, 5), number=0).specs(segments=4))
-            | beam.ParDo(CountTo(stop))
-        )
-
-
-def test_every_worker_claims_all_its_segments_in_order():
-    for output in run(stop=100):
+        specs = Submission((3, 5), number=0).specs()
+        output = pipeline | beam.Create(specs) | beam.ParDo(CountTo(4))
         assert_that(output, equal_to([(worker, i) for worker in (3, 5) for i in range(4)]))
 
 
-def test_a_worker_that_is_finished_ends_early_without_an_error():
-    for output in run(stop=2):
-        assert_that(output, equal_to([(worker, i) for worker in (3, 5) for i in range(2)]))
-
-
-def test_a_worker_at_work_is_neither_split_nor_checkpointed():
+def tracker():
     provider = Segments()
-    spec = WorkerSpec(worker=0, submission=0, segments=10)
-    tracker = provider.create_tracker(provider.initial_restriction(spec))
-    assert tracker.try_claim(0)
-    assert tracker.try_split(0.5) is None
-    assert tracker.try_split(0) is None
-    assert tracker.try_claim(1)
+    return provider.create_tracker(provider.initial_restriction(SPEC))
+
+
+def test_a_worker_at_work_is_not_split_but_checkpointed_after_the_segment():
+    working = tracker()
+    assert working.try_claim(0)
+    assert working.try_split(0.5) is None
+    done, rest = working.try_split(0)
+    assert (done.start, done.stop, rest.start, rest.stop) == (0, 1, 1, MOST_SEGMENTS)
+    assert not working.try_claim(1)
+    working.check_done()  # raises an error unless all is done or handed back
+
+
+def test_a_worker_that_has_not_begun_is_not_checkpointed_which_would_bring_it_nowhere():
+    assert tracker().try_split(0) is None
+
+
+def test_a_drain_leaves_nothing_of_the_rest():
+    provider = Segments()
+    rest: Any = provider.truncate
+    assert rest(SPEC, provider.initial_restriction(SPEC)) is None
 
 
 def test_updates_are_owed_at_the_ratio_once_the_replay_is_filled():
     owed = UpdatesOwed(min_replay_size=100, agent_steps_per_update=4.0)
     assert owed.after(64) == 0
     # 36 of these 64 still fill the replay; 28 / 4 = 7 updates.
-    assert owed.after(SEGMENT_AGENT_STEPS) == 7
+    assert owed.after(TURN_AGENT_STEPS) == 7
     assert owed.after(6) == 1  # 6 / 4, 2 steps left over
     assert owed.after(2) == 1  # with which these make a whole
     owed.carry(3)  # of them could not be made

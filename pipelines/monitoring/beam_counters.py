@@ -1,0 +1,45 @@
+"""What Beam has counted of a run's workers: the files that its jobs leave in, totals out."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from infra.disk import read_json
+from pipelines.events import count, finite
+
+SUFFIX = 'metrics.json'
+"""Ends the name of a file with the committed metrics of a job, by kind of worker and name."""
+
+
+_FOLDS: Mapping[str, Callable[[Iterable[int]], int]] = {
+    'count': sum,
+    'sum': sum,
+    'min': min,
+    'max': max,
+}
+
+
+def totals(logs: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Counters and distributions over all jobs of a run that have ended by themselves.
+
+    Empty for engines that give none. `logs`: directory with the jobs' files, of all launches.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(logs.glob(f'*.{SUFFIX}')):
+        for kind, metrics in (read_json(file) or {}).items():
+            held = found.setdefault(kind, {})
+            for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+                held[name] = merged(held.get(name), value)
+    return found
+
+
+def merged(one: Any, other: Any) -> Any:
+    """The sum of two counters, or of two distributions; what is neither counts as nothing."""
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        parts = [part for part in (one, other) if isinstance(part, Mapping) and part.get('count')]
+        return {name: fold(_values(parts, name)) for name, fold in _FOLDS.items()}
+    return (count(one) or 0) + (count(other) or 0)
+
+
+def _values(distributions: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+    return [int(finite(each.get(name)) or 0) for each in distributions] or [0]

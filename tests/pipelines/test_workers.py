@@ -1,0 +1,162 @@
+"""Workers as elements: kept open between two parts, watched for hangs, never run twice."""
+
+import contextlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines.workers.boxes import OpenWorker
+from pipelines.workers.open_workers import LeftBehindError, OpenWorkers
+from pipelines.workers.segment import Episode, Segment, decode, encode
+from pipelines.workers.spec import WorkerSpec
+from tests.support.waiting import eventually
+
+EPISODE = Episode(1.5, -21.0, -20.0, 800, 0.1, 8_000, 2_000)
+SEGMENT = Segment('bundle', 3, 7, 1, 2.5, 4.0, 64, 16, 2, 1, 0, 0.5, (3, 10), (EPISODE,))
+
+
+class Opened:
+    """Opens workers, each a number, and notes how each was closed."""
+
+    def __init__(self):
+        self.count = 0
+        self.closed: list[object] = []
+
+    @contextlib.contextmanager
+    def __call__(self):
+        self.count += 1
+        try:
+            yield self.count
+        except BaseException as error:
+            self.closed.append(type(error))
+            raise
+        self.closed.append(None)
+
+
+class TestOpenWorkers:
+    def test_a_continuation_takes_the_worker_that_was_kept(self):
+        workers, opened = OpenWorkers(), Opened()
+        for _ in range(3):
+            with workers.lease('a', opened) as lease:
+                assert lease.worker == 1
+                lease.keep = True
+        with workers.lease('b', opened) as lease:
+            assert lease.worker == 2
+        assert opened.closed == [None]  # b; a is still open
+        with workers.lease('a', opened):
+            pass
+        assert opened.closed == [None, None]
+
+    def test_two_elements_at_a_time_have_a_worker_each(self):
+        workers, opened = OpenWorkers(), Opened()
+        with workers.lease('a', opened) as first, workers.lease('a', opened) as second:
+            assert {first.worker, second.worker} == {1, 2}
+            first.keep = second.keep = True
+        assert opened.closed == [LeftBehindError]  # one is kept
+
+    def test_an_error_closes_the_worker_with_it(self):
+        workers, opened = OpenWorkers(), Opened()
+        with pytest.raises(OSError), workers.lease('a', opened) as lease:
+            lease.keep = True
+            raise OSError
+        assert opened.closed == [OSError]
+        with workers.lease('a', opened) as lease:
+            assert lease.worker == 2
+
+    def test_one_whose_element_goes_on_elsewhere_is_closed_as_not_ended(self):
+        workers, opened = OpenWorkers(idle_seconds=0.2), Opened()
+        with workers.lease('a', opened) as lease:
+            lease.keep = True
+        assert eventually(lambda: opened.closed == [LeftBehindError], 5.0)
+
+    def test_one_that_is_taken_again_in_time_is_not_closed(self):
+        workers, opened = OpenWorkers(idle_seconds=0.3), Opened()
+        for _ in range(5):
+            with workers.lease('a', opened) as lease:
+                lease.keep = True
+            time.sleep(0.1)
+        assert (opened.count, opened.closed) == (1, [])
+
+
+class Ledger:
+    """The part of a parameter client that keeps segments."""
+
+    def __init__(self, first=0, records=()):
+        self.first, self.records = first, list(records)
+
+    def begin_segments(self, kind, worker, committed):
+        return self.first, self.records
+
+    def finish_segment(self, kind, worker, segment, record):
+        self.records.append(record)
+
+
+class Box:
+    """Counts its segments."""
+
+    def __init__(self):
+        self.run: list[int] = []
+
+    def finished(self):
+        return False
+
+    def run_segment(self, number):
+        self.run.append(number)
+
+    def take(self):
+        return {'agent_steps': 64}
+
+
+def worker_with(ledger):
+    enlisted = type('Enlisted', (), {'spec': WorkerSpec(3, 1), 'parameters': ledger})
+    return OpenWorker('bundle', enlisted, Box())  # type: ignore[arg-type]
+
+
+def test_a_segment_is_the_same_after_its_way_through_the_ledger():
+    assert decode(encode(SEGMENT)) == SEGMENT
+
+
+def test_a_segment_on_record_is_handed_on_and_not_run_again():
+    ledger = Ledger(7, [encode(SEGMENT)])
+    worker = worker_with(ledger)
+    worker.begin(0)
+    assert [worker.segment(number) for number in range(8)] == [*[None] * 7, SEGMENT]
+    new = worker.segment(8)
+    assert worker.box.run == [8]
+    assert new is not None
+    assert (new.kind, new.worker, new.segment, new.submission, new.agent_steps) == (
+        'bundle', 3, 8, 1, 64,
+    )  # fmt: skip
+    assert decode(ledger.records[-1]) == new
+
+
+HANGING = """
+import sys, time
+from pipelines.workers import hangs
+with hangs.watched('actor 3', 2.0):
+    for _ in range(6):
+        hangs.progress()
+        time.sleep(0.5)
+    print('hangs', flush=True)
+    time.sleep(60)  # the environment
+"""
+
+
+def test_a_worker_that_hangs_says_where_it_stands_and_ends_its_process():
+    begun = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, '-c', HANGING], capture_output=True, text=True, timeout=50
+    )
+    assert ended.stdout == 'hangs\n'  # three seconds of progress come before
+    assert ended.returncode == 70
+    assert 'line 9, in <module>' in ended.stderr
+    assert 'actor 3: no step and no update for 2 s (--hang_seconds)' in ended.stderr
+    assert time.monotonic() - begun < 20.0
+
+
+def test_a_worker_is_watched_in_its_own_thread_only():
+    code = HANGING.replace('time.sleep(60)', 'pass') + 'time.sleep(4)\nprint("alive")\n'
+    ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=50)
+    assert ended.stdout == 'hangs\nalive\n', ended.stderr
