@@ -199,7 +199,7 @@ def test_separate_topology_trains_on_prism_in_elements_that_are_continued(tmp_pa
     assert parts(summary, 'actor') >= 2
     assert parts(summary, 'learner') >= 2
     starts = summary['beam']['actor']['start_milliseconds']
-    assert starts['min'] < 1_000 < starts['max']  # a continuation, and the first start
+    assert 10 * starts['min'] < starts['max']  # a continuation, and the first start
     launching.assert_nothing_runs(tmp_path / 'run', within_seconds=10)
 
 
