@@ -204,7 +204,10 @@ def test_separate_topology_trains_on_prism_in_elements_that_are_continued(tmp_pa
 
 
 def test_bundles_train_on_prism(tmp_path):
-    check_bundles(train(tmp_path / 'run', *on_prism(), *BUNDLED))
+    # Prism begins the second element some seconds after the first.
+    summary = train(tmp_path / 'run', *on_prism(), *BUNDLED, max_frames=20_000)
+    check_bundles(summary, agent_steps=5_000)
+    assert parts(summary, 'bundle') >= 3
 
 
 class TestOnAJobServer:
