@@ -31,6 +31,7 @@ class _Watch:
     def add(self, name: str, bound_seconds: float) -> None:
         with self._lock:
             self._blocks[threading.get_ident()] = name, bound_seconds
+            self.sign()  # an engine's thread may have run an earlier part of this element
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._run, name='hangs', daemon=True).start()
@@ -50,6 +51,7 @@ class _Watch:
             now = own_time.look()
             with self._lock:
                 blocks = dict(self._blocks)
+            seen = {thread: held for thread, held in seen.items() if thread in blocks}
             for thread, block in blocks.items():
                 state = block, self._progress.get(thread)
                 if thread not in seen or seen[thread][0] != state:

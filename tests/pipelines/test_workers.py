@@ -156,6 +156,24 @@ def test_a_worker_that_hangs_says_where_it_stands_and_ends_its_process():
     assert time.monotonic() - begun < 20.0
 
 
+AGAIN = """
+import time
+from pipelines.workers import hangs
+for part in range(2):
+    with hangs.watched('actor 3', 2.0):
+        time.sleep(1.2)  # opens its worker
+    time.sleep(3.5)  # another thread runs the next part
+print('alive')
+"""
+
+
+def test_a_thread_that_begins_another_part_does_not_hang_since_the_one_before():
+    ended = subprocess.run(
+        [sys.executable, '-c', AGAIN], capture_output=True, text=True, timeout=50
+    )
+    assert ended.stdout == 'alive\n', ended.stderr
+
+
 def test_a_worker_is_watched_in_its_own_thread_only():
     code = HANGING.replace('time.sleep(60)', 'pass') + 'time.sleep(4)\nprint("alive")\n'
     ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=50)
