@@ -18,8 +18,8 @@ MAX_WORKERS = 10_000
 
 MAX_BYTES = 16 << 20
 """Of all records; beyond, the oldest of the worker with most bytes are dropped. Where elements
-commit their results every few minutes, records are kept for minutes; elsewhere for the whole run,
-some 10 MB in 100 million frames."""
+commit their results every few minutes, records are kept for minutes; elsewhere for the whole
+run."""
 
 MAX_RECORD_BYTES = 1 << 18
 """Of one record: thousands of episodes."""

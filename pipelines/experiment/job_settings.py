@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from infra.flags import nonempty
@@ -73,26 +72,26 @@ def add_arguments(parser: Any) -> None:
         parser.add_argument(f'--{field.name}', type=kind, default=field.default, help=text)
 
 
-def from_arguments(known: argparse.Namespace | Mapping[str, Any]) -> JobSettings:
+def from_arguments(known: argparse.Namespace) -> JobSettings:
     """The settings in parsed flags.
 
     Raises:
       UsageError: a value is out of range.
     """
-    values = vars(known) if isinstance(known, argparse.Namespace) else known
-    settings = JobSettings(
-        **{field.name: values[field.name] for field in dataclasses.fields(JobSettings)}
-    )
+    names = [field.name for field in dataclasses.fields(JobSettings)]
+    settings = JobSettings(**{name: getattr(known, name) for name in names})
     for name, least in (('element_seconds', 0.0), ('hang_seconds', 10.0)):
         if not least <= (value := getattr(settings, name)) <= 86_400:
-            raise UsageError(f'--{name} {value:g}: must be from {least:g} to 86400.')
+            raise UsageError(
+                f'--{name} {value:g}: must be from {least:g} to 86400. Fix: correct it.'
+            )
     return settings
 
 
 def beam_flags(settings: JobSettings, continues_elements: bool) -> list[str]:
     """Beam's own flags that fit the settings; a user's override them.
 
-    `continues_elements`: whether the engine goes on with an element that returns early.
+    `continues_elements`: whether the engine continues an element that returns early.
     """
     # Beam kills a process that hands on no record: a segment lasts ten seconds.
     minutes = math.ceil(2 * settings.hang_seconds / 60)

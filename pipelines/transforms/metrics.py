@@ -8,10 +8,10 @@ from typing import Any
 from apache_beam.metrics import Metrics
 
 from agents.config import STALENESS_BOUNDS
+from infra.parameter_server.protocol import WORKER_KINDS
 from pipelines.monitoring.beam_counters import merged
 from pipelines.workers.segment import Segment
 
-KINDS = ('actor', 'learner', 'bundle')
 COUNTERS = {
     'agent_steps': 'agent_steps',
     'gradients': 'gradients',
@@ -70,7 +70,7 @@ def committed(result: Any) -> dict[str, dict[str, Any]]:
     totals: dict[str, dict[str, Any]] = {}
     for metric in (*found['counters'], *found['distributions']):
         name, value = metric.key.metric, metric.committed
-        if name.namespace not in KINDS or value is None:
+        if name.namespace not in WORKER_KINDS or value is None:
             continue
         held = totals.setdefault(name.namespace, {})
         if not isinstance(value, int):

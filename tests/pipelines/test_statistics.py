@@ -10,6 +10,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pyarrow import parquet
 
 from infra.disk import write_json
+from infra.parameter_server.protocol import WORKER_KINDS
 from pipelines.errors import UsageError
 from pipelines.experiment.job_settings import JobSettings
 from pipelines.monitoring import beam_counters
@@ -38,7 +39,7 @@ class Count(beam.DoFn):
     """Hands on segments and counts them as the workers' steps do."""
 
     def setup(self):
-        self._metrics = {kind: metrics.WorkerMetrics(kind) for kind in metrics.KINDS}
+        self._metrics = {kind: metrics.WorkerMetrics(kind) for kind in WORKER_KINDS}
 
     def process(self, segment: Segment):
         self._metrics[segment.kind].update(segment)
