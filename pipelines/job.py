@@ -1,7 +1,7 @@
 """Runs one Beam job: worker numbers and addresses in, their pipeline run to its end.
 
-The launcher starts it as `python -m pipelines.job`. Actors and learners are separate jobs, since
-some engines run the stages of one pipeline in turn.
+The launcher starts it as `python -m pipelines.job`. Actors and learners are separate jobs unless
+--one_job is set, since some engines run the steps of a pipeline in turn.
 """
 
 import argparse
@@ -23,11 +23,10 @@ from pipelines.launch.interrupts import Ended
 from pipelines.storage.object_store import read_bytes
 from pipelines.transforms.act import Act
 from pipelines.transforms.bundle import ActAndLearn
+from pipelines.transforms.job import build
 from pipelines.transforms.learn import Learn
 from pipelines.transforms.metrics import committed
-from pipelines.transforms.sinks import sink_of
-from pipelines.transforms.statistics import Statistics
-from pipelines.transforms.workers import Work, Workers
+from pipelines.transforms.workers import Work
 from pipelines.workers.spec import Submission
 
 WORK: Mapping[str, type[Work]] = {
@@ -39,8 +38,10 @@ WORK: Mapping[str, type[Work]] = {
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog='python -m pipelines.job', allow_abbrev=False)
-    parser.add_argument('--kind', choices=WORK, required=True, help='Kind of the workers.')
-    parser.add_argument('--workers', required=True, help='Their numbers, separated by commas.')
+    for kind in WORK:
+        parser.add_argument(
+            f'--{kind}s', type=_numbers, default=(), help=f'Numbers of its {kind}s, with commas.'
+        )
     parser.add_argument('--submission', type=int, required=True, help='Number of this submission.')
     parser.add_argument('--config', required=True, help='File config.json, local or gs://...')
     parser.add_argument(
@@ -53,11 +54,18 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--metrics_file', type=pathlib.Path, help="File for Beam's counters.")
     parser.add_argument('--runner', required=True, help='Engine.')
     job_settings.add_arguments(parser)
-    return parser.parse_known_args(argv)
+    known, extra = parser.parse_known_args(argv)
+    if not any(getattr(known, f'{kind}s') for kind in WORK):
+        parser.error('no workers. Fix: pass --actors, --learners or --bundles.')
+    return known, extra
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(','))
 
 
 def main(argv: Sequence[str]) -> None:
-    """Builds the pipeline of one kind of worker and runs it to its end."""
+    """Builds a pipeline of workers and runs it to its end."""
     import apache_beam as beam  # here: the import of this project silences others' notices first
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -71,21 +79,22 @@ def main(argv: Sequence[str]) -> None:
         tls_roots=read_roots(arguments.tls_roots) if arguments.tls_roots else None,
     )
     reach_directly(addresses.all)  # and Beam's own workers, by loopback
-    workers = tuple(int(worker) for worker in arguments.workers.split(','))
-    beam_job.end_with_workers(len(workers))
+    workers = {kind: numbers for kind in WORK if (numbers := getattr(arguments, f'{kind}s'))}
+    count = sum(map(len, workers.values()))
+    beam_job.end_with_workers(count)
     engine.register_flags()
     settings = job_settings.from_arguments(arguments)
     flags = [*job_settings.beam_flags(settings, engine.continues_elements), *extra]
-    accelerated = 'accelerator' in settings.hints(arguments.kind)
-    options = PipelineOptions(engine.job_flags(arguments.kind, len(workers), flags, accelerated))
-    work = WORK[arguments.kind](read_config(arguments.config), addresses)
+    hints = {hint for kind in workers for hint in settings.hints(kind)}
+    options = PipelineOptions(engine.job_flags('-'.join(workers), count, flags, hints))
+    config = read_config(arguments.config)
+    works = [
+        (WORK[kind](config, addresses), Submission(numbers, arguments.submission))
+        for kind, numbers in workers.items()
+    ]
     with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
-        period = settings.element_seconds * engine.continues_elements
-        transform = Workers(work, Submission(workers, arguments.submission), period, settings)
-        segments = pipeline | arguments.kind.capitalize() >> transform
-        if (sink := sink_of(settings)) is not None:
-            _ = segments | 'Statistics' >> Statistics(sink, arguments.submission)
+        build(pipeline, works, settings, settings.element_seconds * engine.continues_elements)
         try:
             result = beam_job.run(pipeline, options, engine, arguments.state_file)
         except Ended as ended:

@@ -6,7 +6,7 @@ The table `ENGINES` holds everything that differs between engines.
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from infra.flags import value_of
@@ -29,8 +29,8 @@ class Engine:
     Attributes:
       beam_runner: Beam's name of the runner.
       flags: Beam flags of every job.
-      defaults: Beam flags of a job, computed from its kind, number of workers, the user's flags,
-        and whether a hint asks for an accelerator; the user's flags override them.
+      defaults: Beam flags of a job, computed from the kind of its workers, their number, the user's
+        flags and the names of its resource hints; the user's flags override them.
       count_flag: Beam flag for the number of workers; empty if the engine needs none.
       reserved_flags: flags that a user must not set, because `flags` and `count_flag` set them.
       required: groups of flags; the user must set at least one flag of each group.
@@ -46,13 +46,14 @@ class Engine:
         the log shows them.
       end_seconds: time limit of `end`, or, without `outlives_submitter`, of the job process's exit.
       launcher_restarts_workers: the launcher replaces dead workers, because the engine does not.
+      side_by_side: runs all steps of a job at once: a job may hold workers of several kinds.
       continues_elements: takes the rest of an element that returns early, and commits its results.
       job_context: context manager in which the pipeline runs, given its options.
     """
 
     beam_runner: str
     flags: tuple[str, ...] = ()
-    defaults: Callable[[str, int, Sequence[str], bool], list[str]] = lambda *_: []
+    defaults: Callable[[str, int, Sequence[str], Collection[str]], list[str]] = lambda *_: []
     count_flag: str = ''
     reserved_flags: tuple[str, ...] = ()
     required: tuple[tuple[str, ...], ...] = ()
@@ -66,6 +67,7 @@ class Engine:
     follow: Callable[[Any, Any, Callable[[str], None]], None] | None = None
     end_seconds: float = 5.0
     launcher_restarts_workers: bool = False
+    side_by_side: bool = False
     continues_elements: bool = False
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -75,10 +77,10 @@ class Engine:
         return bool(self.count_flag) or self.defaults is not Engine.defaults
 
     def job_flags(
-        self, kind: str, num_workers: int, extra: Sequence[str], accelerated: bool = False
+        self, kind: str, num_workers: int, extra: Sequence[str], hints: Collection[str] = ()
     ) -> list[str]:
         """Beam flags of a job with `num_workers` workers; the last of two equal flags counts."""
-        defaults = self.defaults(kind, num_workers, extra, accelerated)
+        defaults = self.defaults(kind, num_workers, extra, hints)
         count = [f'{self.count_flag}={num_workers}'] if self.count_flag else []
         return [*defaults, *extra, f'--runner={self.beam_runner}', *self.flags, *count]
 
@@ -106,10 +108,15 @@ ENGINES: Mapping[str, Engine] = {
         required=(('--dask_client_address', '--dask_scheduler_file'),),
         example='--dask_client_address=tcp://HOST:8786',
         options_module='pipelines.engines.dask',
+        side_by_side=True,
         job_context=_placed_by_dask,
     ),
     'PrismRunner': Engine(
-        'PrismRunner', runs_locally=True, launcher_restarts_workers=True, continues_elements=True
+        'PrismRunner',
+        runs_locally=True,
+        launcher_restarts_workers=True,
+        side_by_side=True,
+        continues_elements=True,
     ),
     'PortableRunner': Engine(
         'PortableRunner',
@@ -141,6 +148,7 @@ ENGINES: Mapping[str, Engine] = {
         example='--project=P --region=R --temp_location=gs://BUCKET/tmp'
         ' --sdk_container_image=IMAGE (see docs/deploy/images.md)',
         always_remote=True,
+        side_by_side=True,
         continues_elements=True,
         outlives_submitter=True,
         end=dataflow.end,
@@ -148,6 +156,9 @@ ENGINES: Mapping[str, Engine] = {
         end_seconds=dataflow.DRAIN_SECONDS + _END_SECONDS,
     ),
 }
+
+SIDE_BY_SIDE = tuple(name for name, engine in ENGINES.items() if engine.side_by_side)
+"""Engines whose jobs may hold workers of several kinds."""
 
 
 def engine(runner: str) -> Engine:

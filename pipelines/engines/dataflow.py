@@ -8,7 +8,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 DRAIN_SECONDS = 30.0
@@ -22,12 +22,12 @@ _PROCESSORS = re.compile(r'-(\d+)(?=-|$)')
 
 
 def job_flags(
-    kind: str, num_workers: int, flags: Sequence[str], accelerated: bool = False
+    kind: str, num_workers: int, flags: Sequence[str], hints: Collection[str] = ()
 ) -> list[str]:
     """Default flags of a job; the user's flags follow and override them.
 
-    `accelerated`: whether a resource hint asks for an accelerator, as a service option in `flags`
-    may do too.
+    `hints` are the names of its resource hints. With any the service finds the machines of each
+    step itself (right fitting), in a streaming job only if it also scales their number.
 
     Dataflow starts one process per virtual processor; with one thread per process, each of our
     workers has its own. A machine with an accelerator runs one process, for one learner, unless
@@ -38,14 +38,17 @@ def job_flags(
     options = beam.PipelineOptions(list(flags))
     service = options.view_as(beam.GoogleCloudOptions).dataflow_service_options or []
     accelerator = next((each for each in service if 'worker_accelerator' in each), '')
-    accelerated = (accelerated or bool(accelerator)) and 'use_nvidia_mps' not in accelerator
+    accelerated = 'accelerator' in hints or bool(accelerator)
+    accelerated = accelerated and 'use_nvidia_mps' not in accelerator
     machine_type = options.view_as(beam.WorkerOptions).machine_type
     per_machine = 1 if accelerated else processors(machine_type)
     machines = math.ceil(num_workers / per_machine)
+    scales = bool(hints) and options.view_as(beam.StandardOptions).streaming
     return [
         f'--num_workers={machines}',
         f'--max_num_workers={machines}',
-        '--autoscaling_algorithm=NONE',
+        f'--autoscaling_algorithm={"THROUGHPUT_BASED" if scales else "NONE"}',
+        *([f'--dataflow_service_options=min_num_workers={machines}'] * scales),
         '--number_of_worker_harness_threads=1',
         *(['--experiments=no_use_multiple_sdk_containers'] if accelerated else []),
         '--sdk_location=container',  # the image contains Beam and this project

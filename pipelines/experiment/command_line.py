@@ -156,7 +156,14 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     """Adds the project's flags, with the preset's values in their help texts."""
     _add_launch_arguments(parser)
     _add_server_arguments(parser)
-    job_settings.add_arguments(parser.add_argument_group('jobs of Beam'))
+    jobs = parser.add_argument_group('jobs of Beam')
+    jobs.add_argument(
+        '--one_job',
+        action='store_true',
+        help='Actors and learners are one job, on an engine that runs all steps of a job at once'
+        f' ({", ".join(catalog.SIDE_BY_SIDE)}). Default: a job each.',
+    )
+    job_settings.add_arguments(jobs)
     default = presets.experiment(preset, {})
     for group, config in config_lib.groups():
         arguments = parser.add_argument_group(group.replace('_', ' '))
@@ -369,6 +376,7 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
         actor_flags=of_jobs[0],
         learner_flags=of_jobs[1],
         wandb_project=known.wandb_project,
+        one_job=known.one_job,
         jobs=job_settings.from_arguments(known),
     )
     _require_directories(launch)

@@ -27,6 +27,7 @@ class Launch:
     actor_flags: tuple[str, ...] = ()
     learner_flags: tuple[str, ...] = ()
     wandb_project: str | None = None
+    one_job: bool = False
     jobs: JobSettings = JobSettings()
 
     def flags_of(self, kind: str) -> tuple[str, ...]:

@@ -47,8 +47,8 @@ _BACKOFF_SECONDS = 2.0
 _STATISTICS = 'statistics'  # directory
 _MAX_BACKOFF_SECONDS = 60.0
 
-Command = Callable[[str, Sequence[int], int], Sequence[str]]
-"""(kind, workers, submission) -> argument vector of their job."""
+Command = Callable[[Sequence[Worker], int], Sequence[str]]
+"""(workers, submission) -> argument vector of their job."""
 
 
 class WorkersFailedError(Exception):
@@ -57,56 +57,56 @@ class WorkersFailedError(Exception):
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """A process that runs workers of one kind.
+    """A process that runs workers, of one kind or, with --one_job, of all.
 
     Attributes:
       process: leads a session, which includes its workers.
-      kind: 'actor', 'learner' or 'bundle'.
+      name: of its files: the kinds of its workers.
       number: of the submission.
-      workers: numbers of the workers that it still runs.
+      workers: those that it still runs.
       submitted: time of the submission.
       start_seconds: time within which each worker must send its first heartbeat.
       state_file: the engine's report on the job; may not exist.
       report: the last one shown.
-      heard: each worker's last heartbeat and its arrival, by number.
-      lost: numbers of workers given up while others of the job continue.
-      gone_since: when a worker's process was first found gone, by number.
+      heard: each worker's last heartbeat and its arrival.
+      lost: workers given up while others of the job continue.
+      gone_since: when a worker's process was first found gone.
     """
 
     process: SupervisedProcess
-    kind: str
+    name: str
     number: int
-    workers: set[int]
+    workers: set[Worker]
     submitted: float
     start_seconds: float
     state_file: pathlib.Path
     report: str = ''
-    heard: dict[int, tuple[Heartbeat, float]] = dataclasses.field(default_factory=dict)
-    lost: set[int] = dataclasses.field(default_factory=set)
-    gone_since: dict[int, float] = dataclasses.field(default_factory=dict)
+    heard: dict[Worker, tuple[Heartbeat, float]] = dataclasses.field(default_factory=dict)
+    lost: set[Worker] = dataclasses.field(default_factory=set)
+    gone_since: dict[Worker, float] = dataclasses.field(default_factory=dict)
 
-    def death_of(self, number: int, now: float) -> str:
+    def death_of(self, worker: Worker, now: float) -> str:
         """How a worker died; empty if its process is running, unknown or only just gone."""
-        beat, _ = self.heard.get(number, (None, 0.0))
+        beat, _ = self.heard.get(worker, (None, 0.0))
         if beat is None or self._has(beat.pid):
-            self.gone_since.pop(number, None)
+            self.gone_since.pop(worker, None)
             return ''
-        gone = now - self.gone_since.setdefault(number, now) >= GONE_SECONDS
+        gone = now - self.gone_since.setdefault(worker, now) >= GONE_SECONDS
         return f'died (process {beat.pid})' if gone else ''
 
-    def silence_of(self, number: int, now: float) -> str:
+    def silence_of(self, worker: Worker, now: float) -> str:
         """How long a worker has been silent, as text; empty if it is not."""
-        if number not in self.heard:
+        if worker not in self.heard:
             waited = now - self.submitted
             late = waited > self.start_seconds
             return f'sent no heartbeat within {waited:.0f} s of its start' if late else ''
-        silent = now - self.heard[number][1]
+        silent = now - self.heard[worker][1]
         return f'sent no heartbeat for {silent:.0f} s' if silent > SILENCE_SECONDS else ''
 
     def kill_lost(self) -> None:
         """Kills the workers given up, which may hang or start late: a successor replaces each."""
-        for number in self.lost & self.heard.keys():
-            beat, _ = self.heard[number]
+        for worker in self.lost & self.heard.keys():
+            beat, _ = self.heard[worker]
             # A process ID from telemetry may be stale: kill only processes of this job.
             if self.process.poll() is None and self._has(beat.pid):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -163,21 +163,20 @@ class Jobs:
         self._news: list[str] = []
         self.restarts: dict[str, int] = {}
         self.failures = 0  # of workers, restarted or not
-        self.committed = True
-        """Whether every job that has ended did so by itself, so that its results are written."""
+        self._unwritten: set[Worker] = set()  # whose last records may be in no table
 
     def start(self, now: float) -> None:
         """Submits every worker of the topology."""
-        for kind, count in self._config.run.workers.items():
-            self._submit(kind, range(count), now)
+        counts = self._config.run.workers
+        self._submit_all([(kind, n) for kind, count in counts.items() for n in range(count)], now)
 
     def hear(self, heartbeats: Iterable[Heartbeat], now: float) -> None:
         """Records heartbeats that have just arrived, in order."""
-        jobs = {(job.kind, job.number): job for job in self._jobs}
+        jobs = {job.number: job for job in self._jobs}
         for beat in heartbeats:
-            job = jobs.get((beat.component, beat.submission))
-            if job is not None:
-                job.heard[beat.worker] = (beat, now)
+            job, worker = jobs.get(beat.submission), (beat.component, beat.worker)
+            if job is not None and worker in job.workers | job.lost:
+                job.heard[worker] = (beat, now)
 
     def supervise(self, now: float, own: float | None = None) -> None:
         """Restarts dead workers.
@@ -201,15 +200,22 @@ class Jobs:
         self._submit_due(now)
 
     def _submit_due(self, now: float) -> None:
-        """Submits the workers whose back-off is over, all of a kind as one job."""
-        due: dict[str, list[int]] = {}
-        for (kind, number), history in self._history.items():
+        """Submits the workers whose back-off is over."""
+        due = []
+        for worker, history in self._history.items():
             if history.due is not None and history.due <= self._own:
                 history.due = None
-                due.setdefault(kind, []).append(number)
-        for kind, numbers in due.items():
-            self.restarts[kind] = self.restarts.get(kind, 0) + len(numbers)
-            self._submit(kind, numbers, now)
+                due.append(worker)
+                self.restarts[worker[0]] = self.restarts.get(worker[0], 0) + 1
+        self._submit_all(due, now)
+
+    def _submit_all(self, workers: Iterable[Worker], now: float) -> None:
+        """Submits workers, all of a kind as one job, with --one_job all together."""
+        groups: dict[str, list[Worker]] = {}
+        for worker in workers:
+            groups.setdefault('' if self._launch.one_job else worker[0], []).append(worker)
+        for group in groups.values():
+            self._submit(group, now)
 
     def news(self) -> list[str]:
         """Returns failures of workers and engines' reports since the last call."""
@@ -227,8 +233,8 @@ class Jobs:
 
     @property
     def running(self) -> list[str]:
-        """The kind of each job whose process is running."""
-        return [job.kind for job in self._jobs if job.process.poll() is None]
+        """The name of each job whose process is running."""
+        return [job.name for job in self._jobs if job.process.poll() is None]
 
     def end_stranded(self, now: float, own: float | None = None) -> None:
         """Ends jobs that only wait for dead, silent or unstarted workers.
@@ -240,18 +246,29 @@ class Jobs:
         for job in list(self._jobs):
             if not self._launch.engine.launcher_restarts_workers or job.process.poll() is not None:
                 continue
-            ended = {number for number, (beat, _) in job.heard.items() if beat.ended}
+            ended = {worker for worker, (beat, _) in job.heard.items() if beat.ended}
             left = job.workers - ended
-            vain = [n for n in left if n not in job.heard or self._fault_of(job, n, now)]
+            vain = [w for w in left if w not in job.heard or self._fault_of(job, w, now)]
             if len(vain) == len(left) and (left or job.lost - ended):
-                self.committed = False
+                self._unwritten |= job.workers & job.heard.keys()
                 job.process.terminate(self._launch.engine.end_seconds)
                 self._jobs.remove(job)
+
+    @property
+    def unwritten(self) -> frozenset[Worker]:
+        """Workers whose last records may be in no table: their last job did not end by itself."""
+        settings = self._settings
+        tables = settings.statistics_dir is not None or settings.statistics_sink is not None
+        return frozenset(self._unwritten if tables else ())
+
+    def submit_unwritten(self, now: float) -> None:
+        """Submits these workers again at the run's end: they hand on what is on record, and end."""
+        self._submit_all(sorted(self.unwritten), now)
 
     def stop(self) -> None:
         """Ends the jobs and their workers."""
         for job in self._jobs:
-            self.committed &= job.process.poll() == 0
+            self._note_end(job, job.process.poll())
             job.process.signal(signal.SIGTERM)  # all at once, so that grace periods overlap
         for job in self._jobs:
             job.process.terminate(self._launch.engine.end_seconds)
@@ -260,37 +277,44 @@ class Jobs:
     def _ended(self, job: _Job, code: int) -> None:
         """Records a job's end; without an error its workers saw the run's end."""
         self._jobs.remove(job)
+        self._note_end(job, code)
         if code:
-            self.committed = False
             self._failed(job.workers, job, describe_exit(code))
         else:
-            self._finished.update({(job.kind, number): job for number in job.workers})
+            self._finished.update(dict.fromkeys(job.workers, job))
+
+    def _note_end(self, job: _Job, code: int | None) -> None:
+        """Notes whether the records of a job's workers are written: it has ended by itself."""
+        if code == 0:
+            self._unwritten -= job.workers
+        else:
+            self._unwritten |= job.workers & job.heard.keys()
 
     def _watch(self, job: _Job, now: float) -> None:
         """Gives up and kills the dead or silent workers of a running job."""
-        for number in sorted(job.workers):
-            how = self._fault_of(job, number, now)
+        for worker in sorted(job.workers):
+            how = self._fault_of(job, worker, now)
             if how:
-                self._give_up([number], job, how)
+                self._give_up([worker], job, how)
                 # A worker elsewhere cannot be killed alone.
                 if not self._launch.engine.runs_locally and job.workers:
                     self._give_up(sorted(job.workers), job, 'ended with it')
                     break
         job.kill_lost()
         if not job.workers:
-            self.committed = False
             job.process.terminate(self._launch.engine.end_seconds)
             self._jobs.remove(job)
 
-    def _fault_of(self, job: _Job, number: int, now: float) -> str:
+    def _fault_of(self, job: _Job, worker: Worker, now: float) -> str:
         """How a worker of a running job failed; empty if it is neither dead nor silent."""
-        dead = job.death_of(number, self._own) if self._launch.engine.runs_locally else ''
-        return dead or job.silence_of(number, now)
+        dead = job.death_of(worker, self._own) if self._launch.engine.runs_locally else ''
+        return dead or job.silence_of(worker, now)
 
-    def _give_up(self, numbers: Sequence[int], job: _Job, how: str) -> None:
-        self._failed(numbers, job, how)
-        job.workers.difference_update(numbers)
-        job.lost.update(numbers)
+    def _give_up(self, workers: Sequence[Worker], job: _Job, how: str) -> None:
+        self._failed(workers, job, how)
+        self._unwritten.update(workers)
+        job.workers.difference_update(workers)
+        job.lost.update(workers)
 
     def _recall_finished(self, now: float) -> None:
         """Counts a failure when all workers of a kind ended without error before the run."""
@@ -303,29 +327,29 @@ class Jobs:
                 continue
             for worker in workers:
                 job = self._finished.pop(worker)
-                self._failed([worker[1]], job, 'ended before the run did')
+                self._failed([worker], job, 'ended before the run did')
 
-    def _failed(self, numbers: Collection[int], job: _Job, how: str) -> None:
+    def _failed(self, workers: Collection[Worker], job: _Job, how: str) -> None:
         """Counts a failure of each of these workers and plans its next submission."""
-        failures = {number: self._count_failure(number, job) for number in sorted(numbers)}
+        failures = {worker: self._count_failure(worker, job) for worker in sorted(workers)}
         self.failures += len(failures)
-        given_up = [number for number, count in failures.items() if count >= MAX_FAILURES]
+        given_up = [worker for worker, count in failures.items() if count >= MAX_FAILURES]
         if given_up:
             raise WorkersFailedError(
-                f'{_names(job.kind, given_up)}: failed {MAX_FAILURES} times in a row (last: {how});'
+                f'{_names(given_up)}: failed {MAX_FAILURES} times in a row (last: {how});'
                 f' {job.process.describe_failure()}'
             )
         error = job.process.last_error()
         self._news.append(
-            f'{_names(job.kind, failures)}: {how}{error and f" ({error})"}, failure'
+            f'{_names(failures)}: {how}{error and f" ({error})"}, failure'
             f' {max(failures.values())} in a row ({MAX_FAILURES} end the run); log:'
             f' {job.process.spec.log_file}'
         )
 
-    def _count_failure(self, number: int, job: _Job) -> int:
+    def _count_failure(self, worker: Worker, job: _Job) -> int:
         """Plans a worker's next submission; returns its failures in a row."""
-        history = self._history.setdefault((job.kind, number), _History())
-        _, heard = job.heard.get(number, (None, job.submitted))
+        history = self._history.setdefault(worker, _History())
+        _, heard = job.heard.get(worker, (None, job.submitted))
         if heard - job.submitted > HEALTHY_SECONDS:
             history.failures = 0
         history.failures += 1
@@ -333,44 +357,45 @@ class Jobs:
         history.due = self._own + delay
         return history.failures
 
-    def _submit(self, kind: str, workers: Sequence[int], now: float) -> None:
+    def _submit(self, workers: Sequence[Worker], now: float) -> None:
         number, self.submissions = self.submissions, self.submissions + 1
+        name = _name(workers)
         process = SupervisedProcess(
             ProcessSpec(
-                name=f'{kind} job {number}',
-                argv=self._command(kind, workers, number),
-                log_file=self._directory.logs / f'{kind}-{number}.log',
+                name=f'{name} job {number}',
+                argv=self._command(workers, number),
+                log_file=self._directory.logs / f'{name}-{number}.log',
                 environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '1'},
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )
-        state_file = self._file(kind, number, 'state')
+        state_file = self._file(name, number, 'state')
         state_file.unlink(missing_ok=True)  # may remain from before a resumption
         process.start()
         start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
-        self._jobs.append(_Job(process, kind, number, set(workers), now, start_seconds, state_file))
+        self._jobs.append(_Job(process, name, number, set(workers), now, start_seconds, state_file))
 
-    def _beam_command(self, kind: str, workers: Sequence[int], submission: int) -> list[str]:
-        name = f'--job_name={self._job_name(kind, submission)}'
+    def _beam_command(self, workers: Sequence[Worker], submission: int) -> list[str]:
+        name, kinds = _name(workers), dict.fromkeys(kind for kind, _ in workers)
+        job_name = f'--job_name={self._job_name(workers, submission)}'
         return [
             sys.executable,
             '-m',
             'pipelines.job',
-            f'--kind={kind}',
-            f'--workers={",".join(map(str, workers))}',
+            *(f'--{kind}s={",".join(map(str, _numbers(workers, kind)))}' for kind in kinds),
             f'--submission={submission}',
             f'--config={self._directory.config_file.resolve()}',
             f'--parameter_addresses={",".join(self._addresses.parameters)}',
             f'--replay_addresses={",".join(self._addresses.replay)}',
             f'--telemetry_address={self._addresses.telemetry}',
-            f'--state_file={self._file(kind, submission, "state")}',
-            f'--metrics_file={self._file(kind, submission, beam_counters.SUFFIX)}',
+            f'--state_file={self._file(name, submission, "state")}',
+            f'--metrics_file={self._file(name, submission, beam_counters.SUFFIX)}',
             *self._settings.flags(),
             *([f'--tls_roots={self._launch.tls_roots}'] * bool(self._launch.tls_roots)),
             f'--runner={self._launch.runner}',
             *self._launch.beam_flags,
-            *self._launch.flags_of(kind),
-            *([name] * self._launch.engine.outlives_submitter),
+            *self._launch.flags_of(workers[0][0]),
+            *([job_name] * self._launch.engine.outlives_submitter),
         ]
 
     @property
@@ -388,21 +413,33 @@ class Jobs:
             place = f'{shared}/gorila-{self._directory.path.name}/{_STATISTICS}'
         return dataclasses.replace(settings, statistics_dir=place)
 
-    def _file(self, kind: str, submission: int, suffix: str) -> pathlib.Path:
-        return (self._directory.logs / f'{kind}-{submission}.{suffix}').resolve()
+    def _file(self, name: str, submission: int, suffix: str) -> pathlib.Path:
+        return (self._directory.logs / f'{name}-{submission}.{suffix}').resolve()
 
-    def _job_name(self, kind: str, submission: int) -> str:
+    def _job_name(self, workers: Sequence[Worker], submission: int) -> str:
         """A name that engines accept, unique among the jobs of all runs."""
-        flags = [*self._launch.beam_flags, *self._launch.flags_of(kind)]
+        flags = [*self._launch.beam_flags, *self._launch.flags_of(workers[0][0])]
         run = value_of('--job_name', flags) or f'gorila-{self._directory.path.name}'
-        return re.sub('[^a-z0-9]+', '-', f'{run}-{self._name}-{kind}-{submission}'.lower())
+        name = f'{run}-{self._name}-{_name(workers)}-{submission}'
+        return re.sub('[^a-z0-9]+', '-', name.lower())
 
 
-def _names(kind: str, numbers: Iterable[int]) -> str:
-    return f'{kind} {", ".join(map(str, numbers))}'
+def _name(workers: Iterable[Worker]) -> str:
+    """The kinds of these workers: 'actor', 'learner', 'bundle' or 'actor-learner'."""
+    return '-'.join(dict.fromkeys(kind for kind, _ in workers))
+
+
+def _numbers(workers: Iterable[Worker], kind: str) -> list[int]:
+    return [number for each, number in workers if each == kind]
+
+
+def _names(workers: Collection[Worker]) -> str:
+    """Kinds and numbers as text, such as 'actor 0, 2 and learner 1'."""
+    kinds = dict.fromkeys(kind for kind, _ in workers)
+    return ' and '.join(f'{kind} {", ".join(map(str, _numbers(workers, kind)))}' for kind in kinds)
 
 
 def _first_unused(logs: pathlib.Path) -> int:
     """The number above those of all jobs that have a log."""
-    numbers = (re.fullmatch(r'[a-z]+-(\d+)', log.stem) for log in logs.glob('*.log'))
+    numbers = (re.fullmatch(r'[a-z-]+-(\d+)', log.stem) for log in logs.glob('*.log'))
     return 1 + max((int(match[1]) for match in numbers if match), default=-1)

@@ -148,7 +148,7 @@ class Training:
         except FAILURES as error:
             self._rescue(error)
             raise
-        self._end()
+        self._end(complete=not self.signals.name)
         return reason
 
     def _message_once(self, subject: str, text: str) -> None:
@@ -187,7 +187,8 @@ class Training:
         """Calls `act`; at the end of the run nothing it raises may prevent the last checkpoint."""
         self._guard.attempt(act, at_any_rate=self._ending)
 
-    def _end(self) -> None:
+    def _end(self, complete: bool = False) -> None:
+        """Ends the workers and writes the last checkpoint; a `complete` run is not resumed."""
         self._ending = True
         self.signals.effect = _ENDING
         self.evaluator.stop()
@@ -196,6 +197,10 @@ class Training:
             self.jobs.stop()  # nothing to save; the workers may still be importing TensorFlow
             return
         self._drain()
+        if complete and self.jobs.unwritten:
+            self._write_rest()
+        for act in (self._ask, self.evaluate, self.look, self._commit):
+            self._attempt(act)
         self._await_saver()
         self.write_last_checkpoint()
 
@@ -332,12 +337,24 @@ class Training:
             self._attempt(self.look)
             self._attempt(self._end_stranded)
             time.sleep(_POLL_SECONDS)
-        for act in (self.jobs.stop, self._ask, self.evaluate, self.look, self._commit):
-            self._attempt(act)
+        self._attempt(self.jobs.stop)
+
+    def _write_rest(self) -> None:
+        """Runs a last job of the workers of which a job failed: their records are at a shard.
+
+        A resumed run's workers hand them on themselves.
+        """
+        self.display.phase('writing statistics')
+        self.jobs.submit_unwritten(self.hearing.look())
+        own_time = OwnTime()
+        while self.jobs.running and own_time.look() < DRAIN_SECONDS and not self.signals.name:
+            self._attempt(self.look)
+            time.sleep(_POLL_SECONDS)
+        self._attempt(self.jobs.stop)
 
     def _commit(self) -> None:
         """Lets the checkpoint forget segments whose results are written; compares the counts."""
-        if not self.jobs.committed:
+        if self.jobs.unwritten:
             return
         with contextlib.suppress(ParameterServerError):  # written again after a resumption
             self.client.commit_segments()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from infra.addresses import AddressError, reach_directly, split_address
 from infra.flags import value_of
-from pipelines.engines.catalog import engine
+from pipelines.engines.catalog import SIDE_BY_SIDE, engine
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
         raise UsageError(
             '--actor_flags: no such job in --topology bundled. Fix: use --learner_flags.'
         )
+    if launch.one_job:
+        _require_one_job(config, launch)
     for kind in config.run.workers:
         flags = [*launch.beam_flags, *launch.flags_of(kind)]
         require_flags(launch.runner, flags)
@@ -56,6 +58,28 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
             f'--runner {launch.runner}: workers cannot reach servers on {launch.host}. Fix: set'
             ' --host to an address of this machine that they reach, or attach to servers with'
             ' --parameter_addresses and --replay_addresses.'
+        )
+
+
+def _require_one_job(config: 'ExperimentConfig', launch: 'Launch') -> None:
+    """
+    Raises:
+      UsageError: --one_job has no effect, the engine runs a job's steps in turn, or flags are for
+        one of two jobs.
+    """
+    if len(config.run.workers) == 1:
+        raise UsageError('--one_job: a run of bundles is one job anyway. Fix: omit it.')
+    if not launch.engine.side_by_side:
+        raise UsageError(
+            f'--one_job: --runner {launch.runner} may run the steps of a job in turn, so that the'
+            f' learners would wait for the actors. Fix: omit it, or choose one of'
+            f' {", ".join(SIDE_BY_SIDE)}.'
+        )
+    if launch.actor_flags or launch.learner_flags:
+        raise UsageError(
+            '--one_job: excludes --actor_flags and --learner_flags, since its machines have the'
+            ' same flags. Fix: pass the flags directly, or say what workers need by --actor_ram,'
+            ' --learner_ram and --learner_accelerator.'
         )
 
 

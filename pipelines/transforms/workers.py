@@ -1,4 +1,4 @@
-"""A job of workers of one kind: worker numbers in, work on the servers and segments out."""
+"""Workers of one kind: worker numbers in, work on the servers and segments out."""
 
 import functools
 import time

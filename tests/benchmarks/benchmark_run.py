@@ -88,9 +88,9 @@ def component(process: psutil.Process) -> str:
     if 'pipelines.job' in command:
         return 'beam_job'
     for ancestor in process.parents():  # Beam puts a shell between a job and its workers
-        kind = ' '.join(ancestor.cmdline()).partition('--kind=')[2]
-        if kind:
-            return kind.split()[0]
+        for flag in ancestor.cmdline():
+            if flag.startswith(('--actors=', '--learners=', '--bundles=')):
+                return flag[2:].partition('s=')[0]
     return 'launcher'
 
 

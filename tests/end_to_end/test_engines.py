@@ -107,8 +107,9 @@ class TestOnDask:
     def test_dask_replaces_killed_workers_and_frames_and_updates_are_counted_once(
         self, tmp_path, dask_flags
     ):
+        """In one job."""
         run_dir, budget = tmp_path / 'run', 24_000
-        flags = (*dask_flags, *SEPARATE, f'--max_frames={budget}', *SMALL)
+        flags = (*dask_flags, *SEPARATE, '--one_job', f'--max_frames={budget}', *SMALL)
         process = launching.start(run_dir, *flags)
         launching.wait_for_updates(process, run_dir)
         assert 'dashboard http://' in launching.output(run_dir)
@@ -193,8 +194,8 @@ def on_prism() -> tuple[str, ...]:
     return '--runner=PrismRunner', f'--prism_location={engines.prism()}', '--element_seconds=1'
 
 
-def test_separate_topology_trains_on_prism_in_elements_that_are_continued(tmp_path):
-    summary = train(tmp_path / 'run', *on_prism(), *SEPARATE, max_frames=16_000)
+def test_separate_topology_trains_on_prism_in_one_job_whose_elements_are_continued(tmp_path):
+    summary = train(tmp_path / 'run', *on_prism(), *SEPARATE, '--one_job', max_frames=16_000)
     assert summary['restarts'] == {}  # by a new process, or a new worker in this one
     assert parts(summary, 'actor') >= 2
     assert parts(summary, 'learner') >= 2

@@ -138,7 +138,11 @@ def test_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_run_reaches
     flags = ('--topology=bundled', '--num_actors=2', '--num_learners=2', '--max_frames=12000')
     process = launching.start(run_dir, '--wandb_project=gorila', *flags, *launching.SMALL)
     launching.wait_for_updates(process, run_dir)
-    job = next(p for p in launching.processes_of(run_dir) if '--kind=bundle' in p.cmdline())
+    job = next(
+        p
+        for p in launching.processes_of(run_dir)
+        if any(flag.startswith('--bundles=') for flag in p.cmdline())
+    )
     for worker in job.children(recursive=True):
         worker.kill()
     ready = json.loads((run_dir / 'servers' / 'parameter_server_0.ready').read_text())

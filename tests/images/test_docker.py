@@ -302,8 +302,7 @@ class TestFlexTemplate:
         values = presets.experiment('laptop', {'num_actors': 3})
         (tmp_path / 'config.json').write_text(config_lib.to_json(values))
         given = {
-            'kind': 'actor',
-            'workers': '0,1,2',
+            'actors': '0,1,2',
             'submission': '4',
             'config': str(tmp_path / 'config.json'),
             'parameter_addresses': '10.0.0.1:7101,10.0.0.1:7102',
@@ -313,7 +312,7 @@ class TestFlexTemplate:
             'worker_machine_type': 'n2-standard-2',
             'dataflow_service_options': 'worker_accelerator=type:nvidia-l4;count:1',
         }
-        assert set(given) == set(PARAMETERS)
+        assert set(given) == set(PARAMETERS) - {'learners', 'bundles'}
         template = tmp_path / 'job_object'
         # Flags of the service's launcher; with an endpoint on localhost Beam needs no bucket.
         launcher = ['--runner=DataflowRunner', '--project=p', '--region=r', '--no_auth']

@@ -68,16 +68,17 @@ class Submission:
 
 @pytest.fixture
 def submit(tmp_path) -> Iterator:
-    """Submits a job of three workers of a kind, with flags of the user's."""
+    """Submits a job of three workers of one or two kinds, with flags of the user's."""
     processes: list[subprocess.Popen] = []
     with FakeDataflow() as service:
 
-        def start(kind: str, *flags: str) -> Submission:
-            topology = 'bundled' if kind == 'bundle' else 'separate'
+        def start(kinds: str, *flags: str) -> Submission:
+            topology = 'bundled' if kinds == 'bundle' else 'separate'
             values = {'num_actors': 3, 'num_learners': 3, 'topology': topology}
             config = tmp_path / 'config.json'
             config.write_text(config_lib.to_json(presets.experiment('laptop', values)))
-            job = [sys.executable, '-m', 'pipelines.job', f'--kind={kind}', '--workers=0,1,2']
+            job = [sys.executable, '-m', 'pipelines.job']
+            job += [f'--{kind}s=0,1,2' for kind in kinds.split('-')]
             given = ['--project=p', '--region=r', f'--temp_location={tmp_path}']
             given += ['--sdk_container_image=registry/gorila:1', *service.flags, *flags]
             engine.require_flags('DataflowRunner', given)
@@ -105,6 +106,18 @@ def dofns(pipeline: beam_runner_api_pb2.Pipeline) -> dict[str, beam_runner_api_p
             if payload.restriction_coder_id:
                 found[transform.unique_name] = payload
     return found
+
+
+def hints_of(
+    pipeline: beam_runner_api_pb2.Pipeline, step: str
+) -> tuple[dict[str, bytes], list[dict[str, bytes]]]:
+    """The resource hints of a step, and the different ones of all other steps."""
+    transforms, environments = pipeline.components.transforms, pipeline.components.environments
+    (own,) = [each.environment_id for each in transforms.values() if each.unique_name == step]
+    others = sorted({each.environment_id for each in transforms.values()} - {'', own})
+    return dict(environments[own].resource_hints), [
+        dict(environments[each].resource_hints) for each in others
+    ]
 
 
 ROW_CODER = 'beam:coder:row:v1'
@@ -187,19 +200,40 @@ def test_hints_say_what_a_worker_needs_so_that_right_fitting_finds_its_machine(s
     accelerator = 'type:nvidia-l4;count:1;install-nvidia-driver'
     job = submit('learner', '--learner_ram=8GB', f'--learner_accelerator={accelerator}')
     pipeline = job.pipeline
-    (step,) = [
-        each
-        for each in pipeline.components.transforms.values()
-        if each.unique_name == 'Learner/Learn'
-    ]
-    hints = dict(pipeline.components.environments[step.environment_id].resource_hints)
+    hints, others = hints_of(pipeline, 'Learner/Learn')
     assert hints == {
         'beam:resources:min_ram_bytes:v1': b'8000000000',
         'beam:resources:accelerator:v1': accelerator.encode(),
     }
+    assert others == [{}]  # what is not a learner needs no hint
     assert 'no_use_multiple_sdk_containers' in job.request['environment']['experiments']
-    others = {each.environment_id for each in pipeline.components.transforms.values()}
-    assert len(others - {'', step.environment_id}) == 1  # what is not a learner needs no hint
+    # In a streaming job right fitting needs a service that scales; here between equal bounds.
+    assert job.pool['numWorkers'] == 3
+    assert job.pool['autoscalingSettings'] == {
+        'algorithm': 'AUTOSCALING_ALGORITHM_BASIC',
+        'maxNumWorkers': 3,
+    }
+    assert job.request['environment']['serviceOptions'] == ['min_num_workers=3']
+
+
+def test_one_job_holds_both_kinds_each_with_its_own_hints(submit):
+    job = submit(
+        'actor-learner',
+        '--actor_ram=4GB',
+        '--learner_ram=8GB',
+        '--statistics_dir=gs://bucket/statistics',
+    )
+    pipeline = job.pipeline
+    assert sorted(dofns(pipeline)) == ['Actor/Act', 'Learner/Learn']
+    for step, ram in (('Actor/Act', b'4000000000'), ('Learner/Learn', b'8000000000')):
+        assert hints_of(pipeline, step)[0] == {'beam:resources:min_ram_bytes:v1': ram}
+        assert unbounded(pipeline, step)
+    roots = pipeline.components.transforms[pipeline.root_transform_ids[0]].subtransforms
+    names = [pipeline.components.transforms[each].unique_name for each in roots]
+    assert names == ['Actor', 'Actor statistics', 'Learner', 'Learner statistics']
+    assert job.request['type'] == 'JOB_TYPE_STREAMING'
+    assert job.request['labels'] == {'gorila': 'actor-learner'}
+    assert job.pool['numWorkers'] == 6
 
 
 def test_segments_and_rows_travel_by_coders_of_their_types(submit):
@@ -209,7 +243,7 @@ def test_segments_and_rows_travel_by_coders_of_their_types(submit):
     (output,) = step.outputs.values()
     assert components.coders[components.pcollections[output].coder_id].spec.urn == ROW_CODER
     names = {each.unique_name for each in components.transforms.values()}
-    tables = {f'Statistics/Write {table}' for table in ('episodes', 'segments', 'periods')}
+    tables = {f'Actor statistics/Write {table}' for table in ('episodes', 'segments', 'periods')}
     assert tables <= names
 
 

@@ -30,6 +30,7 @@ DATAFLOW = (
     '--temp_location=gs://bucket/tmp',
     '--sdk_container_image=image',
 )
+PRISM = ('--runner=PrismRunner', '--one_job')
 PORTABLE = ('--runner=PortableRunner', '--environment_type=EXTERNAL')
 
 
@@ -120,6 +121,9 @@ def test_flags_that_only_a_job_server_knows_go_on_to_it():
         (("--actor_flags='",), 'close the quotes'),
         (('--actor_flags=--num_actors=2',), 'not a Beam flag'),
         (('--learner_flags=--zoner=x',), '--zoner'),
+        (('--one_job',), 'may run the steps of a job in turn'),
+        ((*PRISM, '--topology=bundled', '--num_learners=1'), 'one job anyway'),
+        ((*PRISM, '--learner_flags=--zone=z'), '--learner_ram'),
     ],
 )
 def test_an_engine_that_cannot_run_is_refused_with_the_remedy(flags, named, tmp_path, capsys):

@@ -27,26 +27,27 @@ ALL = ((ACTORS[0], 0), (ACTORS[1], 0), (LEARNER, 1))
 class Run:
     """Jobs of two actors and a learner, each worker a sleeping child of its job's shell."""
 
-    def __init__(self, path: Path, runner: str = 'DirectRunner'):
+    def __init__(self, path: Path, runner: str = 'DirectRunner', one_job: bool = False):
         self.directory = RunDirectory.open(path / 'run')
         self.started: list[tuple[str, tuple[int, ...]]] = []
-        self.scripts: dict[str, str] = {}  # by kind: what later jobs do in place of working
+        self.scripts: dict[str, str] = {}  # by a job's name: what later jobs do instead
         self._path = path
         self.config = presets.experiment('laptop', {'num_actors': 2, 'num_learners': 1})
         self.jobs = Jobs(
             self.config,
-            Launch(runner, None, False, (), (), (), (), ()),
+            Launch(runner, None, False, (), (), (), (), (), one_job=one_job),
             Addresses(('ps:1',), ('replay:1',), 'telemetry:1'),
             self.directory,
             command=self._command,
         )
 
-    def _command(self, kind, workers, submission):
+    def _command(self, workers, submission):
         assert submission == len(self.started)
-        self.started.append((kind, tuple(workers)))
-        pids = [self._path / f'{kind}-{worker}.{submission}' for worker in workers]
+        name = '-'.join(dict.fromkeys(kind for kind, _ in workers))
+        self.started.append((name, tuple(number for _, number in workers)))
+        pids = [self._path / f'{kind}-{number}.{submission}' for kind, number in workers]
         work = ' '.join(f'sleep 100 & echo $! >{pid};' for pid in pids)
-        return ['sh', '-c', self.scripts.get(kind, f'{work} wait')]
+        return ['sh', '-c', self.scripts.get(name, f'{work} wait')]
 
     def pid(self, worker, submission):
         """Process id of a worker of a job."""
@@ -79,9 +80,9 @@ class Run:
         self.hear(now, heard)
         self.jobs.supervise(now)
 
-    def wait_for_end(self, kind):
-        """Waits until no job of this kind runs."""
-        assert eventually(lambda: kind not in self.jobs.running)
+    def wait_for_end(self, name):
+        """Waits until no job of this name runs."""
+        assert eventually(lambda: name not in self.jobs.running)
 
 
 @pytest.fixture
@@ -214,6 +215,22 @@ def test_a_late_heartbeat_of_a_predecessor_is_none_of_its_successor(make_run):
     assert eventually(lambda: has_ended(successor.pid))  # it has been silent
 
 
+def test_all_workers_may_be_one_job_and_those_that_die_are_submitted_together(make_run):
+    run = make_run(runner='PrismRunner', one_job=True)
+    run.jobs.start(0.0)
+    assert run.started == [('actor-learner', (0, 1, 0))]
+    run.supervise(10.0, [(worker, 0) for worker, _ in ALL])
+    for worker in (ACTORS[1], LEARNER):
+        run.kill(worker, 0)
+    for now in (11.0, 11.0 + jobs_lib.GONE_SECONDS, 14.0 + jobs_lib.GONE_SECONDS):
+        run.supervise(now, [(ACTORS[0], 0)])
+    assert run.started[1:] == [('actor-learner', (1, 0))]
+    assert run.jobs.restarts == {'actor': 1, 'learner': 1}
+    assert not has_ended(run.pid(ACTORS[0], 0))
+    (text,) = [text for text in run.jobs.news() if text.startswith('learner 0: died')]
+    assert text.endswith(f'log: {run.directory.logs}/actor-learner-0.log')
+
+
 @pytest.fixture
 def over(make_run):
     """A run of two actors and a learner that is over, just heard of."""
@@ -241,6 +258,27 @@ def test_a_worker_given_up_before_does_not_hold_the_end_up(over):
     over.hear(8.0, ALL[1:], ended=True)
     over.jobs.end_stranded(8.0)
     assert over.jobs.running == ['learner']
+
+
+def test_the_records_of_workers_whose_last_job_failed_are_written_by_one_more(over):
+    gone = jobs_lib.GONE_SECONDS
+    over.kill(ACTORS[0], 0)
+    for now in (2.0, 2.0 + gone, 5.0 + gone):  # it is given up, and submitted again
+        over.supervise(now, ALL[1:])
+    assert over.jobs.unwritten == {ACTORS[0]}
+    over.hear(6.0, [(ACTORS[0], 2)])
+    over.kill(ACTORS[0], 2)  # a job whose shell has waited for its workers ends by itself
+    over.kill(LEARNER, 1)
+    over.kill_job(ACTORS[1], 0)  # Beam's runner fails, since one of its workers has died before
+    over.wait_for_end('learner')
+    over.jobs.stop()
+    assert over.jobs.unwritten == {ACTORS[1]}
+    over.jobs.submit_unwritten(10.0)
+    assert over.started[3:] == [('actor', (1,))]
+    over.kill(ACTORS[1], 3)
+    over.wait_for_end('actor')
+    over.jobs.stop()
+    assert over.jobs.unwritten == frozenset()
 
 
 def test_workers_that_hang_or_start_hold_the_end_up_no_longer_than_it_takes_to_know(make_run):
@@ -388,7 +426,7 @@ def test_what_an_engine_says_of_a_job_is_told_once(make_run):
 
 def test_a_number_of_a_job_that_has_left_a_log_is_not_given_again(tmp_path):
     with RunDirectory.open(tmp_path / 'run') as directory:
-        for name in ('actor-0', 'learner-11', 'launcher', 'replay_7'):
+        for name in ('actor-0', 'actor-learner-11', 'launcher', 'replay_7'):
             (directory.logs / f'{name}.log').touch()
         launch = Launch('DirectRunner', None, False, (), (), (), (), ())
         config = presets.experiment('laptop', {})
@@ -405,7 +443,9 @@ def test_a_job_is_told_its_workers_servers_and_beams_flags(tmp_path):
             Addresses(('ps:1', 'ps:2'), ('replay:1',), 'telemetry:1'),
             directory,
         )
-        argv = jobs._beam_command('actor', [0, 2], 7)
-    assert argv[1:5] == ['-m', 'pipelines.job', '--kind=actor', '--workers=0,2']
-    assert {'--submission=7', '--parameter_addresses=ps:1,ps:2'} < set(argv)
+        argv = jobs._beam_command([('actor', 0), ('actor', 2)], 7)
+        both = jobs._beam_command([('actor', 0), ('learner', 1)], 8)
+    assert argv[1:5] == ['-m', 'pipelines.job', '--actors=0,2', '--submission=7']
+    assert both[3:6] == ['--actors=0', '--learners=1', '--submission=8']
+    assert '--parameter_addresses=ps:1,ps:2' in argv
     assert argv[-2:] == ['--runner=DirectRunner', '--job_name=mine']

@@ -333,6 +333,7 @@ def busy(training, monkeypatch):
         supervise=lambda *_: None,
         stop=lambda: None,
         running=False,
+        unwritten=frozenset(),
     )
     run.cluster.check = lambda: None
     run.replay = Replay((), run.replay.status)
@@ -399,6 +400,27 @@ def test_a_signal_while_the_workers_end_is_said_to_cost_the_evaluation(busy, mon
         'the run is ending already and will not be evaluated'
     }
     assert len(directory.latest_checkpoints()) == 1
+
+
+@pytest.mark.parametrize('stopped_by', ['', 'SIGTERM'])
+def test_records_in_no_table_are_written_at_the_budgets_end_and_kept_for_a_resumption(
+    busy, monkeypatch, stopped_by
+):
+    run, _, _ = busy
+    commits = []
+
+    def submit_unwritten(now):
+        run.jobs.unwritten = frozenset()
+
+    run.jobs.unwritten, run.jobs.submit_unwritten = frozenset({('actor', 0)}), submit_unwritten
+    monkeypatch.setattr(run.client, 'commit_segments', lambda: commits.append(run.jobs.unwritten))
+    if stopped_by:
+        run.jobs.supervise = lambda *_: setattr(run.signals, 'name', stopped_by)
+    else:
+        monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
+    assert run.run() == (stopped_by or 'max_frames')
+    assert len(run.jobs.unwritten) == bool(stopped_by)
+    assert len(commits) == (not stopped_by)
 
 
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):

@@ -1,0 +1,43 @@
+"""The graph of a job: workers in, work on the servers and tables of statistics out.
+
+Actor | Actor statistics        (Learner, Bundle)
+"""
+
+from collections.abc import Sequence
+
+import apache_beam as beam
+
+from pipelines.experiment.job_settings import JobSettings
+from pipelines.transforms.sinks import sink_of
+from pipelines.transforms.statistics import Statistics
+from pipelines.transforms.workers import Work, Workers
+from pipelines.workers.spec import Submission
+
+
+def build(
+    pipeline: beam.Pipeline,
+    works: Sequence[tuple[Work, Submission]],
+    settings: JobSettings,
+    period_seconds: float = 0.0,
+) -> None:
+    """Adds workers of each kind and their statistics to a pipeline.
+
+    Args:
+      pipeline: of the job.
+      works: what the workers of each kind do, and which they are.
+      settings: of the launch.
+      period_seconds: between two checkpoints of a worker's element; 0: it takes none.
+
+    Raises:
+      UsageError: `--statistics_sink` names no function.
+    """
+    sink, ends = sink_of(settings), []
+    for work, submission in works:
+        name = work.kind.capitalize()
+        end = pipeline | name >> Workers(work, submission, period_seconds, settings)
+        if sink is not None:
+            written = end | f'{name} statistics' >> Statistics(sink, submission.number)
+            end = end if written is None else written
+        ends.append(end)
+    if len(ends) > 1 and not period_seconds:
+        _ = ends | 'Ends' >> beam.Flatten()  # Dask runs only what leads to the last transform
