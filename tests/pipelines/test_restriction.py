@@ -1,9 +1,10 @@
 """Segments as Beam runs them: claimed in order, ended early, checkpointed, never split."""
 
-from typing import Any
+import itertools
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
@@ -55,10 +56,23 @@ def test_a_worker_that_has_not_begun_is_not_checkpointed_which_would_bring_it_no
     assert tracker().try_split(0) is None
 
 
-def test_a_drain_leaves_nothing_of_the_rest():
-    provider = Segments()
-    rest: Any = provider.truncate
-    assert rest(SPEC, provider.initial_restriction(SPEC)) is None
+class NeverEnds(beam.DoFn):
+    """Counts segments for ever, in parts of three."""
+
+    @beam.DoFn.unbounded_per_element()
+    def process(self, spec, tracker=beam.DoFn.RestrictionParam(Segments())):
+        for segment in itertools.count(tracker.current_restriction().start):
+            if not tracker.try_claim(segment):
+                return
+            yield segment
+            if segment % 3 == 2:
+                return tracker.defer_remainder()
+
+
+def test_a_drain_leaves_nothing_of_the_rest_so_that_workers_without_an_end_end():
+    with beam.Pipeline(runner=FnApiRunner(is_drain=True)) as pipeline:
+        specs = pipeline | beam.Create(Submission((3, 5), number=0).specs())
+        assert_that(specs | beam.ParDo(NeverEnds()), equal_to([]))
 
 
 def test_updates_are_owed_at_the_ratio_once_the_replay_is_filled():
