@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from agents.config import ActorConfig
-from agents.environment import AtariEnvironment, FrameStack
+from agents.environments.atari import AtariEnvironment
+from agents.environments.frames import FrameStack
 from agents.exploration import Behaviour
 from infra.replay.trajectory import Steps
 

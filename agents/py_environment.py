@@ -16,8 +16,8 @@ from tf_agents.trajectories import time_step as ts
 from tf_agents.typing import types
 from tf_agents.utils import nest_utils
 
-from agents import environment
 from agents.config import EnvironmentConfig
+from agents.environments import atari, frames
 
 _NOOP = 0  # first in every minimal action set
 
@@ -25,7 +25,7 @@ _NOOP = 0  # first in every minimal action set
 def observation_spec(config: EnvironmentConfig) -> array_spec.BoundedArraySpec:
     """uint8 [84, 84, frame_stack] without the batch dimension."""
     return array_spec.BoundedArraySpec(
-        (*environment.FRAME_SHAPE, config.frame_stack), np.uint8, 0, 255, 'observation'
+        (*frames.FRAME_SHAPE, config.frame_stack), np.uint8, 0, 255, 'observation'
     )
 
 
@@ -44,7 +44,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
 
     Rewards are raw. A LAST step shows the old episode's last frame. The step after it ignores the
     action and is the FIRST of the next episode. After the loss of a life (see
-    `environment.AtariEnvironment`) that step is one no-op in the same game, and its reward is
+    `atari.AtariEnvironment`) that step is one no-op in the same game, and its reward is
     dropped. A game cut by the limit of frames ends with discount 1.
 
     `reset()` starts an episode in every game, as loops over `is_last()` and `TimeLimit` expect.
@@ -64,11 +64,9 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         # TF-Agents' own auto-reset restarts the whole batch; ours restarts single games.
         super().__init__(handle_auto_reset=False)
         self._config = config
-        self._emulators = environment.make_emulators(
-            config, num_environments, AutoresetMode.NEXT_STEP
-        )
-        self._stack = environment.FrameStack(num_environments, config.frame_stack)
-        self._seeds: np.ndarray | None = environment.emulator_seeds(seed, num_environments)
+        self._emulators = atari.make_emulators(config, num_environments, AutoresetMode.NEXT_STEP)
+        self._stack = frames.FrameStack(num_environments, config.frame_stack)
+        self._seeds: np.ndarray | None = atari.emulator_seeds(seed, num_environments)
         self._lives_matter = training and config.life_loss_ends_episode
         self._lives = np.zeros(num_environments, np.int32)
         self._ended = np.zeros(num_environments, bool)
@@ -116,7 +114,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
                 f'actions are {action.dtype} {action.shape}: integers, one per game,'
                 f' ({self.batch_size},).'
             )
-        environment.check_actions(action, self.action_spec().maximum + 1)
+        atari.check_actions(action, self.action_spec().maximum + 1)
         frame, reward, terminated, truncated, info = self._emulators.step(
             np.where(first, _NOOP, action).astype(np.int32)
         )
@@ -144,7 +142,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         Raises:
           TypeError, ValueError: `seed` is not an integer >= 0 or a sequence of such integers.
         """
-        self._seeds = environment.emulator_seeds(seed, self.batch_size)
+        self._seeds = atari.emulator_seeds(seed, self.batch_size)
 
     def render(self, mode: str = 'rgb_array') -> np.ndarray:
         """The newest preprocessed frames, grey as RGB: uint8 [E, 84, 84, 3].

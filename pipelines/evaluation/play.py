@@ -12,7 +12,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
-from agents.environment import FrameStack, check_actions, emulator_seeds, make_emulators
+from agents.environments.atari import check_actions, emulator_seeds, make_emulators
+from agents.environments.frames import FrameStack
 from pipelines.evaluation.starts import Start, action_codes, indices
 from pipelines.experiment.protocols import Protocol
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from agents.config import EnvironmentConfig
-from agents.environment import FRAME_SHAPE
+from agents.environments.frames import FRAME_SHAPE
 from agents.games import rom_id
 from infra.disk import scratch
 from infra.parameter_server.checkpoint import Checkpoint

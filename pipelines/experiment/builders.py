@@ -7,7 +7,7 @@ from agents import custom_agent, device, dqn, exploration, model, py_environment
 from agents.actor_priorities import InitialPriorities
 from agents.config import FACTORY
 from agents.custom_loss import no_graph
-from agents.environment import AtariEnvironment
+from agents.environments.atari import AtariEnvironment
 from agents.exploration import Behaviour
 from agents.gradient import AgentGradient
 from agents.model import Model

@@ -25,7 +25,7 @@ from pipelines.workers.spec import WorkerSpec
 
 if TYPE_CHECKING:
     from agents.actor import Actor
-    from agents.environment import AtariEnvironment
+    from agents.environments.atari import AtariEnvironment
     from agents.gradient import AgentGradient
     from agents.learner import Learner
     from agents.policy import GreedyPolicy
@@ -257,7 +257,7 @@ def enlisted(
 
 def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvironment':
     """The environments of one actor."""
-    from agents.environment import AtariEnvironment
+    from agents.environments.atari import AtariEnvironment
 
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     return AtariEnvironment(config.environment, config.actor.envs_per_actor, seed=seed)

@@ -10,7 +10,7 @@ from agents import dqn, exploration, py_environment
 from agents.actor import Actor, EpisodeTally
 from agents.actor_priorities import InitialPriorities
 from agents.config import ActorConfig, AgentConfig, EnvironmentConfig, NetworkConfig
-from agents.environment import AtariEnvironment
+from agents.environments.atari import AtariEnvironment
 from agents.exploration import Behaviour
 from agents.model import family_model
 from agents.policy import GreedyPolicy

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
-from agents import environment
 from agents.config import EnvironmentConfig
+from agents.environments import atari
 from agents.py_environment import SingleAtariPyEnvironment
 
 _SEED = 3
@@ -45,7 +45,7 @@ def _gymnasium_game(game: str, max_frames: int = 108_000, life_loss: bool = Fals
         full_action_space=False,
         max_num_frames_per_episode=max_frames,
     )
-    seed = int(environment.emulator_seeds(_SEED, 1)[0])
+    seed = int(atari.emulator_seeds(_SEED, 1)[0])
     emulator.unwrapped.ale.setInt('random_seed', seed)
     emulator.unwrapped.load_game()  # the seed counts from here on
     frames = AtariPreprocessing(emulator, noop_max=0, terminal_on_life_loss=life_loss)

@@ -9,7 +9,7 @@ from ale_py import roms
 
 from agents import games
 from agents.config import EnvironmentConfig
-from agents.environment import AtariEnvironment
+from agents.environments.atari import AtariEnvironment
 from agents.games import GameError
 
 # Of ale-py 0.12.1: games of two players, for which it has no rules.

@@ -19,7 +19,7 @@ from tf_agents.train import actor
 from tf_agents.train.utils import train_utils
 
 from agents.config import EnvironmentConfig
-from agents.environment import AtariEnvironment
+from agents.environments.atari import AtariEnvironment
 from agents.py_environment import AtariPyEnvironment, SingleAtariPyEnvironment
 from tests.support.paper_games import PAPER_GAMES
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from agents.config import EnvironmentConfig
-from agents.environment import AtariEnvironment, FrameStack
+from agents.environments.atari import AtariEnvironment
+from agents.environments.frames import FrameStack
 
 _ROUNDS = 9
 

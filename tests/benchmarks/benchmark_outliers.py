@@ -17,7 +17,8 @@ import tensorflow as tf
 
 from agents import dqn, py_environment
 from agents.config import AgentConfig, EnvironmentConfig, LearnerConfig, NetworkConfig
-from agents.environment import AtariEnvironment, FrameStack
+from agents.environments.atari import AtariEnvironment
+from agents.environments.frames import FrameStack
 from agents.gradient import AgentGradient
 from agents.learner import OutlierTest
 from agents.model import family_model

@@ -28,7 +28,7 @@ os.environ.setdefault('TF_NUM_INTEROP_THREADS', '1')
 import numpy as np
 import psutil
 
-from agents.environment import AtariEnvironment
+from agents.environments.atari import AtariEnvironment
 from infra.parameter_server.client import ParameterClient
 from infra.replay.trajectory import Transition
 from pipelines.experiment import builders, command_line

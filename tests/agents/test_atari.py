@@ -6,9 +6,10 @@ import pytest
 from ale_py import roms
 from gymnasium.vector import AutoresetMode
 
-from agents import environment
 from agents.config import EnvironmentConfig
-from agents.environment import AtariEnvironment, FrameStack
+from agents.environments import atari
+from agents.environments.atari import AtariEnvironment
+from agents.environments.frames import FrameStack
 
 _REPEAT = 4
 
@@ -65,7 +66,7 @@ def _random_steps(environment: AtariEnvironment, count: int, seed: int = 0):
 class TestPreprocessing:
     def test_frames_and_rewards_equal_a_plain_loop_over_emulator_frames(self):
         with AtariEnvironment(_config(max_noops=0), 2, seed=5) as games:
-            twin = _PlainGame('pong', int(environment.emulator_seeds(5, 2)[1]))
+            twin = _PlainGame('pong', int(atari.emulator_seeds(5, 2)[1]))
             first = games.reset()
             np.testing.assert_allclose(first.frame[1], twin.resize(twin.screen()), atol=1)
             total = 0.0
@@ -96,8 +97,8 @@ class TestStarts:
     def test_a_game_starts_with_zero_to_max_noops_emulator_frames(self):
         def starts(max_noops: int, games: int) -> set[int]:
             config = _config(max_noops=max_noops)
-            emulators = environment.make_emulators(config, games, AutoresetMode.SAME_STEP)
-            _, info = emulators.reset(seed=environment.emulator_seeds(1, games))
+            emulators = atari.make_emulators(config, games, AutoresetMode.SAME_STEP)
+            _, info = emulators.reset(seed=atari.emulator_seeds(1, games))
             return set(info['episode_frame_number'])
 
         # 10 draws from {0, 1} miss a value with probability 2 / 2^10.
@@ -114,14 +115,14 @@ class TestStarts:
         assert any((one != other).any() for one, other in zip(play(7), play(8)))
 
     def test_neighbouring_seeds_share_no_emulator_seed(self):
-        seeds = [set(environment.emulator_seeds(seed, 64)) for seed in range(20)]
+        seeds = [set(atari.emulator_seeds(seed, 64)) for seed in range(20)]
         assert len(set().union(*seeds)) == 20 * 64
 
 
 class TestEnds:
     def test_a_lost_life_ends_a_training_episode_but_not_its_game(self):
         with AtariEnvironment(_config('breakout', max_noops=0), 1, seed=0) as games:
-            twin = _PlainGame('breakout', int(environment.emulator_seeds(0, 1)[0]))
+            twin = _PlainGame('breakout', int(atari.emulator_seeds(0, 1)[0]))
             games.reset()
             lives, lost = twin.emulator.lives(), 0
             for action, step in _random_steps(games, 600):
