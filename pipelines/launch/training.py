@@ -24,7 +24,7 @@ from pipelines.events import heartbeats_in
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.launch.evaluator import EvaluatorProcess
 from pipelines.launch.interrupts import Signals
-from pipelines.launch.jobs import Jobs, WorkersFailedError
+from pipelines.launch.jobs import START_SECONDS, Jobs, WorkersFailedError
 from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import ASK_SECONDS, Replay, ServerWatch
 from pipelines.monitoring.display import Display
@@ -345,9 +345,9 @@ class Training:
         A resumed run's workers hand them on themselves.
         """
         self.display.phase('writing statistics')
-        self.jobs.submit_unwritten(self.hearing.look())
-        own_time = OwnTime()
-        while self.jobs.running and own_time.look() < DRAIN_SECONDS and not self.signals.name:
+        self._attempt(lambda: self.jobs.submit_unwritten(self.hearing.look()))
+        own_time, most = OwnTime(), START_SECONDS + DRAIN_SECONDS
+        while self.jobs.running and own_time.look() < most and not self.signals.name:
             self._attempt(self.look)
             time.sleep(_POLL_SECONDS)
         self._attempt(self.jobs.stop)

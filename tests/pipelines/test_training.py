@@ -423,6 +423,16 @@ def test_records_in_no_table_are_written_at_the_budgets_end_and_kept_for_a_resum
     assert len(commits) == (not stopped_by)
 
 
+def test_a_last_job_that_cannot_be_submitted_costs_no_checkpoint(busy, monkeypatch):
+    run, told, directory = busy
+    run.jobs.unwritten = frozenset({('actor', 0)})
+    run.jobs.submit_unwritten = Mock(side_effect=OSError(28, 'No space left on device'))
+    monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
+    assert run.run() == 'max_frames'
+    assert 'No space left on device' in told.getvalue()
+    assert len(directory.latest_checkpoints()) == 1
+
+
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
     run, told, _ = training
     monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=KeyError('files')))
