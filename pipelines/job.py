@@ -92,9 +92,12 @@ def main(argv: Sequence[str]) -> None:
         (WORK[kind](config, addresses), Submission(numbers, arguments.submission))
         for kind, numbers in workers.items()
     ]
+    for work, _ in works:  # which may share a process: none hides an accelerator from another
+        work.learns = any(each.learns for each, _ in works)
     with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, works, settings, settings.element_seconds * engine.continues_elements)
+        period = settings.element_seconds * engine.continues_elements
+        build(pipeline, works, settings, period, engine.needs_outputs)
         try:
             result = beam_job.run(pipeline, options, engine, arguments.state_file)
         except Ended as ended:

@@ -47,6 +47,7 @@ class Engine:
       end_seconds: time limit of `end`, or, without `outlives_submitter`, of the job process's exit.
       launcher_restarts_workers: the launcher replaces dead workers, because the engine does not.
       side_by_side: runs all steps of a job at once: a job may hold workers of several kinds.
+      needs_outputs: runs only what leads to a pipeline's last transform.
       continues_elements: takes the rest of an element that returns early, and commits its results.
       job_context: context manager in which the pipeline runs, given its options.
     """
@@ -68,6 +69,7 @@ class Engine:
     end_seconds: float = 5.0
     launcher_restarts_workers: bool = False
     side_by_side: bool = False
+    needs_outputs: bool = False
     continues_elements: bool = False
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -109,6 +111,7 @@ ENGINES: Mapping[str, Engine] = {
         example='--dask_client_address=tcp://HOST:8786',
         options_module='pipelines.engines.dask',
         side_by_side=True,
+        needs_outputs=True,
         job_context=_placed_by_dask,
     ),
     'PrismRunner': Engine(

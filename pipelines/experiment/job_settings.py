@@ -3,10 +3,15 @@
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from infra.flags import nonempty
+from infra.named_function import NoFunctionError, load_function
 from pipelines.errors import UsageError
+
+REPLAY_SECONDS = 600.0
+"""How long an actor waits for the replay: all learners may be down, a shard may be saving."""
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -35,9 +40,10 @@ class JobSettings:
         ' Prism, PortableRunner): results so far are committed. 0: never, as a batch job.',
     )
     hang_seconds: float = _setting(
-        300.0,
+        120.0,
         'Time without a step or an update after which a worker hangs: its process logs where it'
-        ' stands, ends and is started again.',
+        ' stands, ends and is started again. Below 100 a parameter shard that is started again'
+        ' counts as a hang.',
     )
     actor_ram: str | None = _setting(
         None, "Memory that an actor needs, such as 4GB: a resource hint for Beam's engines."
@@ -53,6 +59,19 @@ class JobSettings:
         """The flags that say so."""
         values = dataclasses.asdict(self)
         return [f'--{name}={value}' for name, value in values.items() if value is not None]
+
+    def sink(self) -> Callable[..., Any] | None:
+        """The user's function that makes the transform of a table, None for files.
+
+        Raises:
+          UsageError: `--statistics_sink` names no function.
+        """
+        if self.statistics_sink is None:
+            return None
+        try:
+            return load_function(self.statistics_sink)
+        except NoFunctionError as error:
+            raise UsageError(f'--statistics_sink {error}. Fix: correct the name.') from error
 
     def hints(self, kind: str) -> dict[str, str]:
         """Beam's resource hints for one kind of workers; bundles take the learners'."""
@@ -93,7 +112,7 @@ def beam_flags(settings: JobSettings, continues_elements: bool) -> list[str]:
 
     `continues_elements`: whether the engine continues an element that returns early.
     """
-    # Beam kills a process that hands on no record: a segment lasts ten seconds.
-    minutes = math.ceil(2 * settings.hang_seconds / 60)
+    # Beam kills a process that hands on no record: a segment lasts ten seconds, but for the wait.
+    minutes = math.ceil(max(2 * settings.hang_seconds, REPLAY_SECONDS + 60.0) / 60)
     streaming = ['--streaming'] if continues_elements and settings.element_seconds else []
     return [f'--element_processing_timeout_minutes={minutes}', *streaming]

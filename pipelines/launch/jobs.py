@@ -31,7 +31,8 @@ from pipelines.storage.run_directory import RunDirectory
 GONE_SECONDS = 5.0
 """A worker whose process is gone for this long is dead."""
 SILENCE_SECONDS = 45.0
-"""A worker without a heartbeat for this long counts as dead."""
+"""A worker without a heartbeat for this long counts as dead, at the least: see `_HANG_SECONDS`."""
+_HANG_SECONDS = 15.0  # beyond --hang_seconds, for a worker to say where it hangs and to end
 START_SECONDS = 180.0
 """A submitted worker without a first heartbeat for this long counts as dead."""
 START_SECONDS_PER_WORKER = 20.0
@@ -94,14 +95,14 @@ class _Job:
         gone = now - self.gone_since.setdefault(worker, now) >= GONE_SECONDS
         return f'died (process {beat.pid})' if gone else ''
 
-    def silence_of(self, worker: Worker, now: float) -> str:
-        """How long a worker has been silent, as text; empty if it is not."""
+    def silence_of(self, worker: Worker, now: float, most_seconds: float) -> str:
+        """How long a worker has been silent, as text; empty if for no more than `most_seconds`."""
         if worker not in self.heard:
             waited = now - self.submitted
             late = waited > self.start_seconds
             return f'sent no heartbeat within {waited:.0f} s of its start' if late else ''
         silent = now - self.heard[worker][1]
-        return f'sent no heartbeat for {silent:.0f} s' if silent > SILENCE_SECONDS else ''
+        return f'sent no heartbeat for {silent:.0f} s' if silent > most_seconds else ''
 
     def kill_lost(self) -> None:
         """Kills the workers given up, which may hang or start late: a successor replaces each."""
@@ -284,11 +285,18 @@ class Jobs:
             self._finished.update(dict.fromkeys(job.workers, job))
 
     def _note_end(self, job: _Job, code: int | None) -> None:
-        """Notes whether the records of a job's workers are written: it has ended by itself."""
-        if code == 0:
-            self._unwritten -= job.workers
-        else:
-            self._unwritten |= job.workers & job.heard.keys()
+        """Notes whether the records of a job's workers are written.
+
+        They are if the job has ended by itself, and if an engine that drains a job has them all.
+        """
+        drains = self._launch.engine.outlives_submitter and self._launch.engine.continues_elements
+        written = {
+            worker
+            for worker in job.workers
+            if code == 0 or (drains and worker in job.heard and job.heard[worker][0].ended)
+        }
+        self._unwritten -= written
+        self._unwritten |= (job.workers - written) & job.heard.keys()
 
     def _watch(self, job: _Job, now: float) -> None:
         """Gives up and kills the dead or silent workers of a running job."""
@@ -308,7 +316,8 @@ class Jobs:
     def _fault_of(self, job: _Job, worker: Worker, now: float) -> str:
         """How a worker of a running job failed; empty if it is neither dead nor silent."""
         dead = job.death_of(worker, self._own) if self._launch.engine.runs_locally else ''
-        return dead or job.silence_of(worker, now)
+        most = max(SILENCE_SECONDS, self._launch.jobs.hang_seconds + _HANG_SECONDS)
+        return dead or job.silence_of(worker, now, most)
 
     def _give_up(self, workers: Sequence[Worker], job: _Job, how: str) -> None:
         self._failed(workers, job, how)

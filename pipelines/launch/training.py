@@ -351,6 +351,9 @@ class Training:
             self._attempt(self.look)
             time.sleep(_POLL_SECONDS)
         self._attempt(self.jobs.stop)
+        if left := sorted(self.jobs.unwritten):
+            names = ', '.join(f'{kind} {number}' for kind, number in left)
+            self.display.message(f'statistics/: the last rows of {names} are missing')
 
     def _commit(self) -> None:
         """Lets the checkpoint forget segments whose results are written; compares the counts."""
@@ -363,8 +366,8 @@ class Training:
         own = self.monitor.state().agent_steps
         if counted and self._clock_before == (0, 0) and steps != own:
             self.display.message(
-                f'Beam counted {steps:,} agent steps, the parameter server {own:,}: a worker that'
-                ' died had made more than it handed on'
+                f'Beam counted {steps:,} agent steps, the parameter server {own:,}: jobs that'
+                ' failed leave no counters, workers that died no record of their last segment'
             )
 
     def _ask_to_stop(self) -> None:

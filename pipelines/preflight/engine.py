@@ -47,11 +47,12 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
         )
     if launch.one_job:
         _require_one_job(config, launch)
+    launch.jobs.sink()
     for kind in config.run.workers:
         flags = [*launch.beam_flags, *launch.flags_of(kind)]
         require_flags(launch.runner, flags)
         require_reachable(flags)
-        _require_one_way(launch.jobs.hints(kind), flags)
+        _require_hints(launch.jobs.hints(kind), flags)
     attached = launch.parameter_addresses and launch.replay_addresses
     if launch.engine.always_remote and not attached and _means_this_machine(launch.host):
         raise UsageError(
@@ -83,16 +84,29 @@ def _require_one_job(config: 'ExperimentConfig', launch: 'Launch') -> None:
         )
 
 
-def _require_one_way(hints: Mapping[str, str], flags: Sequence[str]) -> None:
+def _require_hints(hints: Mapping[str, str], flags: Sequence[str]) -> None:
     """
     Raises:
-      UsageError: an accelerator is asked for by a hint and by an option of Dataflow's.
+      UsageError: a hint is unreadable, or excluded by an option of Dataflow's.
     """
-    if 'accelerator' in hints and any('worker_accelerator' in flag for flag in flags):
+    from apache_beam.transforms import resources
+
+    if not hints:
+        return
+    try:
+        resources.parse_resource_hints(dict(hints))
+    except ValueError as error:
         raise UsageError(
-            f'--learner_accelerator {hints["accelerator"]}: excludes the service option'
-            ' worker_accelerator (right fitting). Fix: omit one of them.'
-        )
+            f'--actor_ram, --learner_ram, --learner_accelerator: {error}. Fix: write memory as 4GB,'
+            ' an accelerator as type:nvidia-l4;count:1;install-nvidia-driver.'
+        ) from error
+    for option in ('worker_accelerator', '--flexrs_goal'):
+        if any(option in flag for flag in flags):
+            named = ', '.join(hints.values())
+            raise UsageError(
+                f'{option}: excludes the hints of --actor_ram, --learner_ram and'
+                f' --learner_accelerator ({named}). Fix: omit one or the other.'
+            )
 
 
 def _means_this_machine(host: str) -> bool:

@@ -19,6 +19,7 @@ def build(
     works: Sequence[tuple[Work, Submission]],
     settings: JobSettings,
     period_seconds: float = 0.0,
+    needs_outputs: bool = False,
 ) -> None:
     """Adds workers of each kind and their statistics to a pipeline.
 
@@ -27,16 +28,18 @@ def build(
       works: what the workers of each kind do, and which they are.
       settings: of the launch.
       period_seconds: between two checkpoints of a worker's element; 0: it takes none.
+      needs_outputs: whether the engine runs only what leads to the last transform (Dask).
 
     Raises:
-      UsageError: `--statistics_sink` names no function.
+      UsageError: `--statistics_sink` names no function, or one that the engine would not run.
     """
     sink, ends = sink_of(settings), []
     for work, submission in works:
         name = work.kind.capitalize()
         end = pipeline | name >> Workers(work, submission, period_seconds, settings)
         if sink is not None:
-            written = end | f'{name} statistics' >> Statistics(sink, submission.number)
+            statistics = Statistics(sink, submission.number, needs_outputs)
+            written = end | f'{name} statistics' >> statistics
             end = end if written is None else written
         ends.append(end)
     if len(ends) > 1 and not period_seconds:

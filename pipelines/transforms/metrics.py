@@ -30,7 +30,7 @@ class WorkerMetrics:
         self._return = Metrics.distribution(kind, 'return_points')
         self._length = Metrics.distribution(kind, 'episode_length_agent_steps')
         self._staleness = Metrics.distribution(kind, 'staleness_updates')
-        self._gradient = Metrics.distribution(kind, 'gradient_microseconds')
+        self._gradient = Metrics.distribution(kind, 'microseconds_per_gradient')
         self._segment = Metrics.distribution(kind, 'segment_milliseconds')
         self._start = Metrics.distribution(kind, 'start_milliseconds')
         self._last = Metrics.gauge(kind, 'last_segment')

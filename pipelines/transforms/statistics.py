@@ -15,6 +15,7 @@ from apache_beam.transforms import trigger
 from apache_beam.transforms.window import FixedWindows
 from apache_beam.utils.timestamp import Duration
 
+from pipelines.errors import UsageError
 from pipelines.transforms.sinks import Sink
 from pipelines.workers.segment import Segment
 
@@ -134,9 +135,15 @@ class Statistics(beam.PTransform):
     Input: segments. Output: what the sink's transforms return, usually nothing.
     """
 
-    def __init__(self, sink: Sink, submission: int):
-        """`sink` makes the transform that writes a table; `submission`: number of the job."""
+    def __init__(self, sink: Sink, submission: int, needs_outputs: bool = False):
+        """
+        Args:
+          sink: makes the transform that writes a table.
+          submission: number of the job.
+          needs_outputs: whether the engine runs only what leads to the last transform.
+        """
         super().__init__()
+        self._needs_outputs = needs_outputs
         self._sink = sink
         self._submission = submission
 
@@ -149,6 +156,11 @@ class Statistics(beam.PTransform):
             for name, table in tables.items()
         ]
         ends = [end for end in written if isinstance(end, beam.PCollection)]
+        if self._needs_outputs and len(ends) < len(written):
+            raise UsageError(
+                '--statistics_sink: returns no PCollection, so this engine would not run it. Fix:'
+                ' let it return one.'
+            )
         if not segments.is_bounded or not ends:
             return None
         return ends | 'Written' >> beam.Flatten()  # Dask runs what leads to the last transform

@@ -92,7 +92,10 @@ class Run(beam.DoFn):
             worker, number = lease.worker, tracker.current_restriction().start
             worker.begin(number)
             self._metrics.started(time.monotonic() - begun)
-            while (number < worker.next or not worker.finished()) and tracker.try_claim(number):
+            claimed = True
+            while number < worker.next or not worker.finished():
+                if not (claimed := tracker.try_claim(number)):
+                    break  # the engine has taken a checkpoint
                 segment = worker.segment(number)
                 number += 1
                 if segment is None:
@@ -104,7 +107,7 @@ class Run(beam.DoFn):
                 if not worker.finished() and self._pauses(segment, time.monotonic() - begun):
                     tracker.defer_remainder()
                     break
-            if worker.finished():
+            if claimed and worker.finished():
                 tracker.try_claim(tracker.current_restriction().stop)
             lease.keep = not worker.finished()
 

@@ -18,6 +18,7 @@ from infra.replay.config import shard_of_worker
 from infra.replay.errors import ReplayError
 from pipelines.events import beat
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.job_settings import REPLAY_SECONDS
 from pipelines.experiment.launch import Addresses
 from pipelines.workers.process import STATUS_SECONDS, Status, budget_reached
 from pipelines.workers.segment import Episode, Segment, decode, encode
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
 SERVER_SECONDS = 90.0
 """How long a worker waits for a parameter shard, whose restart imports TensorFlow."""
-
-REPLAY_SECONDS = 600.0
-"""How long an actor waits for the replay: all learners may be down, a shard may be saving."""
 
 ACTOR_SEGMENT = 2_000
 """Agent steps of an actor's segment, which take seconds."""

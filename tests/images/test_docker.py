@@ -309,6 +309,7 @@ class TestFlexTemplate:
             'replay_addresses': '10.0.0.2:7001',
             'telemetry_address': '10.0.0.2:7001',
             'sdk_container_image': 'registry/gorila:1',
+            'statistics_dir': 'gs://bucket/statistics',
             'worker_machine_type': 'n2-standard-2',
             'dataflow_service_options': 'worker_accelerator=type:nvidia-l4;count:1',
         }

@@ -124,6 +124,9 @@ def test_flags_that_only_a_job_server_knows_go_on_to_it():
         (('--one_job',), 'may run the steps of a job in turn'),
         ((*PRISM, '--topology=bundled', '--num_learners=1'), 'one job anyway'),
         ((*PRISM, '--learner_flags=--zone=z'), '--learner_ram'),
+        (('--actor_ram=much',), 'write memory as 4GB'),
+        (('--learner_ram=8GB', '--flexrs_goal=COST_OPTIMIZED'), '--flexrs_goal: excludes'),
+        (('--statistics_sink=nowhere:f',), '--statistics_sink nowhere:f'),
     ],
 )
 def test_an_engine_that_cannot_run_is_refused_with_the_remedy(flags, named, tmp_path, capsys):

@@ -12,6 +12,7 @@ from infra.own_time import OwnTime
 from infra.process import is_alive
 from pipelines.events import Heartbeat
 from pipelines.experiment import presets
+from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses, Launch
 from pipelines.launch import jobs as jobs_lib
 from pipelines.launch.jobs import FINISHED_SECONDS, SILENCE_SECONDS, START_SECONDS, Jobs
@@ -27,7 +28,13 @@ ALL = ((ACTORS[0], 0), (ACTORS[1], 0), (LEARNER, 1))
 class Run:
     """Jobs of two actors and a learner, each worker a sleeping child of its job's shell."""
 
-    def __init__(self, path: Path, runner: str = 'DirectRunner', one_job: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        runner: str = 'DirectRunner',
+        one_job: bool = False,
+        hang_seconds: float = 30.0,  # silence counts from 45 s on
+    ):
         self.directory = RunDirectory.open(path / 'run')
         self.started: list[tuple[str, tuple[int, ...]]] = []
         self.scripts: dict[str, str] = {}  # by a job's name: what later jobs do instead
@@ -35,7 +42,18 @@ class Run:
         self.config = presets.experiment('laptop', {'num_actors': 2, 'num_learners': 1})
         self.jobs = Jobs(
             self.config,
-            Launch(runner, None, False, (), (), (), (), (), one_job=one_job),
+            Launch(
+                runner,
+                None,
+                False,
+                (),
+                (),
+                (),
+                (),
+                (),
+                one_job=one_job,
+                jobs=JobSettings(hang_seconds=hang_seconds),
+            ),
             Addresses(('ps:1',), ('replay:1',), 'telemetry:1'),
             self.directory,
             command=self._command,
@@ -177,6 +195,18 @@ def test_more_workers_in_a_job_have_longer_to_start_and_a_late_one_is_killed(mak
     run.supervise(now + 5, [*heard, (ACTORS[1], 2)])
     assert not has_ended(replacement)
     assert not has_ended(run.pid(ACTORS[0], 0))
+
+
+def test_a_worker_that_may_hang_for_longer_is_not_killed_for_its_silence_before(make_run):
+    run = make_run(hang_seconds=200.0)
+    run.jobs.start(0.0)
+    run.supervise(10.0, ALL)
+    for now in (10.0 + SILENCE_SECONDS, 10.0 + 200.0 + 15.0):
+        run.supervise(now, ALL[1:])
+        assert run.started[2:] == []
+    run.supervise(11.0 + 200.0 + 15.0, ALL[1:])
+    run.supervise(14.0 + 200.0 + 15.0, ALL[1:])
+    assert run.started[2:] == [('actor', (0,))]
 
 
 def test_nobody_is_killed_because_the_launcher_stood_still(make_run):

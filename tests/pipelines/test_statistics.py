@@ -15,8 +15,8 @@ from pipelines.errors import UsageError
 from pipelines.experiment.job_settings import JobSettings
 from pipelines.monitoring import beam_counters
 from pipelines.transforms import metrics
-from pipelines.transforms.sinks import FILE_SEGMENTS, sink_of
-from pipelines.transforms.statistics import PERIOD_SECONDS, Statistics
+from pipelines.transforms.sinks import FILE_SEGMENTS, WriteFiles, sink_of
+from pipelines.transforms.statistics import PERIOD_SECONDS, SegmentRow, Statistics, segment_row
 from pipelines.workers.segment import Episode, Segment
 
 BEGIN = 1_000 * PERIOD_SECONDS
@@ -129,7 +129,7 @@ def test_beams_counters_are_those_of_the_segments_and_add_up_over_jobs(tmp_path)
         'episodes': 0,
         # Bounds 0 and 1, of 3 and 10 gradients.
         'staleness_updates': {'count': 13, 'sum': 10, 'min': 0, 'max': 1},
-        'gradient_microseconds': {'count': 1, 'sum': 500_000, 'min': 500_000, 'max': 500_000},
+        'microseconds_per_gradient': {'count': 1, 'sum': 500_000, 'min': 500_000, 'max': 500_000},
         'segment_milliseconds': 0,
     }
     for number in range(2):
@@ -161,3 +161,26 @@ def test_a_sink_that_does_not_exist_is_one_line():
 
 def test_without_a_place_for_files_there_is_no_sink():
     assert sink_of(JobSettings()) is None
+
+
+def test_an_engine_that_runs_what_leads_to_the_last_transform_needs_a_sinks_output():
+    class Silent(beam.PTransform):
+        def expand(self, rows):
+            _ = rows | beam.Map(print)
+
+    with pytest.raises(UsageError, match='returns no PCollection'):
+        pipeline = beam.Pipeline(options=PipelineOptions(['--runner=FnApiRunner']))
+        segments = pipeline | beam.Create([actor_segment(0)]).with_output_types(Segment)
+        _ = segments | Statistics(lambda table, row: Silent(), 0, needs_outputs=True)
+
+
+def test_an_error_of_any_store_fails_no_worker(tmp_path, monkeypatch):
+    def refuse(self, name, content):
+        raise RuntimeError('503 Service Unavailable')  # as Google's client raises its own kinds
+
+    monkeypatch.setattr(WriteFiles, '_put', refuse)
+    writer = WriteFiles(str(tmp_path), 'segments', SegmentRow)
+    writer.start_bundle()
+    writer.process(segment_row(actor_segment(0)))
+    writer.finish_bundle()
+    assert not list(tmp_path.iterdir())

@@ -4,9 +4,13 @@ import contextlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
+from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
 
+from pipelines.transforms.restriction import Segments
+from pipelines.transforms.workers import Run, Work
 from pipelines.workers.boxes import OpenWorker
 from pipelines.workers.open_workers import LeftBehindError, OpenWorkers
 from pipelines.workers.segment import Episode, Segment, decode, encode
@@ -130,6 +134,36 @@ def test_a_segment_on_record_is_handed_on_and_not_run_again():
         'bundle', 3, 8, 1, 64,
     )  # fmt: skip
     assert decode(ledger.records[-1]) == new
+
+
+class Finished(Work):
+    """A worker of a run that is at its budget, with five segments on record."""
+
+    kind = 'actor'
+
+    def __init__(self) -> None:
+        self.addresses = None  # type: ignore[assignment]
+
+    @contextlib.contextmanager
+    def open(self, spec):
+        """Opens it."""
+        records = [encode(SEGMENT._replace(segment=number)) for number in range(5)]
+        worker = worker_with(Ledger(0, records))
+        worker.box.finished = lambda: True
+        yield worker
+
+
+def test_a_checkpoint_while_records_are_handed_on_at_the_budgets_end_is_no_error():
+    provider = Segments()
+    spec = WorkerSpec(3, 1)
+    tracker = provider.create_tracker(provider.initial_restriction(spec))
+    element = Run(Finished(), 60.0).process(spec, tracker, ManualWatermarkEstimator(None))
+    handed_on: list[Any] = [next(element)]
+    _, rest = tracker.try_split(0)
+    handed_on += element
+    tracker.check_done()  # raises an error unless all is done or handed back
+    assert [each.value.segment for each in handed_on] == [0]
+    assert rest.start == 1
 
 
 HANGING = """
