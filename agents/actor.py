@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from agents.config import ActorConfig
-from agents.environments.atari import AtariEnvironment
-from agents.environments.frames import FrameStack
+from agents.environments.frames import Environment, FrameStack
 from agents.exploration import Behaviour
 from infra.replay.trajectory import Steps
 
@@ -50,7 +49,12 @@ class EpisodeTally:
         self._steps = np.zeros(num_environments, np.int64)
 
     def add(
-        self, raw: np.ndarray, clipped: np.ndarray, ended: np.ndarray, epsilon: np.ndarray
+        self,
+        raw: np.ndarray,
+        clipped: np.ndarray,
+        ended: np.ndarray,
+        epsilon: np.ndarray,
+        decided: np.ndarray | int = 1,
     ) -> list[Episode]:
         """Adds one step's rewards and returns the games that ended with it.
 
@@ -58,10 +62,11 @@ class EpisodeTally:
           raw, clipped: rewards float32 [envs].
           ended: bool [envs], true where a game is over.
           epsilon: float [envs], recorded in the returned episodes.
+          decided: bool [envs], whether the step was a decision.
         """
         self._raw += raw
         self._clipped += clipped
-        self._steps += 1
+        self._steps += decided
         if not ended.any():
             return []
         finished = [
@@ -78,18 +83,28 @@ class EpisodeTally:
 class Actor:
     """Plays a batch of games and writes their rows to the replay.
 
+    Attributes:
+      agent_steps: decisions so far.
+      clock: of the parameter server, at the last sync.
+
     `EnvironmentConfig` and `ActorConfig` set the rules for lives, no-ops and rewards (paper, 5).
     """
 
     def __init__(
         self,
         config: ActorConfig,
-        environment: AtariEnvironment,
+        environment: Environment,
         behaviour: Behaviour,
         adder: Adder,
         parameters: Any,
+        frame_stack: int = 4,
     ):
-        """`parameters` is a connected client of the initialised parameter server."""
+        """
+        Args:
+          config, environment, behaviour, adder: of the actor.
+          parameters: a connected client of the initialised parameter server.
+          frame_stack: frames of an observation.
+        """
         self._config = config
         self._environment = environment
         self._behaviour = behaviour
@@ -97,7 +112,9 @@ class Actor:
         self._parameters = parameters
         num_environments = environment.num_environments
         self._tally = EpisodeTally(num_environments)
-        self._stack = FrameStack(num_environments, environment.config.frame_stack)
+        frame = environment.frame_spec
+        self._stack = FrameStack(num_environments, frame_stack, frame.shape, frame.dtype)
+        self.agent_steps = 0
         self._frames = environment.reset()
         self._uncounted = 0
         self._steps_since_pull = 0
@@ -149,9 +166,17 @@ class Actor:
         discount = np.where(episode_end, 0.0, 1.0).astype(np.float32)
         self._behaviour.rewarded(clipped, discount)
         steps = Steps(seen.frame, action, clipped, discount, seen.first)
-        self._adder.add(steps, result.truncated & ~episode_end, error)
+        # No transition begins at an episode's last observation or reaches over it; one that ends at
+        # it bootstraps from it. Where it is not shown, none reaches to the episode's end.
+        cut = seen.last | (result.truncated & ~result.last & ~episode_end)
+        self._adder.add(steps, cut, error)
         self._frames = result
-        self._uncounted += len(action)
-        self._steps_since_pull += 1
+        self._count(int(np.count_nonzero(~seen.last)))
         game_over = result.terminated | result.truncated
-        return self._tally.add(result.reward, clipped, game_over, self._behaviour.epsilon(updates))
+        epsilon = self._behaviour.epsilon(updates)
+        return self._tally.add(result.reward, clipped, game_over, epsilon, ~seen.last)
+
+    def _count(self, decisions: int) -> None:
+        self.agent_steps += decisions
+        self._uncounted += decisions
+        self._steps_since_pull += 1

@@ -21,22 +21,27 @@ TORSOS = ('nature', 'dqn2013')
 LOSSES = ('huber', 'squared')
 OUTLIER_RULES = ('lone', 'every')
 AGENTS = ('dqn', 'c51', 'qr_dqn')
+BUILTIN = 'builtin'
+"""Value of `NetworkConfig.q_network` for this project's own networks."""
 STALENESS_BOUNDS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Bounds, in global updates, of the histogram of staleness. Bin i counts values above bound i - 1
 and at most bound i; the last bin counts values above every bound."""
 DEVICE = re.compile(r'auto|(cpu|gpu)(:\d+)?')
 """Pattern of a learner's device (see agents/device.py)."""
+_LAYERS = re.compile(r'[1-9]\d{0,4}(,[1-9]\d{0,4}){0,9}')
 FACTORY = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
-"""Pattern of an agent factory's name: `package.module:function`."""
+"""Pattern of a function's name: `package.module:function`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvironmentConfig:
-    """The Atari game and its preprocessing (Mnih et al. 2015, Methods)."""
+    """The environment; of Atari also its preprocessing (Mnih et al. 2015, Methods)."""
 
     game: str = described(
         'pong',
-        'Atari game, such as pong or space_invaders, or its Gymnasium ID, such as ALE/Pong-v5.',
+        'Atari game, such as pong or its Gymnasium ID ALE/Pong-v5; another Gymnasium ID, such as'
+        ' CartPole-v1; or module:function, a factory of your own environment (see'
+        ' docs/environments.md).',
     )
     action_repeat: int = described(4, 'Emulator frames per agent step (Mnih et al. 2015: 4).')
     frame_stack: int = described(4, 'Frames per observation (Mnih et al. 2015: 4).')
@@ -59,6 +64,19 @@ class EnvironmentConfig:
         "All 18 actions instead of the game's minimal set (Machado et al. 2018: all; paper:"
         ' minimal).',
     )
+    env_processes: bool = described(
+        False, 'Step each environment of an actor in a process of its own: for slow simulators.'
+    )
+
+    @property
+    def is_atari(self) -> bool:
+        """Whether `game` is one of Atari: ids of other environments have a sign in their names."""
+        return not re.search('[-/:]', self.game)
+
+    @property
+    def unit(self) -> str:
+        """What the budget counts: 'frames' of an emulator, or 'steps' elsewhere."""
+        return 'frames' if self.is_atari else 'steps'
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 100, 'action_repeat', 'frame_stack')
@@ -73,8 +91,9 @@ class NetworkConfig:
 
     torso: str = described(
         'nature',
-        "Convolutions and dense layer: 'nature' (Mnih et al. 2015) or the smaller 'dqn2013' (Mnih"
-        ' et al. 2013).',
+        "Convolutions and dense layer for pictures: 'nature' (Mnih et al. 2015) or the smaller"
+        " 'dqn2013' (Mnih et al. 2013). Pictures too small for them get a convolution of 16 filters"
+        ' and a dense layer of 128 (Young and Tian 2019).',
     )
     center_input: bool = described(
         False,
@@ -84,9 +103,22 @@ class NetworkConfig:
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'
     )
+    dense_layers: str = described(
+        '256,256', 'Units of the dense layers for observations that are no pictures.'
+    )
+    q_network: str = described(
+        BUILTIN,
+        "'builtin': chosen by the observation; or module:function of a Keras network of your own:"
+        ' gets the spec of an observation and the seed, returns what maps a batch to features'
+        ' float32 [batch, features]; the heads are put over it.',
+    )
 
     def __post_init__(self) -> None:
         require_choice(self, 'torso', TORSOS)
+        known = bool(_LAYERS.fullmatch(self.dense_layers))
+        require(self, 'dense_layers', known, 'sizes of layers, such as 256,256')
+        known = self.q_network == BUILTIN or bool(FACTORY.fullmatch(self.q_network))
+        require(self, 'q_network', known, f'{BUILTIN} or module:function')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Q-networks: uint8 frames in, float32 outputs for each action out (see agents/heads.py).
+"""Q-networks: observations in, float32 outputs for each action out (see agents/heads.py).
 
-`TORSOS` lists the layers of each torso. Weights and biases start uniform in +-1/sqrt(fan_in), as in
-the published code of Mnih et al. (2015) (Torch's default).
+`torso_of` chooses the layers by the observation: convolutions for pictures, dense layers for
+vectors. Weights and biases start uniform in +-1/sqrt(fan_in), as in the published code of Mnih et
+al. (2015) (Torch's default).
 """
 
 import dataclasses
@@ -9,27 +10,56 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tf_agents.networks import network
 from tf_agents.specs import tensor_spec
 
-from agents.config import NetworkConfig
+from agents.config import BUILTIN, NetworkConfig
+from infra.named_function import load_function
 
-_PIXEL_SCALE = 1 / 255  # uint8 pixels to [0, 1]
+_FIRST_HIDDEN = 50  # number of the first hidden layer's seed, behind those of all streams
 
 
 @dataclasses.dataclass(frozen=True)
 class Torso:
-    """Convolutions (filters, kernel size, stride), unpadded, and a dense layer, all with ReLU."""
+    """Convolutions, unpadded, and dense layers, all with ReLU.
+
+    Attributes:
+      convolutions: filters, kernel size and stride of each.
+      dense_units: of the last dense layer, one for each stream of a dueling network.
+      hidden: units of the dense layers before it.
+    """
 
     convolutions: tuple[tuple[int, int, int], ...]
     dense_units: int
+    hidden: tuple[int, ...] = ()
 
 
 TORSOS = {
     'nature': Torso(((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),  # Mnih et al. 2015, Methods
     'dqn2013': Torso(((16, 8, 4), (32, 4, 2)), 256),  # Mnih et al. 2013, section 4.1
 }
+
+SMALL_PICTURES = Torso(((16, 3, 1),), 128)
+"""For pictures of fewer pixels (MinAtar; Young and Tian 2019, section 4)."""
+
+
+def torso_of(shape: Sequence[int], config: NetworkConfig) -> Torso:
+    """The torso for observations of a shape: [height, width, channels], or anything as a vector."""
+    if len(shape) != 3:
+        *hidden, last = dense_units(config.dense_layers)
+        return Torso((), last, tuple(hidden))
+    torso = TORSOS[config.torso]
+    return torso if min(_convolved(shape, torso)) > 0 else SMALL_PICTURES
+
+
+def _convolved(shape: Sequence[int], torso: Torso) -> tuple[int, ...]:
+    """Height, width and channels of pictures of a shape after the convolutions; 0 if too small."""
+    for filters, size, stride in torso.convolutions:
+        height, width = (max(0, side - size + stride) // stride for side in shape[:2])
+        shape = height, width, filters
+    return tuple(shape)
 
 
 def dense(x: tf.Tensor, kernel: Any) -> tf.Tensor:
@@ -69,16 +99,82 @@ class _Layer(tf.Module):
 
 
 class _Stream(tf.Module):
-    """A dense layer with ReLU and a linear one: float32 [B, inputs] to float32 [B, outputs]."""
+    """A dense layer with ReLU and a linear one: float32 [B, inputs] to float32 [B, outputs].
+
+    With 0 units it is the linear one alone.
+    """
 
     def __init__(self, inputs: int, units: int, outputs: int, seed: int, prefix: str) -> None:
         super().__init__()
-        self._dense = _Layer((units, inputs), units, seed, f'{prefix}dense')
-        self._values = _Layer((outputs, units), outputs, seed + 1, f'{prefix}q_values')
+        self._dense = _Layer((units, inputs), units, seed, f'{prefix}dense') if units else None
+        shape = (outputs, units or inputs)
+        self._values = _Layer(shape, outputs, seed + 1, f'{prefix}q_values')
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        x = tf.nn.relu(tf.nn.bias_add(dense(x, self._dense.kernel), self._dense.bias))
+        if self._dense is not None:
+            x = _rectified(x, self._dense)
         return tf.nn.bias_add(dense(x, self._values.kernel), self._values.bias)
+
+
+def _rectified(x: tf.Tensor, layer: _Layer) -> tf.Tensor:
+    return tf.nn.relu(tf.nn.bias_add(dense(x, layer.kernel), layer.bias))
+
+
+class _TorsoLayers(tf.Module):
+    """The layers of a torso before its last one: observations in, float32 [B, width] out."""
+
+    def __init__(self, spec: Any, torso: Torso, center_input: bool, seed: int) -> None:
+        super().__init__()
+        self._low, self._scale = _scaling(spec)
+        self._center_input = center_input and bool(torso.convolutions)
+        self._convolutions, channels = [], spec.shape[-1]
+        for index, (filters, size, _) in enumerate(torso.convolutions):
+            kernel = (size, size, channels, filters)
+            name = f'convolution_{index + 1}'
+            self._convolutions.append(_Layer(kernel, filters, _layer_seed(seed, index), name))
+            channels = filters
+        self._strides = [stride for _, _, stride in torso.convolutions]
+        self.width = math.prod(_convolved(spec.shape, torso))
+        self._hidden = []
+        for index, units in enumerate(torso.hidden):
+            layer_seed = _layer_seed(seed, _FIRST_HIDDEN + index)
+            layer = _Layer((units, self.width), units, layer_seed, f'hidden_{index + 1}')
+            self._hidden.append(layer)
+            self.width = units
+
+    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
+        x = tf.cast(observation, tf.float32)
+        if self._low:
+            x -= self._low
+        if self._scale != 1.0:
+            x *= self._scale
+        shift = self._shift(x) if self._center_input else None
+        for layer, stride in zip(self._convolutions, self._strides):
+            x = tf.nn.conv2d(x, layer.kernel, stride, 'VALID')
+            if shift is not None:
+                x, shift = x - shift, None  # for the first layer only
+            x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
+        x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
+        for layer in self._hidden:
+            x = _rectified(x, layer)
+        return x
+
+    def _shift(self, x: tf.Tensor) -> tf.Tensor:
+        """The first convolution's output for each observation's mean, float32 [B, 1, 1, filters].
+
+        Without padding, convolving x - mean(x) equals convolving x and subtracting this output.
+        That writes 20 x 20 values per filter instead of 84 x 84 per frame.
+        """
+        mean = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
+        return mean * tf.reduce_sum(self._convolutions[0].kernel, axis=[0, 1, 2])
+
+
+def _scaling(spec: Any) -> tuple[float, float]:
+    """(low, factor) that bring integers with bounds to [0, 1]: (x - low) * factor."""
+    if not spec.dtype.is_integer or not isinstance(spec, tensor_spec.BoundedTensorSpec):
+        return 0.0, 1.0
+    low, high = float(np.min(spec.minimum)), float(np.max(spec.maximum))
+    return (low, 1 / (high - low)) if high > low else (0.0, 1.0)
 
 
 class QNetwork(network.Network):
@@ -101,20 +197,16 @@ class QNetwork(network.Network):
         """Outputs have shape [B, num_actions, *output_shape]. The same `seed` gives the same first
         weights."""
         super().__init__(input_tensor_spec=input_tensor_spec, name=name)
-        torso = TORSOS[config.torso]
-        self._center_input = config.center_input
         self._output_shape = (num_actions, *output_shape)
-        self._convolutions = []
-        height, width, channels = input_tensor_spec.shape
-        for index, (filters, size, stride) in enumerate(torso.convolutions):
-            name = f'convolution_{index + 1}'
-            kernel = (size, size, channels, filters)
-            self._convolutions.append(_Layer(kernel, filters, _layer_seed(seed, index), name))
-            height, width = ((side - size) // stride + 1 for side in (height, width))
-            channels = filters
-        self._strides = [stride for _, _, stride in torso.convolutions]
-        shape = (height * width * channels, torso.dense_units)
-        first_seed = _layer_seed(seed, len(torso.convolutions))
+        # The layout of parameters follows the names of these attributes.
+        if config.q_network != BUILTIN:
+            self._features, units = _of_the_user(config.q_network, input_tensor_spec, seed), 0
+        else:
+            torso = torso_of(input_tensor_spec.shape, config)
+            self._features = _TorsoLayers(input_tensor_spec, torso, config.center_input, seed)
+            units = torso.dense_units
+        shape = (_width(self._features, input_tensor_spec), units)
+        first_seed = _layer_seed(seed, len(torso.convolutions) if units else 0)
         per_action = math.prod(output_shape)
         self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '')
         self._state_value = (
@@ -123,39 +215,58 @@ class QNetwork(network.Network):
 
     def call(
         self,
-        observation: tf.Tensor,  # uint8 [B, height, width, stack]
+        observation: tf.Tensor,  # [B, ...]
         step_type: Any = None,
         network_state: Any = (),
         training: bool = False,
     ) -> tuple[tf.Tensor, Any]:
         """Outputs float32 [B, num_actions, *output_shape], and the unchanged state."""
         del step_type, training
-        x = tf.cast(observation, tf.float32) * _PIXEL_SCALE
-        shift = self._shift(x) if self._center_input else None
-        for layer, stride in zip(self._convolutions, self._strides):
-            x = tf.nn.conv2d(x, layer.kernel, stride, 'VALID')
-            if shift is not None:
-                x, shift = x - shift, None  # for the first layer only
-            x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
-        x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
+        x = self._features(observation)
         outputs = tf.reshape(self._q_values(x), (-1, *self._output_shape))
         if self._state_value is not None:
             value = tf.reshape(self._state_value(x), (-1, 1, *self._output_shape[1:]))
             outputs += value - tf.reduce_mean(outputs, axis=1, keepdims=True)
         return outputs, network_state
 
-    def _shift(self, x: tf.Tensor) -> tf.Tensor:
-        """The first convolution's output for each observation's mean, float32 [B, 1, 1, filters].
 
-        Without padding, convolving x - mean(x) equals convolving x and subtracting this output.
-        That writes 20 x 20 values per filter instead of 84 x 84 per frame.
-        """
-        mean = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
-        return mean * tf.reduce_sum(self._convolutions[0].kernel, axis=[0, 1, 2])
+def _of_the_user(name: str, spec: Any, seed: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Builds the user's network: observations in, features out.
+
+    Raises:
+      ValueError: it cannot be built.
+    """
+    try:
+        return load_function(name)(spec, seed)
+    except Exception as error:  # the user's code may raise anything
+        text = f'{type(error).__name__}: {error}'
+        raise ValueError(f'--q_network {name}: {text}. Fix: correct the function.') from error
+
+
+def _width(torso: Any, spec: Any) -> int:
+    """Features of a torso's output.
+
+    Raises:
+      ValueError: a user's network does not return float32 [B, features].
+    """
+    if isinstance(torso, _TorsoLayers):
+        return torso.width
+    features = torso(tf.zeros((1, *spec.shape), spec.dtype))
+    if len(features.shape) != 2 or features.dtype != tf.float32:
+        raise ValueError(
+            f'--q_network: returns {features.dtype.name} {features.shape}. Fix: return features,'
+            ' float32 [batch, features].'
+        )
+    return int(features.shape[1])
 
 
 def _layer_seed(seed: int, index: int) -> int:
     return 100 * seed + index  # torsos have fewer than 100 layers, so seeds share no stream
+
+
+def dense_units(text: str) -> tuple[int, ...]:
+    """Units of each dense layer in a text such as '256,256'."""
+    return tuple(int(units) for units in text.split(','))
 
 
 def q_network(
@@ -165,12 +276,12 @@ def q_network(
     seed: int = 0,
     output_shape: tuple[int, ...] = (),
 ) -> QNetwork:
-    """Builds the Q-network of `config`, and its variables, for uint8 [height, width, stack].
+    """Builds the Q-network of `config`, and its variables.
 
     Args:
       observation_spec: array or tensor spec without batch dimension.
       action_spec: bounded scalar array or tensor spec with minimum 0.
-      config: torso, centering and dueling.
+      config: layers, centering and dueling.
       seed: equal seeds give equal first weights.
       output_shape: shape of the outputs for one action; () for one value.
     """

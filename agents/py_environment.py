@@ -18,6 +18,7 @@ from tf_agents.utils import nest_utils
 
 from agents.config import EnvironmentConfig
 from agents.environments import atari, frames
+from agents.environments.frames import FrameSpec, observation_shape
 
 _NOOP = 0  # first in every minimal action set
 
@@ -37,6 +38,18 @@ def time_step_spec(config: EnvironmentConfig) -> ts.TimeStep:
 def action_spec(num_actions: int) -> array_spec.BoundedArraySpec:
     """int32 scalar in 0 .. num_actions - 1."""
     return array_spec.BoundedArraySpec((), np.int32, 0, num_actions - 1, 'action')
+
+
+def specs(
+    frame: FrameSpec, frame_stack: int, num_actions: int
+) -> tuple[ts.TimeStep, array_spec.BoundedArraySpec]:
+    """Array specs of a TimeStep and an action of one environment that shows such frames."""
+    shape, kind = observation_shape(frame.shape, frame_stack), np.dtype(frame.dtype)
+    if frame.low is None or frame.high is None:
+        observation = array_spec.ArraySpec(shape, kind, 'observation')
+    else:
+        observation = array_spec.BoundedArraySpec(shape, kind, frame.low, frame.high, 'observation')
+    return ts.time_step_spec(observation), action_spec(num_actions)
 
 
 class AtariPyEnvironment(py_environment.PyEnvironment):

@@ -43,8 +43,10 @@ class RunFailedError(RuntimeError):
     """A run failed; the message holds its last lines of output."""
 
 
-def experiment(preset: str = presets.DEFAULT, **settings: Any) -> ExperimentConfig:
+def experiment(preset: str | None = None, **settings: Any) -> ExperimentConfig:
     """Returns the preset with these settings replaced; they are named like run.py's flags.
+
+    None: the preset for the game or environment in `settings`.
 
     Raises:
       UsageError: the preset or a setting is unknown, or a value is invalid or has no effect.

@@ -82,7 +82,7 @@ class ReplayObserver:
         """
         Args:
           addresses: host:port of every shard, in order.
-          spec: of the rows; observations are uint8 [height, width, frame_stack], newest last.
+          spec: of the rows; its `observation_shape` is that of observations, newest frame last.
           num_environments: E, the number of rows of a trajectory.
           clip_reward: whether to clip rewards to [-1, 1].
           **adder: further arguments of `Adder`, such as `timeout_seconds`.
@@ -95,7 +95,7 @@ class ReplayObserver:
         if num_environments < 1:
             raise ValueError(f'num_environments is {num_environments}; it must be at least 1')
         self._clip_reward = clip_reward
-        self._observation_shape = (*spec.frame_shape, spec.frame_stack)
+        self._spec = spec
         self._begins = np.ones(num_environments, bool)  # the next row begins a sequence
         # One adder per environment: a boundary is a step of the driver but no agent step, so
         # environments advance at different rates.
@@ -123,13 +123,13 @@ class ReplayObserver:
         _observe(self._add, batch, len(self._adders))
 
     def _add(self, batch: trajectory.Trajectory) -> None:
-        if batch.observation.shape[1:] != self._observation_shape:
+        if batch.observation.shape[1:] != self._spec.observation_shape:
             raise ValueError(
                 f'observations are {batch.observation.shape[1:]},'
-                f' the spec has {self._observation_shape}'
+                f' the spec has {self._spec.observation_shape}'
             )
         steps = Steps(
-            frame=batch.observation[..., -1],
+            frame=_frames_of(batch.observation, self._spec)[-1],
             action=batch.action,
             reward=np.clip(batch.reward, -1.0, 1.0) if self._clip_reward else batch.reward,
             discount=batch.discount,
@@ -144,7 +144,7 @@ class ReplayObserver:
             row = slice(e, e + 1)
             step = Steps(*(column[row] for column in steps))
             if self._begins[e] and not step.first:
-                step = _add_older_frames(adder, step, batch.observation[row])
+                step = _add_older_frames(adder, step, batch.observation[row], self._spec)
             adder.add(step, truncated[row])
             self._begins[e] = False
 
@@ -204,15 +204,23 @@ def _batched(batch: trajectory.Trajectory, num_environments: int) -> trajectory.
     return batch
 
 
-def _add_older_frames(adder: Adder, step: Steps, observation: np.ndarray) -> Steps:
+def _frames_of(observation: np.ndarray, spec: TrajectorySpec) -> list[np.ndarray]:
+    """The frames [E, *frame_shape] that observations [E, *observation_shape] stack, newest last."""
+    frames = np.split(observation, spec.frame_stack, axis=-1)
+    return [frame.reshape(-1, *spec.frame_shape) for frame in frames]
+
+
+def _add_older_frames(
+    adder: Adder, step: Steps, observation: np.ndarray, spec: TrajectorySpec
+) -> Steps:
     """Adds the older frames of a step that starts a sequence in mid-episode; returns the step.
 
-    Each older frame of `observation` uint8 [1, height, width, stack] becomes a truncated row, so no
+    Each older frame of `observation` [1, *observation_shape] becomes a truncated row, so no
     transition starts there.
     """
     *older, newest = (
-        step._replace(frame=observation[..., k], first=np.array([k == 0]))
-        for k in range(observation.shape[-1])
+        step._replace(frame=frame, first=np.array([k == 0]))
+        for k, frame in enumerate(_frames_of(observation, spec))
     )
     for row in older:
         adder.add(row, np.array([True]))
@@ -356,7 +364,7 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
 
 def _transition_spec(spec: TrajectorySpec) -> trajectory.Transition:
     """Tensor specs of one transition, without batch dimension."""
-    frames = tf.TensorSpec((*spec.frame_shape, spec.frame_stack), tf.uint8, 'observation')
+    frames = tf.TensorSpec(spec.observation_shape, spec.frame_dtype, 'observation')
     time_step = ts.time_step_spec(frames)
     return trajectory.Transition(
         time_step, policy_step.PolicyStep(tf.TensorSpec((), tf.int32, 'action'), (), ()), time_step
@@ -369,7 +377,7 @@ def _signature(spec: TrajectorySpec, batch_size: int) -> tuple[Transition, Sampl
     def column(dtype: tf.DType, *shape: int) -> tf.TensorSpec:
         return tf.TensorSpec((batch_size, *shape), dtype)
 
-    frames = column(tf.uint8, *spec.frame_shape, spec.frame_stack)
+    frames = column(tf.as_dtype(spec.frame_dtype), *spec.observation_shape)
     numbers = column(tf.float32)
     return (
         Transition(frames, column(tf.int32), numbers, numbers, frames),

@@ -23,7 +23,7 @@ from ale_py import vector_env
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
-from agents.environments.frames import FRAME_SHAPE, Frames
+from agents.environments.frames import ATARI, FRAME_SHAPE, Frames, FrameSpec
 from agents.games import loaded, rom_id
 
 
@@ -103,6 +103,12 @@ class AtariEnvironment:
         self._seeds = emulator_seeds(seed, num_environments)
         self._lives_matter = training and config.life_loss_ends_episode
         self._lives: np.ndarray | None = None  # None before the first reset
+        self._never = np.zeros(num_environments, bool)
+
+    @property
+    def frame_spec(self) -> FrameSpec:
+        """uint8 [84, 84]."""
+        return ATARI
 
     @property
     def num_actions(self) -> int:
@@ -113,7 +119,7 @@ class AtariEnvironment:
         """Starts a new game in every environment, with the same seeds at each call."""
         observation, info = self._emulators.reset(seed=self._seeds)
         self._lives = info['lives']
-        nothing = np.zeros(self.num_environments, bool)
+        nothing = self._never
         return Frames(
             frame=observation[:, 0],
             reward=np.zeros(self.num_environments, np.float32),
@@ -121,6 +127,7 @@ class AtariEnvironment:
             truncated=nothing,
             life_lost=nothing,
             first=~nothing,
+            last=nothing,
         )
 
     def step_frames(self, action: np.ndarray) -> Frames:
@@ -145,6 +152,7 @@ class AtariEnvironment:
             truncated=truncated,
             life_lost=life_lost,
             first=ended | life_lost,
+            last=self._never,
         )
 
     def close(self) -> None:

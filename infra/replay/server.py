@@ -114,7 +114,7 @@ def build_tables(config: ShardConfig, shard: int) -> list['reverb.Table']:
     tables = []
     if config.experience:
         spec = config.trajectory
-        rows = tf.TensorSpec((spec.window, spec.row_bytes), tf.uint8, name='rows')
+        rows = tf.TensorSpec((spec.window, spec.row_bytes), tf.uint8, name=spec.rows_name)
         tables.append(
             reverb.Table(
                 name=EXPERIENCE_TABLE,
@@ -358,6 +358,8 @@ def require_same(options: argparse.Namespace, config: ShardConfig) -> None:
         raise ValueError(
             f'{path} is damaged: {error}. Fix: remove it, if the state is of this very shard'
         ) from error
+    if isinstance(before.get('trajectory'), dict):  # earlier versions name no type
+        before['trajectory'].setdefault('frame_dtype', 'uint8')
     if before != json.loads(json.dumps(now)):
         raise ValueError(
             f'--state_dir {options.state_dir} holds the state of another shard, or of an experiment'

@@ -28,14 +28,20 @@ def require_spec(info: Any, spec: TrajectorySpec, address: str) -> None:
     """Checks that a shard, whose `server_info()` is `info`, stores windows of `spec`.
 
     Raises:
-      ReplaySpecMismatch: the shard's windows have another shape.
+      ReplaySpecMismatch: the shard's windows have another shape, or its frames another type.
     """
-    stored = tuple(info[EXPERIENCE_TABLE].signature['rows'].shape)
+    rows = info[EXPERIENCE_TABLE].signature['rows']
+    stored = tuple(rows.shape)
     ours = (spec.window, spec.row_bytes)
     if stored != ours:
         raise ReplaySpecMismatch(
             f'replay shard {address} stores windows of {stored[0]} rows of {stored[1]} bytes,'
             f' {spec} has {ours[0]} of {ours[1]}: give the spec that the shard was started with'
+        )
+    if rows.name != spec.rows_name:
+        raise ReplaySpecMismatch(
+            f'replay shard {address} stores {rows.name}, {spec} has {spec.rows_name}: give the spec'
+            ' that the shard was started with'
         )
 
 

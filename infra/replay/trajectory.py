@@ -20,6 +20,7 @@ column halves the time of a sampled batch (see tests/benchmarks/benchmark_replay
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,17 +31,26 @@ if TYPE_CHECKING:
 # Bytes after the frame: action int32, reward float32, discount float32, first int32.
 SCALAR_BYTES = 4
 ROW_SCALARS = 4
+_NUMBERS = 'iuf'  # NumPy's kinds: integers with and without sign, floats
 # Integer types with one byte per frame of a stack.
 _HISTORY_TYPES = {2: 'uint16', 4: 'uint32', 8: 'uint64'}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrajectorySpec:
-    """Shape of the rows and of the stored window."""
+    """Shape of the rows and of the stored window.
 
-    frame_shape: tuple[int, int] = (84, 84)
+    Attributes:
+      frame_shape: of one frame, of any rank.
+      frame_stack: frames of an observation.
+      n_step: steps of a transition.
+      frame_dtype: NumPy's name of the frames' type, a number.
+    """
+
+    frame_shape: tuple[int, ...] = (84, 84)
     frame_stack: int = 4
     n_step: int = 3
+    frame_dtype: str = 'uint8'
 
     def __post_init__(self):
         """Checks the sizes.
@@ -50,8 +60,10 @@ class TrajectorySpec:
         """
         # Configuration files hold a list, since JSON has no tuples.
         object.__setattr__(self, 'frame_shape', tuple(self.frame_shape))
-        if len(self.frame_shape) != 2 or min(self.frame_shape) < 1:
-            raise ValueError(f'frame_shape is {self.frame_shape}: two positive sizes are needed')
+        if not self.frame_shape or min(self.frame_shape) < 1:
+            raise ValueError(f'frame_shape is {self.frame_shape}: positive sizes are needed')
+        if np.dtype(self.frame_dtype).kind not in _NUMBERS:
+            raise ValueError(f'frame_dtype is {self.frame_dtype}: it must be a type of numbers')
         for name in ('frame_stack', 'n_step'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
@@ -64,7 +76,28 @@ class TrajectorySpec:
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame."""
-        return self.frame_shape[0] * self.frame_shape[1]
+        return math.prod(self.frame_shape) * np.dtype(self.frame_dtype).itemsize
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of an observation: grey pictures get an axis for the stack, others grow their last.
+
+        As agents/environments/frames.py stacks them.
+        """
+        if len(self.frame_shape) == 2:
+            return (*self.frame_shape, self.frame_stack)
+        return (*self.frame_shape[:-1], self.frame_shape[-1] * self.frame_stack)
+
+    @property
+    def rows_name(self) -> str:
+        """Name of the rows in a shard's signature, which tells apart frames of equal size.
+
+        Grey frames of bytes keep the name by which earlier versions stored them.
+        """
+        if len(self.frame_shape) == 2 and self.frame_dtype == 'uint8':
+            return 'rows'
+        sizes = 'x'.join(map(str, self.frame_shape))
+        return f'rows_{self.frame_dtype}_{sizes}_stack_{self.frame_stack}'
 
     @property
     def row_bytes(self) -> int:
@@ -75,17 +108,17 @@ class TrajectorySpec:
 class Transition(NamedTuple):
     """A batch of n-step transitions, tensors or arrays."""
 
-    observation: Any  # uint8[B, height, width, stack], newest frame last
+    observation: Any  # [B, *observation_shape] of the frames' type, newest frame last
     action: Any  # int32[B]
     reward: Any  # float32[B], n-step, discounted
     discount: Any  # float32[B], gamma^n, or 0 after an end
-    next_observation: Any  # uint8[B, height, width, stack]
+    next_observation: Any  # as `observation`
 
 
 class Steps(NamedTuple):
     """One agent step of E environments, as the replay stores it."""
 
-    frame: np.ndarray  # uint8[E, height, width], newest frame of the observation
+    frame: np.ndarray  # [E, *frame_shape], newest frame of the observation
     action: np.ndarray  # int32[E], taken on that observation
     reward: np.ndarray  # float32[E], of the action
     discount: np.ndarray  # float32[E], 0.0 if the game or life ended with the step, else 1.0
@@ -100,16 +133,17 @@ def pack_rows(steps: Steps, spec: TrajectorySpec) -> np.ndarray:
     """
     frames = np.asarray(steps.frame)
     num_environments = len(frames)
-    if frames.shape[1:] != spec.frame_shape or frames.dtype != np.uint8:
+    if frames.shape[1:] != spec.frame_shape or frames.dtype != np.dtype(spec.frame_dtype):
         raise ValueError(
             f'frames are {frames.dtype}{list(frames.shape[1:])}, the replay stores'
-            f' uint8{list(spec.frame_shape)}'
+            f' {spec.frame_dtype}{list(spec.frame_shape)}'
         )
     action, reward = np.asarray(steps.action), np.asarray(steps.reward, np.float32)
     if not np.issubdtype(action.dtype, np.integer) or not np.isfinite(reward).all():
         raise ValueError(f'actions {action} must be integers, and rewards {reward} finite')
     rows = np.empty((num_environments, spec.row_bytes), np.uint8)
-    rows[:, : spec.frame_bytes] = frames.reshape(num_environments, spec.frame_bytes)
+    flat = np.ascontiguousarray(frames).reshape(num_environments, -1)
+    rows[:, : spec.frame_bytes] = flat.view(np.uint8)
     scalars = np.empty((num_environments, ROW_SCALARS), np.int32)
     scalars[:, 0] = action
     scalars[:, 1] = reward.view(np.int32)
@@ -175,6 +209,41 @@ def stacked_frames(frames: 'tf.Tensor', first: 'tf.Tensor') -> 'tf.Tensor':
     return tf.bitcast(history, tf.uint8)
 
 
+def concatenated_frames(
+    frames: 'tf.Tensor', first: 'tf.Tensor', spec: TrajectorySpec
+) -> 'tf.Tensor':
+    """Joins frames uint8[B, stack, frame_bytes] with first bool[B, stack] along their last axis.
+
+    Frames of the previous episode become zeros. Returns [B, *observation_shape].
+    """
+    import tensorflow as tf
+
+    size = np.dtype(spec.frame_dtype).itemsize
+    shape = (-1, spec.frame_stack, *spec.frame_shape)
+    if size > 1:
+        parts = tf.reshape(frames, (*shape, size))
+        values = tf.bitcast(parts, spec.frame_dtype)
+    else:
+        values = tf.bitcast(tf.reshape(frames, shape), spec.frame_dtype)
+    planes = []
+    for i, visible in enumerate(visibility(first)):
+        seen = tf.reshape(visible, (-1, *(1 for _ in spec.frame_shape)))
+        planes.append(tf.where(seen, values[:, i], tf.zeros([], values.dtype)))
+    return tf.concat(planes, axis=-1)
+
+
+def observations(frames: 'tf.Tensor', first: 'tf.Tensor', spec: TrajectorySpec) -> 'tf.Tensor':
+    """Stacks frames uint8[B, stack, frame_bytes] to observations [B, *observation_shape]."""
+    import tensorflow as tf
+
+    if len(spec.frame_shape) != 2 or spec.frame_dtype != 'uint8':
+        grey = len(spec.frame_shape) == 2
+        apart = dataclasses.replace(spec, frame_shape=(*spec.frame_shape, 1)) if grey else spec
+        return concatenated_frames(frames, first, apart)
+    stacked = stacked_frames(frames, first)
+    return tf.reshape(stacked, (-1, *spec.observation_shape))
+
+
 def to_transition(rows: 'tf.Tensor', spec: TrajectorySpec, gamma: float) -> Transition:
     """Converts stored windows uint8[B, window, row_bytes] to transitions.
 
@@ -193,15 +262,12 @@ def to_transition(rows: 'tf.Tensor', spec: TrajectorySpec, gamma: float) -> Tran
         gamma,
     )
     first = tf.not_equal(scalars[:, :, 3], 0)
-    shape = (-1, *spec.frame_shape, stack)
-    observation = stacked_frames(frames[:, :stack], first[:, :stack])
-    next_observation = stacked_frames(frames[:, n_step:], first[:, n_step:])
     return Transition(
-        observation=tf.reshape(observation, shape),
+        observation=observations(frames[:, :stack], first[:, :stack], spec),
         action=scalars[:, stack - 1, 0],
         reward=reward,
         discount=discount,
-        next_observation=tf.reshape(next_observation, shape),
+        next_observation=observations(frames[:, n_step:], first[:, n_step:], spec),
     )
 
 

@@ -5,13 +5,20 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from agents.games import GameError, rom_id
+from agents.config import EnvironmentConfig
+from agents.environments.factory import check_name
 from pipelines.errors import UsageError
 from pipelines.evaluation import policies
 from pipelines.evaluation import starts as start_points
 from pipelines.evaluation.play import Game
 from pipelines.evaluation.policies import RANDOM, Policy
-from pipelines.experiment.protocols import Protocol, deviations, protocol
+from pipelines.experiment.protocols import (
+    Protocol,
+    default_for,
+    deviations,
+    protocol,
+    require_fit,
+)
 
 DEFAULT_SEED = 1
 
@@ -62,8 +69,8 @@ class Entrant:
 
     @property
     def game(self) -> str:
-        """Its ROM; raises GameError if it cannot be played."""
-        return rom_id(self.policy.environment.game)
+        """Its ROM, or the name of its environment; raises ValueError if it cannot be played."""
+        return check_name(self.policy.environment.game)
 
     def games(self, index: int) -> Iterator[Game]:
         """The games to play, for the entrant's index in the evaluation."""
@@ -109,7 +116,7 @@ def entrants(request: Request, notify: Callable[[str], None]) -> list[Entrant]:
     """
     _require_named(request)
     try:
-        games = [rom_id(game) for game in request.games]
+        games = [check_name(game) for game in request.games]
         run_dirs = dict.fromkeys(request.run_dirs)
         found = [_of_run(request, run_dir, notify) for run_dir in run_dirs]
         for path in dict.fromkeys(request.policies):
@@ -120,8 +127,10 @@ def entrants(request: Request, notify: Callable[[str], None]) -> list[Entrant]:
         for entrant in found:
             if entrant.game not in (games or [entrant.game]):
                 raise policies.other_game(entrant.policy.path, entrant.game, games[0])
-    except GameError as error:
+    except ValueError as error:
         raise UsageError(str(error)) from error
+    for entrant in found:
+        require_fit(entrant.protocol.name, entrant.policy.environment)
     return found
 
 
@@ -147,15 +156,16 @@ def _of_run(request: Request, run_dir: str, notify: Callable[[str], None]) -> En
 
 
 def _of_saved_model(request: Request, path: str) -> Iterator[Entrant]:
-    rules = _rules(request, 'noop', {})
     for game in request.games or (None,):
-        yield _entrant(request, policies.of_saved_model(path, game), rules, DEFAULT_SEED)
+        policy = policies.of_saved_model(path, game)
+        rules = _rules(request, default_for(policy.environment), {})
+        yield _entrant(request, policy, rules, DEFAULT_SEED)
 
 
 def _of_chance(request: Request, games: Iterable[str]) -> Iterator[Entrant]:
     """Random actions in each of the games."""
-    rules = _rules(request, 'noop', {})
     for game in dict.fromkeys(games):
+        rules = _rules(request, default_for(EnvironmentConfig(game=game)), {})
         policy = policies.of_chance(game, rules.full_action_space)
         yield _entrant(request, policy, rules, DEFAULT_SEED)
 

@@ -13,7 +13,8 @@ from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
 from agents.environments.atari import check_actions, emulator_seeds, make_emulators
-from agents.environments.frames import FrameStack
+from agents.environments.factory import Opening, open_simulation
+from agents.environments.frames import Frames, FrameStack
 from pipelines.evaluation.starts import Start, action_codes, indices
 from pipelines.experiment.protocols import Protocol
 
@@ -24,7 +25,7 @@ _REASON_CHARACTERS = 500
 _STREAM = 3  # actors' environments and exploration have 1 and 2
 
 Act = Callable[[np.ndarray], int]
-"""Chooses an action for an observation uint8 [1, 84, 84, stack]."""
+"""Chooses an action for an observation [1, ...]."""
 
 
 class CancelledError(Exception):
@@ -119,9 +120,9 @@ def play(
       GameError: the game cannot be played.
       ValueError: the start point does not fit the game.
     """
-    rng = np.random.default_rng(_seeds(game)[1])
+    rng = np.random.default_rng(seeds(game)[1])
     total = 0.0
-    with Emulator(game) as emulator:
+    with open_game(game) as emulator:
         while not emulator.ended:
             if cancelled():
                 raise CancelledError
@@ -138,8 +139,13 @@ def play(
     return Score(game.policy, game.episode, game.seed, game.start_index, total, frames, cut)
 
 
-def _seeds(game: Game) -> tuple[int, int]:
-    """Seeds of the emulator and of the exploration."""
+def open_game(game: Game, colour: bool = False) -> 'Screen':
+    """Opens a game at its begin, or at its start point; use it in a `with`."""
+    return Emulator(game, colour) if game.environment.is_atari else Simulation(game, colour)
+
+
+def seeds(game: Game) -> tuple[int, int]:
+    """Seeds of the environment and of the exploration."""
     emulator, exploration = np.random.SeedSequence(
         [game.seed, _STREAM, game.episode]
     ).generate_state(2)
@@ -167,7 +173,7 @@ class Emulator:
         self.num_actions = int(self._emulator.single_action_space.n)
         self._stack = None if colour else FrameStack(1, rules.frame_stack)
         self.ended = self.cut = False
-        frame, info = self._emulator.reset(seed=emulator_seeds(_seeds(game)[0], 1))
+        frame, info = self._emulator.reset(seed=emulator_seeds(seeds(game)[0], 1))
         self._show(frame, info, first=True)
         for action in prefix:
             self.step(int(action))
@@ -202,6 +208,57 @@ class Emulator:
 
     def __exit__(self, *_: object) -> None:
         self._emulator.close()
+
+
+class Simulation:
+    """An environment other than Atari at the begin of an episode, as an `Emulator`.
+
+    Attributes:
+      num_actions: size of the action set.
+      observation: of the environment's type, [1, ...]; its picture uint8 [height, width, 3] if in
+        colour.
+      ended: whether the episode has ended.
+      cut: whether a limit of steps ended it.
+      frames: steps so far.
+    """
+
+    def __init__(self, game: Game, colour: bool = False):
+        rules = game.protocol.environment(game.environment)
+        self._most = rules.max_episode_frames
+        opening = Opening(1, training=False, render_mode='rgb_array' if colour else None)
+        self._environment = open_simulation(rules, seeds(game)[0], opening)
+        spec = self._environment.frame_spec
+        self.num_actions = self._environment.num_actions
+        self._stack = FrameStack(1, rules.frame_stack, spec.shape, spec.dtype)
+        self._colour = colour
+        self.ended = self.cut = False
+        self.frames = 0
+        self._show(self._environment.reset())
+
+    def step(self, action: int) -> float:
+        """Takes an action; returns the reward."""
+        result = self._environment.step_frames(np.array([action], np.int32))
+        self.frames += 1
+        terminated = bool(result.terminated[0])
+        self.cut = not terminated and (bool(result.truncated[0]) or self.frames >= self._most)
+        self.ended = terminated or self.cut
+        self._show(result)
+        return float(result.reward[0])
+
+    def _show(self, frames: Frames) -> None:
+        if self._colour:
+            self.observation = self._environment.render()
+        else:
+            self.observation = self._stack.push(frames.frame, frames.first)
+
+    def __enter__(self) -> 'Simulation':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._environment.close()
+
+
+Screen = Emulator | Simulation
 
 
 def _prefix(game: Game) -> np.ndarray:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from agents.config import EnvironmentConfig
+from agents.environments.factory import check_name
 from agents.environments.frames import FRAME_SHAPE
-from agents.games import rom_id
 from infra.disk import scratch
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines.errors import UsageError, unwritable
 from pipelines.evaluation.play import Act
 from pipelines.evaluation.starts import ALL_ACTIONS, action_codes
 from pipelines.experiment import config as config_lib
+from pipelines.experiment import presets
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.storage import saved_policies
 from pipelines.storage.checkpoints import read_parameters
@@ -32,7 +33,7 @@ Player = Callable[[], Act]
 """Begins a game: returns what chooses its actions."""
 
 Values = Callable[[np.ndarray], np.ndarray]
-"""Expected returns float32 [actions] of an observation uint8 [1, 84, 84, stack]."""
+"""Expected returns float32 [actions] of an observation [1, ...]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def of_saved_model(path: str, game: str | None) -> Policy:
     """
     directory = pathlib.Path(path)
     trained = saved_policies.checked(path) or _environment_of_run(directory.absolute().parent)
-    if trained is not None and game is not None and rom_id(trained.game) != rom_id(game):
+    if trained is not None and game is not None and check_name(trained.game) != check_name(game):
         raise other_game(path, trained.game, game)
     environment = trained
     if environment is None:
@@ -162,14 +163,18 @@ def of_saved_model(path: str, game: str | None) -> Policy:
 
 def of_chance(game: str, full_action_space: bool) -> Policy:
     """Uniformly random actions."""
-    return Policy(RANDOM, EnvironmentConfig(game=game, full_action_space=full_action_space))
+    environment = EnvironmentConfig(game=game, full_action_space=full_action_space)
+    if not environment.is_atari:
+        environment = presets.experiment(presets.default(game), {'game': game}).environment
+    return Policy(RANDOM, environment)
 
 
 def other_game(path: str, trained: str, game: str) -> UsageError:
     """The error of a policy that is to play a game that it was not trained for."""
+    wanted = check_name(game)
     return UsageError(
-        f'{path}: a policy for {rom_id(trained)}, not for {rom_id(game)}. Fix: omit the game,'
-        f' or name a policy for {rom_id(game)}.'
+        f'{path}: a policy for {check_name(trained)}, not for {wanted}. Fix: omit the game, or name'
+        f' a policy for {wanted}.'
     )
 
 
@@ -207,6 +212,10 @@ def _fitted(policy: Policy) -> Policy:
       UsageError: it is not a policy for Atari or its game.
     """
     loaded = _load(policy)
+    updates = int(loaded.get_train_step())  # -1: unknown
+    policy = dataclasses.replace(policy, updates=updates if updates >= 0 else None)
+    if not policy.environment.is_atari:
+        return _fitted_elsewhere(policy, loaded)
     observation, action = loaded.time_step_spec.observation, loaded.action_spec
     try:
         *size, stack = observation.shape
@@ -227,9 +236,27 @@ def _fitted(policy: Policy) -> Policy:
             f' {environment.game} has {minimal}). Fix: name its game.'
         )
     environment = dataclasses.replace(environment, full_action_space=num_actions != minimal)
-    updates = int(loaded.get_train_step())  # -1: unknown
-    known = updates if updates >= 0 else None
-    return dataclasses.replace(policy, environment=environment, updates=known)
+    return dataclasses.replace(policy, environment=environment)
+
+
+def _fitted_elsewhere(policy: Policy, loaded: Any) -> Policy:
+    """The policy, if its SavedModel takes what an environment outside Atari shows.
+
+    Raises:
+      UsageError: it does not.
+    """
+    from pipelines.experiment.builders import specs_of
+
+    step, action = specs_of(policy.environment)
+    takes, shown = loaded.time_step_spec.observation, step.observation
+    chooses = getattr(loaded.action_spec, 'maximum', None)
+    if (takes.shape, takes.dtype, chooses) != (shown.shape, shown.dtype, action.maximum):
+        raise UsageError(
+            f'--policy {policy.path}: takes {_kind(takes)} and chooses among {chooses} + 1 actions;'
+            f' {policy.environment.game} shows {_kind(shown)} and has {action.maximum + 1}. Fix:'
+            ' name its own environment by --games.'
+        )
+    return policy
 
 
 def _kind(spec: Any) -> str:

@@ -13,6 +13,7 @@ from time import monotonic
 import ale_py
 import numpy as np
 
+from agents.environments.errors import EnvironmentFailedError
 from pipelines.errors import UsageError
 from pipelines.evaluation.encoder import SUFFIXES, encoder
 from pipelines.evaluation.entrants import Entrant, Request, entrants
@@ -20,10 +21,11 @@ from pipelines.evaluation.panel import Panel
 from pipelines.evaluation.play import (
     FRAMES_PER_SECOND,
     CancelledError,
-    Emulator,
     Game,
     Score,
+    Screen,
     Step,
+    open_game,
     play,
 )
 from pipelines.evaluation.policies import Policy, Values
@@ -32,11 +34,11 @@ from pipelines.experiment import config as config_lib
 from pipelines.storage.outputs import existing, require_new
 from pipelines.storage.run_directory import RunDirectory
 
-SCALE = 3
-"""Pixels of the video for one of the emulator, in each direction."""
 RUN_SECONDS = 300.0
 """For the video at the end of a run."""
 
+_STEP_FRAMES = 2  # thirty steps a second where no emulator says more
+_LEAST_ROWS = 600  # of the picture, three for each of Atari's 210
 _RUN_FRAMES = 18_000  # of the emulator, five minutes
 
 
@@ -106,14 +108,15 @@ def record(
       ValueError: see `Policy.player` and `play`.
     """
     player, values = policy.opened()
-    rate = fractions.Fraction(FRAMES_PER_SECOND, game.environment.action_repeat)
+    repeat = game.environment.action_repeat if game.environment.is_atari else _STEP_FRAMES
+    rate = fractions.Fraction(FRAMES_PER_SECOND, repeat)
     try:
         film.path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            Emulator(game, colour=True) as screen,
+            open_game(game, colour=True) as screen,
             encoder(film.path, rate, film.new) as add,
         ):
-            view = _View(screen, _action_names(game), values, film.overlay)
+            view = _View(screen, _action_names(game, screen), values, film.overlay)
 
             def observe(step: Step) -> None:
                 add(view.picture(step))
@@ -121,6 +124,8 @@ def record(
 
             score = play(game, player(), observe, cancelled)
             add(view.picture(None))
+    except EnvironmentFailedError as error:
+        raise UsageError(f'--video {film.path}: {error}') from error
     except FileExistsError as error:  # another command's
         raise existing(str(film.path), '--video') from error
     except OSError as error:
@@ -164,7 +169,9 @@ def _not_written(path: str | pathlib.Path, error: OSError) -> UsageError:
     )
 
 
-def _action_names(game: Game) -> Sequence[str]:
+def _action_names(game: Game, screen: Screen) -> Sequence[str]:
+    if not game.environment.is_atari:
+        return [f'action {number}' for number in range(screen.num_actions)]
     codes = action_codes(game.environment.game, game.environment.full_action_space)
     return [ale_py.Action(code).name for code in codes]
 
@@ -173,9 +180,11 @@ class _View:
     """What the video shows at each step."""
 
     def __init__(
-        self, screen: Emulator, actions: Sequence[str], values: Values | None, overlay: bool
+        self, screen: Screen, actions: Sequence[str], values: Values | None, overlay: bool
     ):
-        height = screen.observation.shape[0] * SCALE
+        rows = screen.observation.shape[0]
+        self._scale = max(1, -(-_LEAST_ROWS // rows))
+        height = rows * self._scale
         self._screen = screen
         self._values = values
         self._panel = Panel(height, actions) if overlay else None
@@ -183,7 +192,7 @@ class _View:
 
     def picture(self, step: Step | None) -> np.ndarray:
         """The picture before a step uint8 [height, width, 3]; None: after the last one."""
-        enlarged = self._screen.observation.repeat(SCALE, 0).repeat(SCALE, 1)
+        enlarged = self._screen.observation.repeat(self._scale, 0).repeat(self._scale, 1)
         if self._panel is None:
             return enlarged
         action = values = None

@@ -1,13 +1,17 @@
 """Experiment configuration in; model, gradient, policy and behaviour out."""
 
+import functools
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
 from agents import custom_agent, device, dqn, exploration, model, py_environment
 from agents.actor_priorities import InitialPriorities
-from agents.config import FACTORY
+from agents.config import FACTORY, EnvironmentConfig
 from agents.custom_loss import no_graph
-from agents.environments.atari import AtariEnvironment
+from agents.environments.factory import open_environment
+from agents.environments.frames import FrameSpec
 from agents.exploration import Behaviour
 from agents.gradient import AgentGradient
 from agents.model import Model
@@ -25,17 +29,29 @@ def build_model(config: ExperimentConfig) -> Model:
     Raises:
       ForeignAgentError: the custom agent is not supported.
     """
-    with AtariEnvironment(config.environment, num_environments=1, seed=0) as environment:
-        num_actions = environment.num_actions
-    specs = (
-        py_environment.time_step_spec(config.environment),
-        py_environment.action_spec(num_actions),
-    )
+    specs = specs_of(config.environment)
     seed = config.run.seed
     if FACTORY.fullmatch(config.agent.agent):
         weighted = config.replay.prioritized
         return custom_agent.foreign_model(config.agent.agent, *specs, config.agent, seed, weighted)
     return model.family_model(dqn.make_agent(config.agent, config.network, *specs, seed=seed))
+
+
+@functools.cache
+def described(environment: EnvironmentConfig) -> tuple[FrameSpec, int]:
+    """Frames and number of actions of an environment.
+
+    Raises:
+      GameError, ValueError: it cannot be opened.
+    """
+    with open_environment(environment, num_environments=1, seed=0) as opened:
+        return opened.frame_spec, opened.num_actions
+
+
+def specs_of(environment: EnvironmentConfig) -> tuple[Any, Any]:
+    """TF-Agents' specs of time steps and actions, without batch dimension."""
+    frame, num_actions = described(environment)
+    return py_environment.specs(frame, environment.frame_stack, num_actions)
 
 
 def try_agent(config: ExperimentConfig) -> None:
@@ -48,7 +64,8 @@ def try_agent(config: ExperimentConfig) -> None:
     model = build_model(config)
     weighted = config.replay.prioritized
     rows = 2
-    frames = np.zeros((rows, *model.agent.time_step_spec.observation.shape), np.uint8)
+    observation = model.agent.time_step_spec.observation
+    frames = np.zeros((rows, *observation.shape), observation.dtype.as_numpy_dtype)
     numbers = np.ones(rows, np.float32)
     transition = Transition(frames, np.zeros(rows, np.int32), numbers, numbers, frames)
     try:
@@ -101,4 +118,10 @@ def layout_of(network: AgentGradient | GreedyPolicy) -> Layout:
 
 def trajectory_spec(config: ExperimentConfig) -> TrajectorySpec:
     """Shape of a replay item."""
-    return TrajectorySpec(frame_stack=config.environment.frame_stack, n_step=config.agent.n_step)
+    frame, _ = described(config.environment)
+    return TrajectorySpec(
+        frame_shape=frame.shape,
+        frame_stack=config.environment.frame_stack,
+        n_step=config.agent.n_step,
+        frame_dtype=frame.dtype,
+    )

@@ -15,7 +15,9 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from agents.games import GameError, not_taken_over, rom_id
+from agents.config import EnvironmentConfig
+from agents.environments.factory import check_name
+from agents.games import GameError, not_taken_over
 from infra.addresses import AddressError, is_port, split_address
 from infra.disk import is_remote
 from infra.flags import integer, nonempty, value_of, with_fix
@@ -144,6 +146,12 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+MAX_STEPS = 'max_steps'
+"""Flag of a budget in agent steps, which is no setting of its own."""
+_NAMES = {'game': ('--environment', '--game')}
+"""Flags of a setting with more than one name; the first is shown."""
+
+
 class GorilaOptions(PipelineOptions):
     """The project's flags."""
 
@@ -164,6 +172,12 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
         f' ({", ".join(catalog.SIDE_BY_SIDE)}). Default: a job each.',
     )
     job_settings.add_arguments(jobs)
+    parser.add_argument(
+        f'--{MAX_STEPS}',
+        type=integer,
+        metavar='N',
+        help='Agent steps of all actors after which the run ends, in place of --max_frames.',
+    )
     default = presets.experiment(preset, {})
     for group, config in config_lib.groups():
         arguments = parser.add_argument_group(group.replace('_', ' '))
@@ -172,7 +186,8 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
             value = getattr(getattr(default, group), field.name)
             text = f'{field.metadata["help"]} Default: {value}.'.replace('%', '%%')
             extra = _EXTRA[kinds[field.name]]
-            arguments.add_argument(f'--{field.name}', default=None, help=text, **extra)
+            names = _NAMES.get(field.name, (f'--{field.name}',))
+            arguments.add_argument(*names, dest=field.name, default=None, help=text, **extra)
 
 
 def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentParser:
@@ -298,9 +313,11 @@ def _game(text: str) -> str:
       UsageError: the game is unknown or cannot be played.
     """
     try:
-        game = rom_id(text)
+        game = check_name(text)
     except GameError as error:
         raise UsageError(f'--game: {error}') from error
+    except ValueError as error:
+        raise UsageError(f'--environment: {error}') from error
     if note := not_taken_over(text):
         print(f'--game {note}', file=sys.stderr, flush=True)
     return game
@@ -354,7 +371,9 @@ def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
     """
     try:
         preset = value_of('--preset', argv)
-        preset = presets.DEFAULT if preset is None else preset
+        if preset is None:
+            named = value_of('--environment', argv) or value_of('--game', argv)
+            preset = presets.default(named or EnvironmentConfig().game)
         known, rest = _parser(own_only=True, preset=preset).parse_known_args(argv)
         of_jobs = _flags_of_jobs(known, rest)
     except argparse.ArgumentError as error:
@@ -396,6 +415,8 @@ def _values(known: argparse.Namespace) -> dict[str, Any]:
     }
     if 'game' in values:
         values['game'] = _game(values['game'])
+    if known.max_steps is not None:
+        values[MAX_STEPS] = known.max_steps
     return values
 
 
@@ -437,7 +458,10 @@ def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.Experim
     """
     if isinstance(values.get('game'), str):
         values = {**values, 'game': _game(values['game'])}
-    config = presets.experiment(presets.DEFAULT if preset is None else preset, values)
+    if preset is None:
+        preset = presets.default(values.get('game', EnvironmentConfig().game))
+    values, steps = _without_steps(values)
+    config = _with_budget(presets.experiment(preset, values), steps)
     require_effect(config, values)
     return config
 
@@ -455,6 +479,7 @@ def resumed(
             f'--preset {preset}: contradicts --resume, since the run was started with'
             f' {before.preset}. Fix: omit --preset, or start a new run.'
         )
+    values, steps = _without_steps(values)
     for name, value in values.items():
         group, _ = config_lib.fields()[name]
         old = getattr(getattr(before, group), name)
@@ -464,4 +489,26 @@ def resumed(
                 f' Fix: omit --{name}, or start a new run.'
             )
     _game(before.environment.game)
-    return config_lib.replace(before, values)
+    return _with_budget(config_lib.replace(before, values), steps)
+
+
+def _without_steps(values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """The settings of the experiment among `values`, and the budget of agent steps, if given.
+
+    Raises:
+      UsageError: a budget of frames is given, too.
+    """
+    settings = {name: value for name, value in values.items() if name != MAX_STEPS}
+    if MAX_STEPS in values and 'max_frames' in settings:
+        raise UsageError('--max_steps: contradicts --max_frames. Fix: omit one of them.')
+    return settings, values.get(MAX_STEPS)
+
+
+def _with_budget(
+    config: config_lib.ExperimentConfig, agent_steps: int | None
+) -> config_lib.ExperimentConfig:
+    """The experiment with a budget of agent steps, None: as it is."""
+    if agent_steps is None:
+        return config
+    frames = agent_steps * config.environment.action_repeat
+    return config_lib.replace(config, {'max_frames': frames})

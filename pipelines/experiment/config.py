@@ -278,6 +278,9 @@ def from_json(text: str | bytes) -> ExperimentConfig:
 _ADDED = {
     ('learner', 'outlier_rule'): 'every',
     ('environment', 'full_action_space'): False,
+    ('environment', 'env_processes'): False,
+    ('network', 'dense_layers'): '256,256',
+    ('network', 'q_network'): 'builtin',
     ('run', 'evaluation_protocol'): 'noop',
     ('run', 'evaluator_cpu_share'): 0.03,
     ('run', 'evaluator_episodes'): 5,

@@ -1,6 +1,7 @@
-"""Groups of games: `pong,atari5` in, names of ROMs out; a list of all games for a terminal."""
+"""Groups of games: `pong,atari5` in, names of games out; a list of all games for a terminal."""
 
-from agents.games import GameError, game_names, rom_id
+from agents.environments.factory import check_name
+from agents.games import game_names
 from pipelines.errors import UsageError
 
 # fmt: off
@@ -26,7 +27,7 @@ _GAP = 2
 
 
 def games_of(text: str) -> tuple[str, ...]:
-    """The ROMs that a comma-separated list of games and groups names, each once.
+    """The games and environments that a comma-separated list names, groups too, each once.
 
     Raises:
       UsageError: a name is empty or unknown, or a game cannot be played.
@@ -37,8 +38,8 @@ def games_of(text: str) -> tuple[str, ...]:
     if not all(names):
         raise UsageError(f'--games {text}: a name is empty. Fix: omit a comma, or name a game.')
     try:
-        games = [rom for name in names for rom in GROUPS.get(name) or (rom_id(name),)]
-    except GameError as error:
+        games = [game for name in names for game in GROUPS.get(name) or (check_name(name),)]
+    except ValueError as error:
         text = str(error).rstrip('.')
         raise UsageError(f'--games: {text}, or a group: {", ".join(GROUPS)}.') from error
     return tuple(dict.fromkeys(games))

@@ -9,6 +9,7 @@ Methodology"), [M] Machado et al. 2018 (section 5), [here] not stated in a paper
 from collections.abc import Mapping
 from typing import Any
 
+from agents.config import EnvironmentConfig
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
 
@@ -224,6 +225,60 @@ MACHADO: Mapping[str, Any] = {
     'evaluation_max_frames': 108_000,  # [M]
 }
 
+ELSEWHERE: Mapping[str, Any] = {
+    # Outside Atari, whatever the preset: a step is a step, and rewards are what they are.
+    'action_repeat': 1,
+    'frame_stack': 1,
+    'max_noops': 0,
+    'life_loss_ends_episode': False,
+    'clip_reward': False,
+    'sticky_action_probability': 0.0,
+    'full_action_space': False,
+    'evaluation_protocol': 'plain',
+    'evaluation_epsilon': 0.0,
+    'evaluation_max_frames': 108_000,
+}
+
+CLASSIC: Mapping[str, Any] = {
+    # [here] Chosen on CartPole. Networks are small: one shard, and bundles, which share a process.
+    'topology': 'bundled',
+    'num_actors': 2,
+    'num_learners': 2,
+    'num_parameter_shards': 1,
+    'dense_layers': '256,256',
+    'n_step': 5,
+    'double_dqn': True,
+    'loss': 'squared',
+    'optimizer': 'adam',
+    'learning_rate': 0.001,
+    'optimizer_epsilon': 1e-8,
+    'batch_size': 128,
+    'agent_steps_per_update': 4.0,
+    'target_update_period': 25,
+    'epsilon_end': 0.05,
+    'epsilon_updates': 1_500,
+    'replay_capacity': 100_000,
+    'min_replay_size': 1_000,
+    'max_frames': 45_000,
+}
+
+MINATAR: Mapping[str, Any] = {
+    # [Y] Young and Tian 2019, section 4, with Adam and in bundles.
+    **CLASSIC,
+    'n_step': 1,  # [Y]
+    'double_dqn': False,  # [Y]
+    'loss': 'huber',  # [Y]
+    'learning_rate': 0.00025,  # [Y]: of RMSProp
+    'batch_size': 32,  # [Y]
+    'agent_steps_per_update': 1.0,  # [Y]
+    'replay_capacity': 100_000,  # [Y]
+    'min_replay_size': 5_000,  # [Y]
+    'target_update_period': 1_000,  # [Y]
+    'epsilon_end': 0.1,  # [Y]
+    'epsilon_updates': 100_000,  # [Y]
+    'max_frames': 5_000_000,  # [Y]
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     'laptop': LAPTOP,
     'nature': NATURE,
@@ -231,18 +286,31 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     'apex': APEX,
     'rainbow_lite': RAINBOW_LITE,
     'machado': MACHADO,
+    'classic': CLASSIC,
+    'minatar': MINATAR,
 }
 
 DEFAULT = 'laptop'
 
 
+def default(game: Any) -> str:
+    """The preset of a run of this game or environment, unless one is named."""
+    if not isinstance(game, str) or EnvironmentConfig(game=game).is_atari:
+        return DEFAULT
+    return 'minatar' if game.lower().startswith('minatar') else 'classic'
+
+
 def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.ExperimentConfig:
     """Returns the experiment of `preset` with `overrides` (setting name to value).
+
+    Outside Atari `ELSEWHERE` takes the place of what presets say of emulators.
 
     Raises:
       UsageError: a preset or setting is unknown, or values are invalid or contradictory.
     """
     if preset not in PRESETS:
         raise UsageError(f'--preset {preset!r}: unknown. Fix: choose one of {", ".join(PRESETS)}.')
-    values = {**PRESETS[preset], **overrides}
+    game = overrides.get('game', EnvironmentConfig().game)
+    elsewhere = {} if default(game) == DEFAULT else ELSEWHERE
+    values = {**PRESETS[preset], **elsewhere, **overrides}
     return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

@@ -14,6 +14,9 @@ from typing import Any
 from agents.config import EnvironmentConfig
 from pipelines.errors import UsageError
 
+PLAIN = 'plain'
+"""Name of the rules of environments outside Atari: their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -75,6 +78,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
         # [R], [A]: no-op starts, thirty minutes. Epsilon is 0 for noisy networks [R] and Ape-X [A],
         # 0.001 for others [Zoo]. 30 games [here].
         Protocol('rainbow', epsilon=0.001, max_frames=108_000),
+        # [here] Environments outside Atari: their own rules.
+        Protocol(PLAIN, epsilon=0.0, max_frames=108_000, max_noops=0),
     )
 }
 
@@ -93,6 +98,24 @@ def protocol(name: str, values: Mapping[str, Any]) -> Protocol:
     return dataclasses.replace(PROTOCOLS[name], **given)
 
 
+def default_for(environment: EnvironmentConfig) -> str:
+    """Name of the rules of an environment unless some are named."""
+    return 'noop' if environment.is_atari else PLAIN
+
+
+def require_fit(name: str, environment: EnvironmentConfig) -> None:
+    """
+    Raises:
+      UsageError: the rules are of Atari and the environment is not, or the other way round.
+    """
+    if (name == PLAIN) == environment.is_atari:
+        fitting = [each for each in PROTOCOLS if (each == PLAIN) != environment.is_atari]
+        raise UsageError(
+            f'--protocol {name}: not for {environment.game}. Fix: choose {" or ".join(fitting)},'
+            ' or omit it.'
+        )
+
+
 def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]:
     """What `used` changes in the protocol of its name, by setting; more games change nothing.
 
@@ -109,6 +132,8 @@ def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]
         and not (field.name == 'episodes' and value > exact.episodes)
         and value not in allowed.get(field.name, ())
     }
+    if not environment.is_atari:
+        return rules
     published = dataclasses.replace(
         EnvironmentConfig(), full_action_space=exact.full_action_space
     )  # [N]: four frames a step, four frames stacked

@@ -25,6 +25,7 @@ _EVALUATOR = (
     lambda config: config.run.evaluator_cpu_share > 0,
 )
 _SEPARATE = ('--topology separate', lambda config: config.run.topology == 'separate')
+_ATARI = ('an Atari game', lambda config: config.environment.is_atari)
 _RMSPROP = ('--optimizer rmsprop', _optimizer('rmsprop'))
 _ADAM = ('--optimizer adam', _optimizer('adam'))
 
@@ -60,6 +61,21 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'optimizer_momentum': _RMSPROP,
     'adam_beta_1': _ADAM,
     'adam_beta_2': _ADAM,
+    **dict.fromkeys(
+        (
+            'action_repeat',
+            'max_noops',
+            'max_episode_frames',
+            'sticky_action_probability',
+            'life_loss_ends_episode',
+            'full_action_space',
+        ),
+        _ATARI,
+    ),
+    'env_processes': (
+        'an environment outside Atari',
+        lambda config: not config.environment.is_atari,
+    ),
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }
 

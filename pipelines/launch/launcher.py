@@ -158,6 +158,7 @@ class Launcher:
             seed=self.config.run.seed,
             max_frames=self.config.run.max_frames,
             action_repeat=self.config.environment.action_repeat,
+            unit=self.config.environment.unit,
             batch_size=self.config.learner.batch_size,
             settings={'preset': self.config.preset, **config_lib.settings(self.config)},
             launch=(provenance.launches(self.directory.launches_file) or [{}])[-1],

@@ -341,7 +341,9 @@ def _progress(state: RunState, width: int) -> list[Any]:
 
     share = min(1.0, state.frames / state.max_frames)
     eta = _NOT_YET if state.eta_seconds is None else duration(state.eta_seconds)
-    left = text.Text.from_markup(f'frames [bold]{state.frames:,}[/bold] / {state.max_frames:,}')
+    left = text.Text.from_markup(
+        f'{state.unit} [bold]{state.frames:,}[/bold] / {state.max_frames:,}'
+    )
     right = text.Text(f'{share:4.0%}  ETA {eta:>7}', no_wrap=True)
     one_line = width - len(left) - len(right) - 2 * _GAP >= _LEAST_BAR_COLUMNS
     used = len(right) + _GAP + (len(left) + _GAP if one_line else 0)
@@ -358,7 +360,7 @@ def _figures(state: RunState, width: int) -> Any:
     from rich import text
 
     cells = (
-        ('frames/s', _number(state.frames_per_second, '.0f')),
+        (f'{state.unit}/s', _number(state.frames_per_second, '.0f')),
         ('updates', f'{state.updates:,}'),
         ('episodes', f'{state.episodes:,}'),
         ('replay', _number(state.replay_size, ',')),
@@ -411,7 +413,7 @@ def state_line(state: RunState, phase: str = '') -> str:
     rejected = ', '.join(f'{count} {reason}' for reason, count in state.rejected.items())
     eta = _NOT_YET if state.eta_seconds is None else duration(state.eta_seconds)
     parts = [
-        f'frames {state.frames:,}/{state.max_frames:,}'
+        f'{state.unit} {state.frames:,}/{state.max_frames:,}'
         f' ({_number(state.frames_per_second, ".0f")}/s)',
         f'updates {state.updates:,} ({_number(state.updates_per_second, ".1f")}/s)',
         f'episodes {state.episodes:,}',

@@ -15,7 +15,8 @@ from pipelines.storage.run_directory import RunDirectory
 _INCHES = (8.0, 7.0)
 _DOTS_PER_INCH = 120
 _LEAST_HALF_WIDTH = 5  # games
-AXES = {'frames': 'emulator frames', 'updates': 'updates', 'minutes': 'minutes of training'}
+_UNITS = {'frames': 'emulator frames', 'steps': 'steps'}
+AXES = {'frames': _UNITS['frames'], 'updates': 'updates', 'minutes': 'minutes of training'}
 """The horizontal axes, by the names of a point's coordinates, and their labels."""
 _LAYOUT = [['frames', 'frames'], ['updates', 'minutes']]
 
@@ -83,11 +84,9 @@ def draw_learning_curve(
     title: str,
     evaluation: Mapping[str, Any] | None = None,
     end: Mapping[str, float] | None = None,
+    unit: str = 'frames',
 ) -> None:
     """Draws `learning_curve.png`: return over frames, and smaller over updates and minutes.
-
-    Frames are the budget, so they get half of the picture. Each game is a dot, the line is their
-    mean (`smoothed`); evaluations have their standard deviation as error bar.
 
     Args:
       directory: of the run; its `episodes.jsonl`, `evaluations.jsonl` and `launches.jsonl` are
@@ -95,6 +94,7 @@ def draw_learning_curve(
       title: of the figure.
       evaluation: the summary's `evaluation`, of which `mean`, `std`, `episodes` are drawn.
       end: coordinates of the evaluation, by the names of `AXES`; None: those of the last game.
+      unit: of the budget, see `EnvironmentConfig.unit`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -110,11 +110,18 @@ def draw_learning_curve(
     for name, axes in panels.items():
         _draw(axes, games[name], returns)
         _draw_evaluations(axes, name, evaluations, final)
-        axes.set(xlabel=AXES[name], ylabel='return (raw game score)')
+        axes.set(
+            xlabel=_UNITS[unit] if name == 'frames' else AXES[name],
+            ylabel='return (raw game score)',
+        )
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     panels['frames'].set_title(title)
     panels['frames'].legend(loc='best')
+    _write(canvas, directory)
+
+
+def _write(canvas: Any, directory: RunDirectory) -> None:
     picture = io.BytesIO()
     canvas.print_png(picture)
     write_atomically(directory.learning_curve_file, picture.getvalue())

@@ -300,6 +300,7 @@ class Monitor:
             game=self._config.game,
             preset=self._config.preset,
             max_frames=self._config.max_frames,
+            unit=self._config.unit,
             frames=self.frames,
             agent_steps=self._agent_steps,
             frames_per_second=frame_rate,
@@ -418,7 +419,7 @@ class Monitor:
         end = {'frames': self.frames, 'updates': self._updates, 'minutes': self.wall_seconds / 60.0}
         config = self._config
         title = f'{config.game}, preset {config.preset}, seed {config.seed}'
-        learning_curve.draw_learning_curve(self._directory, title, evaluation, end)
+        learning_curve.draw_learning_curve(self._directory, title, evaluation, end, config.unit)
 
     def _write_scalars(self, evaluation: Mapping[str, Any] | None = None) -> None:
         figures = {name: total / numbers for name, (total, numbers) in self._learner_sums.items()}

@@ -30,6 +30,7 @@ class MonitorConfig:
       game, preset, seed: as in the summary.
       max_frames: emulator frames that end the run.
       action_repeat: emulator frames per agent step.
+      unit: of the budget: 'frames' of an emulator, or 'steps' elsewhere.
       batch_size: transitions in an update.
       scalars_period_seconds: seconds between two writes to TensorBoard.
       rate_window_seconds: window of frames/s, updates/s and the ETA.
@@ -43,6 +44,7 @@ class MonitorConfig:
     seed: int
     max_frames: int
     action_repeat: int = 4
+    unit: str = 'frames'
     batch_size: int = 32
     scalars_period_seconds: float = 10.0
     rate_window_seconds: float = 60.0
@@ -66,7 +68,8 @@ class RunState:
     `_figure` says where a value is written; a mapping's entries are scalars below its tag.
 
     Attributes:
-      max_frames, frames: emulator frames, the budget and those made.
+      max_frames, frames: emulator frames, the budget and those made; elsewhere agent steps.
+      unit: of these: 'frames' or 'steps'.
       frames_per_second, updates_per_second: over the recent window.
       updates: global updates.
       episodes: games ended.
@@ -98,6 +101,7 @@ class RunState:
     game: str
     preset: str
     max_frames: int
+    unit: str = 'frames'
     frames: int = _figure(0, summarised=True)
     agent_steps: int = _figure(0, summarised=True)
     frames_per_second: float | None = _figure(None, 'rate/frames_per_second')

@@ -32,6 +32,7 @@ _SOURCES = {
     'human': 'Nair et al. 2015, whose start points were never published: these are others',
     'rainbow': 'Hessel et al. 2018; Ape-X’s scores are of such games with epsilon 0',
     'machado': 'Machado et al. 2018',
+    'plain': 'the environment’s own rules',
 }
 
 AGGREGATES: Mapping[str, statistics.Statistic] = {

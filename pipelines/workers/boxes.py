@@ -26,7 +26,7 @@ from pipelines.workers.spec import WorkerSpec
 
 if TYPE_CHECKING:
     from agents.actor import Actor
-    from agents.environments.atari import AtariEnvironment
+    from agents.environments.frames import Environment
     from agents.gradient import AgentGradient
     from agents.learner import Learner
     from agents.policy import GreedyPolicy
@@ -98,7 +98,7 @@ class ActorWorker:
                 )
                 self._episodes.append(episode)
                 self._telemetry.record('episode', **episode._asdict())
-            self.made += self._config.actor.envs_per_actor
+            self.made = self._actor.agent_steps
             self._status.report(self._describe)
         return self.made - before
 
@@ -253,12 +253,12 @@ def enlisted(
         beat(telemetry, ended=True)
 
 
-def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'AtariEnvironment':
+def _environment(config: ExperimentConfig, seeds: tuple[int, ...]) -> 'Environment':
     """The environments of one actor."""
-    from agents.environments.atari import AtariEnvironment
+    from agents.environments.factory import open_environment
 
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    return AtariEnvironment(config.environment, config.actor.envs_per_actor, seed=seed)
+    return open_environment(config.environment, config.actor.envs_per_actor, seed)
 
 
 class OpenWorker:
@@ -349,7 +349,8 @@ def acting(
             )
         )
         behaviour = builders.build_behaviour(config, policy, spec.worker, environment.num_actions)
-        actor = Actor(config.actor, environment, behaviour, adder, parameters)
+        stack_size = config.environment.frame_stack
+        actor = Actor(config.actor, environment, behaviour, adder, parameters, stack_size)
         own_replay = StatusReader(replay) if config.run.topology == 'bundled' else None
         exploration = (*seeds, _EXPLORATION_STREAM)
         actor_worker = ActorWorker(actor, exploration, config, worker.telemetry, own_replay)

@@ -221,7 +221,8 @@ def test_frames_of_another_shape_are_refused():
 
 
 @pytest.mark.parametrize(
-    ('field', 'value'), [('frame_shape', (84,)), ('frame_stack', 0), ('n_step', 0)]
+    ('field', 'value'),
+    [('frame_shape', (84, 0)), ('frame_dtype', 'bool'), ('frame_stack', 0), ('n_step', 0)],
 )
 def test_a_bad_spec_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):

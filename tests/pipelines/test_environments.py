@@ -1,0 +1,99 @@
+"""Environments beside Atari on the command line and in evaluations."""
+
+import json
+
+import pytest
+
+from pipelines import evaluate
+from pipelines.errors import UsageError
+from pipelines.experiment import command_line
+from tests.support import saved_run
+
+OWN = 'tests.support.environments:counter'
+
+
+def experiment(*argv):
+    _, preset, values = command_line.parse(argv)
+    return command_line.experiment(preset, values)
+
+
+def test_an_environment_beside_atari_has_a_preset_of_its_own_and_none_of_ataris_rules():
+    found = experiment('--environment=CartPole-v1')
+    assert (found.preset, found.environment.game) == ('classic', 'CartPole-v1')
+    environment = found.environment
+    assert (environment.action_repeat, environment.frame_stack, environment.max_noops) == (1, 1, 0)
+    assert not environment.life_loss_ends_episode
+    assert not found.actor.clip_reward
+    assert found.run.evaluation_protocol == 'plain'
+    assert experiment('--environment=MinAtar/Breakout-v1').preset == 'minatar'
+    assert experiment('--environment=ALE/Pong-v5') == experiment('--game=pong') == experiment()
+    named = experiment('--environment=CartPole-v1', '--preset=laptop')
+    assert (named.preset, named.environment.action_repeat) == ('laptop', 1)
+
+
+def test_a_budget_of_steps_is_one_of_frames_at_the_environments_action_repeat():
+    assert experiment('--max_steps=50000').run.max_frames == 200_000  # four frames a step
+    cart = experiment('--environment=CartPole-v1', '--max_steps=50000')
+    assert (cart.run.max_frames, cart.max_agent_steps) == (50_000, 50_000)
+    assert command_line.resumed(cart, None, {'max_steps': 60_000}).run.max_frames == 60_000
+    with pytest.raises(UsageError, match='--max_steps: contradicts --max_frames'):
+        experiment('--max_steps=50000', '--max_frames=200000')
+
+
+@pytest.mark.parametrize(
+    ('argv', 'told'),
+    [
+        (['--environment=CartPole-v1', '--action_repeat=4'], '--action_repeat'),
+        (['--environment=CartPole-v1', '--max_noops=3'], '--max_noops'),
+        (['--env_processes'], '--env_processes'),
+        (['--environment=CartPole-v7'], 'did you mean CartPole-v1'),
+        (['--environment=nomodule:make'], '--environment: nomodule:make: cannot import nomodule'),
+        (
+            ['--environment=CartPole-v1', '--dense_layers=8,,8'],
+            "--dense_layers '8,,8': must be",
+        ),
+        (['--q_network=mine'], "--q_network 'mine': must be builtin or module:function"),
+    ],
+)
+def test_what_has_no_effect_or_names_nothing_is_refused_with_its_flag(argv, told):
+    with pytest.raises(UsageError) as refusal:
+        experiment(*argv)
+    assert told in str(refusal.value)
+    assert 'Fix: ' in str(refusal.value)
+
+
+@pytest.mark.parametrize('name', ['CartPole-v1', OWN])
+def test_random_play_is_evaluated_by_the_environments_own_rules(name, tmp_path):
+    output = tmp_path / 'result.json'
+    argv = ['--policy=random', f'--games={name}', '--episodes=6', f'--output={output}']
+    assert evaluate.main(argv) == 0
+    result = json.loads(output.read_text())
+    assert (result['protocol'], result['game'], result['failed']) == ('plain', name, 0)
+    frames = [game['frames'] for game in result['details']]
+    if name == OWN:
+        assert result['returns'] == [15.0] * 6  # 1 + 2 + 3 + 4 + 5
+        assert frames == [5] * 6
+    else:
+        assert result['returns'] == frames  # a point for each step
+
+
+def test_a_run_is_evaluated_and_filmed_where_its_environment_draws(tmp_path, capsys):
+    run_dir = tmp_path / 'run'
+    saved_run.write(run_dir, experiment('--environment=CartPole-v1', '--dense_layers=8'))
+    film = tmp_path / 'game.mp4'
+    argv = [f'--run_dir={run_dir}', '--episodes=2', f'--video={film}', '--video_overlay']
+    assert evaluate.main([*argv, f'--output={tmp_path / "result.json"}']) == 0
+    assert film.stat().st_size > 1_000
+    capsys.readouterr()
+    assert evaluate.main([f'--run_dir={run_dir}', '--protocol=noop']) == 2
+    told = capsys.readouterr().err
+    assert '--protocol noop: not for CartPole-v1. Fix: choose plain, or omit it.' in told
+
+
+def test_an_environment_that_draws_nothing_is_evaluated_but_not_filmed(tmp_path, capsys):
+    run_dir, film = tmp_path / 'run', tmp_path / 'game.mp4'
+    saved_run.write(run_dir, experiment(f'--environment={OWN}', '--dense_layers=8'))
+    argv = [f'--run_dir={run_dir}', '--episodes=2', f'--output={tmp_path / "result.json"}']
+    assert evaluate.main([*argv, f'--video={film}']) != 0
+    assert f'{OWN}: draws no picture (NotImplementedError' in capsys.readouterr().err
+    assert not film.exists()
