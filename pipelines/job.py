@@ -40,7 +40,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog='python -m pipelines.job', allow_abbrev=False)
     for kind in WORK:
         parser.add_argument(
-            f'--{kind}s', type=_numbers, default=(), help=f'Numbers of its {kind}s, with commas.'
+            f'--{kind}s',
+            type=worker_numbers,
+            default=(),
+            help=f'Numbers of its {kind}s, with commas.',
         )
     parser.add_argument('--submission', type=int, required=True, help='Number of this submission.')
     parser.add_argument('--config', required=True, help='File config.json, local or gs://...')
@@ -60,8 +63,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return known, extra
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(','))
+def worker_numbers(text: str) -> tuple[int, ...]:
+    """The numbers of workers in a text such as '0,1,2', each once."""
+    found = tuple(int(number) for number in text.split(','))
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ValueError(f'{text}: from 0 on, each once')
+    return found
 
 
 def main(argv: Sequence[str]) -> None:

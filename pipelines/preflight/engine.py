@@ -2,11 +2,13 @@
 
 import ipaddress
 import os
+import pathlib
 import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from infra.addresses import AddressError, reach_directly, split_address
+from infra.disk import is_remote
 from infra.flags import value_of
 from pipelines.engines.catalog import SIDE_BY_SIDE, engine
 from pipelines.errors import UsageError
@@ -48,6 +50,8 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
     if launch.one_job:
         _require_one_job(config, launch)
     launch.jobs.sink()
+    if launch.engine.runs_locally and launch.jobs.statistics_dir is not None:
+        _require_writable(launch.jobs.statistics_dir)
     for kind in config.run.workers:
         flags = [*launch.beam_flags, *launch.flags_of(kind)]
         require_flags(launch.runner, flags)
@@ -81,6 +85,22 @@ def _require_one_job(config: 'ExperimentConfig', launch: 'Launch') -> None:
             '--one_job: excludes --actor_flags and --learner_flags, since its machines have the'
             ' same flags. Fix: pass the flags directly, or say what workers need by --actor_ram,'
             ' --learner_ram and --learner_accelerator.'
+        )
+
+
+def _require_writable(directory: str) -> None:
+    """
+    Raises:
+      UsageError: workers on this machine could not write to this place.
+    """
+    if is_remote(directory):
+        return
+    path = pathlib.Path(directory).absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(
+            f'--statistics_dir {directory}: {nearest} is no directory that can be written. Fix:'
+            ' name another.'
         )
 
 

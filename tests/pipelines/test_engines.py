@@ -127,6 +127,7 @@ def test_flags_that_only_a_job_server_knows_go_on_to_it():
         (('--actor_ram=much',), 'write memory as 4GB'),
         (('--learner_ram=8GB', '--flexrs_goal=COST_OPTIMIZED'), '--flexrs_goal: excludes'),
         (('--statistics_sink=nowhere:f',), '--statistics_sink nowhere:f'),
+        ((f'--statistics_dir={__file__}/rows',), 'is no directory that can be written. Fix'),
     ],
 )
 def test_an_engine_that_cannot_run_is_refused_with_the_remedy(flags, named, tmp_path, capsys):
