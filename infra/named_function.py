@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,8 @@ def load_function(name: str) -> Callable[..., Any]:
       NoFunctionError: the import fails, or the module has no such function.
     """
     module_name, _, function = name.partition(':')
-    if '' not in sys.path:  # the current directory goes last, so its files shadow no library
-        sys.path.append('')
     try:
-        module = importlib.import_module(module_name)
+        module = load_module(module_name)
     except (Exception, SystemExit) as error:  # user code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name in module_name.split('.')
         remedy = '; put its directory on PYTHONPATH, or change to it' if missing else ''
@@ -32,6 +31,13 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise NoFunctionError(f'{name}: {module_name} has no function {function}')
     return found
+
+
+def load_module(name: str) -> types.ModuleType:
+    """Imports a module, of the current directory too; raises what its code raises."""
+    if '' not in sys.path:  # the current directory goes last, so its files shadow no library
+        sys.path.append('')
+    return importlib.import_module(name)
 
 
 def brief(error: BaseException) -> str:

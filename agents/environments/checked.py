@@ -1,12 +1,12 @@
 """One environment that is checked at each step: what leaves its space never reaches the agent."""
 
+import math
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from agents.environments.errors import EnvironmentFailedError
-from infra.named_function import brief
+from agents.environments.errors import EnvironmentFailedError, told
 
 _SHOWN_ELEMENTS = 8
 
@@ -14,32 +14,46 @@ _SHOWN_ELEMENTS = 8
 class Checked(gymnasium.Wrapper):
     """Raises `EnvironmentFailedError` for what gymnasium's interface does not allow."""
 
-    def __init__(self, env: gymnasium.Env, name: str) -> None:
+    def __init__(self, env: gymnasium.Env, name: str, number: int) -> None:
+        """`name` and `number`, among those stepped together, stand in errors."""
         super().__init__(env)
-        self._name = name
+        self._name = f'{name}, environment {number}'
         self._steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Starts an episode."""
+        """Starts an episode.
+
+        Raises:
+          EnvironmentFailedError: it raises an error, or the observation is not of its space.
+        """
         self._steps = 0
         try:
             observation, info = self.env.reset(seed=seed, options=options)
         except Exception as error:  # the user's code may raise anything
-            raise self._failed(f'reset raised {brief(error)}', 'correct its reset()') from error
+            raise self._failed(f'reset {told(error)}', 'correct its reset()') from error
         self._require_contained(observation)
         return observation, info
 
     def step(self, action: Any) -> Any:
-        """Takes an action."""
+        """Takes an action.
+
+        Raises:
+          EnvironmentFailedError: it raises an error, the observation is not of its space, or the
+            reward is no finite number.
+        """
         self._steps += 1
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:  # the user's code may raise anything
-            raise self._failed(f'raised {brief(error)}', 'correct its step()') from error
+            raise self._failed(told(error), 'correct its step()') from error
         self._require_contained(observation)
-        if not np.isfinite(reward):
-            raise self._failed(f'reward {reward}', 'return a finite number')
-        return observation, float(reward), bool(terminated), bool(truncated), info
+        try:
+            number = float(reward)
+        except (TypeError, ValueError) as error:
+            raise self._failed(f'reward {described(reward)}', 'return a number') from error
+        if not math.isfinite(number):
+            raise self._failed(f'reward {number}', 'return a finite number')
+        return observation, number, bool(terminated), bool(truncated), info
 
     def _require_contained(self, observation: Any) -> None:
         """
@@ -56,9 +70,9 @@ class Checked(gymnasium.Wrapper):
 
 
 def described(observation: Any) -> str:
-    """Type and shape of an observation, and its values if they are few."""
+    """Type and shape of an observation, and its values if they are few; on one line."""
     if not isinstance(observation, np.ndarray):
-        return f'{observation!r:.80}'
+        return ' '.join(repr(observation).split())[:80]
     values = f' {observation.tolist()}' if observation.size <= _SHOWN_ELEMENTS else ''
     return f'{observation.dtype}{list(observation.shape)}{values}'
 

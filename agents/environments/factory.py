@@ -6,26 +6,26 @@ This module does not import TensorFlow.
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from agents.config import FACTORY, EnvironmentConfig
 from agents.environments.atari import AtariEnvironment, emulator_seeds
 from agents.environments.checked import Checked
-from agents.environments.errors import EnvironmentFailedError
+from agents.environments.errors import EnvironmentFailedError, told
 from agents.environments.frames import Environment
+from agents.environments.processes import in_processes
 from agents.environments.vector import VectorEnvironment
 from agents.games import GameError, rom_id
-from infra.named_function import NoFunctionError, brief, load_function
+from infra.named_function import NoFunctionError, brief, load_function, load_module
 
 _NEAR = 3
 _OTHER = re.compile(r'[:/]|-v\d+$')  # in ids, but in no spelling of a game
@@ -69,37 +69,48 @@ def check_name(text: str) -> str:
     try:
         return rom_id(text)
     except GameError:
-        if not _OTHER.search(text):
+        if not _OTHER.search(text) and not _ids_of(text):
             raise
-    package, _, env_id = text.rpartition(':')
     try:
-        if package:
-            importlib.import_module(package)
-        _register(env_id)
-        gymnasium.spec(env_id)
+        _register(text)
+        gymnasium.spec(text.rpartition(':')[2])  # the module before it is imported
     except Exception as error:  # of any kind: the import of the package that registers it
+        near = _ids_of(text) or difflib.get_close_matches(text, gymnasium.registry, _NEAR)
+        missing = isinstance(error, ImportError) or not near
+        why = brief(error) if missing else f'did you mean {" or ".join(near)}?'
         raise EnvironmentFailedError(
-            f'{text}: unknown ({brief(error)}){_nearest(text)}. Fix: correct the id, or install the'
-            ' package that registers it (package:Id-v0 imports it first).'
+            f'{text}: unknown ({why}). Fix: correct the id, or install the package that registers'
+            ' it (package:Id-v0 imports it first).'
         ) from error
     return text
 
 
-def _register(env_id: str) -> None:
-    """Lets installed packages register their environments if none has this id.
+def _register(name: str) -> None:
+    """Imports the package of a name; lets installed packages register theirs for an unknown id."""
+    package, _, env_id = name.rpartition(':')
+    if package:
+        load_module(package)
+    if env_id not in gymnasium.registry:
+        _register_installed()
 
-    Packages name a function for this as an entry point; gymnasium no longer calls it.
-    """
-    if env_id in gymnasium.registry:
-        return
+
+@functools.cache
+def _register_installed() -> None:
+    """Packages name a function for this as an entry point; gymnasium no longer calls it."""
     for point in importlib.metadata.entry_points(group='gymnasium.envs'):
-        logging.debug('registering the environments of %s', point.name)
-        point.load()()
+        try:
+            register = point.load()
+            if point.attr:
+                register()
+        except Exception as error:  # another package's must not stand in the way
+            logging.warning('%s registers no environments: %s', point.value, brief(error))
 
 
-def _nearest(text: str) -> str:
-    near = difflib.get_close_matches(text, gymnasium.registry, _NEAR)
-    return f'; did you mean {" or ".join(near)}?' if near else ''
+def _ids_of(name: str) -> list[str]:
+    """The newest ids that differ from `name` in case and version only."""
+    wanted = name.lower()
+    ids = [known for known in gymnasium.registry if known.lower().rpartition('-v')[0] == wanted]
+    return sorted(ids, key=lambda known: gymnasium.registry[known].version or 0)[-1:]
 
 
 def open_environment(config: EnvironmentConfig, num_environments: int, seed: int) -> Environment:
@@ -141,28 +152,50 @@ def _made(name: str, render_mode: str | None) -> gymnasium.Env:
       EnvironmentFailedError: it cannot be made.
     """
     try:
-        _register(name.rpartition(':')[2])
-        # Its own checks only warn.
-        env = gymnasium.make(name, render_mode=render_mode, disable_env_checker=True)
+        _register(name)
+        shown = {} if render_mode is None else {'render_mode': render_mode}  # not all know the word
+        return gymnasium.make(name, disable_env_checker=True, **shown)  # its own checks only warn
     except Exception as error:  # a missing package raises what it likes
         raise EnvironmentFailedError(
             f'{name}: {brief(error)}. Fix: install what it needs, or choose another.'
         ) from error
-    return Checked(env, name)
 
 
 def _vectorised(
-    config: EnvironmentConfig, makers: list[Callable[[], gymnasium.Env]], seed: int
+    config: EnvironmentConfig, makers: Sequence[Callable[[], gymnasium.Env]], seed: int
 ) -> VectorEnvironment:
-    """Steps environments in turn, or each in a process of its own."""
-    mode = AutoresetMode.NEXT_STEP
+    """Steps environments in turn, or each in a process of its own.
+
+    Raises:
+      EnvironmentFailedError: they cannot be made, or differ.
+    """
+    name, seeds = config.game, _seeds(seed, len(makers))
+    checked = [functools.partial(_checked, name, i, make) for i, make in enumerate(makers)]
     environments: VectorEnv
-    if config.env_processes:
-        # A fork of a process with TensorFlow's and gRPC's threads may hang.
-        environments = AsyncVectorEnv(makers, autoreset_mode=mode, context='spawn')
-    else:
-        environments = SyncVectorEnv(makers, autoreset_mode=mode)
-    return VectorEnvironment(config.game, environments, seed)
+    try:
+        if config.env_processes:
+            environments = in_processes(checked)
+        else:
+            environments = SyncVectorEnv(checked, autoreset_mode=AutoresetMode.NEXT_STEP)
+    except EnvironmentFailedError:
+        raise
+    except Exception as error:  # a process that ends, spaces that differ
+        raise EnvironmentFailedError(
+            f'{name}: {told(error)}. Fix: let each seed make an environment of the same spaces.'
+        ) from error
+    return _stepped(name, environments, seeds)
+
+
+def _stepped(name: str, environments: VectorEnv, seed: int | list[int]) -> VectorEnvironment:
+    try:
+        return VectorEnvironment(name, environments, seed)
+    except BaseException:
+        environments.close()
+        raise
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    return [int(each) for each in emulator_seeds(seed, count)]
 
 
 def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simulated:
@@ -172,27 +205,24 @@ def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simu
       EnvironmentFailedError: it raises an error, or makes something else.
     """
     name, count = config.game, opening.num_environments
-    make = functools.partial(_call, name, opening)
-    seeds = [int(each) for each in emulator_seeds(seed, count)]
-    first = make(seed=seeds[0])
+    seeds = _seeds(seed, count)
+    makers = [functools.partial(_call, name, opening, each) for each in seeds]
+    first = makers[0]()
     if isinstance(first, gymnasium.Env):
-        if not config.env_processes:
-            makers = [lambda: Checked(first, name)]
-        else:
+        if config.env_processes:
             first.close()
-            makers = [functools.partial(_checked, name, make, seeds[0])]
-        makers += [functools.partial(_checked, name, make, each) for each in seeds[1:]]
-        return _vectorised(config, makers, seed)
+            return _vectorised(config, makers, seed)
+        return _vectorised(config, [lambda: first, *makers[1:]], seed)
     if isinstance(first, VectorEnv):
         _require_count(name, first.num_envs, count)
-        return VectorEnvironment(name, first, seed)
+        return _stepped(name, first, seeds[0])
     from tf_agents.environments import py_environment
 
     from agents.environments.tf_agents import TfAgentsEnvironment
 
     if isinstance(first, py_environment.PyEnvironment):
         if not first.batched:
-            return TfAgentsEnvironment(name, [first, *(make(seed=each) for each in seeds[1:])])
+            return TfAgentsEnvironment(name, [first, *(make() for make in makers[1:])])
         _require_count(name, first.batch_size or 1, count)
         return TfAgentsEnvironment(name, [first])
     raise EnvironmentFailedError(
@@ -211,8 +241,8 @@ def _call(name: str, opening: Opening, seed: int) -> Any:
         ) from error
 
 
-def _checked(name: str, make: Callable[..., gymnasium.Env], seed: int) -> gymnasium.Env:
-    return Checked(make(seed=seed), name)
+def _checked(name: str, number: int, make: Callable[[], gymnasium.Env]) -> gymnasium.Env:
+    return Checked(make(), name, number)
 
 
 def _require_count(name: str, held: int, wanted: int) -> None:

@@ -1,15 +1,20 @@
 """TF-Agents' environments: actions in, observations, rewards and ends of episodes out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tf_agents.environments import batched_py_environment, py_environment
 from tf_agents.specs import array_spec
+from tf_agents.trajectories import time_step as ts
 
-from agents.environments.errors import EnvironmentFailedError
+from agents.environments.atari import check_actions
+from agents.environments.checked import described
+from agents.environments.errors import EnvironmentFailedError, told
 from agents.environments.frames import Frames, FrameSpec
+
+_NUMBERS = 'biuf'  # NumPy's kinds: truth values, integers with and without sign, floats
 
 
 class TfAgentsEnvironment:
@@ -23,20 +28,19 @@ class TfAgentsEnvironment:
         """`name` stands in errors.
 
         Raises:
-          EnvironmentFailedError: actions or observations are of an unknown kind.
+          EnvironmentFailedError: actions or observations are of an unknown kind, or differ.
         """
-        single = not environments[0].batched
-        self._envs = (
-            batched_py_environment.BatchedPyEnvironment(list(environments), multithreading=False)
-            if single
-            else environments[0]
-        )
         self._name = name
+        self._envs = environments[0] if environments[0].batched else _batched(name, environments)
         self.num_environments = self._envs.batch_size or 1
         self._start, self._num_actions = _actions_of(name, self._envs.action_spec())
         spec = self._envs.observation_spec()
+        _require_numbers(name, spec)
         self._structured = not isinstance(spec, array_spec.ArraySpec)
         self.frame_spec = _vector_of(spec) if self._structured else _frames_of(spec)
+        self._batch = array_spec.add_outer_dims_nest(spec, (self.num_environments,))
+        self._last = np.zeros(self.num_environments, bool)
+        self._steps = 0
 
     @property
     def num_actions(self) -> int:
@@ -44,22 +48,38 @@ class TfAgentsEnvironment:
         return self._num_actions
 
     def reset(self) -> Frames:
-        """Starts an episode in every environment."""
-        return self._frames(self._envs.reset())
+        """Starts an episode in every environment.
+
+        Raises:
+          EnvironmentFailedError: it raises an error, or shows what its spec does not allow.
+        """
+        self._steps = 0
+        self._last = np.zeros(self.num_environments, bool)
+        return self._frames(self._call(self._envs.reset))
 
     def step_frames(self, action: np.ndarray) -> Frames:
         """Takes `action` int32 [E].
 
         Raises:
-          EnvironmentFailedError: an observation or a reward is not finite.
+          ValueError: an action is outside the action set.
+          EnvironmentFailedError: it raises an error, or shows what its spec does not allow.
         """
-        kind = self._envs.action_spec().dtype
-        return self._frames(self._envs.step((action + self._start).astype(kind)))
+        check_actions(action, self._num_actions)
+        self._steps += 1
+        actions = (action.astype(np.int64) + self._start).astype(self._envs.action_spec().dtype)
+        return self._frames(self._call(self._envs.step, actions))
 
     def render(self) -> np.ndarray:
-        """The picture of the first environment, uint8 [height, width, 3]."""
-        picture = np.asarray(self._envs.render('rgb_array'))
-        return picture[0] if picture.ndim == 4 else picture
+        """The picture of the first environment, uint8 [height, width, 3].
+
+        Raises:
+          EnvironmentFailedError: it draws none.
+        """
+        picture = np.asarray(self._call(self._envs.render, 'rgb_array'))
+        picture = picture[0] if picture.ndim == 4 else picture
+        if picture.dtype != np.uint8 or picture.ndim != 3:
+            raise self._failed(f'render shows {described(picture)}', 'draw uint8, or film nothing')
+        return picture
 
     def close(self) -> None:
         """Closes the environments."""
@@ -71,19 +91,19 @@ class TfAgentsEnvironment:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _frames(self, step: Any) -> Frames:
-        first, last = np.asarray(step.is_first()), np.asarray(step.is_last())
-        reward = np.where(first, 0.0, step.reward).astype(np.float32)
+    def _frames(self, step: ts.TimeStep) -> Frames:
+        """
+        Raises:
+          EnvironmentFailedError: the step breaks TF-Agents' rules.
+        """
         frame = self._frame(step.observation)
-        if not np.isfinite(reward).all() or not np.isfinite(frame).all():
-            raise EnvironmentFailedError(
-                f'{self._name}: an observation or a reward is not finite (rewards'
-                f' {reward.tolist()}). Fix: correct its step().'
-            )
+        first, last = np.array(step.is_first()), np.array(step.is_last())
         over = np.asarray(step.discount) == 0.0
+        self._require_rules(step, first, last)
+        self._last = last
         return Frames(
             frame=frame,
-            reward=reward,
+            reward=np.where(first, 0.0, step.reward).astype(np.float32),
             terminated=last & over,
             truncated=last & ~over,
             life_lost=np.zeros_like(first),
@@ -91,12 +111,90 @@ class TfAgentsEnvironment:
             last=last,
         )
 
+    def _require_rules(self, step: ts.TimeStep, first: np.ndarray, last: np.ndarray) -> None:
+        """
+        Raises:
+          EnvironmentFailedError: a reward is not finite, an episode goes on after its LAST step, or
+            a discount within it is not 1.
+        """
+        shape = (self.num_environments,)
+        if not shape == np.shape(step.reward) == np.shape(step.discount) == first.shape:
+            raise self._failed(
+                f'reward {described(step.reward)}, discount {described(step.discount)}',
+                'return one number for each environment',
+            )
+        wrong = ~first & ~np.isfinite(step.reward)
+        self._forbid(wrong, 'reward {0}', step.reward, 'return a finite number')
+        what = 'the step after the LAST of an episode is not the FIRST of the next'
+        self._forbid(self._last & ~first, what, first, 'call reset() there (handle_auto_reset)')
+        wrong = ~first & ~last & (np.asarray(step.discount) != 1.0)
+        remedy = 'return 1 there, 0 at an end; set --discount'
+        self._forbid(wrong, 'discount {0} within an episode', step.discount, remedy)
+
+    def _forbid(self, wrong: np.ndarray, what: str, value: Any, remedy: str) -> None:
+        if wrong.any():
+            number = int(np.flatnonzero(wrong)[0])
+            raise self._failed(what.format(value[number]), remedy, number)
+
     def _frame(self, observation: Any) -> np.ndarray:
-        if not self._structured:
-            return np.array(observation, self.frame_spec.dtype)
-        parts = [np.asarray(part) for part in tf.nest.flatten(observation)]
-        rows = [part.reshape(self.num_environments, -1) for part in parts]
-        return np.concatenate(rows, axis=1).astype(np.float32)
+        """
+        Raises:
+          EnvironmentFailedError: the observation is not of its spec, or not finite.
+        """
+        if not array_spec.check_arrays_nest(observation, self._batch):
+            raise self._failed(
+                f'observation {_described(observation)} is not of its spec'
+                f' {_on_one_line(self._envs.observation_spec())}',
+                'correct the observation or observation_spec()',
+                self._outside(observation),
+            )
+        rows = [
+            part.reshape(self.num_environments, -1)
+            for part in tf.nest.flatten(observation)  # of one part, too
+        ]
+        joined = np.concatenate(rows, axis=1)
+        finite = np.isfinite(joined).all(1)
+        self._forbid(~finite, 'observation {0} is not finite', joined, 'show finite numbers')
+        shape = (self.num_environments, *self.frame_spec.shape)
+        return joined.reshape(shape).astype(self.frame_spec.dtype)
+
+    def _outside(self, observation: Any) -> int | None:
+        """Number of the first environment whose observation is not of the spec, if one is."""
+        spec = self._envs.observation_spec()
+        for number in range(self.num_environments):
+            try:
+                row = tf.nest.map_structure(lambda part, i=number: part[i, ...], observation)
+            except Exception:  # not even a batch
+                return None
+            if not array_spec.check_arrays_nest(row, spec):
+                return number
+        return None
+
+    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        """
+        Raises:
+          EnvironmentFailedError: the method raises an error.
+        """
+        try:
+            return method(*args)
+        except Exception as error:  # the user's code may raise anything
+            what = f'{method.__name__} {told(error)}'
+            raise self._failed(what, f'correct its {method.__name__}()') from error
+
+    def _failed(self, what: str, remedy: str, number: int | None = None) -> EnvironmentFailedError:
+        which = '' if number is None else f', environment {number}'
+        where = f'{self._name}{which}, step {self._steps}'
+        return EnvironmentFailedError(f'{where}: {what}. Fix: {remedy}.')
+
+
+def _batched(
+    name: str, environments: Sequence[py_environment.PyEnvironment]
+) -> batched_py_environment.BatchedPyEnvironment:
+    try:
+        return batched_py_environment.BatchedPyEnvironment(list(environments), multithreading=False)
+    except ValueError as error:
+        remedy = 'let each seed make an environment of the same specs'
+        raise EnvironmentFailedError(f'{name}: {told(error)}. Fix: {remedy}.') from error
 
 
 def _actions_of(name: str, spec: Any) -> tuple[int, int]:
@@ -108,10 +206,35 @@ def _actions_of(name: str, spec: Any) -> tuple[int, int]:
     numbered = isinstance(spec, array_spec.BoundedArraySpec) and spec.shape == ()
     if not numbered or not np.issubdtype(spec.dtype, np.integer):
         raise EnvironmentFailedError(
-            f'{name}: actions {spec} are not discrete. Fix: choose an environment with a bounded'
-            ' integer action, or wrap it (tf_agents.environments.wrappers).'
+            f'{name}: actions {_on_one_line(spec)} are not discrete. Fix: choose an environment'
+            ' with a bounded integer action, or wrap it (tf_agents.environments.wrappers).'
         )
     return int(spec.minimum), int(spec.maximum) - int(spec.minimum) + 1
+
+
+def _require_numbers(name: str, spec: Any) -> None:
+    """
+    Raises:
+      EnvironmentFailedError: observations hold nothing, or what is no number.
+    """
+    parts = tf.nest.flatten(spec)
+    fits = [np.dtype(part.dtype).kind in _NUMBERS and 0 not in part.shape for part in parts]
+    if not parts or not all(fits):
+        shown = _on_one_line(parts[fits.index(False)] if parts else spec)
+        raise EnvironmentFailedError(
+            f'{name}: observations {shown} are no numbers of a fixed shape. Fix: choose or wrap an'
+            ' environment with arrays of numbers (tf_agents.environments.wrappers).'
+        )
+
+
+def _on_one_line(spec: Any) -> str:
+    text = ' '.join(str(spec).split())
+    return text if len(text) <= 200 else f'{text[:197]}...'
+
+
+def _described(observation: Any) -> str:
+    parts = tf.nest.flatten(observation)
+    return ', '.join(described(part) for part in parts)[:200]
 
 
 def _vector_of(spec: Any) -> FrameSpec:
@@ -120,11 +243,13 @@ def _vector_of(spec: Any) -> FrameSpec:
 
 
 def _frames_of(spec: array_spec.ArraySpec) -> FrameSpec:
-    kind = np.dtype(np.uint8) if spec.dtype == bool else np.dtype(spec.dtype)
+    shape, kind = spec.shape or (1,), np.dtype(spec.dtype)
+    if kind.kind == 'b':
+        return FrameSpec(shape, 'uint8', 0, 1)
     bounds: tuple[float | None, float | None] = (None, None)
     if isinstance(spec, array_spec.BoundedArraySpec):
         low, high = np.asarray(spec.minimum), np.asarray(spec.maximum)
         even = (low == low.flat[0]).all() and (high == high.flat[0]).all()
         if even and np.isfinite([low.flat[0], high.flat[0]]).all():
             bounds = float(low.flat[0]), float(high.flat[0])
-    return FrameSpec(spec.shape or (1,), kind.name, *bounds)
+    return FrameSpec(shape, kind.name, *bounds)

@@ -1,31 +1,29 @@
 """Gymnasium's vector environments: actions in, observations, rewards and ends of episodes out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers.vector import FlattenObservation
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector.utils import iterate
 
-from agents.environments.atari import check_actions, emulator_seeds
+from agents.environments.atari import check_actions
 from agents.environments.checked import brief_space, described
-from agents.environments.errors import EnvironmentFailedError
+from agents.environments.errors import EnvironmentFailedError, told
 from agents.environments.frames import Frames, FrameSpec
+from agents.environments.processes import close_processes
 from infra.named_function import brief
 
-FLATTENED = (
-    spaces.Dict,
-    spaces.Tuple,
-    spaces.Discrete,
-    spaces.MultiDiscrete,
-    spaces.MultiBinary,
-)
-"""Spaces whose observations become one vector: one-hot numbers, parts of a structure in turn."""
+_ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 class VectorEnvironment:
     """E environments of gymnasium, in a `with`.
+
+    Observations that are no arrays, or single numbers, become one vector: one-hot numbers, parts of
+    a structure in turn.
 
     With next-step resets, which gymnasium's own vector environments have by default, the last
     observation of an episode is a frame of its own, from which a truncated episode bootstraps.
@@ -33,22 +31,27 @@ class VectorEnvironment:
     a truncated episode's last observation is left out.
     """
 
-    def __init__(self, name: str, environments: VectorEnv, seed: int) -> None:
-        """`name` stands in errors.
+    def __init__(self, name: str, environments: VectorEnv, seed: int | list[int]) -> None:
+        """
+        Args:
+          name: stands in errors.
+          environments: to step; closed with this object.
+          seed: of all, or one for each, which not every vector environment takes.
 
         Raises:
-          EnvironmentFailedError: its actions or observations are of an unknown kind.
+          EnvironmentFailedError: its actions, observations or resets are of an unknown kind.
         """
         self._name = name
-        self._start, self._num_actions = actions_of(name, environments.single_action_space)
-        if isinstance(environments.single_observation_space, FLATTENED):
-            environments = FlattenObservation(environments)
         self._envs = environments
-        self._space = require_box(name, environments.single_observation_space)
+        self._mode = mode_of(name, environments)
+        self._start, self._num_actions = actions_of(name, environments.single_action_space)
+        space = environments.single_observation_space
+        require_arrays(name, space)
+        self._structured = not isinstance(space, spaces.Box) or not space.shape
+        frame_space = spaces.flatten_space(space) if self._structured else space
         self.num_environments = environments.num_envs
-        self.frame_spec = spec_of(self._space)
-        self._mode = environments.metadata.get('autoreset_mode', AutoresetMode.NEXT_STEP)
-        self._seeds = [int(each) for each in emulator_seeds(seed, self.num_environments)]
+        self.frame_spec = spec_of(frame_space)
+        self._seed = seed
         self._last = np.zeros(self.num_environments, bool)
         self._steps = 0
 
@@ -58,10 +61,14 @@ class VectorEnvironment:
         return self._num_actions
 
     def reset(self) -> Frames:
-        """Starts an episode in every environment, with the same seeds at each call."""
-        observation, _ = self._envs.reset(seed=self._seeds)
+        """Starts an episode in every environment, with the same seeds at each call.
+
+        Raises:
+          EnvironmentFailedError: it raises an error, or shows what its space does not contain.
+        """
         nothing = np.zeros(self.num_environments, bool)
         self._last, self._steps = nothing, 0
+        observation, _ = self._call(self._envs.reset, seed=self._seed)
         return Frames(
             frame=self._frame(observation),
             reward=np.zeros(self.num_environments, np.float32),
@@ -77,20 +84,23 @@ class VectorEnvironment:
 
         Raises:
           ValueError: an action is outside the action set.
-          EnvironmentFailedError: an environment shows what its space does not contain.
+          EnvironmentFailedError: it raises an error, or shows what its space does not contain.
         """
         check_actions(action, self._num_actions)
         self._steps += 1
-        observation, reward, terminated, truncated, _ = self._envs.step(action + self._start)
+        actions = action.astype(np.int64) + self._start
+        observation, reward, terminated, truncated, _ = self._call(self._envs.step, actions)
+        self._require_finite(reward)
         ended = terminated | truncated
         next_step = self._mode == AutoresetMode.NEXT_STEP
+        frame = self._frame(observation)
         if self._mode == AutoresetMode.DISABLED and ended.any():
-            observation, _ = self._envs.reset(options={'reset_mask': ended})
+            frame = self._reset(ended, frame)
         first = self._last if next_step else ended
         self._last = ended if next_step else np.zeros_like(ended)
         return Frames(
-            frame=self._frame(observation),
-            reward=np.asarray(reward, np.float32),
+            frame=frame,
+            reward=np.array(reward, np.float32),
             terminated=terminated,
             truncated=truncated,
             life_lost=np.zeros_like(ended),
@@ -120,11 +130,11 @@ class VectorEnvironment:
         return picture
 
     def close(self) -> None:
-        """Ends processes; one that hangs is killed."""
-        if isinstance(self._envs.unwrapped, gymnasium.vector.AsyncVectorEnv):
-            self._envs.close(terminate=True)
-        else:
-            self._envs.close()
+        """Closes the environments; processes of their own end within seconds."""
+        inner = self._envs.unwrapped
+        if isinstance(inner, AsyncVectorEnv):
+            close_processes(inner)
+        self._envs.close()
 
     def __enter__(self) -> 'VectorEnvironment':
         return self
@@ -132,20 +142,99 @@ class VectorEnvironment:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _frame(self, observation: np.ndarray) -> np.ndarray:
+    def _reset(self, ended: np.ndarray, frame: np.ndarray) -> np.ndarray:
+        """Starts the next episode where one has `ended` bool [E]; returns the frames.
+
+        Raises:
+          EnvironmentFailedError: others start, too.
+        """
+        options = {'reset_mask': ended.copy()}
+        observation, _ = self._call(self._envs.reset, options=options)
+        started = self._frame(observation)
+        if not np.array_equal(started[~ended], frame[~ended]):
+            what = 'reset starts episodes outside reset_mask'
+            raise self._failed(what, 'reset only those that options["reset_mask"] names')
+        return started
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+          EnvironmentFailedError: the method raises an error.
+        """
+        try:
+            return method(*args, **kwargs)
+        except EnvironmentFailedError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            what = f'{method.__name__} {told(error)}'
+            raise self._failed(what, f'correct its {method.__name__}()') from error
+
+    def _frame(self, observation: Any) -> np.ndarray:
         """A copy of the observations, of the frames' type.
 
         Raises:
-          EnvironmentFailedError: one is not in the space.
+          EnvironmentFailedError: one is not in its space, or not finite.
         """
+        space = self._envs.single_observation_space
         if not self._envs.observation_space.contains(observation):
-            wrong = [each for each in observation if not self._space.contains(each)]
-            shown = described(wrong[0] if wrong else observation)
-            raise EnvironmentFailedError(
-                f'{self._name}, step {self._steps}: observation {shown} is not in its space'
-                f' {brief_space(self._space)}. Fix: correct the observation or observation_space.'
-            )
-        return np.array(observation, self.frame_spec.dtype)
+            number, shown = self._wrong(observation)
+            what = f'observation {shown} is not in its space {brief_space(space)}'
+            raise self._failed(what, 'correct the observation or observation_space', number)
+        frame = observation
+        if self._structured:  # gymnasium's vector wrapper for this takes no same-step resets
+            rows = iterate(self._envs.observation_space, observation)
+            frame = np.stack([spaces.flatten(space, row) for row in rows])
+        if self.frame_spec.dtype.startswith('float') and not np.isfinite(frame).all():
+            finite = np.isfinite(frame).reshape(self.num_environments, -1).all(1)
+            number = int(np.flatnonzero(~finite)[0])
+            what = f'observation {described(frame[number])} is not finite'
+            raise self._failed(what, 'show finite numbers', number)
+        return np.array(frame, self.frame_spec.dtype)
+
+    def _wrong(self, observation: Any) -> tuple[int | None, str]:
+        """Number and description of the first observation outside its space."""
+        try:
+            rows = list(iterate(self._envs.observation_space, observation))
+        except Exception:  # not even a batch
+            rows = []
+        if len(rows) == self.num_environments:
+            for number, row in enumerate(rows):
+                if not self._envs.single_observation_space.contains(row):
+                    return number, described(row)
+        return None, described(observation)
+
+    def _require_finite(self, reward: Any) -> None:
+        """
+        Raises:
+          EnvironmentFailedError: not every environment has a finite reward.
+        """
+        finite = np.shape(reward) == (self.num_environments,) and np.isfinite(reward)
+        if not np.all(finite):
+            number = None if finite is False else int(np.flatnonzero(~finite)[0])
+            shown = described(reward) if number is None else reward[number]
+            raise self._failed(f'reward {shown}', 'return a finite number for each', number)
+
+    def _failed(self, what: str, remedy: str, number: int | None = None) -> EnvironmentFailedError:
+        which = '' if number is None else f', environment {number}'
+        where = f'{self._name}{which}, step {self._steps}'
+        return EnvironmentFailedError(f'{where}: {what}. Fix: {remedy}.')
+
+
+def mode_of(name: str, environments: VectorEnv) -> AutoresetMode:
+    """When the environments start the next episode.
+
+    Raises:
+      EnvironmentFailedError: they do not say.
+    """
+    # gymnasium's own write it to metadata that all environments of a class share.
+    own = getattr(environments.unwrapped, 'autoreset_mode', None)
+    declared = own or environments.metadata.get('autoreset_mode')
+    if isinstance(declared, AutoresetMode):
+        return declared
+    modes = ' or '.join(str(mode) for mode in AutoresetMode)
+    raise EnvironmentFailedError(
+        f"{name}: metadata['autoreset_mode'] is {declared!r}. Fix: set it to {modes}."
+    )
 
 
 def actions_of(name: str, space: gymnasium.Space) -> tuple[int, int]:
@@ -162,18 +251,27 @@ def actions_of(name: str, space: gymnasium.Space) -> tuple[int, int]:
     return int(space.start), int(space.n)
 
 
-def require_box(name: str, space: gymnasium.Space) -> spaces.Box:
+def require_arrays(name: str, space: gymnasium.Space) -> None:
     """
     Raises:
-      EnvironmentFailedError: observations are not arrays of one shape.
+      EnvironmentFailedError: observations, or parts of them, are not arrays of one shape.
     """
-    if isinstance(space, spaces.Box) and space.shape:
-        return space
-    raise EnvironmentFailedError(
-        f'{name}: observations {brief_space(space)} have no fixed shape. Fix: choose or wrap an'
-        ' environment with Box, Discrete, MultiDiscrete or MultiBinary observations, or Dict or'
-        ' Tuple of these.'
-    )
+    if (unfit := _unfit(space)) is not None:
+        raise EnvironmentFailedError(
+            f'{name}: observations {brief_space(unfit)} have no fixed shape. Fix: choose or wrap an'
+            ' environment with Box, Discrete, MultiDiscrete or MultiBinary observations, or Dict or'
+            ' Tuple of these.'
+        )
+
+
+def _unfit(space: gymnasium.Space) -> gymnasium.Space | None:
+    """The first part of a space that holds no arrays of one shape, or is empty."""
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
+        fits = isinstance(space, _ARRAYS) and 0 not in space.shape
+        return None if fits else space
+    parts = tuple(space.values()) if isinstance(space, spaces.Dict) else space.spaces
+    found = [unfit for part in parts if (unfit := _unfit(part)) is not None]
+    return found[0] if found else None if parts else space
 
 
 def spec_of(space: spaces.Box) -> FrameSpec:

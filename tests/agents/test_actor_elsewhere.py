@@ -114,6 +114,7 @@ def test_stored_transitions_equal_a_plain_loop_a_cut_episode_bootstraps_an_ended
     with contextlib.ExitStack() as stack:
         actor, episodes, address, spec = play(stack, name, n_step, steps=rows * EPISODES + 4)
         found = sampled(address, spec)
+        assert actor.sync().agent_steps == actor.agent_steps  # as the budget counts them
     whole = {row for row in found if row[1] < EPISODES}
     assert whole == expected({row[0] for row in found}, n_step, shows_last)
     assert len({row[0] for row in found}) == ENVS

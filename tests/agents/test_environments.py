@@ -1,16 +1,40 @@
 """Environments beside Atari: gymnasium's, TF-Agents' and a user's own, sound and broken."""
 
+import functools
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from importlib import metadata
+
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import SyncVectorEnv
+from tf_agents.specs import array_spec
 
 from agents.config import EnvironmentConfig
+from agents.environments import factory
+from agents.environments.atari import emulator_seeds
 from agents.environments.errors import EnvironmentFailedError
 from agents.environments.factory import check_name, open_environment
 from agents.environments.frames import FrameSpec, FrameStack
+from agents.environments.tf_agents import TfAgentsEnvironment
+from agents.environments.vector import VectorEnvironment
 from agents.games import GameError
+from tests.support import environments, tf_environments
 from tests.support.environments import LENGTH
+from tests.support.waiting import eventually, has_ended
 
 OWN = 'tests.support.environments'
+OF_TF = 'tests.support.tf_environments'
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def opened(name, count=2, **settings):
@@ -58,12 +82,57 @@ def test_where_the_last_observation_is_not_shown_the_next_episode_begins_within_
     assert not any(result.last.any() for result in results)
 
 
-@pytest.mark.parametrize('name', ['counter', 'py_counter'])
-def test_each_environment_of_a_factory_has_a_seed_of_its_own_the_same_each_time(name):
-    first, again = (played(f'{OWN}:{name}', 1, count=4) for _ in range(2))
-    seeds = first[0].frame[:, 0]
-    assert len(set(seeds)) == 4
-    np.testing.assert_array_equal(seeds, again[0].frame[:, 0])
+def plain_loop(game, seed, actions, next_step):
+    """What one environment shows: (frame, reward, terminated, truncated, first, last) of a step."""
+    env = gymnasium.make(game, max_episode_steps=12)
+    flat = functools.partial(spaces.flatten, env.observation_space)
+    shown, _ = env.reset(seed=seed)
+    rows, over = [(flat(shown), 0.0, False, False, True, False)], False
+    for action in actions:
+        if over and next_step:
+            shown, _ = env.reset()
+            rows.append((flat(shown), 0.0, False, False, True, False))
+            over = False
+            continue
+        shown, reward, terminated, truncated, _ = env.step(int(action))
+        over = terminated or truncated
+        if over and not next_step:
+            shown, _ = env.reset()
+        flags = (over and not next_step, over and next_step)
+        rows.append((flat(shown), reward, terminated, truncated, *flags))
+    return rows
+
+
+@pytest.mark.parametrize('game', ['lake', 'cart'])
+@pytest.mark.parametrize('mode', ['next_step', 'same_step', 'disabled'])
+def test_each_way_to_begin_the_next_episode_equals_a_plain_loop(game, mode):
+    actions = np.random.default_rng(0).integers(2, size=(100, 2)).astype(np.int32)
+    with opened(f'{OWN}:{game}_{mode}') as environment:
+        results = [environment.reset(), *map(environment.step_frames, actions)]
+    first_seed = int(emulator_seeds(1, 2)[0])  # gymnasium seeds the second with the next number
+    ends = {'terminated': 0, 'truncated': 0}
+    for number in range(2):
+        name = {'lake': 'FrozenLake-v1', 'cart': 'CartPole-v1'}[game]
+        rows = plain_loop(name, first_seed + number, actions[:, number], mode == 'next_step')
+        fields = ('frame', 'reward', 'terminated', 'truncated', 'first', 'last')
+        for field, values in zip(fields, zip(*rows)):
+            found = [getattr(result, field)[number] for result in results]
+            np.testing.assert_array_equal(found, np.array(values), field)
+        for end in ends:
+            ends[end] += sum(getattr(result, end)[number] for result in results)
+    assert ends['terminated']
+    assert ends['truncated']
+
+
+@pytest.mark.parametrize(
+    'name', [f'{OWN}:counter', f'{OWN}:py_counter', 'CartPole-v1', f'{OWN}:cart_poles']
+)
+def test_each_environment_has_a_seed_of_its_own_the_same_each_time(name):
+    first, again = (played(name, 1, count=4)[0].frame for _ in range(2))
+    assert len(np.unique(first, axis=0)) == 4
+    np.testing.assert_array_equal(first, again)
+    with open_environment(EnvironmentConfig(game=name), 4, seed=2) as other:
+        assert not np.isin(other.reset().frame[:, 0], first[:, 0]).any()
 
 
 def test_environments_step_in_processes_of_their_own_as_in_this_one():
@@ -75,24 +144,194 @@ def test_environments_step_in_processes_of_their_own_as_in_this_one():
         np.testing.assert_array_equal(one.last, other.last)
 
 
-def test_a_structure_becomes_one_vector_of_its_parts():
-    result = played(f'{OWN}:structured', 2)[-1]
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+    """Process IDs that the tests' environments write down."""
+    path = tmp_path / 'notes'
+    monkeypatch.setenv('NOTES_OF_ENVIRONMENTS', str(path))
+    return lambda: [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def test_a_process_that_hangs_does_not_keep_its_environments_from_closing(notes):
+    environment = opened(f'{OWN}:hanging', env_processes=True)
+    environment.reset()
+    environment.step_frames(np.zeros(2, np.int32))
+    told = []
+
+    def step():
+        with pytest.raises(EnvironmentFailedError) as failure:
+            environment.step_frames(np.zeros(2, np.int32))
+        told.append(str(failure.value))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert eventually(lambda: len(notes()) == 2)
+    before = time.monotonic()
+    environment.close()
+    assert time.monotonic() - before < 10  # it waits for three seconds
+    thread.join(10)
+    assert told == [
+        f'{OWN}:hanging, step 2: step lost its process (see the log). Fix: correct its step().'
+    ]
+    assert all(map(has_ended, notes()))
+
+
+def test_a_process_closes_its_environment_before_it_ends(notes):
+    with opened(f'{OWN}:closing', env_processes=True) as environment:
+        environment.reset()
+    environment.close()  # again
+    assert len(set(notes()) - {os.getpid()}) == 2
+    assert all(map(has_ended, set(notes()) - {os.getpid()}))
+
+
+def test_a_process_that_hangs_ends_with_its_parent(notes):
+    code = f"""
+import numpy as np
+from agents.config import EnvironmentConfig
+from agents.environments.factory import open_environment
+config = EnvironmentConfig(game='{OWN}:hanging', env_processes=True)
+environment = open_environment(config, 1, 0)
+environment.reset()
+for _ in range(2):
+    environment.step_frames(np.zeros(1, np.int32))
+"""
+    parent = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    try:
+        assert eventually(lambda: bool(notes()), 60)
+    finally:
+        parent.kill()
+        parent.wait()
+    (pid,) = notes()
+    assert eventually(lambda: has_ended(pid), 15)
+
+
+def test_a_daemon_of_multiprocessing_as_dasks_workers_are_has_processes_for_its_environments():
+    # "daemonic processes are not allowed to have children", says Python.
+    spawn = multiprocessing.get_context('spawn')
+    daemon = spawn.Process(
+        target=environments.step_in_processes, args=('CartPole-v1',), daemon=True
+    )
+    daemon.start()
+    daemon.join(60)
+    assert daemon.exitcode == 0
+
+
+def test_a_process_that_dies_is_one_line():
+    with pytest.raises(EnvironmentFailedError) as failure:
+        played(f'{OWN}:broken_exit', 3, env_processes=True)
+    assert 'step 2: step lost its process (see the log). Fix: ' in str(failure.value)
+
+
+def test_an_error_in_a_process_is_the_same_line_as_in_this_one():
+    told = set()
+    for own in (False, True):
+        with pytest.raises(EnvironmentFailedError) as failure:
+            played(f'{OWN}:broken_nan', 3, count=1, env_processes=own)
+        told.add(str(failure.value))
+    (line,) = told
+    assert line.startswith(f'{OWN}:broken_nan, environment 0, step 2: observation float64[3]')
+
+
+def test_opening_environments_needs_no_tensorflow():
+    code = f"""
+import sys
+from agents.config import EnvironmentConfig
+from agents.environments.factory import check_name, open_environment
+for name in ('CartPole-v1', '{OWN}:counter', '{OWN}:structured_vector', 'pong'):
+    open_environment(EnvironmentConfig(game=check_name(name)), 1, 0).close()
+assert 'tensorflow' not in sys.modules
+"""
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize('name', ['structured', 'structured_vector'])
+def test_a_structure_becomes_one_vector_of_its_parts(name):
+    result = played(f'{OWN}:{name}', 2)[-1]
     # In the order of the keys: pair (2 numbers, 2 bits), phase (one-hot of 6), picture (4 pixels).
     expected = [0.5, -0.5, 1, 0, 0, 0, 1, 0, 0, 0, 2, 2, 2, 2]
-    assert result.frame[0].tolist() == expected
+    np.testing.assert_array_equal(result.frame, [expected, expected])
+
+
+@pytest.mark.parametrize(
+    ('space', 'sample', 'expected', 'spec'),
+    [
+        (spaces.Discrete(3, start=-1), -1, [1, 0, 0], FrameSpec((3,), 'int64', 0, 1)),
+        (spaces.Discrete(3), np.int64(2), [0, 0, 1], FrameSpec((3,), 'int64', 0, 1)),
+        (
+            spaces.MultiDiscrete([2, 3]),
+            np.array([1, 0]),
+            [0, 1, 1, 0, 0],
+            FrameSpec((5,), 'int64', 0, 1),
+        ),
+        (
+            spaces.MultiBinary((2, 2)),
+            np.array([[1, 0], [1, 1]], np.int8),
+            [1, 0, 1, 1],
+            FrameSpec((4,), 'int8', 0, 1),
+        ),
+        (
+            spaces.Tuple((spaces.Discrete(2), spaces.Box(-1, 1, (2,), np.float64))),
+            (1, np.array([0.5, -1.0])),
+            [0, 1, 0.5, -1],
+            FrameSpec((4,), 'float64'),
+        ),
+        (
+            spaces.Box(-4, 4, (), np.float32),
+            np.array(1.5, np.float32),
+            [1.5],
+            FrameSpec((1,), 'float32', -4, 4),
+        ),
+        (
+            spaces.Box(0, 1, (2, 2, 1), bool),
+            np.array([[[1], [0]], [[0], [1]]], bool),
+            [[[1], [0]], [[0], [1]]],
+            FrameSpec((2, 2, 1), 'uint8', 0, 1),
+        ),
+        (
+            spaces.Box(np.array([0, -5]), np.array([9, 5]), dtype=np.int16),
+            np.array([9, -5], np.int16),
+            [9, -5],
+            FrameSpec((2,), 'int16'),
+        ),
+        (
+            spaces.Box(0, 65_535, (2, 3), np.uint16),
+            np.full((2, 3), 65_535, np.uint16),
+            np.full((2, 3), 65_535),
+            FrameSpec((2, 3), 'uint16', 0, 65_535),
+        ),
+    ],
+)
+def test_each_kind_of_observation_is_an_array_that_keeps_what_it_shows(
+    space, sample, expected, spec
+):
+    makers = [functools.partial(environments.Showing, space, sample)] * 2
+    with VectorEnvironment('own', SyncVectorEnv(makers), 0) as environment:
+        frames = environment.reset().frame
+    assert environment.frame_spec == spec
+    assert frames.dtype == spec.dtype
+    np.testing.assert_array_equal(frames, [expected, expected])
 
 
 @pytest.mark.parametrize(
     ('name', 'spec', 'actions'),
     [
         ('CartPole-v1', FrameSpec((4,), 'float32'), 2),
+        ('Acrobot-v1', FrameSpec((6,), 'float32'), 3),
+        ('MountainCar-v0', FrameSpec((2,), 'float32'), 3),
         ('FrozenLake-v1', FrameSpec((16,), 'int64', 0, 1), 4),  # one-hot of 16 fields
+        ('Taxi-v4', FrameSpec((500,), 'int64', 0, 1), 6),
         ('Blackjack-v1', FrameSpec((45,), 'int64', 0, 1), 2),  # 32 sums, 11 cards, an ace or not
         ('LunarLander-v3', FrameSpec((8,), 'float32'), 4),
         ('MinAtar/Breakout-v1', FrameSpec((10, 10, 4), 'uint8', 0, 1), 3),
+        ('MinAtar/SpaceInvaders-v1', FrameSpec((10, 10, 6), 'uint8', 0, 1), 4),
+        (f'{OWN}:ram', FrameSpec((128,), 'uint8', 0, 255), 6),
+        (f'{OWN}:cart_poles', FrameSpec((4,), 'float32'), 2),
+        (f'{OF_TF}:library', FrameSpec((5,), 'float32'), 4),
     ],
 )
-def test_environments_of_five_packages_run_as_their_spaces_say(name, spec, actions):
+def test_environments_of_gymnasium_box2d_minatar_ale_and_tf_agents_run_as_their_spaces_say(
+    name, spec, actions
+):
     with opened(name, count=4) as environment:
         assert environment.num_actions == actions
         assert environment.frame_spec == spec
@@ -103,25 +342,45 @@ def test_environments_of_five_packages_run_as_their_spaces_say(name, spec, actio
             before = result.last
             result = environment.step_frames(rng.integers(actions, size=4).astype(np.int32))
             np.testing.assert_array_equal(result.first, before)
+            np.testing.assert_array_equal(result.last, result.terminated | result.truncated)
             assert result.frame.shape == (4, *spec.shape)
             assert result.frame.dtype == spec.dtype
             ends, firsts = ends + result.last.sum(), firsts + result.first.sum()
-        assert ends >= firsts >= 4
+        assert ends >= firsts
+        assert firsts or name in ('Acrobot-v1', f'{OWN}:ram')  # their episodes are longer
+
+
+@pytest.mark.parametrize(
+    'name', ['CartPole-v1', 'Acrobot-v1', 'MountainCar-v0', 'FrozenLake-v1', 'LunarLander-v3']
+)
+def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(name):
+    env = gymnasium.make(name).unwrapped
+    env.spec = None  # else it is made anew, without the check
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        check_env(factory.Checked(env, name, 0), skip_render_check=True)
 
 
 @pytest.mark.parametrize(
     ('how', 'told'),
     [
-        ('nan', 'step 2: observation float64[3] [0.0, nan, 2.0] is not in its space'),
+        ('nan', 'step 2: observation float64[3] [0.0, nan, 2.0] is not in its space Box('),
         ('outside', 'step 2: observation float64[3] [0.0, -1.0, 2.0] is not in its space'),
+        ('infinite', 'step 2: observation float64[3] [0.0, inf, 2.0] is not finite'),
         ('shape', 'step 2: observation float64[2] [0.0, 0.0] is not in its space'),
         ('dtype', 'step 0: observation float64[3] [0.0, 0.0, 0.0] is not in its space'),
         ('reward', 'step 2: reward inf. Fix: return a finite number.'),
+        ('none', 'step 2: reward None. Fix: return a number.'),
         ('step', 'step 2: raised RuntimeError: lost. Fix: correct its step().'),
+        ('old', 'step 2: raised ValueError: not enough values to unpack (expected 5, got 4)'),
         ('reset', 'step 0: reset raised RuntimeError: no level. Fix: correct its reset().'),
         ('continuous', 'actions Box(-1.0, 1.0, (1,), float32) are not discrete. Fix: choose'),
         ('text', 'observations Text(1, 4, '),
+        ('inside', 'observations Text(1, 4, '),
         ('sequence', 'have no fixed shape. Fix: choose or wrap an environment'),
+        ('graph', 'observations Graph('),
+        ('empty', 'observations Dict() have no fixed shape'),
+        ('differs', 'Fix: let each seed make an environment of the same spaces.'),
     ],
 )
 def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, told):
@@ -135,14 +394,97 @@ def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, tol
 
 
 @pytest.mark.parametrize(
+    ('how', 'told'),
+    [
+        ('outside', ', environment 1, step 2: observation float64[3] [1.0, -1.0, 2.0] is not in'),
+        ('unbounded', ', environment 1, step 2: observation float64[3] [1.0, inf, 2.0] is not fin'),
+        ('dtype', ', environment 0, step 2: observation complex64[3]'),
+        ('shape', ', environment 0, step 2: observation float64[2] [0.0, 0.0] is not in its space'),
+        ('reward', ', environment 1, step 2: reward nan. Fix: return a finite number for each.'),
+        ('rewards', ', step 2: reward float64[1] [2.0]. Fix: return a finite number for each.'),
+        ('step', ', step 2: step raised RuntimeError: lost. Fix: correct its step().'),
+        ('reset', ', step 2: reset raised RuntimeError: no level. Fix: correct its reset().'),
+        ('mask', ', step 2: reset starts episodes outside reset_mask. Fix: reset only those'),
+        ('mode', ": metadata['autoreset_mode'] is None. Fix: set it to AutoresetMode.NEXT_STEP or"),
+    ],
+)
+def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_one(how, told):
+    with pytest.raises(EnvironmentFailedError) as failure:
+        played(f'{OWN}:vector_{how}', 3)
+    text = str(failure.value)
+    assert text.startswith(f'{OWN}:vector_{how}{told}'), text
+    assert '\n' not in text
+
+
+@pytest.mark.parametrize(
+    ('how', 'told'),
+    [
+        ('nan', ', environment 0, step 2: observation [nan nan nan] is not finite. Fix: show'),
+        ('dtype', ', environment 0, step 2: observation float32[2, 3] [[0.0, 0.0, 2.0], [0.0, 0.0'),
+        ('bounds', ', environment 0, step 2: observation float64[2, 3]'),
+        ('reward', ', environment 0, step 2: reward inf. Fix: return a finite number.'),
+        ('discount', ', environment 0, step 2: discount 0.5 within an episode. Fix: return 1'),
+        ('goes_on', ', environment 0, step 6: the step after the LAST of an episode is not the'),
+        ('step', ', step 2: step raised RuntimeError: lost. Fix: correct its step().'),
+        ('reset', ', step 0: reset raised RuntimeError: no level. Fix: correct its reset().'),
+        ('continuous', ': actions BoundedArraySpec(shape=(), dtype=dtype('),
+        ('text', ": observations ArraySpec(shape=(), dtype=dtype('<U')"),
+        ('differs', ': raised ValueError: All environments must have the same time_step_spec.'),
+    ],
+)
+def test_a_broken_environment_of_tf_agents_is_one_line_with_its_name_step_and_remedy(how, told):
+    with pytest.raises(EnvironmentFailedError) as failure:
+        played(f'{OF_TF}:{how}', 7)
+    text = str(failure.value)
+    assert text.startswith(f'{OF_TF}:{how}{told}'), text
+    assert ' Fix: ' in text
+    assert '\n' not in text
+
+
+def test_a_batched_environment_of_tf_agents_is_as_single_ones():
+    for one, other in zip(played(f'{OWN}:py_counter', 14), played(f'{OF_TF}:batched', 14)):
+        for field in ('reward', 'terminated', 'truncated', 'first', 'last'):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+        np.testing.assert_array_equal(one.frame[:, 1:], other.frame[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ('spec', 'expected'),
+    [
+        (array_spec.BoundedArraySpec((), np.int32, 0, 9), FrameSpec((1,), 'int32', 0, 9)),
+        (array_spec.ArraySpec((2, 2, 1), bool), FrameSpec((2, 2, 1), 'uint8', 0, 1)),
+        (
+            array_spec.BoundedArraySpec((2,), np.float32, [-1, -2], [1, 2]),
+            FrameSpec((2,), 'float32'),
+        ),
+        (
+            [array_spec.BoundedArraySpec((2, 2), np.uint8, 0, 9), array_spec.ArraySpec((), bool)],
+            FrameSpec((5,), 'float32'),
+        ),
+    ],
+)
+@pytest.mark.parametrize('count', [1, 2])
+def test_each_kind_of_observation_of_tf_agents_is_an_array(spec, expected, count):
+    made = [tf_environments.Showing(spec) for _ in range(count)]
+    with TfAgentsEnvironment('own', made) as environment:
+        frames = environment.reset().frame
+    assert environment.frame_spec == expected
+    assert (frames.shape, frames.dtype) == ((count, *expected.shape), expected.dtype)
+
+
+@pytest.mark.parametrize(
     ('name', 'error', 'told'),
     [
-        ('CartPole-v9', EnvironmentFailedError, 'did you mean CartPole-v1'),
+        ('CartPole-v9', EnvironmentFailedError, 'unknown (did you mean CartPole-v1'),
+        ('CartPole', EnvironmentFailedError, 'unknown (did you mean CartPole-v1?)'),
+        ('minatar/breakout', EnvironmentFailedError, 'unknown (did you mean MinAtar/Breakout-v1?)'),
+        ('nopackage:Own-v0', EnvironmentFailedError, "No module named 'nopackage'"),
         ('Pendulum-v1', EnvironmentFailedError, 'Pendulum-v1: actions Box('),
         ('nomodule:make', EnvironmentFailedError, 'cannot import nomodule'),
         (f'{OWN}:nofunction', EnvironmentFailedError, 'has no function nofunction'),
         (f'{OWN}:nothing', EnvironmentFailedError, 'returned object. Fix: return a gymnasium.Env'),
         (f'{OWN}:two', EnvironmentFailedError, 'holds 2 environments, not 3. Fix'),
+        ('math:sqrt', EnvironmentFailedError, 'TypeError: math.sqrt() takes exactly one argument'),
         ('pingpong', GameError, "unknown game 'pingpong'"),
     ],
 )
@@ -150,12 +492,42 @@ def test_what_cannot_be_opened_is_named_with_a_remedy(name, error, told):
     with pytest.raises(error, match='Fix: ') as failure:
         opened(name, count=3)
     assert told in str(failure.value)
+    assert '\n' not in str(failure.value)
 
 
 def test_an_atari_id_is_the_game_and_every_other_name_stays_as_it_is():
-    assert check_name('ALE/Pong-v5') == 'pong'
-    for name in ('CartPole-v1', 'gymnasium:CartPole-v1', f'{OWN}:counter'):
+    for spelling in ('ALE/Pong-v5', 'PongNoFrameskip-v4', 'Pong'):
+        assert check_name(spelling) == 'pong'
+        assert EnvironmentConfig(game=check_name(spelling)).is_atari
+    for name in ('CartPole-v1', 'gymnasium:CartPole-v1', f'{OWN}:counter', 'MinAtar/Freeway-v1'):
         assert check_name(name) == name
+        assert not EnvironmentConfig(game=name).is_atari
+
+
+def test_a_package_of_the_current_directory_registers_its_environments(tmp_path, monkeypatch):
+    (tmp_path / 'package_of_this_test.py').write_text(
+        'import gymnasium\n'
+        f'gymnasium.register("OfThisTest-v0", "{OWN}:Counter", kwargs={{"seed": 7}})\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    with opened('package_of_this_test:OfThisTest-v0') as environment:
+        assert environment.reset().frame.tolist() == [[7, 0, 0], [7, 0, 0]]
+    del gymnasium.registry['OfThisTest-v0']
+
+
+def test_a_package_that_fails_to_register_its_environments_stands_in_no_others_way(
+    monkeypatch, caplog
+):
+    points = [
+        metadata.EntryPoint('broken', 'nopackage:register', 'gymnasium.envs'),
+        metadata.EntryPoint('whole', 'this', 'gymnasium.envs'),  # a module without a function
+    ]
+    monkeypatch.setattr(metadata, 'entry_points', lambda group: points)
+    factory._register_installed.cache_clear()
+    with pytest.raises(EnvironmentFailedError, match='unknown .did you mean CartPole-v1'):
+        check_name('CartPole-v7')
+    factory._register_installed.cache_clear()
+    assert 'nopackage:register registers no environments: ModuleNotFoundError' in caplog.text
 
 
 def test_an_action_outside_the_set_is_refused_before_any_environment_steps():

@@ -1,5 +1,9 @@
 """Environments of the tests' own: small, deterministic, some of them broken on purpose."""
 
+import functools
+import multiprocessing
+import os
+import pathlib
 import time
 from typing import Any
 
@@ -7,11 +11,9 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from tf_agents.environments import py_environment
-from tf_agents.specs import array_spec
-from tf_agents.trajectories import time_step as ts
 
-from agents.environments.factory import Opening
+from agents.config import EnvironmentConfig
+from agents.environments.factory import Opening, open_environment
 
 LENGTH = 5
 
@@ -66,64 +68,121 @@ class Structured(Counter):
 class Broken(Counter):
     """A `Counter` that is wrong in one way at its second step, or at once."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, seed: int = 0) -> None:
         super().__init__(0)
         self._how = how
-        if how == 'dtype':
-            self.observation_space = spaces.Box(0, 2**31, (3,), np.float32)
+        spaces_of = {
+            'dtype': spaces.Box(0, 2**31, (3,), np.float32),
+            'infinite': spaces.Box(-np.inf, np.inf, (3,), np.float64),
+            'text': spaces.Text(4),
+            'sequence': spaces.Sequence(spaces.Discrete(2)),
+            'graph': spaces.Graph(spaces.Discrete(2), None),
+            'inside': spaces.Dict(number=spaces.Discrete(2), word=spaces.Tuple([spaces.Text(4)])),
+            'empty': spaces.Dict(),
+            'differs': spaces.Box(0, 2**31, (1 + seed % 97,), np.float64),
+        }
+        self.observation_space = spaces_of.get(how, self.observation_space)
         if how == 'continuous':
             self.action_space = spaces.Box(-1, 1, (1,))
-        if how == 'text':
-            self.observation_space = spaces.Text(4)
-        if how == 'sequence':
-            self.observation_space = spaces.Sequence(spaces.Discrete(2))
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
         if self._how == 'reset':
-            raise RuntimeError('no level')
+            raise RuntimeError('no\nlevel')
         return super().reset(seed=seed)
 
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
-        shown, reward, *rest = super().step(action)
+    def step(self, action: int) -> tuple[Any, ...]:
+        shown, number, *rest = super().step(action)
+        reward: float | None = number
         if self._step == 2:
             if self._how == 'step':
                 raise RuntimeError('lost')
-            if self._how == 'nan':
-                shown[1] = np.nan
-            if self._how == 'outside':
-                shown[1] = -1
-            if self._how == 'shape':
-                shown = shown[:2]
-            if self._how == 'reward':
-                reward = float('inf')
+            if self._how == 'old':
+                return shown, reward, False, {}  # the interface of gym before 0.26
+            if self._how == 'exit':
+                os._exit(1)
+            wrong = {'nan': np.nan, 'outside': -1, 'infinite': np.inf}
+            shown[1] = wrong.get(self._how, shown[1])
+            shown = shown[:2] if self._how == 'shape' else shown
+            reward = {'reward': float('inf'), 'none': None}.get(self._how, reward)
         return shown, reward, *rest
 
 
-class PyCounter(py_environment.PyEnvironment):
-    """A `Counter` as one of TF-Agents' environments."""
+class Hanging(Counter):
+    """A `Counter` whose second step never ends; then it writes the ID of its process to a file."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._env = Counter(seed)
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
+        if self._step == 1:
+            _note()
+            time.sleep(600)
+        return super().step(action)
 
-    def action_spec(self) -> Any:
-        return array_spec.BoundedArraySpec((), np.int64, 3, 4)
 
-    def observation_spec(self) -> Any:
-        return array_spec.ArraySpec((3,), np.float64)
+class Closing(Counter):
+    """A `Counter` that writes the ID of its process to a file when it is closed."""
 
-    def _reset(self) -> ts.TimeStep:
-        return ts.restart(self._env.reset()[0])
+    def close(self) -> None:
+        _note()
 
-    def _step(self, action: Any) -> ts.TimeStep:
-        if self.current_time_step().is_last():
-            return self.reset()
-        shown, reward, terminated, truncated, _ = self._env.step(int(action))
-        if terminated:
-            return ts.termination(shown, reward)
-        if truncated:
-            return ts.truncation(shown, reward)
-        return ts.transition(shown, reward)
+
+def _note() -> None:
+    """Writes this process's ID to the file that a test reads."""
+    with pathlib.Path(os.environ['NOTES_OF_ENVIRONMENTS']).open('a') as file:
+        print(os.getpid(), file=file)
+
+
+class Showing(Counter):
+    """A `Counter` that shows one sample of a space, the same always."""
+
+    def __init__(self, space: spaces.Space, sample: Any) -> None:
+        super().__init__(0)
+        self.observation_space = space
+        self._sample = sample
+
+    def _shown(self) -> Any:
+        return self._sample
+
+
+class BrokenVector(SyncVectorEnv):
+    """Two of `Counter`, of which the second is wrong in one way at the second step, or at once."""
+
+    def __init__(self, how: str) -> None:
+        disabled = how in ('mask', 'reset')
+        mode = AutoresetMode.DISABLED if disabled else AutoresetMode.NEXT_STEP
+        super().__init__(
+            [functools.partial(Counter, seed) for seed in range(2)], autoreset_mode=mode
+        )
+        self._how, self._steps = how, 0
+        if how == 'unbounded':
+            self.single_observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+            self.observation_space = spaces.Box(-np.inf, np.inf, (2, 3), np.float64)
+        if how == 'mode':
+            self.autoreset_mode: Any = None
+            self.metadata: dict[str, Any] = {}
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        if options and self._how == 'reset':
+            raise RuntimeError('no level')
+        if options and self._how == 'mask':
+            options = None
+        return super().reset(seed=seed, options=options)
+
+    def step(self, actions: Any) -> Any:
+        self._steps += 1
+        shown, reward, terminated, *rest = super().step(actions)
+        if self._steps == 2:
+            if self._how == 'step':
+                raise RuntimeError('lost')
+            if self._how == 'rewards':
+                reward = reward[:1]
+            if self._how == 'reward':
+                reward[1] = np.nan
+            if self._how == 'dtype':
+                shown = shown.astype(np.complex64)
+            if self._how == 'shape':
+                shown = shown[:, :2]
+            shown[1, 1] = {'outside': -1, 'unbounded': np.inf}.get(self._how, shown[1, 1])
+            terminated = terminated | [False, self._how in ('mask', 'reset')]
+        return shown, reward, terminated, *rest
 
 
 class Slow(Counter):
@@ -149,8 +208,10 @@ def slow(seed: int, opening: Opening) -> gymnasium.Env:
     return Slow(seed)
 
 
-def py_counter(seed: int, opening: Opening) -> py_environment.PyEnvironment:
+def py_counter(seed: int, opening: Opening) -> Any:
     """One of TF-Agents."""
+    from tests.support.tf_environments import PyCounter  # processes of an environment need none
+
     return PyCounter(seed)
 
 
@@ -174,6 +235,38 @@ def disabled(seed: int, opening: Opening) -> SyncVectorEnv:
     return _vector(seed, opening, AutoresetMode.DISABLED)
 
 
+def structured_vector(seed: int, opening: Opening) -> SyncVectorEnv:
+    """A vector environment of the user's with structures as observations, flattened as one."""
+    makers = [functools.partial(Structured, seed) for _ in range(opening.num_environments)]
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def cart_poles(seed: int, opening: Opening) -> gymnasium.vector.VectorEnv:
+    """gymnasium's own vector environment of CartPole, which takes one seed for all."""
+    return gymnasium.make_vec(
+        'CartPole-v1', opening.num_environments, vectorization_mode='vector_entry_point'
+    )
+
+
+def _short(game: str, mode: AutoresetMode, seed: int, opening: Opening) -> SyncVectorEnv:
+    makers = [functools.partial(gymnasium.make, game, max_episode_steps=12)]
+    return SyncVectorEnv(makers * opening.num_environments, autoreset_mode=mode)
+
+
+_LAKE, _CART = 'FrozenLake-v1', 'CartPole-v1'
+lake_next_step = functools.partial(_short, _LAKE, AutoresetMode.NEXT_STEP)
+lake_same_step = functools.partial(_short, _LAKE, AutoresetMode.SAME_STEP)
+lake_disabled = functools.partial(_short, _LAKE, AutoresetMode.DISABLED)
+cart_next_step = functools.partial(_short, _CART, AutoresetMode.NEXT_STEP)
+cart_same_step = functools.partial(_short, _CART, AutoresetMode.SAME_STEP)
+cart_disabled = functools.partial(_short, _CART, AutoresetMode.DISABLED)
+
+
+def ram(seed: int, opening: Opening) -> gymnasium.Env:
+    """The memory of an Atari console, which is no picture."""
+    return gymnasium.make('ALE/Pong-v5', obs_type='ram')
+
+
 def two(seed: int, opening: Opening) -> SyncVectorEnv:
     """A vector environment of two, however many are wanted."""
     return _vector(seed, Opening(2), AutoresetMode.NEXT_STEP)
@@ -184,51 +277,59 @@ def nothing(seed: int, opening: Opening) -> object:
     return object()
 
 
-def broken_dtype(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('dtype')
+def _broken(how: str, seed: int, opening: Opening) -> gymnasium.Env:
+    return Broken(how, seed)
 
 
-def broken_continuous(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('continuous')
+def _broken_vector(how: str, seed: int, opening: Opening) -> SyncVectorEnv:
+    return BrokenVector(how)
 
 
-def broken_text(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('text')
+broken_continuous = functools.partial(_broken, 'continuous')
+broken_differs = functools.partial(_broken, 'differs')
+broken_dtype = functools.partial(_broken, 'dtype')
+broken_empty = functools.partial(_broken, 'empty')
+broken_exit = functools.partial(_broken, 'exit')
+broken_graph = functools.partial(_broken, 'graph')
+broken_infinite = functools.partial(_broken, 'infinite')
+broken_inside = functools.partial(_broken, 'inside')
+broken_nan = functools.partial(_broken, 'nan')
+broken_none = functools.partial(_broken, 'none')
+broken_old = functools.partial(_broken, 'old')
+broken_outside = functools.partial(_broken, 'outside')
+broken_reset = functools.partial(_broken, 'reset')
+broken_reward = functools.partial(_broken, 'reward')
+broken_sequence = functools.partial(_broken, 'sequence')
+broken_shape = functools.partial(_broken, 'shape')
+broken_step = functools.partial(_broken, 'step')
+broken_text = functools.partial(_broken, 'text')
+
+vector_dtype = functools.partial(_broken_vector, 'dtype')
+vector_mask = functools.partial(_broken_vector, 'mask')
+vector_mode = functools.partial(_broken_vector, 'mode')
+vector_outside = functools.partial(_broken_vector, 'outside')
+vector_reset = functools.partial(_broken_vector, 'reset')
+vector_reward = functools.partial(_broken_vector, 'reward')
+vector_rewards = functools.partial(_broken_vector, 'rewards')
+vector_shape = functools.partial(_broken_vector, 'shape')
+vector_step = functools.partial(_broken_vector, 'step')
+vector_unbounded = functools.partial(_broken_vector, 'unbounded')
 
 
-def broken_sequence(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('sequence')
+def hanging(seed: int, opening: Opening) -> gymnasium.Env:
+    """See `Hanging`."""
+    return Hanging(seed)
 
 
-def broken_reset(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('reset')
+def closing(seed: int, opening: Opening) -> gymnasium.Env:
+    """See `Closing`."""
+    return Closing(seed)
 
 
-def broken_step(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('step')
-
-
-def broken_nan(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('nan')
-
-
-def broken_outside(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('outside')
-
-
-def broken_shape(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('shape')
-
-
-def broken_reward(seed: int, opening: Opening) -> gymnasium.Env:
-    """See `Broken`."""
-    return Broken('reward')
+def step_in_processes(name: str) -> None:
+    """Steps an environment in a process of its own; this one must still be a daemon then."""
+    config = EnvironmentConfig(game=name, env_processes=True)
+    with open_environment(config, 1, seed=0) as environment:
+        environment.reset()
+        environment.step_frames(np.zeros(1, np.int32))
+    assert multiprocessing.current_process().daemon
