@@ -226,7 +226,9 @@ class Simulation:
         rules = game.protocol.environment(game.environment)
         self._most = rules.max_episode_frames
         opening = Opening(1, training=False, render_mode='rgb_array' if colour else None)
-        self._environment = open_simulation(rules, seeds(game)[0], opening)
+        # One environment gains nothing from a process, whose start would last longer than a game.
+        alone = dataclasses.replace(rules, env_processes=False)
+        self._environment = open_simulation(alone, seeds(game)[0], opening)
         spec = self._environment.frame_spec
         self.num_actions = self._environment.num_actions
         self._stack = FrameStack(1, rules.frame_stack, spec.shape, spec.dtype)

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from agents.environments.errors import EnvironmentFailedError
+from agents.environments.factory import open_environment
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -22,6 +26,7 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
       UsageError: a check fails.
     """
     require_device(config, launch)
+    require_environment(config)
     require_agent(config, values)
     resources.require_room(config, launch)
     network.require_ports(config, launch)
@@ -73,6 +78,23 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
         device.require(config.learner.learner_device)
     except device.DeviceError as error:
         raise UsageError(str(error)) from error
+
+
+def require_environment(config: ExperimentConfig) -> None:
+    """Checks an environment outside Atari by a step in it.
+
+    Raises:
+      UsageError: it cannot be opened or used.
+    """
+    if config.environment.is_atari:
+        return
+    rules = dataclasses.replace(config.environment, env_processes=False)
+    try:
+        with open_environment(rules, num_environments=1, seed=config.run.seed) as environment:
+            environment.reset()
+            environment.step_frames(np.zeros(1, np.int32))
+    except EnvironmentFailedError as error:
+        raise UsageError(f'--environment {error}') from error
 
 
 def require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:

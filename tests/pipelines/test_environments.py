@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipelines import evaluate
+from pipelines import evaluate, run
 from pipelines.errors import UsageError
 from pipelines.experiment import command_line
 from tests.support import saved_run
@@ -60,6 +60,30 @@ def test_what_has_no_effect_or_names_nothing_is_refused_with_its_flag(argv, told
         experiment(*argv)
     assert told in str(refusal.value)
     assert 'Fix: ' in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'told'),
+    [
+        (
+            'Pendulum-v1',
+            'Pendulum-v1: actions Box(-2.0, 2.0, (1,), float32) are not discrete. Fix: ',
+        ),
+        ('tests.support.environments:broken_text', 'observations Text(1, 4, '),
+        (
+            'tests.support.environments:broken_dtype',
+            'environment 0, step 0: observation float64[3]',
+        ),
+        ('tests.support.environments:broken_reset', 'step 0: reset raised RuntimeError: no level'),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_refused_before_a_file_is_written(
+    name, told, tmp_path, capsys
+):
+    argv = ['--runner=DirectRunner', f'--environment={name}', f'--run_dir={tmp_path / "run"}']
+    assert run.main(argv) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('name', ['CartPole-v1', OWN])
