@@ -33,6 +33,11 @@ FACTORY = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
 """Pattern of a function's name: `package.module:function`."""
 
 
+def is_atari(game: str) -> bool:
+    """Whether a game is one of Atari: ids of other environments have a sign in their names."""
+    return not re.search('[-/:]', game)
+
+
 @dataclasses.dataclass(frozen=True)
 class EnvironmentConfig:
     """The environment; of Atari also its preprocessing (Mnih et al. 2015, Methods)."""
@@ -70,8 +75,8 @@ class EnvironmentConfig:
 
     @property
     def is_atari(self) -> bool:
-        """Whether `game` is one of Atari: ids of other environments have a sign in their names."""
-        return not re.search('[-/:]', self.game)
+        """Whether `game` is one of Atari."""
+        return is_atari(self.game)
 
     @property
     def unit(self) -> str:

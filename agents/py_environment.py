@@ -18,7 +18,8 @@ from tf_agents.utils import nest_utils
 
 from agents.config import EnvironmentConfig
 from agents.environments import atari, frames
-from agents.environments.frames import FrameSpec, observation_shape
+from agents.environments.frames import FrameSpec
+from infra.replay.trajectory import observation_shape
 
 _NOOP = 0  # first in every minimal action set
 

@@ -95,12 +95,11 @@ def main(argv: Sequence[str]) -> None:
     hints = {hint for kind in workers for hint in settings.hints(kind)}
     options = PipelineOptions(engine.job_flags('-'.join(workers), count, flags, hints))
     config = read_config(arguments.config)
+    learns = any(WORK[kind].learns for kind in workers)
     works = [
-        (WORK[kind](config, addresses), Submission(numbers, arguments.submission))
+        (WORK[kind](config, addresses, learns), Submission(numbers, arguments.submission))
         for kind, numbers in workers.items()
     ]
-    for work, _ in works:  # which may share a process: none hides an accelerator from another
-        work.learns = any(each.learns for each, _ in works)
     with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
         period = settings.element_seconds * engine.continues_elements

@@ -23,7 +23,7 @@ from ale_py import vector_env
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
-from agents.environments.frames import ATARI, FRAME_SHAPE, Frames, FrameSpec
+from agents.environments.frames import ATARI, FRAME_SHAPE, Frames, FrameSpec, begun
 from agents.games import loaded, rom_id
 
 
@@ -119,16 +119,7 @@ class AtariEnvironment:
         """Starts a new game in every environment, with the same seeds at each call."""
         observation, info = self._emulators.reset(seed=self._seeds)
         self._lives = info['lives']
-        nothing = self._never
-        return Frames(
-            frame=observation[:, 0],
-            reward=np.zeros(self.num_environments, np.float32),
-            terminated=nothing,
-            truncated=nothing,
-            life_lost=nothing,
-            first=~nothing,
-            last=nothing,
-        )
+        return begun(observation[:, 0])
 
     def step_frames(self, action: np.ndarray) -> Frames:
         """Takes `action` int32 [E] in each environment.

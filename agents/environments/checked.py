@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from agents.environments.errors import EnvironmentFailedError, told
+from agents.environments.errors import EnvironmentFailedError, failure_text
 
 _SHOWN_ELEMENTS = 8
 
@@ -30,7 +30,7 @@ class Checked(gymnasium.Wrapper):
         try:
             observation, info = self.env.reset(seed=seed, options=options)
         except Exception as error:  # the user's code may raise anything
-            raise self._failed(f'reset {told(error)}', 'correct its reset()') from error
+            raise self._failed(f'reset {failure_text(error)}', 'correct its reset()') from error
         self._require_contained(observation)
         return observation, info
 
@@ -45,7 +45,7 @@ class Checked(gymnasium.Wrapper):
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:  # the user's code may raise anything
-            raise self._failed(told(error), 'correct its step()') from error
+            raise self._failed(failure_text(error), 'correct its step()') from error
         self._require_contained(observation)
         try:
             number = float(reward)

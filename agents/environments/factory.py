@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from agents.config import FACTORY, EnvironmentConfig
 from agents.environments.atari import AtariEnvironment, emulator_seeds
 from agents.environments.checked import Checked
-from agents.environments.errors import EnvironmentFailedError, told
+from agents.environments.errors import EnvironmentFailedError, failure_text
 from agents.environments.frames import Environment
 from agents.environments.processes import in_processes
 from agents.environments.vector import VectorEnvironment
@@ -33,7 +33,7 @@ _OTHER = re.compile(r'[:/]|-v\d+$')  # in ids, but in no spelling of a game
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What a user's factory is told, beside the seed.
+    """What a user's factory gets beside the seed.
 
     Attributes:
       num_environments: of a vector or batched environment.
@@ -181,7 +181,8 @@ def _vectorised(
         raise
     except Exception as error:  # a process that ends, spaces that differ
         raise EnvironmentFailedError(
-            f'{name}: {told(error)}. Fix: let each seed make an environment of the same spaces.'
+            f'{name}: {failure_text(error)}. Fix: let each seed make an environment of the same'
+            ' spaces.'
         ) from error
     return _stepped(name, environments, seeds)
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from infra.replay.trajectory import observation_shape
+
 FRAME_SHAPE = (84, 84)  # Mnih et al. (2015)
 _BITS_PER_PIXEL = 8
 
@@ -32,16 +34,6 @@ class FrameSpec:
 ATARI = FrameSpec(FRAME_SHAPE, 'uint8', 0, 255)
 
 
-def observation_shape(frame_shape: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """Shape of `depth` stacked frames.
-
-    Grey pictures get a last axis for the stack; others are concatenated along theirs, newest last.
-    """
-    if len(frame_shape) == 2:
-        return (*frame_shape, depth)
-    return (*frame_shape[:-1], frame_shape[-1] * depth)
-
-
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """The result of a step in E environments, one row per environment.
@@ -60,6 +52,20 @@ class Frames:
     # bool [E], `frame` is the last of its episode: the next step ignores the action, earns nothing
     # and starts the next episode. Never in Atari, whose games restart within the step.
     last: np.ndarray
+
+
+def begun(frame: np.ndarray) -> Frames:
+    """The result of a reset that shows `frame` [E, *shape] in every environment."""
+    nothing = np.zeros(len(frame), bool)
+    return Frames(
+        frame=frame,
+        reward=np.zeros(len(frame), np.float32),
+        terminated=nothing,
+        truncated=nothing,
+        life_lost=nothing,
+        first=~nothing,
+        last=nothing,
+    )
 
 
 class Environment(Protocol):

@@ -11,7 +11,7 @@ from tf_agents.trajectories import time_step as ts
 
 from agents.environments.atari import check_actions
 from agents.environments.checked import described
-from agents.environments.errors import EnvironmentFailedError, told
+from agents.environments.errors import EnvironmentFailedError, failure_text
 from agents.environments.frames import Frames, FrameSpec
 
 _NUMBERS = 'biuf'  # NumPy's kinds: truth values, integers with and without sign, floats
@@ -178,7 +178,7 @@ class TfAgentsEnvironment:
         try:
             return method(*args)
         except Exception as error:  # the user's code may raise anything
-            what = f'{method.__name__} {told(error)}'
+            what = f'{method.__name__} {failure_text(error)}'
             raise self._failed(what, f'correct its {method.__name__}()') from error
 
     def _failed(self, what: str, remedy: str, number: int | None = None) -> EnvironmentFailedError:
@@ -194,7 +194,7 @@ def _batched(
         return batched_py_environment.BatchedPyEnvironment(list(environments), multithreading=False)
     except ValueError as error:
         remedy = 'let each seed make an environment of the same specs'
-        raise EnvironmentFailedError(f'{name}: {told(error)}. Fix: {remedy}.') from error
+        raise EnvironmentFailedError(f'{name}: {failure_text(error)}. Fix: {remedy}.') from error
 
 
 def _actions_of(name: str, spec: Any) -> tuple[int, int]:

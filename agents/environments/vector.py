@@ -11,8 +11,8 @@ from gymnasium.vector.utils import iterate
 
 from agents.environments.atari import check_actions
 from agents.environments.checked import brief_space, described
-from agents.environments.errors import EnvironmentFailedError, told
-from agents.environments.frames import Frames, FrameSpec
+from agents.environments.errors import EnvironmentFailedError, failure_text
+from agents.environments.frames import Frames, FrameSpec, begun
 from agents.environments.processes import close_processes
 from infra.named_function import brief
 
@@ -66,18 +66,9 @@ class VectorEnvironment:
         Raises:
           EnvironmentFailedError: it raises an error, or shows what its space does not contain.
         """
-        nothing = np.zeros(self.num_environments, bool)
-        self._last, self._steps = nothing, 0
+        self._last, self._steps = np.zeros(self.num_environments, bool), 0
         observation, _ = self._call(self._envs.reset, seed=self._seed)
-        return Frames(
-            frame=self._frame(observation),
-            reward=np.zeros(self.num_environments, np.float32),
-            terminated=nothing,
-            truncated=nothing,
-            life_lost=nothing,
-            first=~nothing,
-            last=nothing,
-        )
+        return begun(self._frame(observation))
 
     def step_frames(self, action: np.ndarray) -> Frames:
         """Takes `action` int32 [E].
@@ -166,7 +157,7 @@ class VectorEnvironment:
         except EnvironmentFailedError:
             raise
         except Exception as error:  # the user's code may raise anything
-            what = f'{method.__name__} {told(error)}'
+            what = f'{method.__name__} {failure_text(error)}'
             raise self._failed(what, f'correct its {method.__name__}()') from error
 
     def _frame(self, observation: Any) -> np.ndarray:

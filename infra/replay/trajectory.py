@@ -36,6 +36,16 @@ _NUMBERS = 'iuf'  # NumPy's kinds: integers with and without sign, floats
 _HISTORY_TYPES = {2: 'uint16', 4: 'uint32', 8: 'uint64'}
 
 
+def observation_shape(frame_shape: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Shape of `depth` stacked frames.
+
+    Grey pictures get a last axis for the stack; others are concatenated along theirs, newest last.
+    """
+    if len(frame_shape) == 2:
+        return (*frame_shape, depth)
+    return (*frame_shape[:-1], frame_shape[-1] * depth)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrajectorySpec:
     """Shape of the rows and of the stored window.
@@ -80,13 +90,8 @@ class TrajectorySpec:
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
-        """Shape of an observation: grey pictures get an axis for the stack, others grow their last.
-
-        As agents/environments/frames.py stacks them.
-        """
-        if len(self.frame_shape) == 2:
-            return (*self.frame_shape, self.frame_stack)
-        return (*self.frame_shape[:-1], self.frame_shape[-1] * self.frame_stack)
+        """Shape of an observation."""
+        return observation_shape(self.frame_shape, self.frame_stack)
 
     @property
     def rows_name(self) -> str:

@@ -9,7 +9,7 @@ Methodology"), [M] Machado et al. 2018 (section 5), [here] not stated in a paper
 from collections.abc import Mapping
 from typing import Any
 
-from agents.config import EnvironmentConfig
+from agents.config import is_atari
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
 
@@ -293,9 +293,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 DEFAULT = 'laptop'
 
 
+def _elsewhere(game: Any) -> bool:
+    """Whether a game is not of Atari; what is no name is refused later."""
+    return isinstance(game, str) and not is_atari(game)
+
+
 def default(game: Any) -> str:
     """The preset of a run of this game or environment, unless one is named."""
-    if not isinstance(game, str) or EnvironmentConfig(game=game).is_atari:
+    if not _elsewhere(game):
         return DEFAULT
     return 'minatar' if game.lower().startswith('minatar') else 'classic'
 
@@ -310,7 +315,6 @@ def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.Experime
     """
     if preset not in PRESETS:
         raise UsageError(f'--preset {preset!r}: unknown. Fix: choose one of {", ".join(PRESETS)}.')
-    game = overrides.get('game', EnvironmentConfig().game)
-    elsewhere = {} if default(game) == DEFAULT else ELSEWHERE
+    elsewhere = ELSEWHERE if _elsewhere(overrides.get('game')) else {}
     values = {**PRESETS[preset], **elsewhere, **overrides}
     return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

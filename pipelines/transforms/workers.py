@@ -41,8 +41,12 @@ class Work:
     acts = True
     learns = True
 
-    def __init__(self, config: ExperimentConfig, addresses: Addresses):
+    def __init__(
+        self, config: ExperimentConfig, addresses: Addresses, beside_learners: bool = False
+    ):
+        """`beside_learners`: whether learners may share its process, and need an accelerator."""
         self._config = config
+        self._beside_learners = beside_learners
         self.addresses = addresses
 
     def open(self, spec: WorkerSpec) -> AbstractContextManager[OpenWorker]:
@@ -51,7 +55,7 @@ class Work:
 
     def prepare(self) -> None:
         """Prepares the process, before TensorFlow is used."""
-        prepare_process(self._config, self.learns)
+        prepare_process(self._config, self.learns or self._beside_learners)
 
 
 class Run(beam.DoFn):

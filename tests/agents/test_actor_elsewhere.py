@@ -11,7 +11,6 @@ from agents import dqn, exploration, py_environment
 from agents.actor import Actor
 from agents.config import ActorConfig, AgentConfig, EnvironmentConfig, NetworkConfig
 from agents.environments.factory import open_environment
-from agents.environments.frames import observation_shape
 from agents.exploration import Behaviour
 from agents.model import family_model
 from agents.policy import GreedyPolicy
@@ -21,7 +20,7 @@ from infra.replay.adder import Adder
 from infra.replay.config import ReplayConfig
 from infra.replay.dataset import sample_dataset
 from infra.replay.server import ShardConfig, build_tables, start_server
-from infra.replay.trajectory import TrajectorySpec
+from infra.replay.trajectory import TrajectorySpec, observation_shape
 from tests.support import parameter_servers
 from tests.support.environments import LENGTH
 

@@ -156,12 +156,12 @@ def test_a_process_that_hangs_does_not_keep_its_environments_from_closing(notes)
     environment = opened(f'{OWN}:hanging', env_processes=True)
     environment.reset()
     environment.step_frames(np.zeros(2, np.int32))
-    told = []
+    message = []
 
     def step():
         with pytest.raises(EnvironmentFailedError) as failure:
             environment.step_frames(np.zeros(2, np.int32))
-        told.append(str(failure.value))
+        message.append(str(failure.value))
 
     thread = threading.Thread(target=step)
     thread.start()
@@ -170,7 +170,7 @@ def test_a_process_that_hangs_does_not_keep_its_environments_from_closing(notes)
     environment.close()
     assert time.monotonic() - before < 10  # it waits for three seconds
     thread.join(10)
-    assert told == [
+    assert message == [
         f'{OWN}:hanging, step 2: step lost its process (see the log). Fix: correct its step().'
     ]
     assert all(map(has_ended, notes()))
@@ -223,12 +223,12 @@ def test_a_process_that_dies_is_one_line():
 
 
 def test_an_error_in_a_process_is_the_same_line_as_in_this_one():
-    told = set()
+    message = set()
     for own in (False, True):
         with pytest.raises(EnvironmentFailedError) as failure:
             played(f'{OWN}:broken_nan', 3, count=1, env_processes=own)
-        told.add(str(failure.value))
-    (line,) = told
+        message.add(str(failure.value))
+    (line,) = message
     assert line.startswith(f'{OWN}:broken_nan, environment 0, step 2: observation float64[3]')
 
 
@@ -362,7 +362,7 @@ def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(na
 
 
 @pytest.mark.parametrize(
-    ('how', 'told'),
+    ('how', 'message'),
     [
         ('nan', 'step 2: observation float64[3] [0.0, nan, 2.0] is not in its space Box('),
         ('outside', 'step 2: observation float64[3] [0.0, -1.0, 2.0] is not in its space'),
@@ -383,18 +383,18 @@ def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(na
         ('differs', 'Fix: let each seed make an environment of the same spaces.'),
     ],
 )
-def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, told):
+def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, message):
     with pytest.raises(EnvironmentFailedError) as failure:
         played(f'{OWN}:broken_{how}', 3)
     text = str(failure.value)
-    assert told in text
+    assert message in text
     assert text.startswith(f'{OWN}:broken_{how}')
     assert ' Fix: ' in text
     assert '\n' not in text
 
 
 @pytest.mark.parametrize(
-    ('how', 'told'),
+    ('how', 'message'),
     [
         ('outside', ', environment 1, step 2: observation float64[3] [1.0, -1.0, 2.0] is not in'),
         ('unbounded', ', environment 1, step 2: observation float64[3] [1.0, inf, 2.0] is not fin'),
@@ -408,16 +408,16 @@ def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, tol
         ('mode', ": metadata['autoreset_mode'] is None. Fix: set it to AutoresetMode.NEXT_STEP or"),
     ],
 )
-def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_one(how, told):
+def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_one(how, message):
     with pytest.raises(EnvironmentFailedError) as failure:
         played(f'{OWN}:vector_{how}', 3)
     text = str(failure.value)
-    assert text.startswith(f'{OWN}:vector_{how}{told}'), text
+    assert text.startswith(f'{OWN}:vector_{how}{message}'), text
     assert '\n' not in text
 
 
 @pytest.mark.parametrize(
-    ('how', 'told'),
+    ('how', 'message'),
     [
         ('nan', ', environment 0, step 2: observation [nan nan nan] is not finite. Fix: show'),
         ('dtype', ', environment 0, step 2: observation float32[2, 3] [[0.0, 0.0, 2.0], [0.0, 0.0'),
@@ -432,11 +432,11 @@ def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_o
         ('differs', ': raised ValueError: All environments must have the same time_step_spec.'),
     ],
 )
-def test_a_broken_environment_of_tf_agents_is_one_line_with_its_name_step_and_remedy(how, told):
+def test_a_broken_environment_of_tf_agents_is_one_line_with_its_name_step_and_remedy(how, message):
     with pytest.raises(EnvironmentFailedError) as failure:
         played(f'{OF_TF}:{how}', 7)
     text = str(failure.value)
-    assert text.startswith(f'{OF_TF}:{how}{told}'), text
+    assert text.startswith(f'{OF_TF}:{how}{message}'), text
     assert ' Fix: ' in text
     assert '\n' not in text
 
@@ -473,7 +473,7 @@ def test_each_kind_of_observation_of_tf_agents_is_an_array(spec, expected, count
 
 
 @pytest.mark.parametrize(
-    ('name', 'error', 'told'),
+    ('name', 'error', 'message'),
     [
         ('CartPole-v9', EnvironmentFailedError, 'unknown (did you mean CartPole-v1'),
         ('CartPole', EnvironmentFailedError, 'unknown (did you mean CartPole-v1?)'),
@@ -488,10 +488,10 @@ def test_each_kind_of_observation_of_tf_agents_is_an_array(spec, expected, count
         ('pingpong', GameError, "unknown game 'pingpong'"),
     ],
 )
-def test_what_cannot_be_opened_is_named_with_a_remedy(name, error, told):
+def test_what_cannot_be_opened_is_named_with_a_remedy(name, error, message):
     with pytest.raises(error, match='Fix: ') as failure:
         opened(name, count=3)
-    assert told in str(failure.value)
+    assert message in str(failure.value)
     assert '\n' not in str(failure.value)
 
 

@@ -1,5 +1,7 @@
 """Networks: the same numbers and gradients as TensorFlow's own layers, shapes, seeds."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -137,3 +139,25 @@ def test_centered_input_equals_taking_the_mean_away_first():
     expected, _ = plain.call(x - tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True))
     actual, _ = centered(_observation(5))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('torso', 'dueling', 'expected'),
+    [
+        ('nature', False, '6a3403e5d558'),
+        ('nature', True, 'e336a0a7d5ff'),
+        ('dqn2013', False, 'd0e4ab81905d'),
+        ('dqn2013', True, '5631145648e1'),
+    ],
+)
+def test_first_weights_for_atari_and_their_order_are_those_of_earlier_versions(
+    torso, dueling, expected
+):
+    # Checkpoints of earlier runs rely on the order. The checksums were taken at a80c066.
+    observation = tensor_spec.BoundedTensorSpec((84, 84, 4), tf.uint8, 0, 255)
+    action = tensor_spec.BoundedTensorSpec((), tf.int32, 0, _NUM_ACTIONS - 1)
+    network = networks.q_network(
+        observation, action, NetworkConfig(torso, dueling=dueling), 7, output_shape=(3,)
+    )
+    weights = b''.join(variable.numpy().tobytes() for variable in network.trainable_variables)
+    assert hashlib.sha1(weights).hexdigest()[:12] == expected

@@ -171,7 +171,7 @@ def check_run_directory(run_dir: pathlib.Path, max_frames: int, epsilon: float =
     return told
 
 
-def check_statistics(run_dir: pathlib.Path, told: dict) -> None:
+def check_statistics(run_dir: pathlib.Path, finished: dict) -> None:
     """Checks that the rows of a run without failures are those of its summary."""
     rows: dict[str, list[dict]] = {'segments': [], 'episodes': []}
     for table, found in rows.items():
@@ -180,23 +180,24 @@ def check_statistics(run_dir: pathlib.Path, told: dict) -> None:
     segments, games = rows['segments'], rows['episodes']
     assert len({(row['kind'], row['worker'], row['segment']) for row in segments}) == len(segments)
     total = {name: sum(row[name] for row in segments) for name in COUNTS}
-    rejected = {name: told['rejected'][name] for name in ('stale', 'invalid')}
-    rejected['outliers'] = told['rejected']['outlier']
+    rejected = {name: finished['rejected'][name] for name in ('stale', 'invalid')}
+    rejected['outliers'] = finished['rejected']['outlier']
     assert total == {
-        'agent_steps': told['agent_steps'],
-        'gradients': told['updates'] + sum(rejected.values()),
-        'episodes': told['episodes'],
+        'agent_steps': finished['agent_steps'],
+        'gradients': finished['updates'] + sum(rejected.values()),
+        'episodes': finished['episodes'],
         **rejected,
     }
     staleness = [row['staleness'] for row in segments if row['staleness']]
-    assert [sum(bins) for bins in zip(*staleness)] == list(told['staleness']['histogram'].values())
+    histogram = list(finished['staleness']['histogram'].values())
+    assert [sum(bins) for bins in zip(*staleness)] == histogram
     returns = [row['raw_return'] for row in sorted(games, key=lambda row: row['time'])[-100:]]
-    assert len(games) == told['episodes']
+    assert len(games) == finished['episodes']
     if returns:
-        assert told['mean_return_100'] == pytest.approx(sum(returns) / len(returns))
-    counted = told['beam'].values()  # empty where the engine gives none
+        assert finished['mean_return_100'] == pytest.approx(sum(returns) / len(returns))
+    counted = finished['beam'].values()  # empty where the engine gives none
     if counted:
-        assert sum(kind['agent_steps'] for kind in counted) == told['agent_steps']
+        assert sum(kind['agent_steps'] for kind in counted) == finished['agent_steps']
 
 
 @contextlib.contextmanager

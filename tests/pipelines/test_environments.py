@@ -41,7 +41,7 @@ def test_a_budget_of_steps_is_one_of_frames_at_the_environments_action_repeat():
 
 
 @pytest.mark.parametrize(
-    ('argv', 'told'),
+    ('argv', 'message'),
     [
         (['--environment=CartPole-v1', '--action_repeat=4'], '--action_repeat'),
         (['--environment=CartPole-v1', '--max_noops=3'], '--max_noops'),
@@ -55,15 +55,15 @@ def test_a_budget_of_steps_is_one_of_frames_at_the_environments_action_repeat():
         (['--q_network=mine'], "--q_network 'mine': must be builtin or module:function"),
     ],
 )
-def test_what_has_no_effect_or_names_nothing_is_refused_with_its_flag(argv, told):
+def test_what_has_no_effect_or_names_nothing_is_refused_with_its_flag(argv, message):
     with pytest.raises(UsageError) as refusal:
         experiment(*argv)
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
     assert 'Fix: ' in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ('name', 'told'),
+    ('name', 'message'),
     [
         (
             'Pendulum-v1',
@@ -78,11 +78,11 @@ def test_what_has_no_effect_or_names_nothing_is_refused_with_its_flag(argv, told
     ],
 )
 def test_an_environment_that_cannot_be_used_is_refused_before_a_file_is_written(
-    name, told, tmp_path, capsys
+    name, message, tmp_path, capsys
 ):
     argv = ['--runner=DirectRunner', f'--environment={name}', f'--run_dir={tmp_path / "run"}']
     assert run.main(argv) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
 
 
@@ -110,8 +110,8 @@ def test_a_run_is_evaluated_and_filmed_where_its_environment_draws(tmp_path, cap
     assert film.stat().st_size > 1_000
     capsys.readouterr()
     assert evaluate.main([f'--run_dir={run_dir}', '--protocol=noop']) == 2
-    told = capsys.readouterr().err
-    assert '--protocol noop: not for CartPole-v1. Fix: choose plain, or omit it.' in told
+    message = capsys.readouterr().err
+    assert '--protocol noop: not for CartPole-v1. Fix: choose plain, or omit it.' in message
 
 
 def test_an_environment_that_draws_nothing_is_evaluated_but_not_filmed(tmp_path, capsys):

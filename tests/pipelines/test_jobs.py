@@ -1,5 +1,6 @@
 """The watch over jobs: small real processes in place of Beam, a clock that the test sets."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -309,6 +310,19 @@ def test_the_records_of_workers_whose_last_job_failed_are_written_by_one_more(ov
     over.wait_for_end('actor')
     over.jobs.stop()
     assert over.jobs.unwritten == frozenset()
+
+
+def test_what_workers_handed_on_before_a_job_is_drained_counts_as_written(make_run):
+    run = make_run(runner='DataflowRunner')
+    run.jobs.start(0.0)
+    run.hear(1.0, ALL)
+    run.hear(2.0, ALL[1:], ended=True)  # one actor is still at work when the jobs are ended
+    run.jobs.stop()
+    assert run.jobs.unwritten == frozenset()  # a job of Dataflow has no tables without a place
+    run.jobs._launch = dataclasses.replace(
+        run.jobs._launch, jobs=JobSettings(statistics_dir='gs://bucket/statistics')
+    )
+    assert run.jobs.unwritten == {ACTORS[0]}
 
 
 def test_workers_that_hang_or_start_hold_the_end_up_no_longer_than_it_takes_to_know(make_run):
