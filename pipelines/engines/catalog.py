@@ -14,6 +14,9 @@ from pipelines.engines import dataflow
 from pipelines.errors import UsageError
 
 _END_SECONDS = 30.0  # a request to a remote service and one or two retries
+# Beam ends a job with the streams that report on it, by default after 300 s.
+_JOB_STREAM_SECONDS = 31_536_000  # a year
+_LONG_JOBS = (f'--job_server_timeout={_JOB_STREAM_SECONDS}',)
 
 
 def _placed_by_dask(options: Any) -> contextlib.AbstractContextManager:
@@ -29,6 +32,7 @@ class Engine:
     Attributes:
       beam_runner: Beam's name of the runner.
       flags: Beam flags of every job.
+      first_flags: Beam flags of every job that the user's flags override.
       defaults: Beam flags of a job, computed from the kind of its workers, their number, the user's
         flags and the names of its resource hints; the user's flags override them.
       count_flag: Beam flag for the number of workers; empty if the engine needs none.
@@ -54,6 +58,7 @@ class Engine:
 
     beam_runner: str
     flags: tuple[str, ...] = ()
+    first_flags: tuple[str, ...] = ()
     defaults: Callable[[str, int, Sequence[str], Collection[str]], list[str]] = lambda *_: []
     count_flag: str = ''
     reserved_flags: tuple[str, ...] = ()
@@ -82,7 +87,7 @@ class Engine:
         self, kind: str, num_workers: int, extra: Sequence[str], hints: Collection[str] = ()
     ) -> list[str]:
         """Beam flags of a job with `num_workers` workers; the last of two equal flags counts."""
-        defaults = self.defaults(kind, num_workers, extra, hints)
+        defaults = [*self.first_flags, *self.defaults(kind, num_workers, extra, hints)]
         count = [f'{self.count_flag}={num_workers}'] if self.count_flag else []
         return [*defaults, *extra, f'--runner={self.beam_runner}', *self.flags, *count]
 
@@ -116,6 +121,7 @@ ENGINES: Mapping[str, Engine] = {
     ),
     'PrismRunner': Engine(
         'PrismRunner',
+        first_flags=_LONG_JOBS,
         runs_locally=True,
         launcher_restarts_workers=True,
         side_by_side=True,
@@ -123,6 +129,7 @@ ENGINES: Mapping[str, Engine] = {
     ),
     'PortableRunner': Engine(
         'PortableRunner',
+        first_flags=_LONG_JOBS,
         # Without --environment_type Beam starts containers, which lack this project.
         required=(('--job_endpoint',), ('--environment_type',)),
         example='--job_endpoint=HOST:8099 --environment_type=EXTERNAL'
@@ -134,10 +141,18 @@ ENGINES: Mapping[str, Engine] = {
         end_seconds=_END_SECONDS,
     ),
     'FlinkRunner': Engine(
-        'FlinkRunner', forwards=True, outlives_submitter=True, end_seconds=_END_SECONDS
+        'FlinkRunner',
+        first_flags=_LONG_JOBS,
+        forwards=True,
+        outlives_submitter=True,
+        end_seconds=_END_SECONDS,
     ),
     'SparkRunner': Engine(
-        'SparkRunner', forwards=True, outlives_submitter=True, end_seconds=_END_SECONDS
+        'SparkRunner',
+        first_flags=_LONG_JOBS,
+        forwards=True,
+        outlives_submitter=True,
+        end_seconds=_END_SECONDS,
     ),
     'DataflowRunner': Engine(
         'DataflowRunner',

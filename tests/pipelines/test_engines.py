@@ -43,6 +43,15 @@ def test_direct_runner_means_a_process_for_each_worker():
     assert found['job_name'] == 'pong'
 
 
+@pytest.mark.parametrize('runner', ['PrismRunner', 'PortableRunner', 'FlinkRunner', 'SparkRunner'])
+def test_a_job_behind_a_job_service_may_last_as_long_as_a_run(runner):
+    # Beam gives the streams that follow a job its time-out as their deadline: the job ends with it.
+    found = PipelineOptions(engine(runner).job_flags('actor', 1, [])).get_all_options()
+    assert found['job_server_timeout'] >= 30 * 24 * 3600
+    own = engine(runner).job_flags('actor', 1, ['--job_server_timeout=60'])
+    assert PipelineOptions(own).get_all_options()['job_server_timeout'] == 60
+
+
 def test_dask_gets_a_partition_for_each_worker():
     flags = engine('DaskRunner').job_flags('actor', 3, ['--dask_client_address=tcp://h:1'])
     assert flags[-1] == '--dask_npartitions=3'
