@@ -7,6 +7,7 @@ replay -> transitions -> loss -> gradient -> outlier test -> push
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -47,6 +48,8 @@ class Parameters(Protocol):
     def pull(self, agent_steps: int = 0) -> Any: ...
 
     def pull_target(self) -> Any: ...
+
+    def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> Any: ...
 
     def push_async(self, gradient: np.ndarray, version: int, pull: bool = True) -> Future: ...
 
@@ -228,9 +231,11 @@ class Learner:
             if due:
                 self._refresh(self._parameters.pull())
             return
-        self._pending = self._parameters.push_async(computed.gradient, computed.version, pull=due)
-        if not self._config.overlap_push:
-            self.finish_push()
+        message = computed.gradient, computed.version, due
+        if self._config.overlap_push:
+            self._pending = self._parameters.push_async(*message)
+        else:  # without the hand-over to a thread
+            self._take_reply(functools.partial(self._parameters.push, *message))
 
     def _weights(self, sample: Any) -> np.ndarray | None:
         """Importance weights float32 [batch_size], or None if the replay draws uniformly."""
@@ -289,8 +294,11 @@ class Learner:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        self._take_reply(pending.result)
+
+    def _take_reply(self, wait: Callable[[], Any]) -> None:
         try:
-            reply = pending.result()
+            reply = wait()
         except NotInitialisedError:
             # A shard restarted without a checkpoint: this learner's parameters are the newest left.
             self._parameters.initialise(self._gradients.parameters())

@@ -38,15 +38,20 @@ class Tape(client_lib.ParameterClient):
         self.modified.append(snapshot.parts is not None)
         return snapshot
 
+    def push(self, gradient, version, pull=True):
+        reply = super().push(gradient, version, pull)
+        self.pushes.append(lambda: reply)
+        return reply
+
     def push_async(self, gradient, version, pull=True):
         future = super().push_async(gradient, version, pull)
-        self.pushes.append(future)
+        self.pushes.append(future.result)
         return future
 
     @property
     def staleness(self):
         """Of each gradient, in updates."""
-        return [push.result().staleness for push in self.pushes]
+        return [reply().staleness for reply in self.pushes]
 
 
 @pytest.fixture
