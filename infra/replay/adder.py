@@ -7,6 +7,7 @@ cost more than the frames they carry. The writer sends every row once; neighbour
 """
 
 import collections
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -153,7 +154,7 @@ class Adder:
           num_environments: E, environments per `add`.
           max_in_flight_items: bound of unconfirmed windows of up to eight environments; one chunk
             of each environment is always allowed.
-          timeout_seconds: longest wait of one `add`.
+          timeout_seconds: longest wait for room for a row.
           should_stop: checked every 0.2 s during a wait.
         """
         import reverb
@@ -172,6 +173,8 @@ class Adder:
             _Stream(address, spec, part.stop - part.start, max_in_flight_items)
             for part in self._slices
         ]
+        self._without_room = list(self._streams)
+        self._deadline: float | None = None  # of the wait for the next row
 
     def __enter__(self) -> 'Adder':
         return self
@@ -207,14 +210,45 @@ class Adder:
         rows = pack_rows(steps, self._spec)
         if len(rows) != self._num_environments:
             raise ValueError(f'{len(rows)} rows for {self._num_environments} environments')
-        if not self._wait_for_room():
+        if not self.wait_for_room():
             return False
+        self._without_room = list(self._streams)
         first, cut = np.asarray(steps.first, bool), np.array(truncated, bool)
         ended = np.asarray(steps.discount) == 0
         priority = self._priority(error)
         for part, stream in zip(self._slices, self._streams, strict=True):
             stream.add(rows[part], first[part], (cut[part], ended[part]), priority[part])
         return True
+
+    def wait_for_room(self, seconds: float = math.inf) -> bool:
+        """Waits until the next `add` need not wait; it raises the errors of a wait, as `add` does.
+
+        Returns:
+          True, or False if `should_stop` or `seconds` ended the wait; the next one continues it.
+        """
+        now = time.monotonic()
+        end = now + seconds
+        deadline = self._deadline = self._deadline or now + self._timeout
+        while True:
+            try:
+                while self._without_room:
+                    self._without_room[0].wait_for_room(_SLICE_SECONDS)
+                    self._without_room.pop(0)
+                self._deadline = None
+                return True
+            except ReplaySpecMismatch:
+                raise
+            except Exception as caught:  # DeadlineExceededError, or a broken stream
+                error = caught
+            now = time.monotonic()
+            if self.should_stop() or now >= end:
+                return False
+            if now >= deadline:
+                self._deadline = None
+                self._raise_for(error)
+            if not _is_deadline(error):
+                self._without_room[0].abandon()
+                time.sleep(_SLICE_SECONDS)
 
     def _priority(self, error: np.ndarray | None) -> np.ndarray:
         """Priorities float64[E] of the items that a step completes.
@@ -238,28 +272,6 @@ class Adder:
         self.flush(_CLOSE_SECONDS)
         for stream in self._streams:
             stream.abandon()
-
-    def _wait_for_room(self) -> bool:
-        """Waits until every stream accepts a step; False if `should_stop` ends the wait."""
-        deadline = time.monotonic() + self._timeout
-        waiting = list(self._streams)
-        while True:
-            try:
-                while waiting:
-                    waiting[0].wait_for_room(_SLICE_SECONDS)
-                    waiting.pop(0)
-                return True
-            except ReplaySpecMismatch:
-                raise
-            except Exception as caught:  # DeadlineExceededError, or a broken stream
-                error = caught
-            if self.should_stop():
-                return False
-            if time.monotonic() >= deadline:
-                self._raise_for(error)
-            if not _is_deadline(error):
-                waiting[0].abandon()
-                time.sleep(_SLICE_SECONDS)
 
     def _raise_for(self, error: Exception) -> None:
         """Raises ReplayTimeout for a closed limiter and ReplayUnavailable for a dead shard."""

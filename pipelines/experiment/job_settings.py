@@ -10,9 +10,6 @@ from infra.flags import nonempty
 from infra.named_function import NoFunctionError, load_function
 from pipelines.errors import UsageError
 
-REPLAY_SECONDS = 600.0
-"""How long an actor waits for the replay: all learners may be down, a shard may be saving."""
-
 
 def _setting(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={'help': text})
@@ -112,7 +109,7 @@ def beam_flags(settings: JobSettings, continues_elements: bool) -> list[str]:
 
     `continues_elements`: whether the engine continues an element that returns early.
     """
-    # Beam kills a process that hands on no record: a segment lasts ten seconds, but for the wait.
-    minutes = math.ceil(max(2 * settings.hang_seconds, REPLAY_SECONDS + 60.0) / 60)
+    # Beam kills a process that hands on no record: a worker that works does each ten seconds.
+    minutes = math.ceil(2 * settings.hang_seconds / 60)
     streaming = ['--streaming'] if continues_elements and settings.element_seconds else []
     return [f'--element_processing_timeout_minutes={minutes}', *streaming]

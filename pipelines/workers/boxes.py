@@ -18,7 +18,6 @@ from infra.replay.config import shard_of_worker
 from infra.replay.errors import ReplayError
 from pipelines.events import beat
 from pipelines.experiment.config import ExperimentConfig
-from pipelines.experiment.job_settings import REPLAY_SECONDS
 from pipelines.experiment.launch import Addresses
 from pipelines.workers.process import STATUS_SECONDS, Status, budget_reached
 from pipelines.workers.segment import Episode, Segment, decode, encode
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from agents.learner import Learner
     from agents.policy import GreedyPolicy
     from infra.parameter_server.client import ParameterClient
+    from infra.replay.adder import Adder
     from infra.replay.dataset import ReplayDataset, Sample
     from infra.replay.status import StatusReader
     from infra.telemetry import Telemetry
@@ -39,12 +39,16 @@ if TYPE_CHECKING:
 SERVER_SECONDS = 90.0
 """How long a worker waits for a parameter shard, whose restart imports TensorFlow."""
 
+REPLAY_SECONDS = 600.0
+"""How long an actor waits for the replay: all learners may be down, a shard may be saving."""
+
 ACTOR_SEGMENT = 2_000
 """Agent steps of an actor's segment, which take seconds."""
 LEARNER_SEGMENT = 500
 """Updates of a learner's segment, which take seconds."""
 SEGMENT_SECONDS = 10.0
-"""After which a segment ends at the latest, as with a slow environment: it tells that it works."""
+"""After which a segment ends at the latest, as with a slow environment or a full replay: it tells
+that it works."""
 
 # Each random stream needs its own number.
 _ENVIRONMENT_STREAM, _EXPLORATION_STREAM = 1, 2
@@ -63,10 +67,13 @@ class ActorWorker:
         seeds: tuple[int, ...],
         config: ExperimentConfig,
         telemetry: 'Telemetry',
+        adder: 'Adder',
         replay: 'StatusReader | None' = None,
     ):
         """`seeds` are those of exploration; `replay` is a bundle's own, whose status it reports."""
         self._actor = actor
+        self._adder = adder
+        adder.should_stop = self.wait
         self._config = config
         self._telemetry = telemetry
         self._status = Status(telemetry, 'actor')
@@ -87,7 +94,9 @@ class ActorWorker:
         rng = np.random.default_rng([*self._seeds, segment])
         before, due = self.made, time.monotonic() + SEGMENT_SECONDS
         goal = before + agent_steps
-        while self.made < goal and not self.finished() and time.monotonic() < due:
+        while self.made < goal and not self.finished() and (left := due - time.monotonic()) > 0:
+            if not self._adder.wait_for_room(left):
+                break  # the next segment continues the wait
             for game in self._actor.step(rng):
                 steps, updates = self._actor.run_agent_steps, self._actor.clock.updates
                 episode = Episode(
@@ -353,9 +362,7 @@ def acting(
         actor = Actor(config.actor, environment, behaviour, adder, parameters, stack_size)
         own_replay = StatusReader(replay) if config.run.topology == 'bundled' else None
         exploration = (*seeds, _EXPLORATION_STREAM)
-        actor_worker = ActorWorker(actor, exploration, config, worker.telemetry, own_replay)
-        adder.should_stop = actor_worker.wait
-        yield actor_worker
+        yield ActorWorker(actor, exploration, config, worker.telemetry, adder, own_replay)
         actor.sync()  # reports the last agent steps
 
 

@@ -355,6 +355,32 @@ class TestBounds:
                 assert adder.add(*step(200))
                 assert adder.items == before + 1
 
+    def test_a_wait_for_room_ends_in_time_and_the_next_one_continues_it(self):
+        config = ReplayConfig(
+            replay_capacity=1000,
+            min_replay_size=20,
+            agent_steps_per_update=8.0,
+            sample_insert_tolerance=1.0,
+        )
+        with (
+            local_shard(config) as address,
+            Adder(address, SPEC, 1, max_in_flight_items=4, timeout_seconds=5) as adder,
+        ):
+            rows = itertools.count()
+            while adder.wait_for_room(0.5):
+                assert adder.add(*step(next(rows)))
+            begun = time.monotonic()
+            assert not adder.wait_for_room(0.5)
+            assert time.monotonic() - begun < 2.0
+            with pytest.raises(ReplayTimeout, match='waits for its learners'):
+                while not adder.wait_for_room(0.5):  # five seconds in all
+                    assert time.monotonic() - begun < 20.0
+            with sample_dataset([address], SPEC, BATCH_SIZE, 0.9) as dataset:
+                next(dataset)
+                assert adder.add(*step(next(rows)))  # waits itself
+                assert adder.flush(10.0)
+                assert size_of(address) == next(rows) - SPEC.n_step
+
     def test_a_stop_request_ends_the_wait_of_an_adder(self):
         config = ReplayConfig(
             replay_capacity=1000,

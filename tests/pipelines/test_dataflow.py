@@ -143,9 +143,7 @@ def test_actors_get_machines_of_a_fixed_number_and_one_thread_a_process(submit):
         '--disk_size_gb=30',
     )
     assert job.request['type'] == 'JOB_TYPE_STREAMING'
-    assert (
-        job.options['element_processing_timeout_minutes'] == 11
-    )  # longer than an actor waits for the replay
+    assert job.options['element_processing_timeout_minutes'] == 4  # twice --hang_seconds
     assert job.request['name'] == 'pong-actor-0'
     assert job.request['path'].startswith('/v1b3/projects/p/locations/r/jobs')
     assert job.request['labels'] == {'gorila': 'actor', 'team': 'rl'}
