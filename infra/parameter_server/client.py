@@ -285,13 +285,14 @@ class ParameterClient:
         reply = self._ask([0], 'begin_segments', kind=kind, number=worker, committed=committed)[0]
         return reply['first'], reply['records']
 
-    def finish_segment(self, kind: str, worker: int, segment: int, record: str) -> None:
-        """Records a finished segment at shard 0 (see `Ledger.finish`).
+    def finish_segment(self, kind: str, worker: int, first: int, segment: int, record: str) -> int:
+        """Records a finished segment at shard 0; returns the next one (see `Ledger.finish`).
 
         Raises:
           ParameterServerError: shard 0 refuses the request, or does not reply in time.
         """
-        self._ask([0], 'finish_segment', kind=kind, number=worker, segment=segment, record=record)
+        values: dict[str, Any] = {'first': first, 'segment': segment, 'record': record}
+        return self._ask([0], 'finish_segment', kind=kind, number=worker, **values)[0]['next']
 
     def commit_segments(self) -> None:
         """Drops all records of segments: the engine has committed the results of every element.

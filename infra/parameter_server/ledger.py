@@ -18,8 +18,12 @@ MAX_WORKERS = 10_000
 
 MAX_BYTES = 16 << 20
 """Of all records; beyond, the oldest of the worker with most bytes are dropped. Where elements
-commit their results every few minutes, records are kept for minutes; elsewhere for the whole
-run."""
+commit their results every few minutes, records are kept for minutes; elsewhere for the whole run:
+ten hours of eight workers."""
+
+BLOCK_SEGMENTS = 32
+"""A block begins at each multiple and is dropped at once: a file of statistics holds one, so that a
+worker that is run again writes the files anew from the first row on, and none a second time."""
 
 MAX_RECORD_BYTES = 1 << 18
 """Of one record: thousands of episodes."""
@@ -57,9 +61,14 @@ class _Entry:
 
 
 class Ledger:
-    """Finished segments by worker. All methods are thread-safe."""
+    """Finished segments by worker. All methods are thread-safe.
+
+    Attributes:
+      dropped: records of segments that may not be committed, dropped because of `MAX_BYTES`.
+    """
 
     def __init__(self) -> None:
+        self.dropped = 0
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[tuple[str, int], _Entry] = collections.OrderedDict()
 
@@ -74,11 +83,19 @@ class Ledger:
             entry.drop(committed)
             return entry.first, list(entry.records)
 
-    def finish(self, kind: str, worker: int, segment: int, record: str) -> None:
-        """Records a finished segment; a repetition has no effect.
+    def finish(self, kind: str, worker: int, first: int, segment: int, record: str) -> int:
+        """Records a finished segment; a repetition has no effect, nor has one after a gap.
 
-        A shard that restarts older than its workers lacks some segments before: these count as
-        committed, since the element that tells of this one still holds their records.
+        Args:
+          kind: kind of the worker.
+          worker: its number.
+          first: of its segments, which `begin` returned; those before it are committed.
+          segment: number of the segment.
+          record: of the segment.
+
+        Returns:
+          The number of the segment to record next: after a repetition a later one; an earlier one
+          at a shard that has restarted older than its workers.
 
         Raises:
           ValueError: the record is too long.
@@ -89,13 +106,16 @@ class Ledger:
             )
         with self._lock:
             entry = self._entry(kind, worker)
-            if segment > entry.next:
-                entry.drop(segment)
+            entry.drop(first)
             if segment == entry.next:
                 entry.add(record)
             while sum(each.size for each in self._entries.values()) > MAX_BYTES:
                 largest = max(self._entries.values(), key=lambda each: each.size)
-                largest.drop(largest.first + 1)
+                end = (largest.first // BLOCK_SEGMENTS + 1) * BLOCK_SEGMENTS
+                before = len(largest.records)
+                largest.drop(min(end, largest.next))
+                self.dropped += before - len(largest.records)
+            return entry.next
 
     def commit_all(self) -> None:
         """Drops all records: the engine has committed the results of every element."""

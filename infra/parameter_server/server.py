@@ -321,9 +321,9 @@ class _FlightServer(flight.FlightServerBase):
 
     def _finish_segment(self, connection: _Connection, header: dict, body: Any) -> dict:
         record = protocol.text_of(header, 'record', MAX_RECORD_BYTES)
-        segment = protocol.count_of(header, 'segment')
-        self._shard.ledger.finish(*_worker_of(header), segment, record)
-        return self._shard.clock()
+        first, segment = (protocol.count_of(header, name) for name in ('first', 'segment'))
+        following = self._shard.ledger.finish(*_worker_of(header), first, segment, record)
+        return {**self._shard.clock(), 'next': following}
 
     def _commit_segments(self, connection: _Connection, header: dict, body: Any) -> dict:
         self._shard.ledger.commit_all()

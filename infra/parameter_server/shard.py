@@ -280,6 +280,7 @@ class Shard:
                 'initialised': self.layout is not None,
                 'rejected': dict(self._rejected),
                 'rollbacks': self._rollbacks,
+                'dropped_records': self.ledger.dropped,
                 **self.control.report(),
                 **self._clock(),
             }

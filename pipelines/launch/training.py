@@ -17,6 +17,7 @@ from infra.guard import Guard, UnforeseenError
 from infra.memory import resident_bytes
 from infra.own_time import OwnTime
 from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.ledger import MAX_BYTES
 from infra.parameter_server.protocol import ParameterServerError
 from infra.replay.errors import ReplayError
 from infra.telemetry import TelemetryReader
@@ -125,6 +126,7 @@ class Training:
         self._learned = self._ending = False
         self._shown: set[str] = set()
         self._rollbacks = 0
+        self._dropped_records = 0
 
     def run(self) -> str:
         """Trains until the budget is reached or a signal arrives; returns which.
@@ -199,7 +201,7 @@ class Training:
         self._drain()
         if complete and self.jobs.unwritten:
             self._write_rest()
-        for act in (self._ask, self.evaluate, self.look, self._commit):
+        for act in (self._ask, self.evaluate, self.look, self._commit, self._show_missing_rows):
             self._attempt(act)
         self._await_saver()
         self.write_last_checkpoint()
@@ -263,6 +265,8 @@ class Training:
             self._clock_before = self._clock_before or clock
             self.monitor.clock(*clock)
             self._show_rollbacks(shards)
+            # A shard that restarts counts anew.
+            self._dropped_records = max(self._dropped_records, shards[0]['dropped_records'])
             self.monitor.parameter_server(shards)
         statuses = self._servers.ask_replay(self.saver.replay)
         if self._bundles and not statuses:
@@ -368,6 +372,16 @@ class Training:
             self.display.message(
                 f'Beam counted {steps:,} agent steps, the parameter server {own:,}: jobs that'
                 ' failed leave no counters, workers that died no record of their last segment'
+            )
+
+    def _show_missing_rows(self) -> None:
+        """Warns of rows that no table has, as far as that is known."""
+        restarts = self.jobs.restarts or self._reruns
+        if self._dropped_records and restarts:
+            self.display.message(
+                f'statistics/: the parameter server dropped {self._dropped_records:,} records of'
+                f' segments (beyond {MAX_BYTES >> 20} MB); rows of workers that were started again'
+                ' may be missing'
             )
 
     def _ask_to_stop(self) -> None:

@@ -21,13 +21,14 @@ from apache_beam.metrics import Metrics
 from pyarrow import parquet
 
 from infra.disk import is_remote, write_atomically
+from infra.parameter_server.ledger import BLOCK_SEGMENTS
 from pipelines.experiment.job_settings import JobSettings
 
 Sink = Callable[[str, type], beam.PTransform]
 """Makes the transform that writes a table, given its name and the type of its rows."""
 
 
-FILE_SEGMENTS = 32
+FILE_SEGMENTS = BLOCK_SEGMENTS
 """Segments in one file, at most; a new one begins at each multiple."""
 
 _ARROW: Mapping[Any, pa.DataType] = {

@@ -275,20 +275,23 @@ class OpenWorker:
 
     Attributes:
       box: an `ActorWorker`, a `LearnerWorker` or a `Bundle`.
-      next: number of the first segment that is neither committed nor on record.
     """
 
     def __init__(self, kind: str, enlisted: Enlisted, box: Any):
         self._kind, self._spec, self._parameters = kind, enlisted.spec, enlisted.parameters
         self.box = box
-        self._first = self.next = 0
-        self._done: list[Segment] = []
+        self._first = 0
+        self._done: list[Segment] = []  # of this part of the element, from `_first` on
 
     def begin(self, committed: int) -> None:
         """Begins a part of the element; the engine has committed the segments before this one."""
         first, records = self._parameters.begin_segments(self._kind, self._spec.worker, committed)
         self._first, self._done = first, [decode(record) for record in records]
-        self.next = first + len(self._done)
+
+    @property
+    def next(self) -> int:
+        """Number of the first segment that is neither committed nor on record."""
+        return self._first + len(self._done)
 
     def finished(self) -> bool:
         """Whether the run's budget is reached or the run is being stopped."""
@@ -307,8 +310,18 @@ class OpenWorker:
         spec = self._spec
         identity = self._kind, spec.worker, number, spec.submission
         segment = Segment(*identity, time.time(), seconds, **figures)
-        self._parameters.finish_segment(self._kind, spec.worker, number, encode(segment))
+        self._done.append(segment)
+        self._record(number)
         return segment
+
+    def _record(self, number: int) -> None:
+        """Records a segment, after those before it that a shard lacks which restarted older."""
+        following = number
+        while following <= number:
+            record = encode(self._done[following - self._first])
+            following = self._parameters.finish_segment(
+                self._kind, self._spec.worker, self._first, following, record
+            )
 
 
 @contextlib.contextmanager

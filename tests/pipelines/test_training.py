@@ -12,6 +12,7 @@ import pytest
 
 from infra.guard import UnforeseenError
 from infra.own_time import OwnTime
+from infra.parameter_server import ledger
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.protocol import ParameterServerError, ParameterServerUnavailable
 from infra.replay.errors import ReplayUnavailable
@@ -433,6 +434,21 @@ def test_a_last_job_that_cannot_be_submitted_costs_no_checkpoint(busy, monkeypat
     assert len(directory.latest_checkpoints()) == 1
 
 
+@pytest.mark.parametrize('restarts', [{}, {'actor': 1}])
+def test_records_that_were_dropped_are_told_of_where_workers_were_started_again(
+    busy, monkeypatch, restarts
+):
+    run, told, _ = busy
+    monkeypatch.setattr(ledger, 'MAX_BYTES', 1)
+    for segment in range(3):
+        run.client.finish_segment('actor', 0, 0, segment, 'record')
+    run.jobs.restarts = restarts
+    monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
+    assert run.run() == 'max_frames'
+    dropped = 'statistics/: the parameter server dropped 3 records of segments (beyond 16 MB)'
+    assert (dropped in told.getvalue()) == bool(restarts)
+
+
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
     run, told, _ = training
     monkeypatch.setattr(ParameterClient, 'save', Mock(side_effect=KeyError('files')))
@@ -453,7 +469,8 @@ def test_a_resumed_run_trains_when_its_clock_moves_and_not_before(training):
 
     def look(updates, agent_steps, held):
         shard = {'version': updates, 'agent_steps': agent_steps, 'reruns': {}, 'rollbacks': 0}
-        run.client.report = lambda *_: {'shards': [{**shard, 'rejected': {}}]}
+        shard |= {'rejected': {}, 'dropped_records': 0}
+        run.client.report = lambda *_: {'shards': [shard]}
         run.replay.status.read = lambda: [{'size': held, 'inserts': held, 'samples': 0}]
         run.look()
         return told.getvalue()

@@ -93,8 +93,10 @@ class Ledger:
     def begin_segments(self, kind, worker, committed):
         return self.first, self.records
 
-    def finish_segment(self, kind, worker, segment, record):
-        self.records.append(record)
+    def finish_segment(self, kind, worker, first, segment, record):
+        if segment == self.first + len(self.records):
+            self.records.append(record)
+        return self.first + len(self.records)
 
 
 class Box:
@@ -134,6 +136,20 @@ def test_a_segment_on_record_is_handed_on_and_not_run_again():
         'bundle', 3, 8, 1, 64,
     )  # fmt: skip
     assert decode(ledger.records[-1]) == new
+
+
+def test_a_shard_that_has_restarted_older_gets_the_records_that_it_lacks():
+    ledger = Ledger()
+    worker = worker_with(ledger)
+    worker.begin(0)
+    for number in range(3):
+        worker.segment(number)
+    before = list(ledger.records)
+    del ledger.records[1:]
+    worker.segment(3)
+    assert ledger.records[:3] == before
+    assert [decode(record).segment for record in ledger.records] == [0, 1, 2, 3]
+    assert worker.box.run == [0, 1, 2, 3]
 
 
 class Finished(Work):
