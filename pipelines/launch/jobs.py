@@ -26,6 +26,7 @@ from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses, Launch
 from pipelines.monitoring import beam_counters
 from pipelines.monitoring.monitor import Worker
+from pipelines.storage import provenance
 from pipelines.storage.run_directory import RunDirectory
 
 GONE_SECONDS = 5.0
@@ -419,7 +420,8 @@ class Jobs:
         elif launch.engine.runs_locally:
             place = str((self._directory.path / _STATISTICS).resolve())
         elif (shared := value_of('--temp_location', launch.beam_flags)) is not None:
-            place = f'{shared}/gorila-{self._directory.path.name}/{_STATISTICS}'
+            run = f'{self._directory.path.name}-{provenance.run_id(self._directory.launches_file)}'
+            place = f'{shared}/gorila-{run}/{_STATISTICS}'
         return dataclasses.replace(settings, statistics_dir=place)
 
     def _file(self, name: str, submission: int, suffix: str) -> pathlib.Path:

@@ -4,6 +4,7 @@
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -73,6 +74,12 @@ def add_launch(file: pathlib.Path, row: Mapping[str, Any]) -> None:
 def launches(file: pathlib.Path) -> list[dict[str, Any]]:
     """The readable lines of a run's `launches.jsonl`, oldest first; empty for a run without."""
     return read_json_lines(file)
+
+
+def run_id(file: pathlib.Path) -> str:
+    """Identifies the run of a `launches.jsonl` among those of equal names; a resume keeps it."""
+    first = json.dumps(launches(file)[:1])  # has time, host and command
+    return hashlib.sha256(first.encode()).hexdigest()[:8]
 
 
 def launched_at(row: Mapping[str, Any]) -> float | None:

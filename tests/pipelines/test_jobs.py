@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses, Launch
 from pipelines.launch import jobs as jobs_lib
 from pipelines.launch.jobs import FINISHED_SECONDS, SILENCE_SECONDS, START_SECONDS, Jobs
+from pipelines.storage import provenance
 from pipelines.storage.run_directory import RunDirectory
 from tests.support.waiting import eventually, has_ended
 
@@ -493,3 +495,20 @@ def test_a_job_is_told_its_workers_servers_and_beams_flags(tmp_path):
     assert both[3:6] == ['--actors=0', '--learners=1', '--submission=8']
     assert '--parameter_addresses=ps:1,ps:2' in argv
     assert argv[-2:] == ['--runner=DirectRunner', '--job_name=mine']
+
+
+def test_runs_of_equal_names_share_no_place_for_statistics_and_a_resumed_run_keeps_its(tmp_path):
+    def place(parent, command, resumed=False):
+        with RunDirectory.open(tmp_path / parent / 'pong', resumed) as directory:
+            provenance.add_launch(directory.launches_file, provenance.describe([command]))
+            directory.config_file.touch()
+            flags = ('--temp_location=gs://bucket/tmp',)
+            launch = Launch('DataflowRunner', None, resumed, (), (), (), (), flags)
+            addresses = Addresses((), (), '')
+            return Jobs(presets.experiment('laptop', {}), launch, addresses, directory)._settings
+
+    one, other = (place(parent, f'run.py {parent}').statistics_dir for parent in ('a', 'b'))
+    assert re.fullmatch('gs://bucket/tmp/gorila-pong-[0-9a-f]{8}/statistics', one)
+    assert re.fullmatch('gs://bucket/tmp/gorila-pong-[0-9a-f]{8}/statistics', other)
+    assert one != other
+    assert place('a', 'run.py --resume', resumed=True).statistics_dir == one
