@@ -28,6 +28,7 @@ from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import START_SECONDS, Jobs, WorkersFailedError
 from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import ASK_SECONDS, Replay, ServerWatch
+from pipelines.monitoring import beam_counters
 from pipelines.monitoring.display import Display
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import RunState
@@ -376,6 +377,8 @@ class Training:
 
     def _show_missing_rows(self) -> None:
         """Warns of rows that no table has, as far as that is known."""
+        if rows := beam_counters.unwritten_rows(self.monitor.beam_counters()):
+            self.display.message(f'statistics/: rows are not written: {rows}')
         restarts = self.jobs.restarts or self._reruns
         if self._dropped_records and restarts:
             self.display.message(

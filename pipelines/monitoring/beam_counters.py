@@ -10,6 +10,10 @@ from pipelines.events import count, finite
 SUFFIX = 'metrics.json'
 """Ends the name of a file with the committed metrics of a job, by kind of worker and name."""
 
+UNWRITTEN = 'unwritten_rows'
+"""Takes the place of a kind of worker: rows of statistics that could not be written, by owner."""
+REASONS = 'reasons'
+"""Among these: why, as texts."""
 
 _FOLDS: Mapping[str, Callable[[Iterable[int]], int]] = {
     'count': sum,
@@ -33,8 +37,22 @@ def totals(logs: pathlib.Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def unwritten_rows(counted: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which rows could not be written and why, such as '32 of actor-003 (...)'; may be empty.
+
+    `counted`: by `totals`.
+    """
+    owners = dict(counted.get(UNWRITTEN, {}))
+    reasons = ', '.join(owners.pop(REASONS, ()))
+    rows = ', '.join(f'{number:,} of {owner}' for owner, number in sorted(owners.items()))
+    return f'{rows} ({reasons})' if rows else ''
+
+
 def merged(one: Any, other: Any) -> Any:
-    """The sum of two counters, or of two distributions; what is neither counts as nothing."""
+    """The sum of two counters or distributions, all of two lists; nothing of what is neither."""
+    if isinstance(one, list) or isinstance(other, list):
+        lists = [part for part in (one, other) if isinstance(part, list)]
+        return sorted({str(text) for part in lists for text in part})
     if isinstance(one, Mapping) or isinstance(other, Mapping):
         parts = [part for part in (one, other) if isinstance(part, Mapping) and part.get('count')]
         return {name: fold(_values(parts, name)) for name, fold in _FOLDS.items()}

@@ -3,13 +3,14 @@
 Their namespace is the kind of worker; a name ends with its unit.
 """
 
+from collections.abc import Set
 from typing import Any
 
 from apache_beam.metrics import Metrics
 
 from agents.config import STALENESS_BOUNDS
 from infra.parameter_server.protocol import WORKER_KINDS
-from pipelines.monitoring.beam_counters import merged
+from pipelines.monitoring.beam_counters import UNWRITTEN, merged
 from pipelines.workers.segment import Segment
 
 COUNTERS = {
@@ -61,19 +62,22 @@ class WorkerMetrics:
 def committed(result: Any) -> dict[str, dict[str, Any]]:
     """What a job's engine has counted, by kind of worker and name; empty if it tells nothing.
 
-    A counter is a number, a distribution has `count`, `sum`, `min` and `max`.
+    A counter is a number, a distribution has `count`, `sum`, `min` and `max`. Rows not written are
+    beside the kinds (`UNWRITTEN`).
     """
     try:
         found = result.metrics().query()
     except (NotImplementedError, AttributeError):
         return {}
     totals: dict[str, dict[str, Any]] = {}
-    for metric in (*found['counters'], *found['distributions']):
+    for metric in (*found['counters'], *found['distributions'], *found.get('string_sets', ())):
         name, value = metric.key.metric, metric.committed
-        if name.namespace not in WORKER_KINDS or value is None:
+        if name.namespace not in (*WORKER_KINDS, UNWRITTEN) or value is None:
             continue
         held = totals.setdefault(name.namespace, {})
-        if not isinstance(value, int):
+        if isinstance(value, Set):
+            value = sorted(value)
+        elif not isinstance(value, int):
             value = {field: getattr(value, field) for field in ('count', 'sum', 'min', 'max')}
         held[name.name] = merged(held.get(name.name), value)
     return totals

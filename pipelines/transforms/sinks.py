@@ -22,7 +22,9 @@ from pyarrow import parquet
 
 from infra.disk import is_remote, write_atomically
 from infra.parameter_server.ledger import BLOCK_SEGMENTS
+from pipelines.errors import reason_of
 from pipelines.experiment.job_settings import JobSettings
+from pipelines.monitoring.beam_counters import REASONS, UNWRITTEN
 
 Sink = Callable[[str, type], beam.PTransform]
 """Makes the transform that writes a table, given its name and the type of its rows."""
@@ -58,7 +60,7 @@ def place_of(row: Any) -> tuple[str, int, int | None]:
 class WriteFiles(beam.DoFn):
     """Writes `<table>-<owner>-<first number>` with suffix .jsonl and .parquet."""
 
-    _unwritten = Metrics.counter('statistics', 'unwritten_rows')
+    _reasons = Metrics.string_set(UNWRITTEN, REASONS)
 
     def __init__(self, directory: str, table: str, row: type):
         self._directory, self._table, self._row = directory, table, row
@@ -84,8 +86,10 @@ class WriteFiles(beam.DoFn):
         try:
             self._write_both(rows)
         except Exception as error:  # a store raises what it likes
-            self._unwritten.inc(len(rows))
-            logging.warning('statistics: %d rows not written: %s', len(rows), error)
+            owner, _, _ = place_of(rows[0])
+            Metrics.counter(UNWRITTEN, owner).inc(len(rows))
+            self._reasons.add(reason_of(error))
+            logging.warning('statistics: %d rows of %s not written: %s', len(rows), owner, error)
 
     def _write_both(self, rows: list[Any]) -> None:
         values = [row._asdict() for row in rows]

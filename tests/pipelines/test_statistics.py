@@ -107,12 +107,17 @@ def test_what_is_handed_on_again_is_there_once(tmp_path):
     assert len(rows(tmp_path, 'episodes')) == len(whole)
 
 
-def test_a_place_that_cannot_be_written_fails_no_worker(tmp_path):
+def test_a_place_that_cannot_be_written_fails_no_worker_and_is_told_of(tmp_path):
     (tmp_path / 'file').touch()
-    result = run(tmp_path / 'file' / 'statistics', [actor_segment(0)])
-    counters = result.metrics().query()['counters']
-    unwritten = [each for each in counters if each.key.metric.name == 'unwritten_rows']
-    assert sum(each.committed for each in unwritten) == 3  # one in each table
+    segments = [actor_segment(0), actor_segment(1, worker=2), learner_segment(0)]
+    for job in range(2):
+        result = run(tmp_path / 'file' / 'statistics', segments)
+        write_json(tmp_path / f'actor-{job}.metrics.json', metrics.committed(result))
+    # In each job a game and a segment of each actor, the learner's segment, a period of each kind.
+    assert beam_counters.unwritten_rows(beam_counters.totals(tmp_path)) == (
+        '4 of actor-000, 4 of actor-002, 2 of actor-job-0004, 2 of learner-001,'
+        ' 2 of learner-job-0004 (Not a directory)'
+    )
 
 
 def test_beams_counters_are_those_of_the_segments_and_add_up_over_jobs(tmp_path):

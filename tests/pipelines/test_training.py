@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from infra.disk import write_json
 from infra.guard import UnforeseenError
 from infra.own_time import OwnTime
 from infra.parameter_server import ledger
@@ -447,6 +448,16 @@ def test_records_that_were_dropped_are_told_of_where_workers_were_started_again(
     assert run.run() == 'max_frames'
     dropped = 'statistics/: the parameter server dropped 3 records of segments (beyond 16 MB)'
     assert (dropped in told.getvalue()) == bool(restarts)
+
+
+def test_rows_that_could_not_be_written_are_told_of_at_the_end(busy, monkeypatch):
+    run, told, directory = busy
+    unwritten = {'actor-003': 32, 'reasons': ['No space left on device']}
+    write_json(directory.logs / 'actor-0.metrics.json', {'unwritten_rows': unwritten})
+    monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
+    assert run.run() == 'max_frames'
+    missing = 'statistics/: rows are not written: 32 of actor-003 (No space left on device)'
+    assert told.getvalue().count(missing) == 1
 
 
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
