@@ -13,8 +13,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apache_beam.options.pipeline_options import PipelineOptions
-
 from agents.config import EnvironmentConfig
 from agents.environments.factory import check_name
 from agents.games import GameError, not_taken_over
@@ -152,14 +150,6 @@ _NAMES = {'game': ('--environment', '--game')}
 """Flags of a setting with more than one name; the first is shown."""
 
 
-class GorilaOptions(PipelineOptions):
-    """The project's flags."""
-
-    @classmethod
-    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
-        _add_arguments(parser, presets.DEFAULT)
-
-
 def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     """Adds the project's flags, with the preset's values in their help texts."""
     _add_launch_arguments(parser)
@@ -219,9 +209,10 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
 
 
 def _add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     for options in PipelineOptions.__subclasses__():
-        if options is not GorilaOptions:
-            options._add_argparse_args(_BeamArguments(parser))
+        options._add_argparse_args(_BeamArguments(parser))
 
 
 class _BeamArguments:
@@ -350,12 +341,14 @@ def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple
       SystemExit: --help_beam was printed.
     """
     engine = catalog.engine(known.runner)
+    of_jobs = [_split(kind, getattr(known, f'{kind}_flags')) for kind in _KINDS]
+    if not (known.help_beam or rest or any(of_jobs)):
+        return of_jobs  # without Beam, whose import takes seconds
     engine.register_flags()
     every = _parser(False, presets.DEFAULT if known.preset is None else known.preset)
     if known.help_beam:
         every.print_help()
         raise SystemExit(0)
-    of_jobs = [_split(kind, getattr(known, f'{kind}_flags')) for kind in _KINDS]
     for flags in (rest, *of_jobs):
         _reject_unknown(every.parse_known_args(flags)[1], every, engine)
         catalog.require_free(known.runner, flags)
