@@ -201,11 +201,15 @@ class Cluster:
         self._servers: list[_Server] = []
 
     def __enter__(self) -> 'Cluster':
+        """Starts the servers, unless `start` has, and waits until they serve."""
         try:
-            self._start()
+            self.start()
+            self._await_servers()
         except BaseException:
             self.close()
             raise
+        self._watcher = threading.Thread(target=self._watch, name='cluster', daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -270,6 +274,22 @@ class Cluster:
                     return True
         return False
 
+    def start(self) -> None:
+        """Starts the servers and does not wait; `close` ends them. Repeated calls have no effect.
+
+        Raises:
+          ClusterError: an attached server is unreachable.
+          OSError: a server cannot be started.
+        """
+        if self._servers:
+            return
+        config = self.config
+        attached = config.parameter_addresses + config.replay_addresses
+        _await_addresses(attached, config.startup_timeout_seconds)
+        self._servers = _plan(config, self._restore)
+        for server in self._servers:
+            server.start(self._own_time.look())
+
     def check(self) -> None:
         """Checks that no server is abandoned.
 
@@ -307,18 +327,8 @@ class Cluster:
             if server.component == component
         )
 
-    def _start(self) -> None:
-        config = self.config
-        timeout = config.startup_timeout_seconds
-        _await_addresses(config.parameter_addresses + config.replay_addresses, timeout)
-        self._servers = _plan(config, self._restore)
-        for server in self._servers:
-            server.start(self._own_time.look())
-        self._await_servers(timeout + 2.0 * len(self._servers))
-        self._watcher = threading.Thread(target=self._watch, name='cluster', daemon=True)
-        self._watcher.start()
-
-    def _await_servers(self, timeout_seconds: float) -> None:
+    def _await_servers(self) -> None:
+        timeout_seconds = self.config.startup_timeout_seconds + 2.0 * len(self._servers)
         deadline = self._own_time.look() + timeout_seconds
         while waiting := [
             server for server in self._servers if not server.look_for_ready(self._own_time.look())

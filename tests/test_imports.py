@@ -103,7 +103,7 @@ def test_no_function_is_longer_than_40_lines():
 
 
 IMPORTS = (ast.Import, ast.ImportFrom)
-HEAVY = ('apache_beam', 'matplotlib', 'tensorflow', 'tf_agents')
+HEAVY = ('apache_beam', 'matplotlib', 'reverb', 'tensorflow', 'tf_agents')
 
 
 def loaded_by(command: str) -> set[str]:
@@ -120,7 +120,13 @@ def loaded_by(command: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    'command', ['evaluate', 'export', 'record_starts', 'report', 'stop', 'suite']
+    'command',
+    [
+        *('evaluate', 'evaluator', 'export', 'finish', 'record_starts', 'report', 'run'),
+        *('servers', 'stop', 'suite'),
+        'experiment.command_line',
+        'launch.launcher',  # it starts the servers first
+    ],
 )
 def test_commands_import_heavy_libraries_only_where_they_need_them(command):
     loaded = loaded_by(f'pipelines.{command}')

@@ -1,6 +1,5 @@
 """Experiment configuration in; model, gradient, policy and behaviour out."""
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,14 @@ from agents import custom_agent, device, dqn, exploration, model, py_environment
 from agents.actor_priorities import InitialPriorities
 from agents.config import FACTORY, EnvironmentConfig
 from agents.custom_loss import no_graph
-from agents.environments.factory import open_environment
-from agents.environments.frames import FrameSpec
 from agents.exploration import Behaviour
 from agents.gradient import AgentGradient
 from agents.model import Model
 from agents.policy import GreedyPolicy
 from infra.parameter_server.layout import Layout
-from infra.replay.trajectory import TrajectorySpec, Transition
+from infra.replay.trajectory import Transition
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.frames import described
 
 
 def build_model(config: ExperimentConfig) -> Model:
@@ -35,17 +33,6 @@ def build_model(config: ExperimentConfig) -> Model:
         weighted = config.replay.prioritized
         return custom_agent.foreign_model(config.agent.agent, *specs, config.agent, seed, weighted)
     return model.family_model(dqn.make_agent(config.agent, config.network, *specs, seed=seed))
-
-
-@functools.cache
-def described(environment: EnvironmentConfig) -> tuple[FrameSpec, int]:
-    """Frames and number of actions of an environment.
-
-    Raises:
-      GameError, ValueError: it cannot be opened.
-    """
-    with open_environment(environment, num_environments=1, seed=0) as opened:
-        return opened.frame_spec, opened.num_actions
 
 
 def specs_of(environment: EnvironmentConfig) -> tuple[Any, Any]:
@@ -114,14 +101,3 @@ def build_behaviour(
 def layout_of(network: AgentGradient | GreedyPolicy) -> Layout:
     """Layout of the network's variables on the parameter server."""
     return Layout.from_variables(network.variables)
-
-
-def trajectory_spec(config: ExperimentConfig) -> TrajectorySpec:
-    """Shape of a replay item."""
-    frame, _ = described(config.environment)
-    return TrajectorySpec(
-        frame_shape=frame.shape,
-        frame_stack=config.environment.frame_stack,
-        n_step=config.agent.n_step,
-        frame_dtype=frame.dtype,
-    )

@@ -12,13 +12,12 @@ import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import tensorflow as tf
+from typing import TYPE_CHECKING, Any
 
 from infra.cluster import Cluster
 from infra.cores import usable_cores
 from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import (
     LayoutMismatchError,
     RequestRefusedError,
@@ -27,7 +26,6 @@ from infra.replay.status import StatusReader
 from infra.telemetry import TelemetryReader
 from infra.tls import read_roots
 from pipelines.errors import UsageError, reason_of, with_remedy
-from pipelines.experiment import builders
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses, Launch
@@ -46,12 +44,13 @@ from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import Checkpoints
-from pipelines.storage.mirror import Mirror
-from pipelines.storage.remote_run import RemoteRun
 from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory, command
 from pipelines.storage.space import temporary_files
 from pipelines.workers.boxes import SERVER_SECONDS
+
+if TYPE_CHECKING:
+    from pipelines.storage.remote_run import RemoteRun
 
 _FAILED_EXIT_CODE = 1
 _AT_BUDGET = 'max_frames'  # the reason of a run that has trained all of them
@@ -204,9 +203,13 @@ class Launcher:
         with contextlib.ExitStack() as stack:
             stack.callback(self.directory.remove_shard_checkpoints)  # after the servers' end
             servers = cluster_config(self.config, self.launch, self.directory.path)
-            cluster = stack.enter_context(Cluster(servers, checkpoints.restore))
+            cluster = Cluster(servers, checkpoints.restore)
+            stack.callback(cluster.close)
+            cluster.start()  # the servers import TensorFlow while this process does
+            layout = self._layout()
+            stack.enter_context(cluster)
             addresses = self._addresses(cluster)
-            connect = self._connector(addresses)
+            connect = self._connector(addresses, layout)
             client = stack.enter_context(connect())
             saver = Saver(checkpoints, stack.enter_context(connect()), self.display.message)
             owner = str(self.directory.path)
@@ -234,12 +237,22 @@ class Launcher:
                 evaluator,
             )
 
-    def _connector(self, addresses: Addresses) -> Callable[[], ParameterClient]:
+    def _layout(self) -> Layout:
+        """Layout of the network; imports TensorFlow and TF-Agents."""
+        import tensorflow as tf
+
+        from pipelines.experiment import builders
+
+        with contextlib.suppress(RuntimeError):  # raised if it has already used its devices
+            tf.config.set_visible_devices([], 'GPU')  # accelerators are for learners
+        return builders.layout_of(builders.build_policy(self.config))
+
+    def _connector(self, addresses: Addresses, layout: Layout) -> Callable[[], ParameterClient]:
         """Makes clients of the parameter shards."""
         return functools.partial(
             ParameterClient,
             addresses.parameters,
-            builders.layout_of(builders.build_policy(self.config)),
+            layout,
             shared_memory=False,
             timeout_seconds=SERVER_SECONDS,
             tls_roots=addresses.tls_roots,
@@ -277,8 +290,10 @@ def _claim(client: ParameterClient, run: str) -> None:
         raise UsageError(str(error)) from error
 
 
-def mirrored(launcher: Launcher, remote: RemoteRun) -> int:
+def mirrored(launcher: Launcher, remote: 'RemoteRun') -> int:
     """Calls `Launcher.run` and copies its directory to the remote place, during and after it."""
+    from pipelines.storage.mirror import Mirror  # imports Beam
+
     with Mirror(remote, launcher.directory, launcher.display.message) as mirror:
         code = launcher.run()
         launcher.display.phase(f'copying to {remote.url}')
@@ -299,7 +314,7 @@ def launch(
     config: ExperimentConfig,
     launch_: Launch,
     directory: RunDirectory,
-    remote: RemoteRun | None = None,
+    remote: 'RemoteRun | None' = None,
 ) -> int:
     """Runs the experiment in `directory`, a working copy of `remote`; returns the exit code.
 
@@ -309,8 +324,6 @@ def launch(
     # force: Beam's modules log during their import, which installs a handler.
     log_file = pathlib.Path(directory.logs) / 'launcher.log'
     logging.basicConfig(filename=log_file, level=logging.INFO, force=True)
-    with contextlib.suppress(RuntimeError):  # raised if TensorFlow has already used its devices
-        tf.config.set_visible_devices([], 'GPU')  # accelerators are for learners
     logging.raiseExceptions = False  # on a full disk result writers report it, not the log
     with (
         temporary_files(),

@@ -4,6 +4,7 @@ import pathlib
 
 from infra.cluster import ClusterConfig
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.frames import trajectory_spec
 from pipelines.experiment.launch import Launch
 from pipelines.storage.run_directory import SHARD_CHECKPOINTS
 
@@ -12,13 +13,11 @@ def cluster_config(
     config: ExperimentConfig, launch: Launch, directory: pathlib.Path
 ) -> ClusterConfig:
     """The servers that a run starts or attaches to."""
-    from pipelines.experiment import builders
-
     return ClusterConfig(
         run_directory=directory,
         parameter_server=config.parameter_server,
         replay=config.replay,
-        trajectory=builders.trajectory_spec(config),
+        trajectory=trajectory_spec(config),
         batch_size=config.learner.batch_size,
         experience=config.run.topology != 'bundled',
         host=launch.host,

@@ -356,6 +356,7 @@ def acting(
     from infra.replay.adder import Adder
     from infra.replay.status import StatusReader
     from pipelines.experiment import builders
+    from pipelines.experiment.frames import trajectory_spec
 
     spec = worker.spec
     seeds = (config.run.seed, spec.worker, spec.submission, worker.begun_before)
@@ -364,7 +365,7 @@ def acting(
         adder = stack.enter_context(
             Adder(
                 replay[shard_of_worker(spec.worker, len(replay))],
-                builders.trajectory_spec(config),
+                trajectory_spec(config),
                 config.actor.envs_per_actor,
                 config.replay.max_in_flight_items,
                 timeout_seconds=REPLAY_SECONDS,
@@ -382,11 +383,11 @@ def acting(
 def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayDataset':
     """Batches from the replay shards at these addresses."""
     from infra.replay.dataset import sample_dataset
-    from pipelines.experiment import builders
+    from pipelines.experiment.frames import trajectory_spec
 
     return sample_dataset(
         shards,
-        builders.trajectory_spec(config),
+        trajectory_spec(config),
         config.learner.batch_size,
         config.agent.discount,
         timeout_seconds=STATUS_SECONDS,  # then the learner checks whether the run is over

@@ -171,11 +171,11 @@ def open_local_replay(config: ExperimentConfig) -> Iterator[str]:
     table would count only confirmed transitions, which lag behind the steps.
     """
     from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-    from pipelines.experiment import builders
+    from pipelines.experiment.frames import trajectory_spec
 
     shard = ShardConfig(
         dataclasses.replace(config.replay, min_replay_size=1),
-        builders.trajectory_spec(config),
+        trajectory_spec(config),
         config.learner.batch_size,
         telemetry=False,
     )

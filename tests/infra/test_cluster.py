@@ -95,6 +95,22 @@ class TestRules:
         assert not any(map(answers, addresses))
         cluster.close()  # a second time: nothing happens
 
+    def test_servers_that_were_started_before_are_the_ones_that_serve_inside(self, tmp_path):
+        cluster = Cluster(cluster_config(tmp_path))
+        cluster.start()
+        started = cluster.pids
+        assert len(started) == 3
+        with cluster:
+            assert cluster.pids == started
+            assert all(map(answers, cluster.parameter_addresses))
+        assert all(has_ended(pid) for pid in started.values())
+
+    def test_servers_that_were_started_end_though_nobody_waited_for_them(self, tmp_path):
+        cluster = Cluster(cluster_config(tmp_path))
+        cluster.start()
+        cluster.close()
+        assert all(has_ended(pid) for pid in cluster.pids.values())
+
     def test_servers_get_their_configuration_shard_and_checkpoint_directory(self, tmp_path):
         config = cluster_config(
             tmp_path,

@@ -9,7 +9,8 @@ from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import RequestRefusedError
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
 from pipelines.errors import UsageError
-from pipelines.experiment import builders, command_line
+from pipelines.experiment import command_line
+from pipelines.experiment.frames import trajectory_spec
 from pipelines.preflight import attached_servers
 from tests.support import parameter_servers
 
@@ -27,7 +28,7 @@ def servers():
             shards = stack.enter_context(parameter_servers.serve(config.parameter_server))
             settings = ShardConfig(
                 config.replay,
-                builders.trajectory_spec(config),
+                trajectory_spec(config),
                 config.learner.batch_size,
                 telemetry,
                 experience,
