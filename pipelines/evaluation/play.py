@@ -235,7 +235,11 @@ class Simulation:
         self._colour = colour
         self.ended = self.cut = False
         self.frames = 0
-        self._show(self._environment.reset())
+        try:
+            self._show(self._environment.reset())
+        except BaseException:
+            self._environment.close()
+            raise
 
     def step(self, action: int) -> float:
         """Takes an action; returns the reward."""

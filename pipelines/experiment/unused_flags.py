@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from agents.config import BUILTIN
 from pipelines import errors
 from pipelines.experiment.config import ExperimentConfig
 
@@ -26,6 +27,8 @@ _EVALUATOR = (
 )
 _SEPARATE = ('--topology separate', lambda config: config.run.topology == 'separate')
 _ATARI = ('an Atari game', lambda config: config.environment.is_atari)
+_ELSEWHERE = ('an environment outside Atari', lambda config: not config.environment.is_atari)
+_BUILTIN = ('--q_network builtin', lambda config: config.network.q_network == BUILTIN)
 _RMSPROP = ('--optimizer rmsprop', _optimizer('rmsprop'))
 _ADAM = ('--optimizer adam', _optimizer('adam'))
 
@@ -72,10 +75,10 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
         ),
         _ATARI,
     ),
-    'env_processes': (
-        'an environment outside Atari',
-        lambda config: not config.environment.is_atari,
-    ),
+    'env_processes': _ELSEWHERE,
+    'dense_layers': _ELSEWHERE,  # preflight, which sees observations, checks more
+    'torso': _BUILTIN,
+    'center_input': _BUILTIN,
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from agents.config import BUILTIN, FACTORY, TORSOS, NetworkConfig
 from agents.environments.errors import EnvironmentFailedError
 from agents.environments.factory import open_environment
+from infra.replay.trajectory import observation_shape
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -26,7 +28,7 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
       UsageError: a check fails.
     """
     require_device(config, launch)
-    require_environment(config)
+    require_environment(config, values)
     require_agent(config, values)
     resources.require_room(config, launch)
     network.require_ports(config, launch)
@@ -80,11 +82,12 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
         raise UsageError(str(error)) from error
 
 
-def require_environment(config: ExperimentConfig) -> None:
+def require_environment(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
     """Checks an environment outside Atari by a step in it.
 
     Raises:
-      UsageError: it cannot be opened or used.
+      UsageError: it cannot be opened or used, or one of the `values` given on the command line
+        configures no network for its observations.
     """
     if config.environment.is_atari:
         return
@@ -93,8 +96,34 @@ def require_environment(config: ExperimentConfig) -> None:
         with open_environment(rules, num_environments=1, seed=config.run.seed) as environment:
             environment.reset()
             environment.step_frames(np.zeros(1, np.int32))
+            frame = environment.frame_spec.shape
     except EnvironmentFailedError as error:
         raise UsageError(f'--environment {error}') from error
+    _require_layers(config, observation_shape(frame, config.environment.frame_stack), values)
+
+
+def _require_layers(
+    config: ExperimentConfig, shape: tuple[int, ...], values: Mapping[str, Any]
+) -> None:
+    """
+    Raises:
+      UsageError: a flag configures layers that the network for observations of a shape has not.
+    """
+    # Values whose networks differ if the flag has an effect.
+    others: dict[str, Any] = {'torso': TORSOS, 'dense_layers': ('1', '2')}
+    given = [name for name in others if name in values]
+    if not given or FACTORY.fullmatch(config.agent.agent):  # see `require_agent`
+        return
+    from agents.networks import torso_of
+
+    for name in given:
+        changed = [dataclasses.replace(config.network, **{name: each}) for each in others[name]]
+        builtin = config.network.q_network == BUILTIN
+        if not builtin or len({torso_of(shape, each) for each in changed}) == 1:
+            raise UsageError(
+                f'--{name} {values[name]}: no effect on the network for observations'
+                f' {list(shape)}. Fix: omit --{name}.'
+            )
 
 
 def require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
@@ -104,8 +133,6 @@ def require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
       UsageError: the agent cannot be imported or trained, or one of the `values` given on the
         command line configures the built-in networks.
     """
-    from agents.config import FACTORY, NetworkConfig
-
     if not FACTORY.fullmatch(config.agent.agent):
         return
     network_settings = {field.name for field in dataclasses.fields(NetworkConfig)}

@@ -1,12 +1,17 @@
 """Environments beside Atari on the command line and in evaluations."""
 
 import json
+import os
 
 import pytest
 
+from agents.config import EnvironmentConfig
+from agents.environments.errors import EnvironmentFailedError
 from pipelines import evaluate, run
 from pipelines.errors import UsageError
-from pipelines.experiment import command_line
+from pipelines.evaluation import play
+from pipelines.experiment import command_line, protocols
+from pipelines.preflight import checklist
 from tests.support import saved_run
 
 OWN = 'tests.support.environments:counter'
@@ -46,6 +51,8 @@ def test_a_budget_of_steps_is_one_of_frames_at_the_environments_action_repeat():
         (['--environment=CartPole-v1', '--action_repeat=4'], '--action_repeat'),
         (['--environment=CartPole-v1', '--max_noops=3'], '--max_noops'),
         (['--env_processes'], '--env_processes'),
+        (['--dense_layers=64'], '--dense_layers 64: no effect without an environment outside'),
+        (['--q_network=mine:make', '--torso=nature'], '--torso nature: no effect without'),
         (['--environment=CartPole-v7'], 'did you mean CartPole-v1'),
         (['--environment=nomodule:make'], '--environment: nomodule:make: cannot import nomodule'),
         (
@@ -84,6 +91,48 @@ def test_an_environment_that_cannot_be_used_is_refused_before_a_file_is_written(
     assert run.main(argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
+
+
+MINATAR = ('--environment=MinAtar/Breakout-v1',)
+PICTURES = ('--environment=tests.support.environments:pictures',)
+CART_POLE = ('--environment=CartPole-v1',)
+
+
+@pytest.mark.parametrize(
+    ('argv', 'unused'),
+    [
+        ((*CART_POLE, '--dense_layers=8'), ''),
+        ((*CART_POLE, '--torso=dqn2013'), '--torso dqn2013: no effect on the network for'),
+        ((*CART_POLE, '--dense_layers=8', '--q_network=tests:make'), '--dense_layers 8: no effect'),
+        ((*MINATAR, '--torso=dqn2013'), '--torso dqn2013: no effect'),  # 10 x 10 are too few
+        ((*MINATAR, '--dense_layers=8'), '--dense_layers 8: no effect'),
+        ((*PICTURES, '--torso=dqn2013'), ''),
+        ((*PICTURES, '--dense_layers=8'), '--dense_layers 8: no effect'),
+        ((*CART_POLE, '--torso=dqn2013', '--agent=mine:make'), ''),  # has a message of its own
+    ],
+)
+def test_flags_of_layers_that_a_networks_observations_do_not_use_are_refused(argv, unused):
+    _, preset, values = command_line.parse(argv)
+    refusal = ''
+    try:
+        config = command_line.experiment(preset, values)
+        checklist.require_environment(config, values)
+    except UsageError as error:
+        refusal = str(error)
+    assert refusal.startswith(unused)
+    assert refusal.endswith(f'Fix: omit {unused.split()[0]}.' if unused else '')
+    assert bool(refusal) == bool(unused)
+
+
+@pytest.mark.parametrize('colour', [False, True])
+def test_an_evaluation_closes_an_environment_that_does_not_begin(colour, tmp_path, monkeypatch):
+    notes = tmp_path / 'notes'
+    monkeypatch.setenv('NOTES_OF_ENVIRONMENTS', str(notes))
+    environment = EnvironmentConfig(game='tests.support.environments:unready')
+    game = play.Game(0, 0, 1, environment, protocols.PROTOCOLS['plain'])
+    with pytest.raises(EnvironmentFailedError, match='reset raised RuntimeError: no level'):
+        play.open_game(game, colour)
+    assert notes.read_text().split() == [str(os.getpid())]  # written by its close()
 
 
 @pytest.mark.parametrize('name', ['CartPole-v1', OWN])

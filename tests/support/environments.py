@@ -130,6 +130,13 @@ def _note() -> None:
         print(os.getpid(), file=file)
 
 
+class Unready(Closing):
+    """A `Closing` that begins no episode."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        raise RuntimeError('no level')
+
+
 class Showing(Counter):
     """A `Counter` that shows one sample of a space, the same always."""
 
@@ -324,6 +331,17 @@ def hanging(seed: int, opening: Opening) -> gymnasium.Env:
 def closing(seed: int, opening: Opening) -> gymnasium.Env:
     """See `Closing`."""
     return Closing(seed)
+
+
+def unready(seed: int, opening: Opening) -> gymnasium.Env:
+    """See `Unready`."""
+    return Unready(seed)
+
+
+def pictures(seed: int, opening: Opening) -> gymnasium.Env:
+    """One that shows pictures of a size for Atari's torsos."""
+    space = spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    return Showing(space, np.zeros(space.shape, np.uint8))
 
 
 def step_in_processes(name: str) -> None:
