@@ -143,11 +143,11 @@ class RunState:
         return scalars
 
     def summarised(self) -> dict[str, Any]:
-        """The figures of the summary, by name."""
+        """The figures of the summary, by name; outside Atari without `frames`."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.metadata.get('summarised')
+            if field.metadata.get('summarised') and (field.name, self.unit) != ('frames', 'steps')
         }
 
 
@@ -169,9 +169,11 @@ def build_summary(
       exported: whether `policy/` holds the last parameters.
       beam: Beam's own counters, by kind of worker and name.
 
-    `frames_per_second` and `updates_per_second` are means over `wall_seconds`.
+    Rates are means over `wall_seconds`. Outside Atari there are no frames: `agent_steps` and
+    `agent_steps_per_second` count alone.
     """
     seconds = state.wall_seconds
+    counted = 'frames' if state.unit == 'frames' else 'agent_steps'
     kept = {
         name: value for name, value in (evaluation or {}).items() if name not in _NOT_SUMMARISED
     }
@@ -184,7 +186,7 @@ def build_summary(
         'exported': exported,
         'beam': beam or {},
         'wall_seconds': round(seconds, 3),
-        'frames_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
+        f'{counted}_per_second': round(state.frames / seconds, 3) if seconds > 0 else 0.0,
         'updates_per_second': round(state.updates / seconds, 3) if seconds > 0 else 0.0,
         'exit_reason': exit_reason,
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from agents.config import is_atari
 from pipelines.monitoring.learning_curve import Start, training_minutes
 from pipelines.reporting.runs import Run
 
@@ -40,8 +41,16 @@ class Curve:
     high: np.ndarray
 
 
+def unit(runs: Sequence[Run]) -> str:
+    """What the frames of runs are: of an emulator, or steps of other environments."""
+    kinds = {is_atari(run.game) for run in runs}
+    if kinds == {False}:
+        return 'steps'
+    return 'frames or steps' if False in kinds else 'emulator frames'
+
+
 def frames(run: Run) -> np.ndarray:
-    """Axis: emulator frames of the whole run."""
+    """Axis: emulator frames of the whole run, or steps."""
     return np.array([episode.frames for episode in run.episodes], np.float64)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.monitoring.episodes import RETURN_WINDOW
-from pipelines.reporting import drawing, reference, results, tables
+from pipelines.reporting import curves, drawing, reference, results, tables
 from pipelines.reporting.charts import Chart
 from pipelines.reporting.results import Variant, Verdict
 from pipelines.reporting.runs import Run
@@ -51,6 +51,11 @@ class Content:
     @property
     def runs(self) -> list[Run]:
         return [run for variant in self.variants for run in variant.runs]
+
+    @property
+    def unit(self) -> str:
+        """What the runs' frames are."""
+        return curves.unit(self.runs)
 
 
 def render(content: Content) -> str:

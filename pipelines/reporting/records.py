@@ -7,6 +7,7 @@ from typing import Any
 from pipelines.events import count, counts, finite
 from pipelines.experiment.protocols import Protocol
 from pipelines.storage.provenance import launched_at
+from pipelines.storage.resuming import frames_of
 from pipelines.storage.run_directory import BEST
 
 _NUMBERS = {int: count, float: finite}
@@ -121,7 +122,7 @@ class Summary:
     """Figures of `summary.json`; None: unknown.
 
     Attributes:
-      frames, updates: of the whole run.
+      frames, updates: of the whole run; outside Atari frames are agent steps.
       frames_per_second, updates_per_second: means over the training time.
       mean_return_100: of the last 100 training games.
       exit_reason: why the run ended.
@@ -140,7 +141,11 @@ class Summary:
 def summary(held: Mapping[str, Any]) -> Summary:
     """The figures of a summary of any version."""
     staleness = counts(mapping(held.get('staleness')).get('histogram'))
-    return Summary(**_values(Summary, held), staleness=staleness)
+    frames = {
+        'frames': frames_of(held),
+        'frames_per_second': held.get('frames_per_second', held.get('agent_steps_per_second')),
+    }
+    return Summary(**_values(Summary, {**held, **frames}), staleness=staleness)
 
 
 def launch(row: Mapping[str, Any]) -> Launch:

@@ -13,6 +13,8 @@ import pathlib
 import statistics
 from collections.abc import Mapping
 
+from agents.config import is_atari
+
 DATA_FILE = pathlib.Path(__file__).with_name('atari49_scores.json')
 
 STARTS = ('noop', 'human')
@@ -29,8 +31,8 @@ def table() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def title(game: str) -> str:
-    """The name of a game's ROM as a title: 'Space invaders'."""
-    return game.replace('_', ' ').capitalize()
+    """The name of a game's ROM as a title: 'Space invaders'; others stay as they are."""
+    return game.replace('_', ' ').capitalize() if is_atari(game) else game
 
 
 def scores(game: str, starts: str) -> Mapping[str, float] | None:

@@ -22,7 +22,7 @@ _ACTIVITY = (
     (
         ('Throughput', 'Over the last minute; a line for each box in the charts of boxes.'),
         (
-            ('rate/frames_per_second', 'emulator frames', 'frames/s'),
+            ('rate/frames_per_second', 'emulator frames, or steps outside Atari', '1/s'),
             ('rate/updates_per_second', 'updates', 'updates/s'),
             ('rate/actor_{n}', 'actors', 'agent steps/s'),
             ('rate/learner_{n}', 'learners', 'gradients/s'),
@@ -210,7 +210,7 @@ def _curves(variants: Sequence[Variant]) -> list[Chart]:
         if known
         else charts.learning(variants, curves.minutes, 'minutes', 'minutes')
     )
-    drawn = [charts.learning(variants, curves.frames, 'frames', 'emulator frames'), second]
+    drawn = [charts.learning(variants, curves.frames, 'frames', curves.unit(held)), second]
     return [chart for chart in drawn if chart is not None]
 
 

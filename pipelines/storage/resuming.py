@@ -1,5 +1,8 @@
 """What an ended run lacks and how to resume it: its directory in, the command out."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from infra.disk import read_json
 from pipelines.events import count
 from pipelines.storage.evaluations import EVALUATION_FILE, read_result
@@ -41,10 +44,15 @@ def is_complete(directory: RunDirectory) -> bool:
     """
     summary = read_json(directory.summary_file) or {}
     evaluated = summary.get('evaluation') is not None
-    whole = evaluated and (count(summary.get('frames')) or 0) >= (_saved_frames(directory) or 0)
+    whole = evaluated and (frames_of(summary) or 0) >= (_saved_frames(directory) or 0)
     evaluated = read_result(directory.path / EVALUATION_FILE) is not None
     exported = summary.get('exported') is not False and directory.policy.is_dir()
     return whole and evaluated and exported
+
+
+def frames_of(summary: Mapping[str, Any]) -> int | None:
+    """Frames made by the run of a summary, of any version; outside Atari agent steps."""
+    return count(summary.get('frames', summary.get('agent_steps')))
 
 
 def _at_budget(directory: RunDirectory) -> bool:

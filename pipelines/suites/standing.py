@@ -14,9 +14,9 @@ from typing import Any
 
 from infra.disk import read_json
 from pipelines.errors import UsageError
-from pipelines.events import count, finite
+from pipelines.events import finite
 from pipelines.storage.evaluations import EVALUATION_FILE, read_result, rules
-from pipelines.storage.resuming import is_complete
+from pipelines.storage.resuming import frames_of, is_complete
 from pipelines.storage.run_directory import RunDirectory
 
 END_SECONDS = 500.0
@@ -35,7 +35,7 @@ _PHASES = (
     'filming',
     'resuming',
 )
-_FIGURES = re.compile(r'frames (?P<frames>[\d,]+)/[\d,]+ .*\| return (?P<mean_return>\S+) ')
+_FIGURES = re.compile(r'(frames|steps) (?P<frames>[\d,]+)/[\d,]+ .*\| return (?P<mean_return>\S+) ')
 _RATE = re.compile(r'\((\d+)/s\)')
 
 
@@ -73,7 +73,7 @@ def stage(path: pathlib.Path, max_frames: int) -> Stage:
     summary = read_json(path / 'summary.json') or {}
     try:
         directory = RunDirectory.existing(path)
-        if is_complete(directory) and (count(summary.get('frames')) or 0) >= max_frames:
+        if is_complete(directory) and (frames_of(summary) or 0) >= max_frames:
             return Stage.DONE
         return Stage.HALF if directory.has_checkpoint() else Stage.NEW
     except UsageError:  # no run, or not readable: run.py says which
@@ -89,7 +89,7 @@ def recorded(path: pathlib.Path, before: Figures) -> Figures:
     """The figures in the directory of a run that is not active; `before` where there are none."""
     summary = read_json(path / 'summary.json') or {}
     evaluation: Any = summary.get('evaluation') or read_result(path / EVALUATION_FILE) or {}
-    frames = count(summary.get('frames'))
+    frames = frames_of(summary)
     mean_return = finite(summary.get('mean_return_100'))
     return Figures(
         frames=before.frames if frames is None else frames,

@@ -1,5 +1,6 @@
 """The monitor: what telemetry and counters add up to, also late, repeated, malformed or resumed."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -658,6 +659,16 @@ class TestSummary:
             'beam': {},
             'exit_reason': 'max_frames',
         }
+
+    def test_outside_atari_agent_steps_count_alone(self, directory, clock):
+        config = dataclasses.replace(CONFIG, action_repeat=1, unit='steps')
+        with Monitor(directory, config, None, clock, clock) as monitor:
+            monitor.clock(100, 500)
+            clock.now += 50
+            monitor.end_training()
+            summary = monitor.summary('max_frames')
+        assert not {'frames', 'frames_per_second'} & summary.keys()
+        assert (summary['agent_steps'], summary['agent_steps_per_second']) == (500, 10.0)
 
     @pytest.mark.parametrize('evaluation', [None, EVALUATION, {**EVALUATION, 'mean': None}])
     def test_summary_and_learning_curve_are_written_even_of_an_empty_run(

@@ -12,7 +12,7 @@ import pytest
 from infra.disk import write_json
 from pipelines import report
 from pipelines.errors import UsageError
-from pipelines.reporting import charts, curves, page, records, results, runs, tables
+from pipelines.reporting import charts, curves, page, records, reference, results, runs, tables
 from pipelines.reporting.report import write_report
 from tests.support.reported_runs import evaluation, make_run, make_video
 
@@ -49,6 +49,19 @@ class TestRuns:
         run = read(path)
         assert run.state == 'no summary: active or killed'
         assert run.frames == 8000  # from its scalars
+
+    def test_runs_outside_atari_have_steps(self, tmp_path):
+        path = make_run(tmp_path / 'cart', 'CartPole-v1', seed=1, score=None)
+        (path / 'episodes.jsonl').unlink()
+        shutil.rmtree(path / 'events')
+        run = read(path)
+        # 40 games of 50 steps, 30 s each: as the summary alone says.
+        assert (run.frames, run.summary.frames_per_second) == (2_000, pytest.approx(50 / 30, 1e-3))
+        atari = read(make_run(tmp_path / 'pong', 'pong', seed=1, score=None))
+        assert curves.unit([run]) == 'steps'
+        assert curves.unit([atari]) == 'emulator frames'
+        assert curves.unit([run, atari]) == 'frames or steps'
+        assert reference.title('MinAtar/Asterix-v1') == 'MinAtar/Asterix-v1'
 
     def test_results_of_earlier_versions_are_read(self, tmp_path):
         path = make_run(tmp_path / 'run', 'pong', seed=1, score=None)

@@ -319,23 +319,26 @@ class TestDirectory:
         assert directory.unfinished(tmp_path, runs) is None
 
 
-def finish(path, frames, score=3.5, **rules):
-    """Writes what a finished run leaves; `rules`: of its evaluation."""
+def finish(path, frames, score=3.5, counted='frames', **rules):
+    """Writes what a finished run leaves; `counted`: as what; `rules`: of its evaluation."""
     (path / 'policy').mkdir(parents=True)
     (path / 'config.json').write_text('{"environment": {"action_repeat": 4}}')
     result = {'protocol': 'noop', 'episodes': 2, 'epsilon': 0.05, 'mean': score, 'std': 0.0}
     result |= rules
     (path / 'evaluation.json').write_text(json.dumps(result))
-    summary = {'frames': frames, 'mean_return_100': -20.5, 'evaluation': result}
+    summary = {counted: frames, 'mean_return_100': -20.5, 'evaluation': result}
     (path / 'summary.json').write_text(json.dumps(summary))
 
 
 class TestStanding:
-    def test_a_run_is_done_once_trained_evaluated_and_exported(self, tmp_path):
+    @pytest.mark.parametrize('counted', ['frames', 'agent_steps'])  # in Atari, elsewhere
+    def test_a_run_is_done_once_trained_evaluated_and_exported(self, counted, tmp_path):
         assert standing.stage(tmp_path / 'run', 100) is Stage.NEW
-        finish(tmp_path / 'run', frames=100)
+        finish(tmp_path / 'run', frames=100, counted=counted)
         assert standing.stage(tmp_path / 'run', 100) is Stage.DONE
-        assert standing.recorded(tmp_path / 'run', Figures()).score == 3.5
+        assert standing.stage(tmp_path / 'run', 101) is not Stage.DONE
+        recorded = standing.recorded(tmp_path / 'run', Figures())
+        assert (recorded.frames, recorded.score) == (100, 3.5)
         (tmp_path / 'run' / 'policy').rmdir()
         assert standing.stage(tmp_path / 'run', 100) is not Stage.DONE
 
@@ -356,7 +359,8 @@ class TestStanding:
         (tmp_path / 'config.json').write_text('{}')
         assert standing.stage(tmp_path, 100) is Stage.HALF
 
-    def test_lines_of_a_run_give_its_figures(self):
+    @pytest.mark.parametrize('unit', ['frames', 'steps'])
+    def test_lines_of_a_run_give_its_figures(self, unit):
         lines = [
             '=== 2026-11-28 12:00:00 run.py',
             'run directory: /runs/a',
@@ -369,6 +373,7 @@ class TestStanding:
             frames=505_632,
             frames_per_second=1023.4,
             mean_return_100=-16.01,
+            unit=unit,
         )
         lines.append(f'[0:08:02] {display.state_line(state, "training")}')
         expected = Figures('training', 505_632, -16.01, None, 1023.0)

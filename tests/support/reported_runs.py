@@ -84,7 +84,12 @@ def _launch(
     row |= {'time': _iso(clock.now), 'cores': 2 if resumed_from is None else 4}
     row |= {'wall_seconds': (resumed_from or {}).get('wall_seconds', 0.0)}
     provenance.add_launch(directory.launches_file, row)
-    settings = MonitorConfig(config.environment.game, config.preset, config.run.seed, 8000)
+    environment = config.environment
+    settings = MonitorConfig(
+        *(environment.game, config.preset, config.run.seed, 8000),
+        action_repeat=environment.action_repeat,
+        unit=environment.unit,
+    )
     before = (resumed_from or {}).get('agent_steps', 0)
     # The first event of a file has the time of the real clock.
     with (
