@@ -101,7 +101,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help=f'Such as 1..3 or 1,2,5. Default: {_SEEDS}. Use 3 or more to compare.',
     )
     parser.add_argument(
-        '--presets', type=nonempty, metavar='NAME,...', help='Presets. Default: laptop.'
+        '--presets', type=nonempty, metavar='NAME,...', help='Presets. Default: laptop for Atari.'
     )
     parser.add_argument(
         '--grid',
@@ -152,7 +152,6 @@ def asked(arguments: argparse.Namespace, flags: Sequence[str]) -> list['Run']:
       UsageError: a flag is missing, malformed or contradictory.
     """
     from pipelines.experiment.games import games_of
-    from pipelines.experiment.presets import DEFAULT
     from pipelines.suites import plan
 
     common = plan.joined(flags)
@@ -167,7 +166,7 @@ def asked(arguments: argparse.Namespace, flags: Sequence[str]) -> list['Run']:
         return []
     sweep = plan.Sweep(
         games_of(arguments.games),
-        plan.presets_of(arguments.presets or DEFAULT),
+        plan.presets_of(arguments.presets) if arguments.presets else (),
         plan.seeds_of(arguments.seeds or _SEEDS),
         plan.grid_of(arguments.grid),
         common,

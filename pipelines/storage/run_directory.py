@@ -57,7 +57,7 @@ _STAGING_PREFIX = '.writing-'
 
 def default_path(game: str, preset: str, now: datetime.datetime | None = None) -> pathlib.Path:
     """A new `runs/<game>-<preset>-<timestamp>`."""
-    return dated(pathlib.Path('runs', f'{game}-{preset}'), now=now)
+    return dated(pathlib.Path('runs', f'{game.replace("/", "_")}-{preset}'), now=now)
 
 
 def dated(path: pathlib.Path, now: datetime.datetime | None = None) -> pathlib.Path:

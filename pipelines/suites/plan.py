@@ -65,7 +65,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a command line asks for; see `Run`."""
+    """What a command line asks for; see `Run`. Without `presets`, that of each game."""
 
     games: tuple[str, ...]
     presets: tuple[str, ...]
@@ -203,13 +203,14 @@ def expand(sweep: Sweep) -> list[Run]:
     if count > _MOST_RUNS:
         raise UsageError(f'{count} runs: too many. Fix: plan at most {_MOST_RUNS}.')
     labels = labels_of(tuple(sweep.grid))
-    runs = []
+    runs: list[Run] = []
     combinations = [*itertools.product(*sweep.grid.values())]
     for seed, combination in itertools.product(sweep.seeds, combinations):
         grid = tuple(zip(sweep.grid, combination, strict=True))
         parts = [f'{labels[name]}{_fit(value)}' for name, value in grid]
-        for preset, game in itertools.product(sweep.presets, sweep.games):
-            name = '-'.join([game, preset, *parts, f'seed{seed}'])
+        pairs = itertools.product(sweep.presets or (None,), sweep.games)
+        for preset, game in ((preset or presets.default(game), game) for preset, game in pairs):
+            name = '-'.join([game.replace('/', '_'), preset, *parts, f'seed{seed}'])
             runs.append(Run(name, game, preset, seed, grid, sweep.flags))
     name, most = collections.Counter(run.name for run in runs).most_common(1)[0]
     if most > 1:

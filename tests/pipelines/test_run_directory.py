@@ -144,6 +144,8 @@ class TestOpening:
         assert path == pathlib.Path('runs/pong-laptop-20261122-180509')
         path.mkdir(parents=True)
         assert run_directory.default_path('pong', 'laptop', now).name == path.name + '-2'
+        path = run_directory.default_path('MinAtar/Asterix-v1', 'minatar', now)
+        assert path == pathlib.Path('runs/MinAtar_Asterix-v1-minatar-20261122-180509')
 
 
 def test_a_command_is_what_the_user_types_in_the_current_directory(tmp_path, monkeypatch):

@@ -79,6 +79,15 @@ class TestPlan:
         with pytest.raises(UsageError, match=r'^--max_frames 0: must be at least 1. Fix: [^:]*$'):
             plan.prepare(runs)
 
+    def test_without_presets_each_game_has_its_own_and_a_name_that_is_one_directory(self):
+        runs = plan.expand(sweep(games=('pong', 'CartPole-v1', 'MinAtar/Asterix-v1'), presets=()))
+        assert [(run.name, run.preset) for run in runs] == [
+            ('pong-laptop-seed1', 'laptop'),
+            ('CartPole-v1-classic-seed1', 'classic'),
+            ('MinAtar_Asterix-v1-minatar-seed1', 'minatar'),
+        ]
+        assert [plan.from_json(plan.to_json(run)) for run in runs] == runs
+
     def test_a_run_is_read_as_it_was_written(self):
         run = plan.expand(sweep(grid={'n_step': (3,)}, flags=('--max_frames=9',)))[0]
         assert plan.from_json(json.loads(json.dumps(plan.to_json(run)))) == run
