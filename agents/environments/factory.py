@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from agents.config import FACTORY, EnvironmentConfig
 from agents.environments.atari import AtariEnvironment, emulator_seeds
 from agents.environments.checked import Checked
-from agents.environments.errors import EnvironmentFailedError, failure_text
+from agents.environments.errors import EnvironmentFailedError, failure_text, opening_failed
 from agents.environments.frames import Environment
 from agents.environments.processes import in_processes
 from agents.environments.vector import VectorEnvironment
@@ -156,9 +156,7 @@ def _made(name: str, render_mode: str | None) -> gymnasium.Env:
         shown = {} if render_mode is None else {'render_mode': render_mode}  # not all know the word
         return gymnasium.make(name, disable_env_checker=True, **shown)  # its own checks only warn
     except Exception as error:  # a missing package raises what it likes
-        raise EnvironmentFailedError(
-            f'{name}: {brief(error)}. Fix: install what it needs, or choose another.'
-        ) from error
+        raise opening_failed(name, error, 'correct it, or choose another') from error
 
 
 def _vectorised(
@@ -236,10 +234,11 @@ def _call(name: str, opening: Opening, seed: int) -> Any:
     try:
         return load_function(name)(seed, opening)
     except Exception as error:  # the user's code may raise anything
-        raise EnvironmentFailedError(
-            f'{name}: {brief(error)}. Fix: correct the function, which gets a seed and an Opening'
-            ' (num_environments, training, render_mode).'
-        ) from error
+        remedy = (
+            'correct the function, which gets a seed and an Opening (num_environments, training,'
+            ' render_mode)'
+        )
+        raise opening_failed(name, error, remedy) from error
 
 
 def _checked(name: str, number: int, make: Callable[[], gymnasium.Env]) -> gymnasium.Env:

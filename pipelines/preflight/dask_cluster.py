@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import pathlib
@@ -15,6 +16,9 @@ from urllib.parse import urlsplit
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.dask.dask_runner import DaskOptions
 
+from agents.config import EnvironmentConfig
+from agents.environments.errors import EnvironmentFailedError
+from agents.environments.factory import open_environment
 from infra.addresses import split_address
 from infra.flags import value_of
 from pipelines.engines.dask import host_names
@@ -73,6 +77,24 @@ async def _reaches(address: str) -> bool:
     return True
 
 
+async def environment_fault(environment: EnvironmentConfig, most_seconds: float) -> str:
+    """Runs on a worker: why it cannot open the environment; empty if it can."""
+
+    def open_once() -> None:
+        open_environment(environment, num_environments=1, seed=0).close()
+
+    try:
+        await asyncio.wait_for(asyncio.to_thread(open_once), most_seconds)
+    except EnvironmentFailedError as error:
+        return str(error)
+    except TimeoutError:
+        return (
+            f'{environment.game}: did not open within {most_seconds:g} s. Fix: correct it, or raise'
+            ' --hang_seconds.'
+        )
+    return ''
+
+
 def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
     """Checks that the cluster can run the workers; returns a line that describes it.
 
@@ -82,6 +104,7 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
     with _connected(launch) as client, _probes(launch) as addresses:
         answers = _answers(client, addresses)
         _require_fit(answers)
+        _require_environment(client, config.environment, launch.jobs.hang_seconds)
         slots = client.nthreads()
         busy = {worker: answer['executing'] for worker, answer in answers.items()}
         _require_slots(config, launch, client.scheduler_info()['address'], slots, busy)
@@ -90,6 +113,22 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
             f'Dask: {len(slots)} worker processes, {total - sum(busy.values())} of {total} slots'
             f' free; dashboard {client.dashboard_link}'
         )
+
+
+def _require_environment(
+    client: 'distributed.Client', environment: EnvironmentConfig, most_seconds: float
+) -> None:
+    """
+    Raises:
+      UsageError: a worker cannot open an environment outside Atari.
+    """
+    if environment.is_atari:
+        return
+    alone = dataclasses.replace(environment, env_processes=False)
+    faults = client.run(environment_fault, alone, most_seconds)
+    for worker, fault in faults.items():
+        if fault:
+            raise UsageError(f'--environment: Dask worker {worker}: {fault}')
 
 
 def _answers(client: 'distributed.Client', addresses: Sequence[str]) -> dict[str, Any]:

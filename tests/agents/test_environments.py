@@ -495,6 +495,63 @@ def test_what_cannot_be_opened_is_named_with_a_remedy(name, error, message):
     assert '\n' not in str(failure.value)
 
 
+NAMES = ('simulator:make', 'simulator:Own-v0', 'Simulated/Own-v0', 'above:make', 'within:make')
+OPEN = f"""
+from agents.config import EnvironmentConfig
+from agents.environments.factory import open_environment
+for name in {NAMES}:
+    try:
+        open_environment(EnvironmentConfig(game=name), 1, seed=0).close()
+        print()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_where_a_package_is_missing_the_error_names_it_the_place_and_how_to_bring_it_there(
+    tmp_path,
+):
+    """As in a worker elsewhere, whose Python lacks what the launcher's has."""
+    package, shared = tmp_path / 'package', tmp_path / 'shared'
+    (package / 'simulator-1.dist-info').mkdir(parents=True)
+    shared.mkdir()
+    (package / 'simulator.py').write_text(
+        'import gymnasium\n'
+        f'from {OWN} import Counter, counter as make\n'
+        'def register():\n'
+        '    gymnasium.register("Simulated/Own-v0", Counter, kwargs={"seed": 7})\n'
+        'gymnasium.register("Own-v0", Counter, kwargs={"seed": 7})\n'
+    )
+    points = '[gymnasium.envs]\nsimulator = simulator:register\n'
+    (package / 'simulator-1.dist-info' / 'entry_points.txt').write_text(points)
+    (shared / 'above.py').write_text('from simulator import make\n')
+    (shared / 'within.py').write_text(
+        'def make(seed, opening):\n    import simulator\n    return simulator.make(seed, opening)\n'
+    )
+
+    def errors(*path):
+        found = {'PYTHONPATH': os.pathsep.join(map(str, (*path, ROOT)))}
+        return subprocess.run(
+            [sys.executable, '-c', OPEN],
+            env={**os.environ, **found},
+            cwd=shared,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout.splitlines()
+
+    assert errors(package) == [''] * len(NAMES)
+    missing = dict(zip(NAMES, errors(), strict=True))
+    named = missing.pop('Simulated/Own-v0')
+    assert named.startswith('Simulated/Own-v0: NamespaceNotFound: Namespace Simulated not found.')
+    for name, error in missing.items():
+        assert error.startswith(f"{name}: ModuleNotFoundError: No module named 'simulator', in ")
+    for error in (named, *missing.values()):
+        assert f', in {sys.executable} on ' in error
+        assert '. Fix: install its package there (workers of a service get it by' in error
+
+
 def test_an_atari_id_is_the_game_and_every_other_name_stays_as_it_is():
     for spelling in ('ALE/Pong-v5', 'PongNoFrameskip-v4', 'Pong'):
         assert check_name(spelling) == 'pong'

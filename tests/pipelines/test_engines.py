@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import socket
 import time
 
@@ -17,7 +18,8 @@ from pipelines.engines.catalog import ENGINES, engine
 from pipelines.engines.dataflow import job_flags, processors
 from pipelines.errors import UsageError
 from pipelines.experiment import command_line, presets
-from pipelines.preflight import dask_cluster
+from pipelines.experiment import config as config_lib
+from pipelines.preflight import checklist, dask_cluster
 from pipelines.preflight.dask_cluster import require_cluster
 from tests.support.engines import dask_cluster as start_dask_cluster
 from tests.support.engines import dask_worker
@@ -206,6 +208,26 @@ def test_a_busy_slot_of_a_dask_cluster_counts_as_taken_even_when_its_client_is_g
             return False
 
     assert eventually(free)
+
+
+def test_dask_workers_that_lack_the_environments_package_are_named(launch, tmp_path, monkeypatch):
+    (tmp_path / 'simulator_of_the_launcher.py').write_text(
+        'from tests.support.environments import counter as make\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    missing = presets.experiment('classic', {'game': 'simulator_of_the_launcher:make'})
+    missing = config_lib.replace(missing, {'num_actors': 1, 'num_learners': 1})
+    checklist.require_environment(missing, {})  # it is here
+    with pytest.raises(UsageError) as refusal:
+        require_cluster(missing, launch)
+    assert re.fullmatch(
+        r'--environment: Dask worker tcp://127\.0\.0\.1:\d+: simulator_of_the_launcher:make:'
+        r" ModuleNotFoundError: No module named 'simulator_of_the_launcher', in \S+ on \S+\. Fix:"
+        r' install its package there .*, or put your own module on PYTHONPATH there\.',
+        str(refusal.value),
+    )
+    there = config_lib.replace(missing, {'game': 'tests.support.environments:counter'})
+    assert require_cluster(there, launch)
 
 
 def test_slots_are_counted_on_the_hosts_asked_for(launch):
