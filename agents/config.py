@@ -15,6 +15,7 @@ from infra.fields import (
     require_choice,
     require_fraction,
     require_from_to,
+    require_positive,
 )
 
 TORSOS = ('nature', 'dqn2013')
@@ -144,6 +145,21 @@ class AgentConfig:
         'The online network selects the next action and the target network evaluates it (van'
         ' Hasselt et al. 2016).',
     )
+    munchausen: bool = described(
+        False,
+        "Munchausen target (Vieillard et al. 2020) of 'dqn' or 'qr_dqn', without --double_dqn: the"
+        ' log-policy of the action is added to its reward, of n steps to the first; the next value'
+        ' is soft.',
+    )
+    munchausen_temperature: float = described(
+        0.03, "Temperature tau of Munchausen's softmax policy (Vieillard et al. 2020: 0.03)."
+    )
+    munchausen_scale: float = described(
+        0.9, 'Factor alpha of the log-policy in the reward (Vieillard et al. 2020: 0.9).'
+    )
+    munchausen_lowest: float = described(
+        -1.0, 'Lowest tau times log-policy, l0 (Vieillard et al. 2020: -1).'
+    )
     loss: str = described(
         'huber', "Loss of 'dqn': 'huber' (error clipped, Mnih et al. 2015) or 'squared'."
     )
@@ -169,6 +185,23 @@ class AgentConfig:
         known = self.agent in AGENTS or FACTORY.fullmatch(self.agent)
         allowed = f'one of {", ".join(AGENTS)}, or module:function'
         require(self, 'agent', bool(known), allowed)
+        require_positive(self, 'munchausen_temperature')
+        require_fraction(self, 'munchausen_scale')
+        require_from_to(self, -1000, 0, 'munchausen_lowest')
+        if self.munchausen and self.agent in AGENTS:
+            self._require_soft_target()
+
+    def _require_soft_target(self) -> None:
+        if self.agent == 'c51':
+            raise ValueError(
+                '--munchausen --agent c51: logits of atoms have no soft mean. Fix: use --agent dqn'
+                ' or qr_dqn, or --no-munchausen.'
+            )
+        if self.double_dqn:
+            raise ValueError(
+                '--munchausen --double_dqn: a soft value has no best next action to choose. Fix:'
+                ' add --no-double_dqn or --no-munchausen.'
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The DQN family as one TF-Agents agent: a head turns the network's outputs into values and a loss.
 
 DQN, double DQN, C51 and QR-DQN differ in their head and in the network that chooses the best next
-action. The network implements dueling; the replay implements n-step returns and priorities.
+action; Munchausen DQN bootstraps from all of them. The network implements dueling; the replay
+implements n-step returns and priorities.
 
 A `Transition` from our replay carries discount = gamma^n * product of the episode's discounts, so
 its loss uses gamma = 1. The agent itself is built with the configured gamma and n. `train` and
@@ -21,7 +22,8 @@ from tf_agents.trajectories import time_step as ts
 
 from agents import networks
 from agents.config import AgentConfig, NetworkConfig
-from agents.heads import Head, head_of
+from agents.heads import Head, head_of, outputs_of
+from agents.munchausen import Munchausen, munchausen_of
 
 # The parameter server sets the target network; TF-Agents' own copy must never be due.
 _NEVER = 2**31 - 1
@@ -60,6 +62,7 @@ class DqnAgent(dqn_agent.DqnAgent):
         optimizer: Any,
         head: Head,
         double_dqn: bool = False,
+        munchausen: Munchausen | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -69,6 +72,7 @@ class DqnAgent(dqn_agent.DqnAgent):
           optimizer: applied by `train`.
           head: interprets the outputs.
           double_dqn: whether `q_network` chooses the best next action, not the target network.
+          munchausen: replaces the best next action; `double_dqn` then has no effect.
           **kwargs: further arguments of TF-Agents' `DqnAgent`.
 
         Raises:
@@ -81,6 +85,7 @@ class DqnAgent(dqn_agent.DqnAgent):
                 )
         self._head = head
         self._double_dqn = double_dqn
+        self._munchausen = munchausen
         super().__init__(time_step_spec, action_spec, q_network, optimizer, **kwargs)
 
     @property
@@ -131,14 +136,22 @@ class DqnAgent(dqn_agent.DqnAgent):
         weights: Any = None,
         training: bool = False,
     ) -> Any:
-        return super()._loss(
-            experience,
-            td_errors_loss_fn,
-            self._gamma if gamma is None else gamma,
-            self._reward_scale_factor if reward_scale_factor is None else reward_scale_factor,
-            weights,
-            training,
-        )
+        gamma = self._gamma if gamma is None else gamma
+        scale = self._reward_scale_factor if reward_scale_factor is None else reward_scale_factor
+        if self._munchausen is not None:
+            experience = self._with_bonus(experience, scale, self._munchausen)
+            scale = 1.0
+        return super()._loss(experience, td_errors_loss_fn, gamma, scale, weights, training)
+
+    def _with_bonus(self, experience: Any, scale: float, munchausen: Munchausen) -> Any:
+        """A Transition whose rewards are scaled and hold the bonus of the actions taken."""
+        transition = self._as_transition(experience)
+        steps, policy_steps, next_steps = transition
+        outputs, _ = self._target_q_network(steps.observation, step_type=steps.step_type)
+        values = self._head.values(outputs)
+        bonus = munchausen.bonus(values, policy_steps.action)
+        next_steps = next_steps._replace(reward=scale * next_steps.reward + bonus)
+        return transition._replace(next_time_step=next_steps)
 
     def _compute_q_values(
         self, time_steps: ts.TimeStep, actions: tf.Tensor, training: bool = False
@@ -153,10 +166,12 @@ class DqnAgent(dqn_agent.DqnAgent):
         return outputs_of(outputs, actions)
 
     def _compute_next_q_values(self, next_time_steps: ts.TimeStep, info: Any) -> tf.Tensor:
-        """The target network's outputs float32 [B, *output_shape] for the best next actions."""
+        """The target network's outputs float32 [B, *output_shape] to bootstrap from."""
         del info
         observation, step_type = next_time_steps.observation, next_time_steps.step_type
         target, _ = self._target_q_network(observation, step_type=step_type)
+        if self._munchausen is not None:
+            return self._munchausen.next_outputs(target, self._head.values(target))
         judge = target
         if self._double_dqn:
             judge, _ = self._q_network(observation, step_type=step_type)
@@ -173,14 +188,6 @@ class DqnAgent(dqn_agent.DqnAgent):
         columns = map(steps.flatten, (q_values, next_q_values, rewards, discounts))
         loss, error = self._head.loss(*columns)
         return steps.unflatten(loss), steps.unflatten(error)
-
-
-def outputs_of(outputs: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
-    """Selects the outputs for given actions.
-
-    outputs [..., num_actions, *output_shape], action [...] -> [..., *output_shape]
-    """
-    return tf.gather_nd(outputs, action[..., None], batch_dims=action.shape.rank)
 
 
 def make_agent(
@@ -211,15 +218,16 @@ def make_agent(
         tf.compat.v1.train.GradientDescentOptimizer(0.0),
         head,
         config.double_dqn,
+        munchausen_of(config),
         n_step_update=config.n_step,
         target_update_period=_NEVER,
         gamma=config.discount,
-        train_step_counter=tf.Variable(
-            0,
-            dtype=tf.int64,
-            name='train_step',
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        ),
+        train_step_counter=_train_step(),
     )
     agent.initialize()
     return agent
+
+
+def _train_step() -> tf.Variable:
+    aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
+    return tf.Variable(0, dtype=tf.int64, name='train_step', aggregation=aggregation)

@@ -172,6 +172,14 @@ def _compared(
     return loss, -tf.reduce_mean(weight * clipped, axis=0)
 
 
+def outputs_of(outputs: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
+    """Selects the outputs for given actions.
+
+    outputs [..., num_actions, *output_shape], action [...] -> [..., *output_shape]
+    """
+    return tf.gather_nd(outputs, action[..., None], batch_dims=action.shape.rank)
+
+
 def head_of(config: AgentConfig) -> Head:
     """Builds the head of `config.agent`.
 

@@ -12,6 +12,7 @@ from agents.custom_loss import no_graph
 from agents.exploration import Behaviour
 from agents.gradient import AgentGradient
 from agents.model import Model
+from agents.munchausen import munchausen_of
 from agents.policy import GreedyPolicy
 from infra.parameter_server.layout import Layout
 from infra.replay.trajectory import Transition
@@ -94,7 +95,8 @@ def build_behaviour(
     head = policy.model.head
     priorities = None
     if config.replay.prioritized and acting.actor_priorities and head is not None:
-        priorities = InitialPriorities(head, config.agent.n_step, config.agent.discount)
+        munchausen = munchausen_of(config.agent)
+        priorities = InitialPriorities(head, config.agent.n_step, config.agent.discount, munchausen)
     return Behaviour(policy, epsilon, num_actions, priorities)
 
 

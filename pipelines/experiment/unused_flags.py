@@ -17,6 +17,7 @@ def _optimizer(name: str) -> Callable[[ExperimentConfig], bool]:
     return lambda config: config.parameter_server.optimizer == name
 
 
+_MUNCHAUSEN = ('--munchausen', lambda config: config.agent.munchausen)
 _C51 = ('--agent c51', _agents('c51'))
 _ANNEALED = ('--no-epsilon_ladder', lambda config: not config.actor.epsilon_ladder)
 _LADDER = ('--epsilon_ladder', lambda config: config.actor.epsilon_ladder)
@@ -34,6 +35,9 @@ _ADAM = ('--optimizer adam', _optimizer('adam'))
 
 _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'loss': ('--agent dqn', _agents('dqn')),
+    'munchausen_temperature': _MUNCHAUSEN,
+    'munchausen_scale': _MUNCHAUSEN,
+    'munchausen_lowest': _MUNCHAUSEN,
     'num_atoms': _C51,
     'v_min': _C51,
     'v_max': _C51,

@@ -1,5 +1,7 @@
 """The family's agent against stock TF-Agents: the same training, and gamma counts once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,6 +17,7 @@ from agents import dqn
 from agents.flat_variables import FlatVariables
 from agents.heads import ValueHead
 from agents.model import tf_agents_transition
+from agents.munchausen import Munchausen
 from tests.support import dqn_agents
 
 BATCH = 6
@@ -105,10 +108,10 @@ def test_c51_has_the_loss_of_stock_tf_agents():
     np.testing.assert_allclose(ours.loss(experience).loss, stock_loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize('agent', ['dqn', 'c51', 'qr_dqn'])
+@pytest.mark.parametrize('name', dqn_agents.FAMILY)
 @pytest.mark.parametrize('n_step', [1, 3])
-def test_a_trajectory_gives_the_loss_of_our_transition_from_loss_and_from_train(n_step, agent):
-    learner = dqn_agents.gradient(agent=agent, n_step=n_step, discount=0.9, num_quantiles=5)
+def test_a_trajectory_gives_the_loss_of_our_transition_from_loss_and_from_train(n_step, name):
+    learner = dqn_agents.gradient(n_step=n_step, discount=0.9, **dqn_agents.FAMILY[name])
     experience = random_trajectory(n_step + 1)
     reward, discount = experience.reward.numpy(), experience.discount.numpy()
     transition = dqn_agents.Transition(
@@ -124,9 +127,9 @@ def test_a_trajectory_gives_the_loss_of_our_transition_from_loss_and_from_train(
     np.testing.assert_allclose(ours.train(experience).loss, loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize('agent', ['dqn', 'c51', 'qr_dqn'])
-def test_the_policies_take_the_action_of_the_largest_expected_return(agent):
-    learner = dqn_agents.gradient(agent=agent, num_quantiles=5)
+@pytest.mark.parametrize('name', dqn_agents.FAMILY)
+def test_the_policies_take_the_action_of_the_largest_expected_return(name):
+    learner = dqn_agents.gradient(**dqn_agents.FAMILY[name])
     ours = dqn_agents.agent_of(learner)
     observation = tf.constant(dqn_agents.frames(8, 12))
     values = ours.head.values(ours.q_network(observation)[0]).numpy()
@@ -140,7 +143,7 @@ def test_a_recurrent_network_has_the_loss_of_stock_tf_agents(double):
     cell = tf.keras.layers.LSTM(3, return_state=True, return_sequences=True)
     steps = ts.time_step_spec(tf.TensorSpec([2], tf.float32))
     action = tensor_spec.BoundedTensorSpec((), tf.int32, 0, 2)
-    arguments = {'gamma': 0.95, 'optimizer': None}
+    arguments: dict[str, Any] = {'gamma': 0.95, 'optimizer': None}
     stock_class = dqn_agent.DdqnAgent if double else dqn_agent.DqnAgent
     stock = stock_class(steps, action, sequential.Sequential([cell]), **arguments)
     ours = dqn.DqnAgent(
@@ -167,3 +170,35 @@ def test_a_recurrent_network_has_the_loss_of_stock_tf_agents(double):
         tf.nest.map_structure(np.testing.assert_array_equal, acted.state, theirs.state)
         state = acted.state
     assert any(np.any(part) for part in tf.nest.flatten(state))
+
+
+def test_munchausen_scales_rewards_but_not_its_bonus():
+    ours = dqn_agents.agent_of(dqn_agents.gradient(**dqn_agents.FAMILY['munchausen']))
+    experience = random_trajectory(2)
+    doubled = experience._replace(reward=2 * experience.reward)
+    scaled = ours.loss(experience, reward_scale_factor=2.0).loss
+    np.testing.assert_allclose(scaled, ours.loss(doubled).loss, rtol=1e-6)
+
+
+def test_munchausen_of_a_recurrent_network_has_a_bonus_at_each_step():
+    # The soft value, sum of pi (q - tau ln pi), is tau ln sum exp(q / tau).
+    steps = ts.time_step_spec(tf.TensorSpec([2], tf.float32))
+    action = tensor_spec.BoundedTensorSpec((), tf.int32, 0, 2)
+    cell = tf.keras.layers.LSTM(3, return_state=True, return_sequences=True)
+    network, munchausen = sequential.Sequential([cell]), Munchausen(0.5, 0.9, -1.0)
+    agent = dqn.DqnAgent(
+        steps, action, network, None, ValueHead(), munchausen=munchausen, gamma=0.95
+    )
+    random = np.random.default_rng(1)
+    observation = tf.constant(random.normal(size=(BATCH, 4, 2)), tf.float32)
+    experience = random_trajectory(4)._replace(observation=observation)
+    now, following = observation[:, :-1], observation[:, 1:]
+    taken, reward, discount = (
+        column[:, :-1] for column in (experience.action, experience.reward, experience.discount)
+    )
+    log_policy = tf.nn.log_softmax(agent.target_q_network(now)[0] / 0.5)
+    bonus = 0.9 * tf.maximum(0.5 * tf.gather(log_policy, taken, batch_dims=2), -1.0)
+    soft = 0.5 * tf.reduce_logsumexp(agent.target_q_network(following)[0] / 0.5, axis=-1)
+    q_values = tf.gather(agent.q_network(now)[0], taken, batch_dims=2)
+    error = reward + bonus + 0.95 * discount * soft - q_values
+    np.testing.assert_allclose(agent.loss(experience).extra.td_error, error, atol=1e-5)

@@ -14,11 +14,13 @@ from agents.config import AGENTS, LOSSES, AgentConfig, NetworkConfig
 from agents.flat_variables import FlatVariables
 from agents.heads import LOSSES as LOSS_FUNCTIONS
 from agents.heads import CategoricalHead, head_of
+from agents.munchausen import Munchausen
 from tests.support import numpy_dqn
 from tests.support.numpy_dqn import Member
 
 SIZE, ACTIONS, ROWS = 28, 3, 7
 OBSERVATION = array_spec.BoundedArraySpec((SIZE, SIZE, 4), np.uint8, 0, 255)
+MUNCHAUSEN = (0.3, 0.9, -0.5)  # temperature, scale, lowest; the values below spread over 0.5
 MEMBERS = {
     'dqn': Member(),
     'dqn_squared': Member(loss='squared'),
@@ -27,6 +29,8 @@ MEMBERS = {
     'double_dueling': Member(double=True, dueling=True),
     'c51': Member('c51', outputs=11, v_min=-2.0, v_max=3.0),
     'c51_double_dueling': Member('c51', True, True, outputs=11, v_min=-2.0, v_max=3.0),
+    'munchausen': Member(munchausen=MUNCHAUSEN),
+    'munchausen_dueling_qr_dqn': Member('qr_dqn', dueling=True, outputs=9, munchausen=MUNCHAUSEN),
     'qr_dqn': Member('qr_dqn', outputs=9),
     'qr_dqn_double_dueling': Member('qr_dqn', True, True, outputs=9),
 }
@@ -42,7 +46,16 @@ def make(member, seed):
         v_min=member.v_min,
         v_max=member.v_max,
         num_quantiles=member.outputs,
+        munchausen=bool(member.munchausen),
     )
+    if member.munchausen:
+        temperature, scale, lowest = member.munchausen
+        config = dataclasses.replace(
+            config,
+            munchausen_temperature=temperature,
+            munchausen_scale=scale,
+            munchausen_lowest=lowest,
+        )
     network = NetworkConfig('dqn2013', dueling=member.dueling)
     specs = ts.time_step_spec(OBSERVATION), py_environment.action_spec(ACTIONS)
     agent = dqn.make_agent(config, network, *specs, seed=seed)
@@ -152,6 +165,14 @@ def test_rows_are_on_both_sides_of_every_branch():
     agent = make(member, 0)
     errors = np.abs(agent.loss(as_transition(rows), gamma=1.0).extra.td_error.numpy())
     assert errors[rows['valid']].min() < 1 < errors.max()
+
+
+def test_bonuses_are_on_both_sides_of_the_bound():
+    rows = random_rows()
+    values, _ = make(MEMBERS['munchausen'], 1).q_network(rows['observation'])  # the target
+    bonus = Munchausen(*MUNCHAUSEN).bonus(values, tf.constant(rows['action'])).numpy()
+    assert np.isclose(bonus[rows['valid']], 0.9 * -0.5).any()
+    assert (bonus[rows['valid']] > 0.9 * -0.5 + 0.1).any()
 
 
 def test_double_dqn_takes_another_target_than_dqn_somewhere():

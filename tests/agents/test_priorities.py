@@ -13,6 +13,7 @@ from agents.config import LearnerConfig
 from agents.exploration import Behaviour
 from agents.heads import CategoricalHead, ValueHead
 from agents.learner import importance_exponent
+from agents.munchausen import Munchausen
 from infra.replay.adder import Adder
 from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.dataset import sample_dataset
@@ -25,6 +26,7 @@ from tests.support.waiting import eventually
 SPEC = TrajectorySpec(frame_shape=(4, 4), frame_stack=2, n_step=1)
 EXPONENT = 0.6
 ITEMS = 12  # of each shard
+ACTION = np.array([[0], [1]], np.int32)  # of one environment
 
 
 def shard_config(num_shards, exponent=EXPONENT):
@@ -251,37 +253,49 @@ class TestInitialPriorities:
         # Two steps, gamma 0.5: |1 + 0.5 * 2 + 0.25 * max q - q(action)|.
         priorities = InitialPriorities(ValueHead(), n_step=2, gamma=0.5)
         first = np.array([[3.0, 7.0]], np.float32)
-        assert priorities.completed(first, np.array([1])) is None
+        assert priorities.completed(first, ACTION[1]) is None
         one = np.ones(1, np.float32)
-        priorities.began(first, np.array([0]), one, one)
-        assert priorities.completed(first, np.array([1])) is None
-        priorities.began(first, np.array([1]), 2 * one, one)
+        priorities.began(first, ACTION[0], one, one)
+        assert priorities.completed(first, ACTION[1]) is None
+        priorities.began(first, ACTION[1], 2 * one, one)
         now = np.array([[4.0, 8.0]], np.float32)
-        error = priorities.completed(now, np.array([1]))
+        error = priorities.completed(now, ACTION[1])
         np.testing.assert_allclose(np.asarray(error), [abs(1 + 0.5 * 2 + 0.25 * 8 - 3)])
-        priorities.began(now, np.array([0]), one, one)
+        priorities.began(now, ACTION[0], one, one)
         # The next one: 2 + 0.5 * 1 + 0.25 * 8 - 7.
-        np.testing.assert_allclose(np.asarray(priorities.completed(now, np.array([1]))), [2.5])
+        np.testing.assert_allclose(np.asarray(priorities.completed(now, ACTION[1])), [2.5])
 
     def test_nothing_behind_an_end_counts(self):
         priorities = InitialPriorities(ValueHead(), n_step=2, gamma=0.5)
         outputs = np.array([[3.0, 7.0]], np.float32)
         one = np.ones(1, np.float32)
-        priorities.began(outputs, np.array([0]), one, 0 * one)  # the end
-        priorities.began(outputs, np.array([0]), 5 * one, one)
+        priorities.began(outputs, ACTION[0], one, 0 * one)  # the end
+        priorities.began(outputs, ACTION[0], 5 * one, one)
         np.testing.assert_allclose(
-            np.asarray(priorities.completed(outputs, np.array([1]))), [abs(1 - 3)]
+            np.asarray(priorities.completed(outputs, ACTION[1])), [abs(1 - 3)]
         )
+
+    def test_munchausen_raises_the_first_reward_and_bootstraps_softly(self):
+        # Temperature 2, q = (0, 2 ln 3): pi = (1/4, 3/4), so for action 0 the bonus is
+        # 0.5 * 2 ln(1/4) = -ln 4, within the bound of 0.5 * -3; the soft value is
+        # 2 ln(e^0 + e^(ln 3)) = 2 ln 4. The error is |1 - ln 4 + 0.5 * 10 + 0.25 * 2 ln 4 - 0|.
+        munchausen = Munchausen(temperature=2.0, scale=0.5, lowest=-3.0)
+        priorities = InitialPriorities(ValueHead(), 2, 0.5, munchausen)
+        outputs, one = np.array([[0.0, 2 * np.log(3)]], np.float32), np.ones(1, np.float32)
+        priorities.began(outputs, ACTION[0], one, one)
+        priorities.began(outputs, ACTION[1], 10 * one, one)
+        error = priorities.completed(outputs, ACTION[1])
+        np.testing.assert_allclose(np.asarray(error), [6 - np.log(4) / 2], rtol=1e-6)
 
     def test_a_distributions_error_is_its_own(self):
         head = CategoricalHead(num_atoms=3, v_min=-1.0, v_max=1.0)
         priorities = InitialPriorities(head, n_step=1, gamma=1.0)
         outputs = np.zeros((1, 2, 3), np.float32)
         one = np.ones(1, np.float32)
-        priorities.began(outputs, np.array([0]), 0 * one, one)
+        priorities.began(outputs, ACTION[0], 0 * one, one)
         # The next distribution is the same, uniform one: no divergence.
         np.testing.assert_allclose(
-            np.asarray(priorities.completed(outputs, np.array([1]))), [0.0], atol=1e-6
+            np.asarray(priorities.completed(outputs, ACTION[1])), [0.0], atol=1e-6
         )
 
 

@@ -40,6 +40,7 @@ MEMBERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     'double': ({'double_dqn': True}, {}, False),
     'dueling': ({}, {'dueling': True}, False),
     'prioritized': ({}, {}, True),
+    'munchausen': ({'munchausen': True}, {}, False),
     'c51': ({'agent': 'c51'}, {}, False),
     'qr_dqn': ({'agent': 'qr_dqn'}, {}, False),
     'apex': ({'double_dqn': True}, {'dueling': True}, True),
@@ -73,11 +74,13 @@ def multiplications(model: Model) -> tuple[int, int]:
     return sum(layers), layers[0]
 
 
-def gradient_work(model: Model, double: bool) -> float:
+def gradient_work(model: Model, values: dict[str, Any]) -> float:
     """Multiplications of one row's gradient: forward, backward (twice that, but for the frames),
-    target, the online network's choice, and the comparison of every two quantiles."""
+    target, the online network's choice or the target's bonus, and the comparison of every two
+    quantiles."""
     forward, first = multiplications(model)
-    work: float = forward + (2 * forward - first) + forward * (2 if double else 1)
+    twice = 'double_dqn' in values or 'munchausen' in values
+    work: float = forward + (2 * forward - first) + forward * (2 if twice else 1)
     if isinstance(model.head, QuantileHead):
         work += 4 * model.head.num_quantiles**2
     return work
@@ -136,10 +139,7 @@ def main() -> None:
     learners = {name: learner_action(model, MEMBERS[name][2]) for name, model in models.items()}
     actors = {name: actor_action(model, MEMBERS[name][2]) for name, model in models.items()}
     gradients, steps = measure(learners, repeats), measure(actors, repeats)
-    work = {
-        name: gradient_work(model, 'double_dqn' in MEMBERS[name][0])
-        for name, model in models.items()
-    }
+    work = {name: gradient_work(model, MEMBERS[name][0]) for name, model in models.items()}
     forward = {name: multiplications(model)[0] for name, model in models.items()}
     table = {
         name: {

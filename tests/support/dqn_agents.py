@@ -15,6 +15,13 @@ from infra.replay.trajectory import Transition
 NUM_ACTIONS = 3
 NETWORK = NetworkConfig('dqn2013')
 ENVIRONMENT = EnvironmentConfig()
+FAMILY: dict[str, dict[str, Any]] = {
+    'dqn': {},
+    'c51': {'agent': 'c51'},
+    'qr_dqn': {'agent': 'qr_dqn', 'num_quantiles': 5},
+    'munchausen': {'munchausen': True, 'munchausen_temperature': 0.5},
+}
+"""Values of `AgentConfig` that make each member."""
 
 
 def make(seed: int = 0, dueling: bool = False, **values: Any) -> dqn.DqnAgent:

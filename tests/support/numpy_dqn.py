@@ -22,6 +22,7 @@ class Member:
       loss: of 'dqn'.
       outputs: atoms or quantiles for each action.
       v_min, v_max: of 'c51'.
+      munchausen: temperature, scale and lowest bound (Vieillard et al. 2020); () without.
     """
 
     agent: str = 'dqn'
@@ -31,6 +32,7 @@ class Member:
     outputs: int = 1
     v_min: float = -10.0
     v_max: float = 10.0
+    munchausen: tuple[float, ...] = ()
 
 
 def relu(x):
@@ -124,6 +126,27 @@ def qr_dqn_loss(chosen, best_next, reward, discount, member):
     return total, (reward + discount * best_next).mean() - chosen.mean()
 
 
+def log_policy(outputs, member):
+    """ln pi of each action, pi = sm(q / tau) of the target network (Vieillard et al. 2020)."""
+    temperature = member.munchausen[0]
+    return np.log(softmax(np.array([expected_return(o, member) for o in outputs]) / temperature))
+
+
+def munchausen_bonus(outputs, action, member):
+    """alpha [tau ln pi(a|s)] within [l0, 0] (same paper, section 3)."""
+    temperature, scale, lowest = member.munchausen
+    return scale * np.clip(temperature * log_policy(outputs, member)[action], lowest, 0.0)
+
+
+def soft_outputs(outputs, member):
+    """The sum over actions of pi(a|s') (q(s', a) - tau ln pi(a|s')), equation 1."""
+    total = np.zeros(member.outputs)
+    for log_probability, of_action in zip(log_policy(outputs, member), outputs):
+        soft = of_action - member.munchausen[0] * log_probability
+        total += np.exp(log_probability) * soft
+    return total
+
+
 LOSSES = {'dqn': dqn_loss, 'c51': c51_loss, 'qr_dqn': qr_dqn_loss}
 
 
@@ -137,11 +160,18 @@ def loss_and_errors(variables, target, batch, member, num_actions):
     for observation, action, reward, discount, next_observation, weight, valid in batch:
         chosen = network(variables, observation, member, num_actions)[action]
         next_target = network(target, next_observation, member, num_actions)
-        judge = next_target
-        if member.double:
-            judge = network(variables, next_observation, member, num_actions)
-        best = max(range(num_actions), key=lambda a: expected_return(judge[a], member))
-        loss, error = LOSSES[member.agent](chosen, next_target[best], reward, discount, member)
+        if member.munchausen:
+            taken_in = network(target, observation, member, num_actions)
+            raised = reward + munchausen_bonus(taken_in, action, member)
+            following = soft_outputs(next_target, member)
+        else:
+            raised = reward
+            judge = next_target
+            if member.double:
+                judge = network(variables, next_observation, member, num_actions)
+            best = max(range(num_actions), key=lambda a: expected_return(judge[a], member))
+            following = next_target[best]
+        loss, error = LOSSES[member.agent](chosen, following, raised, discount, member)
         total += weight * valid * loss / len(batch)
         errors.append(valid * error)
     return total, np.array(errors)
