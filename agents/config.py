@@ -21,7 +21,7 @@ from infra.fields import (
 TORSOS = ('nature', 'dqn2013')
 LOSSES = ('huber', 'squared')
 OUTLIER_RULES = ('lone', 'every')
-AGENTS = ('dqn', 'c51', 'qr_dqn')
+AGENTS = ('dqn', 'c51', 'qr_dqn', 'iqn')
 BUILTIN = 'builtin'
 """Value of `NetworkConfig.q_network` for this project's own networks."""
 STALENESS_BOUNDS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -133,7 +133,8 @@ class AgentConfig:
 
     agent: str = described(
         'dqn',
-        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al. 2018), or"
+        "'dqn' (Mnih et al. 2015), 'c51' (Bellemare et al. 2017), 'qr_dqn' (Dabney et al. 2018),"
+        " 'iqn' (Dabney et al. 2018b, implicit quantile networks), or"
         ' module:function, a factory of your own TF-Agents agent (see docs/tf_agents.md).',
     )
     discount: float = described(0.99, 'Discount per agent step (Mnih et al. 2015: 0.99).')
@@ -147,9 +148,9 @@ class AgentConfig:
     )
     munchausen: bool = described(
         False,
-        "Munchausen target (Vieillard et al. 2020) of 'dqn' or 'qr_dqn', without --double_dqn: the"
-        ' log-policy of the action is added to its reward, of n steps to the first; the next value'
-        ' is soft.',
+        "Munchausen target (Vieillard et al. 2020) of 'dqn', 'qr_dqn' or 'iqn', without"
+        ' --double_dqn: the log-policy of the action is added to its reward, of n steps to the'
+        ' first; the next value is soft.',
     )
     munchausen_temperature: float = described(
         0.03, "Temperature tau of Munchausen's softmax policy (Vieillard et al. 2020: 0.03)."
@@ -169,6 +170,17 @@ class AgentConfig:
     v_min: float = described(-10.0, "Smallest return of 'c51' (Bellemare et al. 2017: -10).")
     v_max: float = described(10.0, "Largest return of 'c51' (Bellemare et al. 2017: 10).")
     num_quantiles: int = described(200, "Quantiles of 'qr_dqn' (Dabney et al. 2018: 200).")
+    num_fractions: int = described(
+        8, "Quantiles drawn for each loss of 'iqn', N and N' (Dabney et al. 2018b: 1 to 64)."
+    )
+    num_acting_fractions: int = described(
+        32,
+        "Quantiles of 'iqn' whose mean is an action's value, K (Dabney et al. 2018b: 32, drawn;"
+        ' here at fixed midpoints).',
+    )
+    num_cosines: int = described(
+        64, "Cosines of the embedding of a fraction of 'iqn', n (Dabney et al. 2018b: 64)."
+    )
     gradient_clip_norm: float = described(
         10.0, 'Maximum global norm of a gradient; 0 disables clipping.'
     )
@@ -179,7 +191,8 @@ class AgentConfig:
         require_at_least(self, 0, 'gradient_clip_norm')
         require_choice(self, 'loss', LOSSES)
         require_from_to(self, 2, 10_000, 'num_atoms')
-        require_from_to(self, 1, 10_000, 'num_quantiles')
+        require_from_to(self, 1, 10_000, 'num_quantiles', 'num_cosines')
+        require_from_to(self, 1, 10_000, 'num_fractions', 'num_acting_fractions')
         require(self, 'v_min', -math.inf < self.v_min < math.inf, 'finite')
         require(self, 'v_max', self.v_min < self.v_max < math.inf, f'above --v_min {self.v_min}')
         known = self.agent in AGENTS or FACTORY.fullmatch(self.agent)
@@ -194,8 +207,8 @@ class AgentConfig:
     def _require_soft_target(self) -> None:
         if self.agent == 'c51':
             raise ValueError(
-                '--munchausen --agent c51: logits of atoms have no soft mean. Fix: use --agent dqn'
-                ' or qr_dqn, or --no-munchausen.'
+                '--munchausen --agent c51: logits of atoms have no soft mean. Fix: use --agent dqn,'
+                ' qr_dqn or iqn, or --no-munchausen.'
             )
         if self.double_dqn:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The DQN family as one TF-Agents agent: a head turns the network's outputs into values and a loss.
 
-DQN, double DQN, C51 and QR-DQN differ in their head and in the network that chooses the best next
-action; Munchausen DQN bootstraps from all of them. The network implements dueling; the replay
+DQN, double DQN, C51, QR-DQN and IQN differ in their head and in the network that chooses the best
+next action; Munchausen DQN bootstraps from all of them. The network implements dueling; the replay
 implements n-step returns and priorities.
 
 A `Transition` from our replay carries discount = gamma^n * product of the episode's discounts, so
@@ -22,7 +22,8 @@ from tf_agents.trajectories import time_step as ts
 
 from agents import networks
 from agents.config import AgentConfig, NetworkConfig
-from agents.heads import Head, head_of, outputs_of
+from agents.fractions import drawn
+from agents.heads import Head, QuantileHead, head_of, outputs_of
 from agents.munchausen import Munchausen, munchausen_of
 
 # The parameter server sets the target network; TF-Agents' own copy must never be due.
@@ -68,7 +69,8 @@ class DqnAgent(dqn_agent.DqnAgent):
         """
         Args:
           time_step_spec, action_spec: tensor specs without batch dimension.
-          q_network: returns outputs float32 [B, num_actions, *head.output_shape].
+          q_network: returns outputs float32 [B, num_actions, *head.output_shape]; if the head draws
+            quantiles, it takes their `fractions` float32 [B, N], too.
           optimizer: applied by `train`.
           head: interprets the outputs.
           double_dqn: whether `q_network` chooses the best next action, not the target network.
@@ -84,8 +86,11 @@ class DqnAgent(dqn_agent.DqnAgent):
                     f'{name} is not taken: the head has the loss, every action is legal'
                 )
         self._head = head
-        self._double_dqn = double_dqn
+        self._double_dqn = double_dqn and munchausen is None
         self._munchausen = munchausen
+        self._drawn_head: QuantileHead | None = None
+        if isinstance(head, QuantileHead) and head.num_drawn:
+            self._drawn_head = head
         super().__init__(time_step_spec, action_spec, q_network, optimizer, **kwargs)
 
     @property
@@ -158,24 +163,37 @@ class DqnAgent(dqn_agent.DqnAgent):
     ) -> tf.Tensor:
         """Outputs float32 [B, *output_shape] for the actions taken.
 
-        The shape is [B, T, *output_shape] for a recurrent network, here and below.
+        The shape is [B, T, *output_shape] for a recurrent network, here and below. Drawn quantiles
+        come with their fractions, float32 [2, B, N].
         """
+        observation, step_type = time_steps.observation, time_steps.step_type
+        fractions = self._fractions(observation, stream=0)
         outputs, _ = self._q_network(
-            time_steps.observation, step_type=time_steps.step_type, training=training
+            observation, step_type=step_type, training=training, **fractions
         )
-        return outputs_of(outputs, actions)
+        chosen = outputs_of(outputs, actions)
+        return tf.stack([chosen, *fractions.values()]) if fractions else chosen
 
     def _compute_next_q_values(self, next_time_steps: ts.TimeStep, info: Any) -> tf.Tensor:
         """The target network's outputs float32 [B, *output_shape] to bootstrap from."""
         del info
         observation, step_type = next_time_steps.observation, next_time_steps.step_type
-        target, _ = self._target_q_network(observation, step_type=step_type)
-        if self._munchausen is not None:
-            return self._munchausen.next_outputs(target, self._head.values(target))
+        fractions = self._fractions(observation, stream=1)
+        target, _ = self._target_q_network(observation, step_type=step_type, **fractions)
         judge = target
-        if self._double_dqn:
-            judge, _ = self._q_network(observation, step_type=step_type)
-        return outputs_of(target, tf.argmax(self._head.values(judge), axis=-1))
+        if self._double_dqn or fractions:
+            network = self._q_network if self._double_dqn else self._target_q_network
+            judge, _ = network(observation, step_type=step_type)
+        values = self._head.values(judge)
+        if self._munchausen is not None:
+            return self._munchausen.next_outputs(target, values)
+        return outputs_of(target, tf.argmax(values, axis=-1))
+
+    def _fractions(self, observation: tf.Tensor, stream: int) -> dict[str, tf.Tensor]:
+        """The argument of a network whose quantiles are drawn, empty for others."""
+        if self._drawn_head is None:
+            return {}
+        return {'fractions': drawn(observation, self._drawn_head.num_drawn, stream)}
 
     def _td_loss(
         self,
@@ -184,6 +202,9 @@ class DqnAgent(dqn_agent.DqnAgent):
         rewards: tf.Tensor,
         discounts: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        if self._drawn_head is not None:
+            quantiles, fractions = tf.unstack(q_values)
+            return self._drawn_head.loss(quantiles, next_q_values, rewards, discounts, fractions)
         steps = network_utils.BatchSquash(rewards.shape.rank)  # heads take [B, ...] only
         columns = map(steps.flatten, (q_values, next_q_values, rewards, discounts))
         loss, error = self._head.loss(*columns)
@@ -203,13 +224,15 @@ def make_agent(
     parameter server owns the optimizer. `AgentGradient` clips, since TF-Agents clips per variable.
 
     Raises:
-      ValueError: `config.agent` is not one of `dqn`, `c51` and `qr_dqn`.
+      ValueError: `config.agent` is none of `AGENTS`.
     """
     head = head_of(config)
     time_step_spec = tensor_spec.from_spec(time_step_spec)
     action_spec = tensor_spec.from_spec(action_spec)
+    observation = time_step_spec.observation
+    num_cosines = config.num_cosines if config.agent == 'iqn' else 0
     q_network = networks.q_network(
-        time_step_spec.observation, action_spec, network_config, seed, head.output_shape
+        observation, action_spec, network_config, seed, head.output_shape, num_cosines
     )
     agent = DqnAgent(
         time_step_spec,

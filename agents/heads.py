@@ -15,6 +15,7 @@ import tensorflow as tf
 from tf_agents.utils import common
 
 from agents.config import AgentConfig
+from agents.fractions import midpoints
 
 LOSSES = {
     'huber': common.element_wise_huber_loss,  # error^2 / 2 up to 1, then linear
@@ -116,48 +117,57 @@ class CategoricalHead:
 class QuantileHead:
     """QR-DQN: quantiles of the return (Dabney et al. 2018, algorithm 1, QR-DQN-1: kappa = 1).
 
+    IQN (Dabney et al. 2018b, equation 3 with kappa = 1) learns from quantiles at drawn fractions.
     The error is the TD error of the mean.
+
+    Attributes:
+      num_quantiles: at the midpoints of as many fractions, whose mean is the value.
+      num_drawn: quantiles drawn for a loss, N and N' of IQN; 0 without.
     """
 
     num_quantiles: int = 200
+    num_drawn: int = 0
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         return (self.num_quantiles,)
 
-    @property
-    def midpoints(self) -> np.ndarray:
-        """Probabilities of the learned quantiles, float32 [num_quantiles]."""
-        return ((np.arange(self.num_quantiles) + 0.5) / self.num_quantiles).astype(np.float32)
-
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
         return tf.reduce_mean(outputs, axis=-1)
 
     def loss(
-        self, outputs: tf.Tensor, next_outputs: tf.Tensor, reward: tf.Tensor, discount: tf.Tensor
+        self,
+        outputs: tf.Tensor,
+        next_outputs: tf.Tensor,
+        reward: tf.Tensor,
+        discount: tf.Tensor,
+        fractions: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        """As every head's; `fractions` float32 [B, N] of `outputs`, None if at the midpoints."""
         target = tf.stop_gradient(reward[:, None] + discount[:, None] * next_outputs)
-        loss = _quantile_huber_loss(outputs, target, tf.constant(self.midpoints))
+        if fractions is None:
+            fractions = tf.constant(midpoints(self.num_quantiles))
+        loss = _quantile_huber_loss(outputs, target, fractions)
         return loss, self.values(target) - self.values(outputs)
 
 
 @tf.custom_gradient
 def _quantile_huber_loss(
     quantiles: tf.Tensor,  # [B, N]
-    target: tf.Tensor,  # [B, N], one sample per quantile
-    midpoints: tf.Tensor,  # [N]
+    target: tf.Tensor,  # [B, N'], samples
+    fractions: tf.Tensor,  # [N] or [B, N]
 ) -> tuple[tf.Tensor, Callable]:
     """Losses float32 [B], summed over quantiles and averaged over samples.
 
     No gradient flows into `target`.
     """
-    loss, slope = _compared(quantiles, target, midpoints)
+    loss, slope = _compared(quantiles, target, fractions)
     return loss, lambda dy: (dy[:, None] * slope, None, None)
 
 
 @tf.function(jit_compile=True, autograph=False)
 def _compared(
-    quantiles: tf.Tensor, target: tf.Tensor, midpoints: tf.Tensor
+    quantiles: tf.Tensor, target: tf.Tensor, fractions: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Losses float32 [B] and their derivatives by the quantiles, float32 [B, N].
 
@@ -165,7 +175,7 @@ def _compared(
     1.3 million pairs in a batch of 32; uncompiled operations would write and read them ten times.
     """
     difference = tf.transpose(target)[:, :, None] - quantiles  # [sample, B, quantile]
-    weight = tf.where(difference < 0.0, 1.0 - midpoints, midpoints)
+    weight = tf.where(difference < 0.0, 1.0 - fractions, fractions)
     clipped = tf.clip_by_value(difference, -1.0, 1.0)
     huber = clipped * (difference - 0.5 * clipped)
     loss = tf.reduce_sum(tf.reduce_mean(weight * huber, axis=0), axis=1)
@@ -184,12 +194,13 @@ def head_of(config: AgentConfig) -> Head:
     """Builds the head of `config.agent`.
 
     Raises:
-      ValueError: `config.agent` is not one of `dqn`, `c51` and `qr_dqn`.
+      ValueError: `config.agent` is none of `AGENTS`.
     """
     heads: dict[str, Head] = {
         'dqn': ValueHead(config.loss),
         'c51': CategoricalHead(config.num_atoms, config.v_min, config.v_max),
         'qr_dqn': QuantileHead(config.num_quantiles),
+        'iqn': QuantileHead(config.num_acting_fractions, config.num_fractions),
     }
     if config.agent not in heads:
         raise ValueError(f'--agent {config.agent!r}: must be one of {", ".join(heads)}')

@@ -16,9 +16,12 @@ from tf_agents.networks import network
 from tf_agents.specs import tensor_spec
 
 from agents.config import BUILTIN, NetworkConfig
+from agents.fractions import midpoints
 from infra.named_function import load_function
 
-_FIRST_HIDDEN = 50  # number of the first hidden layer's seed, behind those of all streams
+# Numbers of seeds, behind those of all streams.
+_FIRST_HIDDEN = 50  # of the first hidden layer
+_EMBEDDING = 90  # of the embedding of fractions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,23 @@ class _TorsoLayers(tf.Module):
         return mean * tf.reduce_sum(self._convolutions[0].kernel, axis=[0, 1, 2])
 
 
+class _Embedding(tf.Module):
+    """Embeds fractions by their cosines (Dabney et al. 2018b, equation 4)."""
+
+    def __init__(self, num_cosines: int, width: int, seed: int) -> None:
+        super().__init__()
+        self._layer = _Layer((width, num_cosines), width, seed, 'fractions')
+        self._width = width
+        self._frequencies = np.pi * np.arange(num_cosines, dtype=np.float32)
+
+    def __call__(self, x: tf.Tensor, fractions: tf.Tensor) -> tf.Tensor:
+        """Features float32 [B * N, width] of x [B, width] at fractions [B, N], or [1, N]."""
+        cosines = tf.cos(tf.reshape(fractions, (-1, 1)) * self._frequencies)
+        embedded = _rectified(cosines, self._layer)
+        embedded = tf.reshape(embedded, (-1, fractions.shape[1], self._width))
+        return tf.reshape(x[:, None] * embedded, (-1, self._width))
+
+
 def _scaling(spec: Any) -> tuple[float, float]:
     """(low, factor) that bring integers with bounds to [0, 1]: (x - low) * factor."""
     if not spec.dtype.is_integer or not isinstance(spec, tensor_spec.BoundedTensorSpec):
@@ -183,6 +203,9 @@ class QNetwork(network.Network):
     Dueling (Wang et al. 2016, equation 9) has two streams, each with its own dense layer, for the
     state's value and the actions' advantages. Outputs are value + advantage - mean advantage. The
     gradient that enters the torso is not scaled by 1/sqrt(2) as in that paper.
+
+    With `num_cosines` it is an implicit quantile network (Dabney et al. 2018b, section 3.1): an
+    output is the quantile at a fraction, whose embedding multiplies the torso's features.
     """
 
     def __init__(
@@ -192,6 +215,7 @@ class QNetwork(network.Network):
         config: NetworkConfig,
         output_shape: tuple[int, ...] = (),
         seed: int = 0,
+        num_cosines: int = 0,
         name: str = 'q_network',
     ) -> None:
         """Outputs have shape [B, num_actions, *output_shape]. The same `seed` gives the same first
@@ -205,9 +229,13 @@ class QNetwork(network.Network):
             torso = torso_of(input_tensor_spec.shape, config)
             self._features = _TorsoLayers(input_tensor_spec, torso, config.center_input, seed)
             units = torso.dense_units
-        shape = (_width(self._features, input_tensor_spec), units)
+        width = _width(self._features, input_tensor_spec)
+        shape = (width, units)
+        self._embedding = None
+        if num_cosines:
+            self._embedding = _Embedding(num_cosines, width, _layer_seed(seed, _EMBEDDING))
         first_seed = _layer_seed(seed, len(torso.convolutions) if units else 0)
-        per_action = math.prod(output_shape)
+        per_action = 1 if num_cosines else math.prod(output_shape)
         self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '')
         self._state_value = (
             _Stream(*shape, per_action, first_seed + 2, 'state_') if config.dueling else None
@@ -219,15 +247,31 @@ class QNetwork(network.Network):
         step_type: Any = None,
         network_state: Any = (),
         training: bool = False,
+        fractions: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, Any]:
-        """Outputs float32 [B, num_actions, *output_shape], and the unchanged state."""
+        """Outputs float32 [B, num_actions, *output_shape], and the unchanged state.
+
+        An implicit quantile network returns quantiles [B, num_actions, N] at `fractions` float32
+        [B, N]; without, at the midpoints of as many as `output_shape` says.
+        """
         del step_type, training
         x = self._features(observation)
-        outputs = tf.reshape(self._q_values(x), (-1, *self._output_shape))
+        if self._embedding is None:
+            return self._outputs(x, self._output_shape), network_state
+        num_actions, count = self._output_shape
+        if fractions is None:
+            fractions = tf.constant(midpoints(count)[None])
+        outputs = self._outputs(self._embedding(x, fractions), (num_actions,))
+        outputs = tf.reshape(outputs, (-1, fractions.shape[1], num_actions))
+        return tf.transpose(outputs, (0, 2, 1)), network_state
+
+    def _outputs(self, x: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
+        """Outputs float32 [rows, *shape] of features [rows, width]; `shape` begins with actions."""
+        outputs = tf.reshape(self._q_values(x), (-1, *shape))
         if self._state_value is not None:
-            value = tf.reshape(self._state_value(x), (-1, 1, *self._output_shape[1:]))
+            value = tf.reshape(self._state_value(x), (-1, 1, *shape[1:]))
             outputs += value - tf.reduce_mean(outputs, axis=1, keepdims=True)
-        return outputs, network_state
+        return outputs
 
 
 def _of_the_user(name: str, spec: Any, seed: int) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -275,6 +319,7 @@ def q_network(
     config: NetworkConfig,
     seed: int = 0,
     output_shape: tuple[int, ...] = (),
+    num_cosines: int = 0,
 ) -> QNetwork:
     """Builds the Q-network of `config`, and its variables.
 
@@ -284,9 +329,10 @@ def q_network(
       config: layers, centering and dueling.
       seed: equal seeds give equal first weights.
       output_shape: shape of the outputs for one action; () for one value.
+      num_cosines: of the embedding of fractions, if outputs are quantiles at fractions; else 0.
     """
     spec = tensor_spec.from_spec(observation_spec)
     num_actions = int(tensor_spec.from_spec(action_spec).maximum) + 1
-    result = QNetwork(spec, num_actions, config, output_shape, seed)
+    result = QNetwork(spec, num_actions, config, output_shape, seed, num_cosines)
     result.create_variables()
     return result

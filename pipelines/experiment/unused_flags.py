@@ -19,6 +19,7 @@ def _optimizer(name: str) -> Callable[[ExperimentConfig], bool]:
 
 _MUNCHAUSEN = ('--munchausen', lambda config: config.agent.munchausen)
 _C51 = ('--agent c51', _agents('c51'))
+_IQN = ('--agent iqn', _agents('iqn'))
 _ANNEALED = ('--no-epsilon_ladder', lambda config: not config.actor.epsilon_ladder)
 _LADDER = ('--epsilon_ladder', lambda config: config.actor.epsilon_ladder)
 _PRIORITIZED = ('--priority_exponent above 0', lambda config: config.replay.prioritized)
@@ -41,6 +42,9 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'num_atoms': _C51,
     'v_min': _C51,
     'v_max': _C51,
+    'num_fractions': _IQN,
+    'num_acting_fractions': _IQN,
+    'num_cosines': _IQN,
     'num_quantiles': ('--agent qr_dqn', _agents('qr_dqn')),
     'epsilon_start': _ANNEALED,
     'epsilon_end': _ANNEALED,

@@ -12,6 +12,7 @@ from tf_agents.trajectories import time_step as ts
 from agents import dqn, py_environment
 from agents.config import AGENTS, LOSSES, AgentConfig, NetworkConfig
 from agents.flat_variables import FlatVariables
+from agents.fractions import drawn
 from agents.heads import LOSSES as LOSS_FUNCTIONS
 from agents.heads import CategoricalHead, head_of
 from agents.munchausen import Munchausen
@@ -29,6 +30,9 @@ MEMBERS = {
     'double_dueling': Member(double=True, dueling=True),
     'c51': Member('c51', outputs=11, v_min=-2.0, v_max=3.0),
     'c51_double_dueling': Member('c51', True, True, outputs=11, v_min=-2.0, v_max=3.0),
+    'iqn': Member('iqn', outputs=6),
+    'iqn_double_dueling': Member('iqn', True, True, outputs=6),
+    'munchausen_iqn': Member('iqn', outputs=6, munchausen=MUNCHAUSEN),
     'munchausen': Member(munchausen=MUNCHAUSEN),
     'munchausen_dueling_qr_dqn': Member('qr_dqn', dueling=True, outputs=9, munchausen=MUNCHAUSEN),
     'qr_dqn': Member('qr_dqn', outputs=9),
@@ -46,6 +50,9 @@ def make(member, seed):
         v_min=member.v_min,
         v_max=member.v_max,
         num_quantiles=member.outputs,
+        num_acting_fractions=member.outputs,
+        num_fractions=member.drawn,
+        num_cosines=member.cosines,
         munchausen=bool(member.munchausen),
     )
     if member.munchausen:
@@ -116,6 +123,9 @@ def compared(request):
             as_transition(rows), weights=tf.constant(rows['weight']), training=True, gamma=1.0
         )
     gradient = [g.numpy().astype(np.float64) for g in tape.gradient(info.loss, variables)]
+    observations = rows['observation'], rows['next_observation']
+    for stream, observation in enumerate(observations):  # the drawing itself: test_fractions.py
+        rows[f'fractions_{stream}'] = drawn(observation, member.drawn, stream).numpy()
     batch = list(zip(*(np.asarray(column).tolist() if column.ndim == 1 else column
                        for column in rows.values())))  # fmt: skip
     values, target_values = doubles(variables), doubles(agent.target_q_network.trainable_variables)
@@ -206,5 +216,5 @@ def test_every_agent_and_loss_of_the_configuration_exists():
 
 
 def test_an_agent_that_is_none_of_the_family_is_named():
-    with pytest.raises(ValueError, match=r"'module:factory': must be one of dqn, c51, qr_dqn"):
+    with pytest.raises(ValueError, match=r"'module:factory': must be one of dqn, c51, qr_dqn, iqn"):
         head_of(AgentConfig(agent='module:factory'))

@@ -11,7 +11,7 @@ import reverb
 from agents.actor_priorities import InitialPriorities
 from agents.config import LearnerConfig
 from agents.exploration import Behaviour
-from agents.heads import CategoricalHead, ValueHead
+from agents.heads import CategoricalHead, QuantileHead, ValueHead
 from agents.learner import importance_exponent
 from agents.munchausen import Munchausen
 from infra.replay.adder import Adder
@@ -274,6 +274,14 @@ class TestInitialPriorities:
         np.testing.assert_allclose(
             np.asarray(priorities.completed(outputs, ACTION[1])), [abs(1 - 3)]
         )
+
+    def test_an_error_of_quantiles_is_that_of_their_means(self):
+        # |1 + 0.5 * (1 + 5) / 2 - (0 + 2) / 2|; of IQN actors see the quantiles at midpoints.
+        priorities = InitialPriorities(QuantileHead(2, num_drawn=3), 1, 0.5)
+        outputs, one = np.array([[[0, 2], [1, 5]]], np.float32), np.ones(1, np.float32)
+        priorities.began(outputs, ACTION[0], one, one)
+        error = priorities.completed(outputs, ACTION[1])
+        np.testing.assert_allclose(np.asarray(error), [1.5], rtol=1e-6)
 
     def test_munchausen_raises_the_first_reward_and_bootstraps_softly(self):
         # Temperature 2, q = (0, 2 ln 3): pi = (1/4, 3/4), so for action 0 the bonus is

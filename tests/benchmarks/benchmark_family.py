@@ -43,6 +43,7 @@ MEMBERS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     'munchausen': ({'munchausen': True}, {}, False),
     'c51': ({'agent': 'c51'}, {}, False),
     'qr_dqn': ({'agent': 'qr_dqn'}, {}, False),
+    'iqn': ({'agent': 'iqn'}, {}, False),
     'apex': ({'double_dqn': True}, {'dueling': True}, True),
     'rainbow_lite': ({'agent': 'c51', 'double_dqn': True}, {'dueling': True}, True),
 }
@@ -60,8 +61,11 @@ def build(agent_values: dict[str, Any], network_values: dict[str, Any]) -> Model
     )
 
 
-def multiplications(model: Model) -> tuple[int, int]:
-    """Of one row's forward pass, and of its first layer alone."""
+def multiplications(model: Model, quantiles: int = 1) -> tuple[int, int]:
+    """Of one row's forward pass, and of its first layer alone.
+
+    Implicit quantiles repeat the dense layers.
+    """
     side, layers = _SIDE, []
     strides = iter(TORSOS['nature'].convolutions)
     for variable in model.variables:
@@ -70,18 +74,33 @@ def multiplications(model: Model) -> tuple[int, int]:
             side = (side - size) // stride + 1
             layers.append(side * side * math.prod(variable.shape))
         elif len(variable.shape) == 2:
-            layers.append(math.prod(variable.shape))
+            layers.append(quantiles * math.prod(variable.shape))
     return sum(layers), layers[0]
+
+
+def implicit_head(model: Model) -> QuantileHead | None:
+    """The head of implicit quantiles, None of other members."""
+    head = model.head
+    return head if isinstance(head, QuantileHead) and head.num_drawn else None
+
+
+def acting_work(model: Model) -> int:
+    """Multiplications of a row's values."""
+    implicit = implicit_head(model)
+    return multiplications(model, implicit.num_quantiles if implicit else 1)[0]
 
 
 def gradient_work(model: Model, values: dict[str, Any]) -> float:
     """Multiplications of one row's gradient: forward, backward (twice that, but for the frames),
     target, the online network's choice or the target's bonus, and the comparison of every two
     quantiles."""
-    forward, first = multiplications(model)
+    implicit = implicit_head(model)
+    forward, first = multiplications(model, implicit.num_drawn if implicit else 1)
     twice = 'double_dqn' in values or 'munchausen' in values
     work: float = forward + (2 * forward - first) + forward * (2 if twice else 1)
-    if isinstance(model.head, QuantileHead):
+    if implicit is not None:  # pairs, and the choice
+        work += 4 * implicit.num_drawn**2 + acting_work(model)
+    elif isinstance(model.head, QuantileHead):
         work += 4 * model.head.num_quantiles**2
     return work
 
@@ -140,7 +159,7 @@ def main() -> None:
     actors = {name: actor_action(model, MEMBERS[name][2]) for name, model in models.items()}
     gradients, steps = measure(learners, repeats), measure(actors, repeats)
     work = {name: gradient_work(model, MEMBERS[name][0]) for name, model in models.items()}
-    forward = {name: multiplications(model)[0] for name, model in models.items()}
+    forward = {name: acting_work(model) for name, model in models.items()}
     table = {
         name: {
             'gradient_ms': round(gradients[name], 2),

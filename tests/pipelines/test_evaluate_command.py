@@ -12,9 +12,10 @@ import tempfile
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import tensorflow as tf
-from tf_agents.policies import policy_saver, random_tf_policy
+from tf_agents.policies import policy_saver, py_tf_eager_policy, random_tf_policy
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories import time_step as ts
 
@@ -30,6 +31,7 @@ from pipelines.experiment import builders, presets
 from pipelines.experiment import config as config_lib
 from pipelines.launch import evaluation
 from pipelines.storage import evaluations, outputs, saved_policies
+from tests.support import dqn_agents
 
 DATA = 'variables/variables.data-00000-of-00001'
 HALF = b'half of the file'
@@ -39,7 +41,10 @@ EXPERIMENT = presets.experiment('laptop', {})
 @pytest.fixture(scope='module')
 def saved():
     """The parameters of a new network."""
-    policy = builders.build_policy(EXPERIMENT)
+    return checkpoint_of(builders.build_policy(EXPERIMENT))
+
+
+def checkpoint_of(policy):
     return Checkpoint(
         layout=builders.layout_of(policy),
         parameters=policy.parameters(),
@@ -418,6 +423,18 @@ def test_a_saved_model_plays_anywhere_as_the_run_that_it_is_from(run_dir, export
     assert result['returns'] == result_of(run_dir)['returns']
     assert result['details'] == result_of(run_dir)['details']
     assert result['policy']['kind'] == 'saved_model'
+
+
+def test_a_saved_model_of_implicit_quantiles_acts_as_its_policy(tmp_path):
+    experiment = presets.experiment('laptop', {'agent': 'iqn', 'dueling': True})
+    policy = builders.build_policy(experiment)
+    export.export(experiment, checkpoint_of(policy), tmp_path / 'policy')
+    loaded = py_tf_eager_policy.SavedModelPyTFEagerPolicy(
+        str(tmp_path / 'policy'), load_specs_from_pbtxt=True
+    )
+    frames = dqn_agents.frames(1, 8)
+    action = [int(loaded.action(ts.restart(frame)).action) for frame in frames]
+    np.testing.assert_array_equal(action, policy.act(frames))
 
 
 def test_a_saved_model_keeps_the_environment_that_its_policy_was_trained_in(exported, tmp_path):

@@ -214,8 +214,9 @@ class TestThePanel:
         last = drawn[-120:]  # has the highest value
         assert (last == panel._BAR).all(-1).any()
 
-    def test_shows_the_values_that_the_policy_acts_by(self):
-        experiment = presets.experiment('laptop', {'torso': 'dqn2013', 'agent': 'qr_dqn'})
+    @pytest.mark.parametrize('agent', ['qr_dqn', 'iqn'])
+    def test_shows_the_values_that_the_policy_acts_by(self, agent):
+        experiment = presets.experiment('laptop', {'torso': 'dqn2013', 'agent': agent})
         network = builders.build_policy(experiment)
         policy = Policy('run', experiment.environment, experiment, network.parameters())
         player, values = policy.opened()

@@ -19,6 +19,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     'dqn': {},
     'c51': {'agent': 'c51'},
     'qr_dqn': {'agent': 'qr_dqn', 'num_quantiles': 5},
+    'iqn': {'agent': 'iqn', 'num_fractions': 3, 'num_acting_fractions': 5, 'num_cosines': 4},
+    'munchausen_iqn': {'agent': 'iqn', 'munchausen': True, 'munchausen_temperature': 0.5},
     'munchausen': {'munchausen': True, 'munchausen_temperature': 0.5},
 }
 """Values of `AgentConfig` that make each member."""
