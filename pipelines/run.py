@@ -51,7 +51,8 @@ def prepare(argv: Sequence[str], start_up: StartUp) -> tuple[ExperimentConfig, '
     if config is None:
         before = _before(launch)
         config = command_line.resumed(before, preset, values)
-        values = {name: values[name] for name in config_lib.changes(before, config)}
+        changed = config_lib.changes(before, config)
+        values = {name: after for name, (_, after) in changed.items()}
     checklist.require_fit(config, launch, values)
     return config, launch
 
