@@ -10,7 +10,8 @@ from agents.environments.errors import EnvironmentFailedError
 from pipelines import evaluate, run
 from pipelines.errors import UsageError
 from pipelines.evaluation import play
-from pipelines.experiment import command_line, protocols
+from pipelines.experiment import command_line, config, protocols
+from pipelines.launch.interrupts import StartUp
 from pipelines.preflight import checklist
 from tests.support import saved_run
 
@@ -43,6 +44,14 @@ def test_a_budget_of_steps_is_one_of_frames_at_the_environments_action_repeat():
     assert command_line.resumed(cart, None, {'max_steps': 60_000}).run.max_frames == 60_000
     with pytest.raises(UsageError, match='--max_steps: contradicts --max_frames'):
         experiment('--max_steps=50000', '--max_frames=200000')
+
+
+def test_a_run_is_resumed_with_a_larger_budget_of_steps(tmp_path):
+    before = experiment('--environment=CartPole-v1', '--max_steps=50000')
+    (tmp_path / 'config.json').write_text(config.to_json(before))
+    argv = [f'--run_dir={tmp_path}', '--resume', '--max_steps=60000']
+    found, launch = run.prepare(argv, StartUp())
+    assert (found.run.max_frames, launch.resume) == (60_000, True)
 
 
 @pytest.mark.parametrize(
