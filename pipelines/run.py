@@ -1,4 +1,4 @@
-"""Train an Atari agent: `.venv/bin/python pipelines/run.py --runner=DirectRunner`."""
+"""Train a DQN agent: `.venv/bin/python pipelines/run.py --runner=DirectRunner`."""
 
 import pathlib
 import sys

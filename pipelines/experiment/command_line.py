@@ -185,7 +185,7 @@ def _parser(own_only: bool, preset: str = presets.DEFAULT) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(
         prog='run.py',
         usage='run.py [flags]',
-        description='Train an Atari agent with parallel actors, parallel learners, a sharded'
+        description='Train a DQN agent with parallel actors, parallel learners, a sharded'
         ' replay and a sharded parameter server.',
         epilog=_EPILOG.format(preset=preset),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,7 +10,7 @@ import reverb
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.replay.errors import ReplayTimeout
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-from pipelines.experiment import builders, presets
+from pipelines.experiment import frames, presets
 from pipelines.experiment.launch import Addresses
 from pipelines.workers import boxes
 from pipelines.workers.spec import WorkerSpec
@@ -28,7 +28,7 @@ def opened():
         'sample_insert_tolerance': 1.0,
     }  # fmt: skip
     config = presets.experiment('laptop', settings)
-    shard = ShardConfig(config.replay, builders.trajectory_spec(config), 8, telemetry=True)
+    shard = ShardConfig(config.replay, frames.trajectory_spec(config), 8, telemetry=True)
     with contextlib.ExitStack() as stack:
         server = start_server(build_tables(shard, 0))
         stack.callback(stop_server, server)
