@@ -112,8 +112,7 @@ class Actor:
         self._parameters = parameters
         num_environments = environment.num_environments
         self._tally = EpisodeTally(num_environments)
-        frame = environment.frame_spec
-        self._stack = FrameStack(num_environments, frame_stack, frame.shape, frame.dtype)
+        self._stack = FrameStack(num_environments, frame_stack, environment.frame_spec)
         self.agent_steps = 0
         self._frames = environment.reset()
         self._uncounted = 0

@@ -110,7 +110,8 @@ class NetworkConfig:
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'
     )
     dense_layers: str = described(
-        '256,256', 'Units of the dense layers for observations that are no pictures.'
+        '256,256',
+        'Units of the dense layers for observations that are no pictures, and for structures.',
     )
     q_network: str = described(
         BUILTIN,

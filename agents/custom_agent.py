@@ -23,6 +23,7 @@ from tf_agents.trajectories import time_step as ts
 from agents.config import AgentConfig
 from agents.custom_loss import Unusable, probe
 from agents.model import Model
+from agents.py_environment import same_arrays
 from infra.named_function import NoFunctionError, brief, load_function
 
 
@@ -80,7 +81,7 @@ def _require_specs(
       ForeignAgentError: the agent's observation or action spec differs from the game's.
     """
     theirs, ours = agent.time_step_spec.observation, time_step_spec.observation
-    if (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
+    if not same_arrays(theirs, ours):
         raise ForeignAgentError(f'{name}: its observations are {theirs}, those of the game {ours}')
     bounds = [
         (spec.shape, spec.dtype, int(np.min(spec.minimum)), int(np.max(spec.maximum)))
@@ -93,8 +94,8 @@ def _require_specs(
         )
 
 
-def _best_action(agent: tf_agent.TFAgent, observation: tf.Tensor) -> tf.Tensor:
-    rows = tf.shape(observation)[:1]
+def _best_action(agent: tf_agent.TFAgent, observation: Any) -> tf.Tensor:
+    rows = tf.shape(tf.nest.flatten(observation)[0])[:1]
     time_step = ts.TimeStep(
         tf.fill(rows, ts.StepType.MID), tf.zeros(rows), tf.ones(rows), observation
     )

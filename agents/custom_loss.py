@@ -363,8 +363,11 @@ def _random(shape: tf.TensorShape, number: int) -> tf.Tensor:
 def _random_transition(agent: tf_agent.TFAgent) -> Transition:
     """A batch of different rows. Half have no reward, so their loss depends on next values."""
     rng = np.random.default_rng(_SEED)
-    shape = (_ROWS, *agent.time_step_spec.observation.shape)
-    frames = [tf.constant(rng.integers(256, size=shape, dtype=np.uint8)) for _ in range(2)]
+
+    def random(spec: tf.TensorSpec) -> tf.Tensor:
+        return tf.cast(rng.integers(256, size=(_ROWS, *spec.shape), dtype=np.uint8), spec.dtype)
+
+    frames = [tf.nest.map_structure(random, agent.time_step_spec.observation) for _ in range(2)]
     num_actions = int(agent.action_spec.maximum) + 1
     action = tf.constant(rng.integers(num_actions, size=_ROWS), tf.int32)
     reward = rng.normal(size=_ROWS) * (np.arange(_ROWS) % 2)
@@ -384,10 +387,15 @@ def two_step_trajectory(transition: Any) -> trajectory.Trajectory:
     def twice(x: tf.Tensor) -> tf.Tensor:
         return tf.stack([x, x], axis=1)
 
+    def paired(now: tf.Tensor, following: tf.Tensor) -> tf.Tensor:
+        return tf.stack([now, following], axis=1)
+
     middle = tf.ones_like(twice(transition.action))
     return trajectory.Trajectory(
         step_type=middle,
-        observation=tf.stack([transition.observation, transition.next_observation], axis=1),
+        observation=tf.nest.map_structure(
+            paired, transition.observation, transition.next_observation
+        ),
         action=twice(transition.action),
         policy_info=(),
         next_step_type=middle,

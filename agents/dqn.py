@@ -30,7 +30,7 @@ from agents.munchausen import Munchausen, munchausen_of
 _NEVER = 2**31 - 1
 
 
-class ActionValues(network_lib.Network):
+class ActionValues(networks.Network):
     """A network's expected returns, float32 [B, num_actions], as TF-Agents' policies need them."""
 
     def __init__(self, network: network_lib.Network, head: Head, name: str = 'action_values'):
@@ -189,7 +189,7 @@ class DqnAgent(dqn_agent.DqnAgent):
             return self._munchausen.next_outputs(target, values)
         return outputs_of(target, tf.argmax(values, axis=-1))
 
-    def _fractions(self, observation: tf.Tensor, stream: int) -> dict[str, tf.Tensor]:
+    def _fractions(self, observation: Any, stream: int) -> dict[str, tf.Tensor]:
         """The argument of a network whose quantiles are drawn, empty for others."""
         if self._drawn_head is None:
             return {}

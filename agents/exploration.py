@@ -16,10 +16,10 @@ from agents.config import ActorConfig
 class Policy(Protocol):
     """The part of a policy's interface that `Behaviour` uses (see agents/policy.py)."""
 
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """Greedy actions, int32 [envs], for uint8 [envs, 84, 84, stack]."""
+    def act(self, observation: Any) -> np.ndarray:
+        """Greedy actions, int32 [envs], for observations [envs, ...], nested or not."""
 
-    def evaluate(self, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
         """Greedy actions int32 [envs] and outputs of all actions [envs, num_actions, ...]."""
 
     def set_parameters(self, *parts: Any) -> None:
@@ -78,15 +78,15 @@ class Behaviour:
         self._policy.set_parameters(*parts)
 
     def act(
-        self, observation: np.ndarray, updates: int, rng: np.random.Generator
+        self, observation: Any, updates: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Actions int32 [envs] and absolute errors float32 [envs] of the completed transitions.
 
         The errors are None without `priorities`, and while no transition is complete.
         """
-        count = len(observation)
-        explore = rng.random(count) < self._epsilon(updates)
-        action = rng.integers(self._num_actions, size=count, dtype=np.int32)
+        epsilon = self._epsilon(updates)
+        explore = rng.random(len(epsilon)) < epsilon
+        action = rng.integers(self._num_actions, size=len(epsilon), dtype=np.int32)
         if self._priorities is None:
             if not explore.all():
                 action = np.where(explore, action, self._policy.act(observation))

@@ -24,16 +24,14 @@ class AgentGradient:
         """
         self.model = model
         self._clip_norm = gradient_clip_norm
-        self._weighted = weighted
         self._online = FlatVariables(model.variables)
         # A separate buffer: target variables keep sharing the memory last assigned through it.
         self._staged_target = FlatVariables(model.variables)
-        observation = model.agent.time_step_spec.observation
-        frames = tf.TensorSpec([None, *observation.shape], observation.dtype)
-        numbers = tf.TensorSpec([None], tf.float32)
-        columns = (frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames)
-        signature = (*columns, numbers) if weighted else columns
-        self._signature = signature
+        frames, numbers = model.observations, tf.TensorSpec([None], tf.float32)
+        self._columns = Transition(
+            frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames
+        )
+        self._signature = (self._columns, numbers) if weighted else (self._columns,)
         self._copy_to_target = ArrayFunction(self._initialize, device=self.device)
 
     @property
@@ -67,14 +65,15 @@ class AgentGradient:
         Raises:
           ValueError: the shape or type of a column does not fit the network.
         """
-        columns = tuple(transition) if weights is None else (*transition, weights)
-        return self._gradient(*columns)
+        return (
+            self._gradient(transition) if weights is None else self._gradient(transition, weights)
+        )
 
-    def values(self, observation: np.ndarray, action: np.ndarray) -> tuple[float, float] | None:
+    def values(self, observation: Any, action: np.ndarray) -> tuple[float, float] | None:
         """Mean expected return of the actions taken, and the largest of any row and action.
 
         Args:
-          observation: uint8 [B, 84, 84, stack].
+          observation: [B, ...], as the agent's spec nests it.
           action: int32 [B], actions taken.
 
         None for a user's agent, whose outputs are unknown.
@@ -112,20 +111,19 @@ class AgentGradient:
 
     @functools.cached_property
     def _values(self) -> ArrayFunction:
-        return ArrayFunction(self._mean_and_largest, self._signature[:2], device=self.device)
+        signature = self._columns.observation, self._columns.action
+        return ArrayFunction(self._mean_and_largest, signature, device=self.device)
 
-    def _mean_and_largest(
-        self, observation: tf.Tensor, action: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def _mean_and_largest(self, observation: Any, action: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         outputs = self.model.outputs(observation)  # type: ignore[misc]
         values = self.model.head.values(outputs)  # type: ignore[union-attr]
         taken = tf.gather(values, action, batch_dims=1)
         return tf.reduce_mean(taken), tf.reduce_max(values)
 
-    def flat_gradient(self, *columns: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def flat_gradient(
+        self, transition: Transition, weights: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, ...]:
         """Like `gradient`, inside a graph: tensors in, tensors out."""
-        transition = Transition(*columns[: len(Transition._fields)])
-        weights = columns[-1] if self._weighted else None
         variables = self._online.variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)

@@ -171,9 +171,9 @@ class Ahead:
         def stage() -> Any:
             sample = next(self._samples)
             of_rows = weights(sample)
-            columns = (*sample.transition, *(() if of_rows is None else (of_rows,)))
-            self.slots = self.slots or tuple(_Slot(self._network, columns) for _ in range(2))
-            self.slots[index].stage(*columns)
+            batch = (sample.transition,) if of_rows is None else (sample.transition, of_rows)
+            self.slots = self.slots or tuple(_Slot(self._network, batch) for _ in range(2))
+            self.slots[index].stage(*batch)
             return sample
 
         return self._stager.submit(stage)
@@ -200,35 +200,37 @@ class _Slot:
     """Memory on the network's device for one batch and its gradient.
 
     Attributes:
-      stage: copies the columns of a batch, then its weights if there are any, to the device.
+      stage: copies a batch and its weights, if there are any, to the device.
       compute: computes the gradient of the staged batch.
-      batch, results: variables for the columns and for what `fetch` returns.
+      batch, results: variables for the batch's arrays and for what `fetch` returns.
       fetch: returns what the network's `gradient` returns.
     """
 
-    def __init__(self, network: Any, columns: Sequence[Any]) -> None:
-        specs = [tf.TensorSpec(column.shape, column.dtype) for column in columns]
+    def __init__(self, network: Any, batch: Sequence[Any]) -> None:
         self._network = network
-        self._types = [spec.dtype for spec in specs]
+        self._signature = tf.nest.map_structure(
+            lambda array: tf.TensorSpec(array.shape, array.dtype), batch
+        )
+        specs = tf.nest.flatten(self._signature)
         rows = specs[0].shape[0]
         with tf.device(network.device):
             self.batch = [_variable(spec.shape, _kept(spec.dtype)) for spec in specs]
             self.results = [
                 _variable(shape, tf.float32) for shape in ([network.size], [], [rows], [])
             ]
-        self.stage = ArrayFunction(self._stage, specs, device=network.device)
+        self.stage = ArrayFunction(self._stage, self._signature, device=network.device)
         self.compute = ArrayFunction(self._compute, device=network.device)
         self.fetch = ArrayFunction(self._fetch, device=network.device)
 
-    def _stage(self, *columns: tf.Tensor) -> None:
-        for variable, column in zip(self.batch, columns, strict=True):
-            variable.assign(tf.cast(column, variable.dtype))
+    def _stage(self, *batch: Any) -> None:
+        for variable, tensor in zip(self.batch, tf.nest.flatten(batch), strict=True):
+            variable.assign(tf.cast(tensor, variable.dtype))
 
     def _compute(self) -> None:
-        columns = [
-            tf.cast(variable, kind) for variable, kind in zip(self.batch, self._types, strict=True)
-        ]
-        for variable, result in zip(self.results, self._network.flat_gradient(*columns)):
+        specs = tf.nest.flatten(self._signature)
+        tensors = [tf.cast(*each) for each in zip(self.batch, (spec.dtype for spec in specs))]
+        batch = tf.nest.pack_sequence_as(self._signature, tensors)
+        for variable, result in zip(self.results, self._network.flat_gradient(*batch)):
             variable.assign(result)
 
     def _fetch(self) -> tuple[tf.Tensor, ...]:
@@ -240,5 +242,5 @@ def _variable(shape: Any, kind: tf.DType) -> tf.Variable:
 
 
 def _kept(kind: tf.DType) -> tf.DType:
-    """The type of a column's variable: TensorFlow has no int32 variables on a GPU."""
+    """The type of an array's variable: TensorFlow has no int32 variables on a GPU."""
     return tf.int64 if kind == tf.int32 else kind

@@ -26,7 +26,8 @@ class Model:
       agent: its `initialize` copies its networks to its target networks, if it has any.
       variables: the trained variables, in the order of the parameter server's layout.
       loss: maps (transition, weights float32 [B] or None) to `Losses`.
-      best_action: maps observations uint8 [B, ...] to greedy actions int32 [B].
+      best_action: maps observations [B, ...], nested as the agent's spec, to greedy actions int32
+        [B].
       outputs: maps observations to outputs of all actions float32 [B, num_actions, ...]; None for a
         user's agent, whose outputs are unknown.
       head: interprets the outputs; None for a user's agent.
@@ -35,9 +36,17 @@ class Model:
     agent: tf_agent.TFAgent
     variables: tuple[tf.Variable, ...]
     loss: Callable[[Transition, Any], 'Losses']
-    best_action: Callable[[tf.Tensor], tf.Tensor]
-    outputs: Callable[[tf.Tensor], tf.Tensor] | None = None
+    best_action: Callable[[Any], tf.Tensor]
+    outputs: Callable[[Any], tf.Tensor] | None = None
     head: Head | None = None
+
+    @property
+    def observations(self) -> Any:
+        """Specs of a batch of observations, [None, ...]."""
+        return tf.nest.map_structure(
+            lambda spec: tf.TensorSpec([None, *spec.shape], spec.dtype),
+            self.agent.time_step_spec.observation,
+        )
 
 
 class Losses(NamedTuple):
@@ -51,10 +60,10 @@ class Losses(NamedTuple):
 def family_model(agent: DqnAgent) -> Model:
     """Builds the model of one of this project's agents."""
 
-    def outputs(observation: tf.Tensor) -> tf.Tensor:
+    def outputs(observation: Any) -> tf.Tensor:
         return agent.q_network(observation)[0]
 
-    def best_action(observation: tf.Tensor) -> tf.Tensor:
+    def best_action(observation: Any) -> tf.Tensor:
         values = agent.head.values(outputs(observation))
         return tf.argmax(values, axis=-1, output_type=tf.int32)
 

@@ -1,8 +1,9 @@
 """Q-networks: observations in, float32 outputs for each action out (see agents/heads.py).
 
 `torso_of` chooses the layers by the observation: convolutions for pictures, dense layers for
-vectors. Weights and biases start uniform in +-1/sqrt(fan_in), as in the published code of Mnih et
-al. (2015) (Torch's default).
+vectors. In a nest of arrays each picture has convolutions of its own; what they return and all
+other arrays are joined to one vector. Weights and biases start uniform in +-1/sqrt(fan_in), as in
+the published code of Mnih et al. (2015) (Torch's default).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from tf_agents.networks import network
 from tf_agents.specs import tensor_spec
+from tf_agents.trajectories.time_step import StepType
 
 from agents.config import BUILTIN, NetworkConfig
 from agents.fractions import midpoints
@@ -50,11 +52,21 @@ SMALL_PICTURES = Torso(((16, 3, 1),), 128)
 
 def torso_of(shape: Sequence[int], config: NetworkConfig) -> Torso:
     """The torso for observations of a shape: [height, width, channels], or anything as a vector."""
-    if len(shape) != 3:
-        *hidden, last = dense_units(config.dense_layers)
-        return Torso((), last, tuple(hidden))
-    torso = TORSOS[config.torso]
-    return torso if min(_convolved(shape, torso)) > 0 else SMALL_PICTURES
+    if len(shape) == 3:
+        for torso in (TORSOS[config.torso], SMALL_PICTURES):
+            if min(_convolved(shape, torso)) > 0:
+                return torso
+    *hidden, last = dense_units(config.dense_layers)
+    return Torso((), last, tuple(hidden))
+
+
+def torsos_of(observation: Any, config: NetworkConfig) -> tuple[tuple[Torso, ...], Torso]:
+    """Torsos of an observation's arrays, for their convolutions, and the one for its dense layers.
+
+    What the parts of a nest are joined to is a vector; one array has both from one torso.
+    """
+    torsos = tuple(torso_of(array.shape, config) for array in tf.nest.flatten(observation))
+    return torsos, torso_of((1,), config) if tf.nest.is_nested(observation) else torsos[0]
 
 
 def _convolved(shape: Sequence[int], torso: Torso) -> tuple[int, ...]:
@@ -85,12 +97,14 @@ def _dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
 
 
 class _Layer(tf.Module):
-    """A kernel and a bias, uniform in +-1/sqrt(fan_in)."""
+    """A kernel and a bias, uniform in +-1/sqrt(fan_in); `part` is of an observation's arrays."""
 
-    def __init__(self, kernel_shape: Sequence[int], units: int, seed: int, name: str) -> None:
+    def __init__(
+        self, kernel_shape: Sequence[int], units: int, seed: int, name: str, part: int = 0
+    ) -> None:
         super().__init__(name=name)
         bound = math.sqrt(units / math.prod(kernel_shape))
-        kernel_seed, bias_seed = (seed, 0), (seed, 1)
+        kernel_seed, bias_seed = (seed, 2 * part), (seed, 2 * part + 1)
         self.kernel = tf.Variable(
             tf.random.stateless_uniform(kernel_shape, kernel_seed, -bound, bound),
             name=f'{name}/kernel',
@@ -123,30 +137,26 @@ def _rectified(x: tf.Tensor, layer: _Layer) -> tf.Tensor:
     return tf.nn.relu(tf.nn.bias_add(dense(x, layer.kernel), layer.bias))
 
 
-class _TorsoLayers(tf.Module):
-    """The layers of a torso before its last one: observations in, float32 [B, width] out."""
+class _PartLayers(tf.Module):
+    """The convolutions of a picture, none for other arrays: [B, ...] to float32 [B, width]."""
 
-    def __init__(self, spec: Any, torso: Torso, center_input: bool, seed: int) -> None:
+    def __init__(self, spec: Any, torso: Torso, center_input: bool, seed: int, part: int) -> None:
         super().__init__()
         self._low, self._scale = _scaling(spec)
         self._center_input = center_input and bool(torso.convolutions)
         self._convolutions, channels = [], spec.shape[-1]
+        prefix = f'part_{part + 1}_' if part else ''
         for index, (filters, size, _) in enumerate(torso.convolutions):
             kernel = (size, size, channels, filters)
-            name = f'convolution_{index + 1}'
-            self._convolutions.append(_Layer(kernel, filters, _layer_seed(seed, index), name))
+            name = f'{prefix}convolution_{index + 1}'
+            layer = _Layer(kernel, filters, _layer_seed(seed, index), name, part)
+            self._convolutions.append(layer)
             channels = filters
         self._strides = [stride for _, _, stride in torso.convolutions]
         self.width = math.prod(_convolved(spec.shape, torso))
-        self._hidden = []
-        for index, units in enumerate(torso.hidden):
-            layer_seed = _layer_seed(seed, _FIRST_HIDDEN + index)
-            layer = _Layer((units, self.width), units, layer_seed, f'hidden_{index + 1}')
-            self._hidden.append(layer)
-            self.width = units
 
-    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
-        x = tf.cast(observation, tf.float32)
+    def __call__(self, array: tf.Tensor) -> tf.Tensor:
+        x = tf.cast(array, tf.float32)
         if self._low:
             x -= self._low
         if self._scale != 1.0:
@@ -157,10 +167,7 @@ class _TorsoLayers(tf.Module):
             if shift is not None:
                 x, shift = x - shift, None  # for the first layer only
             x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
-        x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
-        for layer in self._hidden:
-            x = _rectified(x, layer)
-        return x
+        return tf.reshape(x, (-1, math.prod(x.shape[1:])))
 
     def _shift(self, x: tf.Tensor) -> tf.Tensor:
         """The first convolution's output for each observation's mean, float32 [B, 1, 1, filters].
@@ -189,6 +196,40 @@ class _Embedding(tf.Module):
         return tf.reshape(x[:, None] * embedded, (-1, self._width))
 
 
+class _TorsoLayers(tf.Module):
+    """The layers of a torso before its last one: observations in, float32 [B, width] out.
+
+    Attributes:
+      depth: convolutions of the part that has the most.
+      width: number of features.
+      dense_units: of the last layer.
+    """
+
+    def __init__(self, spec: Any, config: NetworkConfig, seed: int) -> None:
+        super().__init__()
+        torsos, joined = torsos_of(spec, config)
+        self.depth = max(len(torso.convolutions) for torso in torsos)
+        self._parts = [
+            _PartLayers(array, torso, config.center_input, seed, part)
+            for part, (array, torso) in enumerate(zip(tf.nest.flatten(spec), torsos))
+        ]
+        self.width = sum(part.width for part in self._parts)
+        self.dense_units = joined.dense_units
+        self._hidden = []
+        for index, units in enumerate(joined.hidden):
+            layer_seed = _layer_seed(seed, _FIRST_HIDDEN + index)
+            layer = _Layer((units, self.width), units, layer_seed, f'hidden_{index + 1}')
+            self._hidden.append(layer)
+            self.width = units
+
+    def __call__(self, observation: Any) -> tf.Tensor:
+        features = [part(array) for part, array in zip(self._parts, tf.nest.flatten(observation))]
+        x = tf.concat(features, axis=1) if len(features) > 1 else features[0]
+        for layer in self._hidden:
+            x = _rectified(x, layer)
+        return x
+
+
 def _scaling(spec: Any) -> tuple[float, float]:
     """(low, factor) that bring integers with bounds to [0, 1]: (x - low) * factor."""
     if not spec.dtype.is_integer or not isinstance(spec, tensor_spec.BoundedTensorSpec):
@@ -197,7 +238,26 @@ def _scaling(spec: Any) -> tuple[float, float]:
     return (low, 1 / (high - low)) if high > low else (0.0, 1.0)
 
 
-class QNetwork(network.Network):
+class Network(network.Network):
+    """A network of TF-Agents for observations of any type.
+
+    TF-Agents' own `create_variables` tries a network with random numbers, which TensorFlow does not
+    draw of int8, int16 and others.
+    """
+
+    _network_output_spec: Any
+
+    def create_variables(self, input_tensor_spec: Any = None, **kwargs: Any) -> Any:
+        """Creates the variables; returns the spec of the outputs, without batch dimension."""
+        if self._network_output_spec is None:
+            state, step_type = self.get_initial_state(batch_size=1), tf.fill((1,), StepType.FIRST)
+            zeros = _zeros(self.input_tensor_spec)
+            outputs, _ = self(zeros, step_type=step_type, network_state=state, **kwargs)
+            self._network_output_spec = tf.TensorSpec(outputs.shape[1:], outputs.dtype)
+        return self._network_output_spec
+
+
+class QNetwork(Network):
     """A torso with linear outputs for each action, plain or dueling.
 
     Dueling (Wang et al. 2016, equation 9) has two streams, each with its own dense layer, for the
@@ -224,17 +284,17 @@ class QNetwork(network.Network):
         self._output_shape = (num_actions, *output_shape)
         # The layout of parameters follows the names of these attributes.
         if config.q_network != BUILTIN:
-            self._features, units = _of_the_user(config.q_network, input_tensor_spec, seed), 0
+            self._features = _of_the_user(config.q_network, input_tensor_spec, seed)
+            units = depth = 0
         else:
-            torso = torso_of(input_tensor_spec.shape, config)
-            self._features = _TorsoLayers(input_tensor_spec, torso, config.center_input, seed)
-            units = torso.dense_units
+            self._features = _TorsoLayers(input_tensor_spec, config, seed)
+            units, depth = self._features.dense_units, self._features.depth
         width = _width(self._features, input_tensor_spec)
         shape = (width, units)
         self._embedding = None
         if num_cosines:
             self._embedding = _Embedding(num_cosines, width, _layer_seed(seed, _EMBEDDING))
-        first_seed = _layer_seed(seed, len(torso.convolutions) if units else 0)
+        first_seed = _layer_seed(seed, depth)
         per_action = 1 if num_cosines else math.prod(output_shape)
         self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '')
         self._state_value = (
@@ -243,7 +303,7 @@ class QNetwork(network.Network):
 
     def call(
         self,
-        observation: tf.Tensor,  # [B, ...]
+        observation: Any,  # [B, ...], nested as the spec
         step_type: Any = None,
         network_state: Any = (),
         training: bool = False,
@@ -274,7 +334,7 @@ class QNetwork(network.Network):
         return outputs
 
 
-def _of_the_user(name: str, spec: Any, seed: int) -> Callable[[tf.Tensor], tf.Tensor]:
+def _of_the_user(name: str, spec: Any, seed: int) -> Callable[[Any], tf.Tensor]:
     """Builds the user's network: observations in, features out.
 
     Raises:
@@ -295,13 +355,18 @@ def _width(torso: Any, spec: Any) -> int:
     """
     if isinstance(torso, _TorsoLayers):
         return torso.width
-    features = torso(tf.zeros((1, *spec.shape), spec.dtype))
+    features = torso(_zeros(spec))
     if len(features.shape) != 2 or features.dtype != tf.float32:
         raise ValueError(
             f'--q_network: returns {features.dtype.name} {features.shape}. Fix: return features,'
             ' float32 [batch, features].'
         )
     return int(features.shape[1])
+
+
+def _zeros(spec: Any) -> Any:
+    """A batch of one observation."""
+    return tf.nest.map_structure(lambda x: tf.zeros((1, *x.shape), x.dtype), spec)
 
 
 def _layer_seed(seed: int, index: int) -> int:
@@ -324,7 +389,7 @@ def q_network(
     """Builds the Q-network of `config`, and its variables.
 
     Args:
-      observation_spec: array or tensor spec without batch dimension.
+      observation_spec: array or tensor spec without batch dimension, or a nest of them.
       action_spec: bounded scalar array or tensor spec with minimum 0.
       config: layers, centering and dueling.
       seed: equal seeds give equal first weights.

@@ -1,6 +1,7 @@
 """The actor's half of an agent: observations and parameters in, greedy actions out."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,21 @@ class GreedyPolicy:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._parameters = FlatVariables(model.variables)
-        spec = model.agent.time_step_spec.observation
-        self._frames = tf.TensorSpec([None, *spec.shape], spec.dtype)
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:
         """The variables of the flat vector, in order."""
         return self._parameters.variables
 
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """Greedy actions int32 [E] for uint8 [E, 84, 84, stack].
+    def act(self, observation: Any) -> np.ndarray:
+        """Greedy actions int32 [E] for observations [E, ...], nested as the agent's spec.
 
         Raises:
           ValueError: the shape or type of `observation` does not fit the network.
         """
         return self._act(observation)
 
-    def evaluate(self, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
         """Greedy actions int32 [E], and the outputs of all actions float32 [E, num_actions, ...].
 
         Raises:
@@ -53,17 +52,18 @@ class GreedyPolicy:
 
     @functools.cached_property
     def _act(self) -> ArrayFunction:
-        return ArrayFunction(self.model.best_action, [self._frames], device=self._parameters.device)
+        return self._function(self.model.best_action)
 
     @functools.cached_property
     def _evaluate(self) -> ArrayFunction:
         if self.model.outputs is None or self.model.head is None:
             raise ValueError('the agent is not of this project: its outputs cannot be read')
-        return ArrayFunction(
-            self._actions_and_outputs, [self._frames], device=self._parameters.device
-        )
+        return self._function(self._actions_and_outputs)
 
-    def _actions_and_outputs(self, observation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _function(self, function: Callable) -> ArrayFunction:
+        return ArrayFunction(function, [self.model.observations], device=self._parameters.device)
+
+    def _actions_and_outputs(self, observation: Any) -> tuple[tf.Tensor, tf.Tensor]:
         outputs = self.model.outputs(observation)  # type: ignore[misc]
         values = self.model.head.values(outputs)  # type: ignore[union-attr]
         return tf.argmax(values, axis=-1, output_type=tf.int32), outputs

@@ -9,9 +9,10 @@ policy and one process.
 from typing import Any
 
 import numpy as np
+import tree
 from gymnasium.vector import AutoresetMode
 from tf_agents.environments import py_environment
-from tf_agents.specs import array_spec
+from tf_agents.specs import array_spec, tensor_spec
 from tf_agents.trajectories import time_step as ts
 from tf_agents.typing import types
 from tf_agents.utils import nest_utils
@@ -19,7 +20,6 @@ from tf_agents.utils import nest_utils
 from agents.config import EnvironmentConfig
 from agents.environments import atari, frames
 from agents.environments.frames import FrameSpec
-from infra.replay.trajectory import observation_shape
 
 _NOOP = 0  # first in every minimal action set
 
@@ -42,15 +42,32 @@ def action_spec(num_actions: int) -> array_spec.BoundedArraySpec:
 
 
 def specs(
-    frame: FrameSpec, frame_stack: int, num_actions: int
+    frame: Any, frame_stack: int, num_actions: int
 ) -> tuple[ts.TimeStep, array_spec.BoundedArraySpec]:
-    """Array specs of a TimeStep and an action of one environment that shows such frames."""
-    shape, kind = observation_shape(frame.shape, frame_stack), np.dtype(frame.dtype)
-    if frame.low is None or frame.high is None:
-        observation = array_spec.ArraySpec(shape, kind, 'observation')
-    else:
-        observation = array_spec.BoundedArraySpec(shape, kind, frame.low, frame.high, 'observation')
+    """Array specs of a TimeStep and an action of one environment that shows such frames.
+
+    `frame` is a `FrameSpec`, or a nest of them; observations are nested likewise.
+    """
+
+    def observed(path: tuple, part: FrameSpec) -> array_spec.ArraySpec:
+        shape, kind = part.stacked(frame_stack).shape, np.dtype(part.dtype)
+        name = '/'.join(['observation', *map(str, path)])
+        if part.low is None or part.high is None:
+            return array_spec.ArraySpec(shape, kind, name)
+        return array_spec.BoundedArraySpec(shape, kind, part.low, part.high, name)
+
+    observation = tree.map_structure_with_path(observed, frame)
     return ts.time_step_spec(observation), action_spec(num_actions)
+
+
+def same_arrays(one: Any, other: Any) -> bool:
+    """Whether nests of specs have equal structures, shapes and types."""
+
+    def arrays(nest: Any) -> list[tuple]:
+        parts = tree.flatten_with_path(tensor_spec.from_spec(nest))
+        return [(path, part.shape, part.dtype) for path, part in parts]
+
+    return arrays(one) == arrays(other)
 
 
 class AtariPyEnvironment(py_environment.PyEnvironment):

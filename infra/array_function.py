@@ -8,13 +8,9 @@ tensors' memory. TensorFlow copies an input only if its memory is not aligned.
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
 
 HOST = '/device:CPU:0'
 """TensorFlow's name of the device that holds NumPy arrays."""
@@ -49,7 +45,7 @@ class ArrayFunction:
     def __init__(
         self,
         function: Callable[..., Any],
-        signature: Sequence['tf.TensorSpec'] = (),
+        signature: Sequence[Any] = (),
         cancellation: Any = None,
         device: str = HOST,
     ) -> None:
@@ -58,7 +54,7 @@ class ArrayFunction:
         Args:
           function: takes tensors of `signature`; returns a structure whose leaves, at least one,
             are tensors, or None.
-          signature: specs of the arguments, in order.
+          signature: a TensorSpec for each argument, or a nest of them.
           cancellation: a TensorFlow CancellationManager that cancels a call from another thread.
           device: device that computes; arrays are copied from and to the host.
         """
@@ -67,7 +63,8 @@ class ArrayFunction:
         self._function = function
         self._device = device
         self._signature = tuple(signature)
-        self._types = tuple(np.dtype(spec.dtype.as_numpy_dtype) for spec in self._signature)
+        self._specs = tuple(tf.nest.flatten(self._signature))
+        self._types = tuple(np.dtype(spec.dtype.as_numpy_dtype) for spec in self._specs)
         self._mailbox = _Mailbox()
         self._idle = threading.Lock()
         self._structure: Any = None
@@ -76,8 +73,10 @@ class ArrayFunction:
         if cancellation is not None:
             self._run = cancellation.get_cancelable_function(self._run)
 
-    def __call__(self, *arrays: Any) -> Any:
-        """Calls the function and returns its structure with arrays in place of tensors.
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the function with arrays, nested as its signature.
+
+        Returns its structure with arrays in place of tensors.
 
         The function reads inputs in place. A variable that it assigns, or an output that reshapes
         an input, may share the input's memory after the call. Outputs are read-only.
@@ -88,7 +87,7 @@ class ArrayFunction:
         """
         import tensorflow as tf
 
-        inputs = tuple(map(np.asarray, arrays))
+        inputs = tuple(map(np.asarray, tf.nest.flatten(arguments)))
         self._check(inputs)
         if not self._idle.acquire(blocking=False):
             raise RuntimeError('called while another thread calls it: make one for each thread')
@@ -106,23 +105,23 @@ class ArrayFunction:
         import tensorflow as tf
 
         inputs = []
-        if self._signature:
-            types = [spec.dtype for spec in self._signature]
+        if self._specs:
+            types = [spec.dtype for spec in self._specs]
             with tf.device(HOST):
                 inputs = tf.numpy_function(self._mailbox.fetch, [], types)
-            for tensor, spec in zip(inputs, self._signature, strict=True):
+            for tensor, spec in zip(inputs, self._specs, strict=True):
                 tensor.set_shape(spec.shape)  # _check enforces it
         with tf.device(self._device):
-            outputs = self._function(*inputs)
+            outputs = self._function(*tf.nest.pack_sequence_as(self._signature, inputs))
         if outputs is not None:
             self._structure = tf.nest.map_structure(lambda _: None, outputs)
             with tf.device(HOST):
                 tf.numpy_function(self._mailbox.deliver, tf.nest.flatten(outputs), [])
 
     def _check(self, arrays: tuple[np.ndarray, ...]) -> None:
-        if len(arrays) != len(self._signature):
-            raise ValueError(f'{len(arrays)} arrays given, {len(self._signature)} are needed')
-        expected = zip(arrays, self._signature, self._types, strict=True)
+        if len(arrays) != len(self._specs):
+            raise ValueError(f'{len(arrays)} arrays given, {len(self._specs)} are needed')
+        expected = zip(arrays, self._specs, self._types, strict=True)
         for i, (array, spec, kind) in enumerate(expected):
             if array.dtype != kind or not spec.shape.is_compatible_with(array.shape):
                 raise ValueError(

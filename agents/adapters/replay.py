@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+import tree
 from tf_agents.replay_buffers import replay_buffer
 from tf_agents.trajectories import policy_step, trajectory
 from tf_agents.trajectories import time_step as ts
@@ -19,7 +20,7 @@ from infra.replay.config import shard_of_worker
 from infra.replay.dataset import ReplayDataset, sample_dataset
 from infra.replay.priorities import PriorityWriter
 from infra.replay.status import StatusReader
-from infra.replay.trajectory import Steps, TrajectorySpec, Transition
+from infra.replay.trajectory import FramePart, Steps, TrajectorySpec, Transition
 
 
 class UnbatchingObserver:
@@ -82,7 +83,7 @@ class ReplayObserver:
         """
         Args:
           addresses: host:port of every shard, in order.
-          spec: of the rows; its `observation_shape` is that of observations, newest frame last.
+          spec: of the rows; its `observation` is that of observations, newest frame last.
           num_environments: E, the number of rows of a trajectory.
           clip_reward: whether to clip rewards to [-1, 1].
           **adder: further arguments of `Adder`, such as `timeout_seconds`.
@@ -96,6 +97,7 @@ class ReplayObserver:
             raise ValueError(f'num_environments is {num_environments}; it must be at least 1')
         self._clip_reward = clip_reward
         self._spec = spec
+        self._shapes = [(path, p.shape) for path, p in tree.flatten_with_path(spec.observation)]
         self._begins = np.ones(num_environments, bool)  # the next row begins a sequence
         # One adder per environment: a boundary is a step of the driver but no agent step, so
         # environments advance at different rates.
@@ -123,11 +125,7 @@ class ReplayObserver:
         _observe(self._add, batch, len(self._adders))
 
     def _add(self, batch: trajectory.Trajectory) -> None:
-        if batch.observation.shape[1:] != self._spec.observation_shape:
-            raise ValueError(
-                f'observations are {batch.observation.shape[1:]},'
-                f' the spec has {self._spec.observation_shape}'
-            )
+        self._require_observations(batch.observation)
         steps = Steps(
             frame=_frames_of(batch.observation, self._spec)[-1],
             action=batch.action,
@@ -142,11 +140,22 @@ class ReplayObserver:
             if boundary[e]:  # the agent decides nothing between two episodes
                 continue
             row = slice(e, e + 1)
-            step = Steps(*(column[row] for column in steps))
+            step = _rows(steps, row)
             if self._begins[e] and not step.first:
-                step = _add_older_frames(adder, step, batch.observation[row], self._spec)
+                step = _add_older_frames(adder, step, _rows(batch.observation, row), self._spec)
             adder.add(step, truncated[row])
             self._begins[e] = False
+
+    def _require_observations(self, observation: Any) -> None:
+        """
+        Raises:
+          ValueError: the observations do not fit the spec.
+        """
+        given = [(path, array.shape[1:]) for path, array in tree.flatten_with_path(observation)]
+        if given != self._shapes:
+            raise ValueError(
+                f'observations are {_shown(given)}, the spec has {_shown(self._shapes)}'
+            )
 
     def reset(self, write_cached_steps: bool = True) -> None:
         """Starts a new sequence with the next row of each environment, in mid-episode too.
@@ -204,19 +213,31 @@ def _batched(batch: trajectory.Trajectory, num_environments: int) -> trajectory.
     return batch
 
 
-def _frames_of(observation: np.ndarray, spec: TrajectorySpec) -> list[np.ndarray]:
-    """The frames [E, *frame_shape] that observations [E, *observation_shape] stack, newest last."""
-    frames = np.split(observation, spec.frame_stack, axis=-1)
-    return [frame.reshape(-1, *spec.frame_shape) for frame in frames]
+def _rows(nest: Any, rows: slice) -> Any:
+    return tf.nest.map_structure(lambda column: column[rows], nest)
 
 
-def _add_older_frames(
-    adder: Adder, step: Steps, observation: np.ndarray, spec: TrajectorySpec
-) -> Steps:
+def _shown(shapes: list[tuple]) -> str:
+    """Shapes of the parts of an observation, each with its path if it has one."""
+    return ', '.join('/'.join(map(str, (*path, shape))) for path, shape in shapes)
+
+
+def _frames_of(observation: Any, spec: TrajectorySpec) -> list[Any]:
+    """The frames [E, ...] that observations [E, ...] stack, newest last."""
+
+    def split(array: np.ndarray, part: FramePart) -> list[np.ndarray]:
+        frames = np.split(array, spec.frame_stack, axis=-1)
+        return [frame.reshape(-1, *part.shape) for frame in frames]
+
+    by_part = map(split, tree.flatten(observation), spec.parts)
+    return [tree.unflatten_as(spec.frame, frame) for frame in zip(*by_part)]
+
+
+def _add_older_frames(adder: Adder, step: Steps, observation: Any, spec: TrajectorySpec) -> Steps:
     """Adds the older frames of a step that starts a sequence in mid-episode; returns the step.
 
-    Each older frame of `observation` [1, *observation_shape] becomes a truncated row, so no
-    transition starts there.
+    Each older frame of `observation` [1, ...] becomes a truncated row, so no transition starts
+    there.
     """
     *older, newest = (
         step._replace(frame=frame, first=np.array([k == 0]))
@@ -364,8 +385,11 @@ class ShardedReplayBuffer(replay_buffer.ReplayBuffer):
 
 def _transition_spec(spec: TrajectorySpec) -> trajectory.Transition:
     """Tensor specs of one transition, without batch dimension."""
-    frames = tf.TensorSpec(spec.observation_shape, spec.frame_dtype, 'observation')
-    time_step = ts.time_step_spec(frames)
+    time_step = ts.time_step_spec(
+        tree.map_structure(
+            lambda part: tf.TensorSpec(part.shape, part.dtype, 'observation'), spec.observation
+        )
+    )
     return trajectory.Transition(
         time_step, policy_step.PolicyStep(tf.TensorSpec((), tf.int32, 'action'), (), ()), time_step
     )
@@ -377,7 +401,9 @@ def _signature(spec: TrajectorySpec, batch_size: int) -> tuple[Transition, Sampl
     def column(dtype: tf.DType, *shape: int) -> tf.TensorSpec:
         return tf.TensorSpec((batch_size, *shape), dtype)
 
-    frames = column(tf.as_dtype(spec.frame_dtype), *spec.observation_shape)
+    frames = tree.map_structure(
+        lambda part: column(tf.as_dtype(part.dtype), *part.shape), spec.observation
+    )
     numbers = column(tf.float32)
     return (
         Transition(frames, column(tf.int32), numbers, numbers, frames),

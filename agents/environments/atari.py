@@ -119,7 +119,7 @@ class AtariEnvironment:
         """Starts a new game in every environment, with the same seeds at each call."""
         observation, info = self._emulators.reset(seed=self._seeds)
         self._lives = info['lives']
-        return begun(observation[:, 0])
+        return begun(observation[:, 0], self.num_environments)
 
     def step_frames(self, action: np.ndarray) -> Frames:
         """Takes `action` int32 [E] in each environment.

@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from agents.config import FACTORY, EnvironmentConfig
 from agents.environments.atari import AtariEnvironment, emulator_seeds
-from agents.environments.checked import Checked
+from agents.environments.checked import Checked, VectorRules
 from agents.environments.errors import EnvironmentFailedError, failure_text, opening_failed
 from agents.environments.frames import Environment
 from agents.environments.processes import in_processes
@@ -185,9 +185,11 @@ def _vectorised(
     return _stepped(name, environments, seeds)
 
 
-def _stepped(name: str, environments: VectorEnv, seed: int | list[int]) -> VectorEnvironment:
+def _stepped(
+    name: str, environments: VectorEnv, seed: int | list[int], rules: VectorRules | None = None
+) -> VectorEnvironment:
     try:
-        return VectorEnvironment(name, environments, seed)
+        return VectorEnvironment(name, environments, seed, rules)
     except BaseException:
         environments.close()
         raise
@@ -214,7 +216,7 @@ def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simu
         return _vectorised(config, [lambda: first, *makers[1:]], seed)
     if isinstance(first, VectorEnv):
         _require_count(name, first.num_envs, count)
-        return _stepped(name, first, seeds[0])
+        return _stepped(name, first, seeds[0], VectorRules(first))
     from tf_agents.environments import py_environment
 
     from agents.environments.tf_agents import TfAgentsEnvironment

@@ -1,37 +1,42 @@
 """What a batch of environments shows after a step, and the stack of its last frames.
 
-A frame is what one environment shows at one moment: a picture, a vector, an array of any type. This
-module does not import TensorFlow.
+A frame is what one environment shows at one moment: an array of any type, such as a picture or a
+vector, or a nest of arrays. This module does not import TensorFlow.
 """
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import tree
 
-from infra.replay.trajectory import observation_shape
+from infra.replay.trajectory import FramePart
 
 FRAME_SHAPE = (84, 84)  # Mnih et al. (2015)
 _BITS_PER_PIXEL = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class FrameSpec:
-    """Shape and type of frames.
+class FrameSpec(FramePart):
+    """Shape, type and bounds of a frame that is one array, or of one array of a nest.
 
     Attributes:
-      shape: of one frame.
-      dtype: NumPy's name of its type, such as 'uint8'.
-      low, high: bounds of all its elements, None if they differ or are infinite.
+      low, high: bounds of all elements, None if they differ or are infinite.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
     low: float | None = None
     high: float | None = None
 
 
 ATARI = FrameSpec(FRAME_SHAPE, 'uint8', 0, 255)
+
+
+def part_at(path: Sequence, nest: Any) -> Any:
+    """What a nest holds at a path (see `tree.flatten_with_path`)."""
+    return functools.reduce(operator.getitem, path, nest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Frames:
     last of this one (next-step reset).
     """
 
-    frame: np.ndarray  # [E, *shape] of the frames' type; Atari: uint8 [E, 84, 84]
+    frame: Any  # [E, *shape] of the frames' type, or a nest of such; Atari: uint8 [E, 84, 84]
     reward: np.ndarray  # float32 [E], raw: not clipped
     terminated: np.ndarray  # bool [E], the game is over
     truncated: np.ndarray  # bool [E], the limit of frames cut the game
@@ -54,12 +59,12 @@ class Frames:
     last: np.ndarray
 
 
-def begun(frame: np.ndarray) -> Frames:
-    """The result of a reset that shows `frame` [E, *shape] in every environment."""
-    nothing = np.zeros(len(frame), bool)
+def begun(frame: Any, num_environments: int) -> Frames:
+    """The result of a reset that shows `frame` [E, *shape], or a nest, in every environment."""
+    nothing = np.zeros(num_environments, bool)
     return Frames(
         frame=frame,
-        reward=np.zeros(len(frame), np.float32),
+        reward=np.zeros(num_environments, np.float32),
         terminated=nothing,
         truncated=nothing,
         life_lost=nothing,
@@ -74,7 +79,7 @@ class Environment(Protocol):
     Attributes:
       num_environments: E.
       num_actions: size of the action set.
-      frame_spec: of the frames.
+      frame_spec: a `FrameSpec`, or a nest of them as frames are nested.
     """
 
     num_environments: int
@@ -83,7 +88,7 @@ class Environment(Protocol):
     def num_actions(self) -> int: ...
 
     @property
-    def frame_spec(self) -> FrameSpec: ...
+    def frame_spec(self) -> Any: ...
 
     def reset(self) -> Frames:
         """Starts an episode in every environment."""
@@ -105,33 +110,46 @@ class FrameStack:
     Frames before the first of an episode are zero, as in Mnih et al. (2015).
     """
 
-    def __init__(
-        self,
-        num_environments: int,
-        depth: int,
-        frame_shape: tuple[int, ...] = FRAME_SHAPE,
-        dtype: str = 'uint8',
-    ) -> None:
-        shape = observation_shape(frame_shape, depth)
-        self._stack = np.zeros((num_environments, *shape), dtype)
-        self._width = shape[-1] // depth  # of one frame on the last axis
-        self._newest = self._stack[..., -self._width :]
-        self._frame_shape = self._newest.shape
-        # Four bytes shift as one little-endian word, 15 times faster than a strided copy.
-        fast = depth == 4 and self._width == 1 and self._stack.dtype == np.uint8
-        self._words = self._stack.view('<u4')[..., 0] if fast else None
+    def __init__(self, num_environments: int, depth: int, frame: Any = ATARI) -> None:
+        """`frame` is a `FrameSpec`, or a nest of them: each array has a stack of its own."""
+        stacks = [_ArrayStack(num_environments, depth, part) for part in tree.flatten(frame)]
+        self._stacks = stacks
+        self._observation = tree.unflatten_as(frame, [stack.memory for stack in stacks])
 
-    def push(self, frame: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Adds `frame` [E, *frame_shape] and returns observations [E, *observation_shape].
+    def push(self, frame: Any, first: np.ndarray) -> Any:
+        """Adds frames [E, *shape] and returns observations [E, ...], nested as the frames.
 
         `first` bool [E] marks frames that start an episode. The result is a view of this object's
         memory, valid until the next call. Copy it to keep it.
         """
-        if first.any():
-            self._stack[first] = 0
+        begins = first.any()
+        for stack, array in zip(self._stacks, tree.flatten(frame), strict=True):
+            if begins:
+                stack.memory[first] = 0
+            stack.push(array)
+        return self._observation
+
+
+class _ArrayStack:
+    """The stack of one array of a frame.
+
+    Attributes:
+      memory: the observations, [E, ...].
+    """
+
+    def __init__(self, num_environments: int, depth: int, part: FrameSpec) -> None:
+        shape = part.stacked(depth).shape
+        self.memory = np.zeros((num_environments, *shape), part.dtype)
+        self._width = shape[-1] // depth  # of one frame on the last axis
+        self._newest = self.memory[..., -self._width :]
+        # Four bytes shift as one little-endian word, 15 times faster than a strided copy.
+        fast = depth == 4 and self._width == 1 and self.memory.dtype == np.uint8
+        self._words = self.memory.view('<u4')[..., 0] if fast else None
+
+    def push(self, array: np.ndarray) -> None:
+        """Adds the newest [E, *shape]."""
         if self._words is None:
-            self._stack[..., : -self._width] = self._stack[..., self._width :]
+            self.memory[..., : -self._width] = self.memory[..., self._width :]
         else:
             self._words >>= _BITS_PER_PIXEL
-        self._newest[...] = frame.reshape(self._frame_shape)
-        return self._stack
+        self._newest[...] = array.reshape(self._newest.shape)

@@ -21,7 +21,8 @@ class TfAgentsEnvironment:
     """A batched `PyEnvironment`, or E single ones stepped in turn; in a `with`.
 
     By TF-Agents' convention the step after a LAST one ignores the action and returns the FIRST of
-    the next episode. Observations that are structures become one vector float32, parts in turn.
+    the next episode. Frames are nested as observations are; single values become vectors of one,
+    truth values 0 and 1 in uint8.
     """
 
     def __init__(self, name: str, environments: Sequence[py_environment.PyEnvironment]) -> None:
@@ -36,8 +37,7 @@ class TfAgentsEnvironment:
         self._start, self._num_actions = _actions_of(name, self._envs.action_spec())
         spec = self._envs.observation_spec()
         _require_numbers(name, spec)
-        self._structured = not isinstance(spec, array_spec.ArraySpec)
-        self.frame_spec = _vector_of(spec) if self._structured else _frames_of(spec)
+        self.frame_spec = tf.nest.map_structure(_frames_of, spec)
         self._batch = array_spec.add_outer_dims_nest(spec, (self.num_environments,))
         self._last = np.zeros(self.num_environments, bool)
         self._steps = 0
@@ -136,8 +136,9 @@ class TfAgentsEnvironment:
             number = int(np.flatnonzero(wrong)[0])
             raise self._failed(what.format(value[number]), remedy, number)
 
-    def _frame(self, observation: Any) -> np.ndarray:
-        """
+    def _frame(self, observation: Any) -> Any:
+        """A copy of the observations, as frames.
+
         Raises:
           EnvironmentFailedError: the observation is not of its spec, or not finite.
         """
@@ -148,15 +149,19 @@ class TfAgentsEnvironment:
                 'correct the observation or observation_spec()',
                 self._outside(observation),
             )
-        rows = [
-            part.reshape(self.num_environments, -1)
-            for part in tf.nest.flatten(observation)  # of one part, too
-        ]
-        joined = np.concatenate(rows, axis=1)
-        finite = np.isfinite(joined).all(1)
-        self._forbid(~finite, 'observation {0} is not finite', joined, 'show finite numbers')
-        shape = (self.num_environments, *self.frame_spec.shape)
-        return joined.reshape(shape).astype(self.frame_spec.dtype)
+        return tf.nest.map_structure(self._array, self.frame_spec, observation)
+
+    def _array(self, spec: FrameSpec, column: np.ndarray) -> np.ndarray:
+        """One array of the frames.
+
+        Raises:
+          EnvironmentFailedError: it is not finite.
+        """
+        rows = column.reshape(self.num_environments, *spec.shape)
+        finite = np.isfinite(rows).reshape(self.num_environments, -1).all(1)
+        shown = [f'observation {described(row)} is not finite' for row in rows[~finite][:1]]
+        self._forbid(~finite, ''.join(shown), rows, 'show finite numbers')
+        return rows.astype(spec.dtype)
 
     def _outside(self, observation: Any) -> int | None:
         """Number of the first environment whose observation is not of the spec, if one is."""
@@ -235,11 +240,6 @@ def _on_one_line(spec: Any) -> str:
 def _described(observation: Any) -> str:
     parts = tf.nest.flatten(observation)
     return ', '.join(described(part) for part in parts)[:200]
-
-
-def _vector_of(spec: Any) -> FrameSpec:
-    sizes = [int(np.prod(part.shape)) for part in tf.nest.flatten(spec)]
-    return FrameSpec((sum(sizes),), 'float32')
 
 
 def _frames_of(spec: array_spec.ArraySpec) -> FrameSpec:

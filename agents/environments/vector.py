@@ -5,25 +5,21 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import tree
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
-from gymnasium.vector.utils import iterate
 
 from agents.environments.atari import check_actions
-from agents.environments.checked import brief_space, described
+from agents.environments.checked import VectorRules, brief_space
 from agents.environments.errors import EnvironmentFailedError, failure_text
-from agents.environments.frames import Frames, FrameSpec, begun
+from agents.environments.frames import Frames, begun
+from agents.environments.observations import Observations
 from agents.environments.processes import close_processes
 from infra.named_function import brief
 
-_ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-
 
 class VectorEnvironment:
-    """E environments of gymnasium, in a `with`.
-
-    Observations that are no arrays, or single numbers, become one vector: one-hot numbers, parts of
-    a structure in turn.
+    """E environments of gymnasium, in a `with`; their frames are those of `Observations`.
 
     With next-step resets, which gymnasium's own vector environments have by default, the last
     observation of an episode is a frame of its own, from which a truncated episode bootstraps.
@@ -31,12 +27,19 @@ class VectorEnvironment:
     a truncated episode's last observation is left out.
     """
 
-    def __init__(self, name: str, environments: VectorEnv, seed: int | list[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        environments: VectorEnv,
+        seed: int | list[int],
+        rules: VectorRules | None = None,
+    ) -> None:
         """
         Args:
           name: stands in errors.
           environments: to step; closed with this object.
           seed: of all, or one for each, which not every vector environment takes.
+          rules: what they must obey; None if each is `Checked`.
 
         Raises:
           EnvironmentFailedError: its actions, observations or resets are of an unknown kind.
@@ -45,12 +48,9 @@ class VectorEnvironment:
         self._envs = environments
         self._mode = mode_of(name, environments)
         self._start, self._num_actions = actions_of(name, environments.single_action_space)
-        space = environments.single_observation_space
-        require_arrays(name, space)
-        self._structured = not isinstance(space, spaces.Box) or not space.shape
-        frame_space = spaces.flatten_space(space) if self._structured else space
+        self._observations = Observations(name, environments.single_observation_space)
+        self._rules = rules
         self.num_environments = environments.num_envs
-        self.frame_spec = spec_of(frame_space)
         self._seed = seed
         self._last = np.zeros(self.num_environments, bool)
         self._steps = 0
@@ -60,6 +60,11 @@ class VectorEnvironment:
         """Size of the action set."""
         return self._num_actions
 
+    @property
+    def frame_spec(self) -> Any:
+        """Of the frames, a `FrameSpec` or a nest of them."""
+        return self._observations.frame_spec
+
     def reset(self) -> Frames:
         """Starts an episode in every environment, with the same seeds at each call.
 
@@ -68,7 +73,7 @@ class VectorEnvironment:
         """
         self._last, self._steps = np.zeros(self.num_environments, bool), 0
         observation, _ = self._call(self._envs.reset, seed=self._seed)
-        return begun(self._frame(observation))
+        return begun(self._frame(observation), self.num_environments)
 
     def step_frames(self, action: np.ndarray) -> Frames:
         """Takes `action` int32 [E].
@@ -81,7 +86,8 @@ class VectorEnvironment:
         self._steps += 1
         actions = action.astype(np.int64) + self._start
         observation, reward, terminated, truncated, _ = self._call(self._envs.step, actions)
-        self._require_finite(reward)
+        if self._rules is not None and (fault := self._rules.broken_by_rewards(reward)):
+            raise self._failed(*fault)
         ended = terminated | truncated
         next_step = self._mode == AutoresetMode.NEXT_STEP
         frame = self._frame(observation)
@@ -133,7 +139,7 @@ class VectorEnvironment:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _reset(self, ended: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    def _reset(self, ended: np.ndarray, frame: Any) -> Any:
         """Starts the next episode where one has `ended` bool [E]; returns the frames.
 
         Raises:
@@ -142,7 +148,8 @@ class VectorEnvironment:
         options = {'reset_mask': ended.copy()}
         observation, _ = self._call(self._envs.reset, options=options)
         started = self._frame(observation)
-        if not np.array_equal(started[~ended], frame[~ended]):
+        pairs = zip(tree.flatten(started), tree.flatten(frame))
+        if not all(np.array_equal(after[~ended], before[~ended]) for after, before in pairs):
             what = 'reset starts episodes outside reset_mask'
             raise self._failed(what, 'reset only those that options["reset_mask"] names')
         return started
@@ -160,50 +167,15 @@ class VectorEnvironment:
             what = f'{method.__name__} {failure_text(error)}'
             raise self._failed(what, f'correct its {method.__name__}()') from error
 
-    def _frame(self, observation: Any) -> np.ndarray:
-        """A copy of the observations, of the frames' type.
+    def _frame(self, observation: Any) -> Any:
+        """A copy of the observations, as frames.
 
         Raises:
-          EnvironmentFailedError: one is not in its space, or not finite.
+          EnvironmentFailedError: one breaks the rules.
         """
-        space = self._envs.single_observation_space
-        if not self._envs.observation_space.contains(observation):
-            number, shown = self._wrong(observation)
-            what = f'observation {shown} is not in its space {brief_space(space)}'
-            raise self._failed(what, 'correct the observation or observation_space', number)
-        frame = observation
-        if self._structured:  # gymnasium's vector wrapper for this takes no same-step resets
-            rows = iterate(self._envs.observation_space, observation)
-            frame = np.stack([spaces.flatten(space, row) for row in rows])
-        if self.frame_spec.dtype.startswith('float') and not np.isfinite(frame).all():
-            finite = np.isfinite(frame).reshape(self.num_environments, -1).all(1)
-            number = int(np.flatnonzero(~finite)[0])
-            what = f'observation {described(frame[number])} is not finite'
-            raise self._failed(what, 'show finite numbers', number)
-        return np.array(frame, self.frame_spec.dtype)
-
-    def _wrong(self, observation: Any) -> tuple[int | None, str]:
-        """Number and description of the first observation outside its space."""
-        try:
-            rows = list(iterate(self._envs.observation_space, observation))
-        except Exception:  # not even a batch
-            rows = []
-        if len(rows) == self.num_environments:
-            for number, row in enumerate(rows):
-                if not self._envs.single_observation_space.contains(row):
-                    return number, described(row)
-        return None, described(observation)
-
-    def _require_finite(self, reward: Any) -> None:
-        """
-        Raises:
-          EnvironmentFailedError: not every environment has a finite reward.
-        """
-        finite = np.shape(reward) == (self.num_environments,) and np.isfinite(reward)
-        if not np.all(finite):
-            number = None if finite is False else int(np.flatnonzero(~finite)[0])
-            shown = described(reward) if number is None else reward[number]
-            raise self._failed(f'reward {shown}', 'return a finite number for each', number)
+        if self._rules is not None and (fault := self._rules.broken_by(observation)):
+            raise self._failed(*fault)
+        return self._observations.frames(observation)
 
     def _failed(self, what: str, remedy: str, number: int | None = None) -> EnvironmentFailedError:
         which = '' if number is None else f', environment {number}'
@@ -240,35 +212,3 @@ def actions_of(name: str, space: gymnasium.Space) -> tuple[int, int]:
             ' with a Discrete action space, or wrap it to have one.'
         )
     return int(space.start), int(space.n)
-
-
-def require_arrays(name: str, space: gymnasium.Space) -> None:
-    """
-    Raises:
-      EnvironmentFailedError: observations, or parts of them, are not arrays of one shape.
-    """
-    if (unfit := _unfit(space)) is not None:
-        raise EnvironmentFailedError(
-            f'{name}: observations {brief_space(unfit)} have no fixed shape. Fix: choose or wrap an'
-            ' environment with Box, Discrete, MultiDiscrete or MultiBinary observations, or Dict or'
-            ' Tuple of these.'
-        )
-
-
-def _unfit(space: gymnasium.Space) -> gymnasium.Space | None:
-    """The first part of a space that holds no arrays of one shape, or is empty."""
-    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
-        fits = isinstance(space, _ARRAYS) and 0 not in space.shape
-        return None if fits else space
-    parts = tuple(space.values()) if isinstance(space, spaces.Dict) else space.spaces
-    found = [unfit for part in parts if (unfit := _unfit(part)) is not None]
-    return found[0] if found else None if parts else space
-
-
-def spec_of(space: spaces.Box) -> FrameSpec:
-    """The frames of a space; truth values become the numbers 0 and 1."""
-    kind = np.dtype(np.uint8) if space.dtype == bool else np.dtype(space.dtype)
-    low, high = (float(bound.min()) for bound in (space.low, space.high))
-    even = np.all(space.low == space.low.flat[0]) and np.all(space.high == space.high.flat[0])
-    bounded = even and np.isfinite(low) and np.isfinite(high)
-    return FrameSpec(space.shape, kind.name, *((low, high) if bounded else (None, None)))

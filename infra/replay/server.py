@@ -72,7 +72,7 @@ class ShardConfig:
         """
         nested = {
             'replay': ReplayConfig(**values['replay']),
-            'trajectory': TrajectorySpec(**values['trajectory']),
+            'trajectory': TrajectorySpec.from_dict(values['trajectory']),
         }
         return cls(**{**values, **nested})
 
@@ -349,22 +349,26 @@ def require_same(options: argparse.Namespace, config: ShardConfig) -> None:
       ValueError: the state belongs to another shard or other settings, or its file is damaged.
     """
     path = pathlib.Path(options.state_dir, _CONFIG_FILE)
-    now = {'shard': options.shard, **dataclasses.asdict(config)}
+    now = json.dumps({'shard': options.shard, **dataclasses.asdict(config)})
     if not path.exists():
-        write_atomically(path, json.dumps(seal(now)))
+        write_atomically(path, json.dumps(seal(json.loads(now))))
     try:
-        before = unseal(parse_object(path.read_bytes()))
-    except ValueError as error:
+        before = _shard_of(unseal(parse_object(path.read_bytes())))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{path} is damaged: {error}. Fix: remove it, if the state is of this very shard'
         ) from error
-    if isinstance(before.get('trajectory'), dict):  # earlier versions name no type
-        before['trajectory'].setdefault('frame_dtype', 'uint8')
-    if before != json.loads(json.dumps(now)):
+    if before != _shard_of(json.loads(now)):
         raise ValueError(
             f'--state_dir {options.state_dir} holds the state of another shard, or of an experiment'
             ' with other values; empty it, or give another one'
         )
+
+
+def _shard_of(values: dict[str, Any]) -> tuple[int, ShardConfig]:
+    """Number and configuration of a shard, by its file."""
+    number = values.pop('shard')
+    return number, ShardConfig.from_dict(values)
 
 
 _held: list[BinaryIO] = []  # locks of directories, until this process ends

@@ -16,14 +16,18 @@ so rewards after an end do not count, and an ended window does not bootstrap.
 
 A row is one vector of bytes, not a structure of five columns. Reverb has a cost per column, so one
 column halves the time of a sampled batch (see tests/benchmarks/benchmark_replay.py).
+
+A frame is one array, or a nest of arrays (dictionaries, tuples, lists in one another). In a row its
+parts follow one another in the order of `tree.flatten`: those of a dictionary by their sorted keys.
 """
 
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+import tree
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -36,14 +40,49 @@ _NUMBERS = 'iuf'  # NumPy's kinds: integers with and without sign, floats
 _HISTORY_TYPES = {2: 'uint16', 4: 'uint32', 8: 'uint64'}
 
 
-def observation_shape(frame_shape: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """Shape of `depth` stacked frames.
+@dataclasses.dataclass(frozen=True)
+class FramePart:
+    """Shape and type of one array of a frame.
 
-    Grey pictures get a last axis for the stack; others are concatenated along theirs, newest last.
+    Attributes:
+      shape: of any rank but 0.
+      dtype: NumPy's name of its type, a number.
     """
-    if len(frame_shape) == 2:
-        return (*frame_shape, depth)
-    return (*frame_shape[:-1], frame_shape[-1] * depth)
+
+    shape: tuple[int, ...] = (84, 84)
+    dtype: str = 'uint8'
+
+    def __post_init__(self):
+        """Checks shape and type.
+
+        Raises:
+          ValueError: a size is not positive, or the type is not a number.
+        """
+        # Configuration files hold a list, since JSON has no tuples.
+        object.__setattr__(self, 'shape', tuple(self.shape))
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f'shape of a frame is {self.shape}: positive sizes are needed')
+        if np.dtype(self.dtype).kind not in _NUMBERS:
+            raise ValueError(f'dtype of a frame is {self.dtype}: it must be a type of numbers')
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether it is a grey picture of bytes."""
+        return len(self.shape) == 2 and self.dtype == 'uint8'
+
+    def stacked(self, depth: int) -> Self:
+        """The part of an observation of `depth` frames.
+
+        Grey pictures get a last axis for the stack; others are concatenated along theirs, newest
+        last.
+        """
+        *outer, last = (*self.shape, 1) if len(self.shape) == 2 else self.shape
+        return dataclasses.replace(self, shape=(*outer, last * depth))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +90,14 @@ class TrajectorySpec:
     """Shape of the rows and of the stored window.
 
     Attributes:
-      frame_shape: of one frame, of any rank.
+      frame: a `FramePart`, or a nest of them.
       frame_stack: frames of an observation.
       n_step: steps of a transition.
-      frame_dtype: NumPy's name of the frames' type, a number.
     """
 
-    frame_shape: tuple[int, ...] = (84, 84)
+    frame: Any = dataclasses.field(default=FramePart(), hash=False)  # a dictionary has no hash
     frame_stack: int = 4
     n_step: int = 3
-    frame_dtype: str = 'uint8'
 
     def __post_init__(self):
         """Checks the sizes.
@@ -68,30 +105,49 @@ class TrajectorySpec:
         Raises:
           ValueError: a size is not positive; the message names the field.
         """
-        # Configuration files hold a list, since JSON has no tuples.
-        object.__setattr__(self, 'frame_shape', tuple(self.frame_shape))
-        if not self.frame_shape or min(self.frame_shape) < 1:
-            raise ValueError(f'frame_shape is {self.frame_shape}: positive sizes are needed')
-        if np.dtype(self.frame_dtype).kind not in _NUMBERS:
-            raise ValueError(f'frame_dtype is {self.frame_dtype}: it must be a type of numbers')
+        if not self.parts:
+            raise ValueError(f'frame is {self.frame}: at least one array is needed')
         for name in ('frame_stack', 'n_step'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`; tuples may have become lists, as JSON makes them.
+
+        Reads what earlier versions wrote, too, whose frames were one array.
+
+        Raises:
+          TypeError: a field is unknown.
+          ValueError: a value is out of its range.
+        """
+        values = dict(values)
+        if 'frame_shape' in values:  # and grey bytes, if they name no type
+            kind = values.pop('frame_dtype', 'uint8')
+            values['frame'] = {'shape': values.pop('frame_shape'), 'dtype': kind}
+        if 'frame' in values:
+            values['frame'] = tree.traverse(_part_of, values['frame'])
+        return cls(**values)
+
+    @functools.cached_property
+    def parts(self) -> tuple[FramePart, ...]:
+        """The arrays of a frame, in the order of a row."""
+        return tuple(tree.flatten(self.frame))
 
     @property
     def window(self) -> int:
         """Rows of a stored item: `frame_stack` of the observation and `n_step` more."""
         return self.frame_stack + self.n_step
 
-    @property
+    @functools.cached_property
     def frame_bytes(self) -> int:
         """Bytes of one frame."""
-        return math.prod(self.frame_shape) * np.dtype(self.frame_dtype).itemsize
+        return sum(part.size for part in self.parts)
 
     @property
-    def observation_shape(self) -> tuple[int, ...]:
-        """Shape of an observation."""
-        return observation_shape(self.frame_shape, self.frame_stack)
+    def observation(self) -> Any:
+        """Parts of an observation, nested as `frame`."""
+        return tree.map_structure(lambda part: part.stacked(self.frame_stack), self.frame)
 
     @property
     def rows_name(self) -> str:
@@ -99,10 +155,13 @@ class TrajectorySpec:
 
         Grey frames of bytes keep the name by which earlier versions stored them.
         """
-        if len(self.frame_shape) == 2 and self.frame_dtype == 'uint8':
+        if self.frame is self.parts[0] and self.frame.is_grey:
             return 'rows'
-        sizes = 'x'.join(map(str, self.frame_shape))
-        return f'rows_{self.frame_dtype}_{sizes}_stack_{self.frame_stack}'
+        names = [
+            '_'.join([*map(str, path), part.dtype, 'x'.join(map(str, part.shape))])
+            for path, part in tree.flatten_with_path(self.frame)
+        ]
+        return '_'.join(['rows', *names, f'stack_{self.frame_stack}'])
 
     @property
     def row_bytes(self) -> int:
@@ -110,10 +169,16 @@ class TrajectorySpec:
         return self.frame_bytes + ROW_SCALARS * SCALAR_BYTES
 
 
+def _part_of(values: Any) -> FramePart | None:
+    """The part that a dictionary describes, None for others: those hold parts."""
+    described = isinstance(values, dict) and isinstance(values.get('dtype'), str)
+    return FramePart(**values) if described else None
+
+
 class Transition(NamedTuple):
     """A batch of n-step transitions, tensors or arrays."""
 
-    observation: Any  # [B, *observation_shape] of the frames' type, newest frame last
+    observation: Any  # [B, ...] of the frames' type and nest, newest frame last
     action: Any  # int32[B]
     reward: Any  # float32[B], n-step, discounted
     discount: Any  # float32[B], gamma^n, or 0 after an end
@@ -123,7 +188,7 @@ class Transition(NamedTuple):
 class Steps(NamedTuple):
     """One agent step of E environments, as the replay stores it."""
 
-    frame: np.ndarray  # [E, *frame_shape], newest frame of the observation
+    frame: Any  # [E, *shape] or a nest of such, newest frame of the observation
     action: np.ndarray  # int32[E], taken on that observation
     reward: np.ndarray  # float32[E], of the action
     discount: np.ndarray  # float32[E], 0.0 if the game or life ended with the step, else 1.0
@@ -136,25 +201,27 @@ def pack_rows(steps: Steps, spec: TrajectorySpec) -> np.ndarray:
     Raises:
       ValueError: the arrays do not fit the spec or one another.
     """
-    frames = np.asarray(steps.frame)
-    num_environments = len(frames)
-    if frames.shape[1:] != spec.frame_shape or frames.dtype != np.dtype(spec.frame_dtype):
-        raise ValueError(
-            f'frames are {frames.dtype}{list(frames.shape[1:])}, the replay stores'
-            f' {spec.frame_dtype}{list(spec.frame_shape)}'
-        )
+    frame = [np.asarray(array) for array in tree.flatten(steps.frame)]
+    found = [(array.shape[1:], array.dtype) for array in frame]
+    if found != [(part.shape, part.dtype) for part in spec.parts]:
+        given = [f'{kind}{list(shape)}' for shape, kind in found]
+        stored = [f'{part.dtype}{list(part.shape)}' for part in spec.parts]
+        raise ValueError(f'frames are {", ".join(given)}, the replay stores {", ".join(stored)}')
     action, reward = np.asarray(steps.action), np.asarray(steps.reward, np.float32)
     if not np.issubdtype(action.dtype, np.integer) or not np.isfinite(reward).all():
         raise ValueError(f'actions {action} must be integers, and rewards {reward} finite')
+    num_environments, start = len(frame[0]), 0
     rows = np.empty((num_environments, spec.row_bytes), np.uint8)
-    flat = np.ascontiguousarray(frames).reshape(num_environments, -1)
-    rows[:, : spec.frame_bytes] = flat.view(np.uint8)
+    for array, part in zip(frame, spec.parts):
+        flat = np.ascontiguousarray(array).reshape(num_environments, -1)
+        rows[:, start : start + part.size] = flat.view(np.uint8)
+        start += part.size
     scalars = np.empty((num_environments, ROW_SCALARS), np.int32)
     scalars[:, 0] = action
     scalars[:, 1] = reward.view(np.int32)
     scalars[:, 2] = np.asarray(steps.discount, np.float32).view(np.int32)
     scalars[:, 3] = steps.first
-    rows[:, spec.frame_bytes :] = scalars.view(np.uint8)
+    rows[:, start:] = scalars.view(np.uint8)
     return rows
 
 
@@ -214,39 +281,37 @@ def stacked_frames(frames: 'tf.Tensor', first: 'tf.Tensor') -> 'tf.Tensor':
     return tf.bitcast(history, tf.uint8)
 
 
-def concatenated_frames(
-    frames: 'tf.Tensor', first: 'tf.Tensor', spec: TrajectorySpec
-) -> 'tf.Tensor':
-    """Joins frames uint8[B, stack, frame_bytes] with first bool[B, stack] along their last axis.
+def concatenated_frames(frames: 'tf.Tensor', first: 'tf.Tensor', part: FramePart) -> 'tf.Tensor':
+    """Joins frames uint8[B, stack, bytes] with first bool[B, stack] along their last axis.
 
-    Frames of the previous episode become zeros. Returns [B, *observation_shape].
+    Frames of the previous episode become zeros. Returns [B, ...] of the part's type.
     """
     import tensorflow as tf
 
-    size = np.dtype(spec.frame_dtype).itemsize
-    shape = (-1, spec.frame_stack, *spec.frame_shape)
-    if size > 1:
-        parts = tf.reshape(frames, (*shape, size))
-        values = tf.bitcast(parts, spec.frame_dtype)
-    else:
-        values = tf.bitcast(tf.reshape(frames, shape), spec.frame_dtype)
+    size = np.dtype(part.dtype).itemsize
+    shape = (-1, first.shape[1], *part.stacked(1).shape)
+    values = tf.bitcast(tf.reshape(frames, (*shape, size) if size > 1 else shape), part.dtype)
     planes = []
     for i, visible in enumerate(visibility(first)):
-        seen = tf.reshape(visible, (-1, *(1 for _ in spec.frame_shape)))
+        seen = tf.reshape(visible, (-1, *(1 for _ in shape[2:])))
         planes.append(tf.where(seen, values[:, i], tf.zeros([], values.dtype)))
     return tf.concat(planes, axis=-1)
 
 
-def observations(frames: 'tf.Tensor', first: 'tf.Tensor', spec: TrajectorySpec) -> 'tf.Tensor':
-    """Stacks frames uint8[B, stack, frame_bytes] to observations [B, *observation_shape]."""
+def observations(frames: 'tf.Tensor', first: 'tf.Tensor', spec: TrajectorySpec) -> Any:
+    """Stacks frames uint8[B, stack, frame_bytes] to observations [B, ...], nested as frames."""
     import tensorflow as tf
 
-    if len(spec.frame_shape) != 2 or spec.frame_dtype != 'uint8':
-        grey = len(spec.frame_shape) == 2
-        apart = dataclasses.replace(spec, frame_shape=(*spec.frame_shape, 1)) if grey else spec
-        return concatenated_frames(frames, first, apart)
-    stacked = stacked_frames(frames, first)
-    return tf.reshape(stacked, (-1, *spec.observation_shape))
+    stacked, start = [], 0
+    for part in spec.parts:
+        own = frames[:, :, start : start + part.size]
+        if part.is_grey:
+            shape = (-1, *part.stacked(spec.frame_stack).shape)
+            stacked.append(tf.reshape(stacked_frames(own, first), shape))
+        else:
+            stacked.append(concatenated_frames(own, first, part))
+        start += part.size
+    return tree.unflatten_as(spec.frame, stacked)
 
 
 def to_transition(rows: 'tf.Tensor', spec: TrajectorySpec, gamma: float) -> Transition:

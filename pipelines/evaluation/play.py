@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tree
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
@@ -24,8 +25,8 @@ FRAMES_PER_SECOND = 60
 _REASON_CHARACTERS = 500
 _STREAM = 3  # actors' environments and exploration have 1 and 2
 
-Act = Callable[[np.ndarray], int]
-"""Chooses an action for an observation [1, ...]."""
+Act = Callable[[Any], int]
+"""Chooses an action for an observation [1, ...], one array or a nest."""
 
 
 class CancelledError(Exception):
@@ -95,7 +96,7 @@ class Failure:
 class Step:
     """What an observer sees of a step: before the action, the action and its reward."""
 
-    observation: np.ndarray
+    observation: Any
     action: int
     reward: float
     ended: bool
@@ -130,7 +131,7 @@ def play(
             explores = rng.random() < game.protocol.epsilon
             explored = int(rng.integers(emulator.num_actions))
             action = explored if explores else act(observation)
-            seen = observation.copy() if observe is not None else None
+            seen = tree.map_structure(np.copy, observation) if observe is not None else None
             reward = emulator.step(action)
             total += reward
             if observe is not None and seen is not None:
@@ -215,8 +216,8 @@ class Simulation:
 
     Attributes:
       num_actions: size of the action set.
-      observation: of the environment's type, [1, ...]; its picture uint8 [height, width, 3] if in
-        colour.
+      observation: of the environment's type, [1, ...] or a nest of such; its picture uint8
+        [height, width, 3] if in colour.
       ended: whether the episode has ended.
       cut: whether a limit of steps ended it.
       frames: steps so far.
@@ -229,9 +230,8 @@ class Simulation:
         # One environment gains nothing from a process, whose start would last longer than a game.
         alone = dataclasses.replace(rules, env_processes=False)
         self._environment = open_simulation(alone, seeds(game)[0], opening)
-        spec = self._environment.frame_spec
         self.num_actions = self._environment.num_actions
-        self._stack = FrameStack(1, rules.frame_stack, spec.shape, spec.dtype)
+        self._stack = FrameStack(1, rules.frame_stack, self._environment.frame_spec)
         self._colour = colour
         self.ended = self.cut = False
         self.frames = 0

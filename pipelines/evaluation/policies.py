@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tree
 
 from agents.config import EnvironmentConfig
 from agents.environments.factory import check_name
@@ -32,8 +33,8 @@ RANDOM = 'random'
 Player = Callable[[], Act]
 """Begins a game: returns what chooses its actions."""
 
-Values = Callable[[np.ndarray], np.ndarray]
-"""Expected returns float32 [actions] of an observation [1, ...]."""
+Values = Callable[[Any], np.ndarray]
+"""Expected returns float32 [actions] of an observation [1, ...], one array or a nest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Policy:
         return lambda: _unreachable, None  # its protocol has epsilon 1
 
 
-def _unreachable(observation: np.ndarray) -> int:
+def _unreachable(observation: Any) -> int:
     raise AssertionError('a random policy chooses no action')
 
 
@@ -198,7 +199,7 @@ def _opened_run(
     def player() -> Act:
         return lambda observation: int(policy.act(observation)[0])
 
-    def values(observation: np.ndarray) -> np.ndarray:
+    def values(observation: Any) -> np.ndarray:
         assert head is not None
         return np.asarray(head.values(policy.evaluate(observation)[1]))[0]
 
@@ -245,12 +246,13 @@ def _fitted_elsewhere(policy: Policy, loaded: Any) -> Policy:
     Raises:
       UsageError: it does not.
     """
+    from agents.py_environment import same_arrays
     from pipelines.experiment.builders import specs_of
 
     step, action = specs_of(policy.environment)
     takes, shown = loaded.time_step_spec.observation, step.observation
     chooses = getattr(loaded.action_spec, 'maximum', None)
-    if (takes.shape, takes.dtype, chooses) != (shown.shape, shown.dtype, action.maximum):
+    if not same_arrays(takes, shown) or chooses != action.maximum:
         raise UsageError(
             f'--policy {policy.path}: takes {_kind(takes)} and chooses among {chooses} + 1 actions;'
             f' {policy.environment.game} shows {_kind(shown)} and has {action.maximum + 1}. Fix:'
@@ -260,9 +262,11 @@ def _fitted_elsewhere(policy: Policy, loaded: Any) -> Policy:
 
 
 def _kind(spec: Any) -> str:
-    """Type and shape of a spec."""
-    shape = getattr(spec, 'shape', None)
-    return 'a structure' if shape is None else f'{spec.dtype.name} {list(shape)}'
+    """Types and shapes of a spec, or of each part of a nest."""
+    return ', '.join(
+        ' '.join([*map(str, path), part.dtype.name, str(list(part.shape))])
+        for path, part in tree.flatten_with_path(spec)
+    )
 
 
 def _load(policy: Policy) -> Any:
@@ -298,16 +302,16 @@ def _saved_model_player(policy: Policy) -> Player:
     def begin() -> Act:
         state, step = loaded.get_initial_state(), ts.restart
 
-        def act(observation: np.ndarray) -> int:
+        def act(observation: Any) -> int:
             nonlocal state, step
-            frames = np.array(observation[0])
+            frames = tree.map_structure(lambda array: np.array(array[0]), observation)
             chosen = loaded.action(step(frames), state)
             state, step = chosen.state, _transition
             return int(chosen.action)
 
         return act
 
-    def _transition(frames: np.ndarray) -> Any:
+    def _transition(frames: Any) -> Any:
         return ts.transition(frames, np.float32(0.0))
 
     return begin

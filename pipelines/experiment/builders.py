@@ -52,8 +52,10 @@ def try_agent(config: ExperimentConfig) -> None:
     model = build_model(config)
     weighted = config.replay.prioritized
     rows = 2
-    observation = model.agent.time_step_spec.observation
-    frames = np.zeros((rows, *observation.shape), observation.dtype.as_numpy_dtype)
+    frames = tf.nest.map_structure(
+        lambda spec: np.zeros((rows, *spec.shape[1:]), spec.dtype.as_numpy_dtype),
+        model.observations,
+    )
     numbers = np.ones(rows, np.float32)
     transition = Transition(frames, np.zeros(rows, np.int32), numbers, numbers, frames)
     try:

@@ -4,17 +4,19 @@ Without TensorFlow, so that the launcher can start the servers before it imports
 """
 
 import functools
+from typing import Any
+
+import tree
 
 from agents.config import EnvironmentConfig
 from agents.environments.factory import open_environment
-from agents.environments.frames import FrameSpec
-from infra.replay.trajectory import TrajectorySpec
+from infra.replay.trajectory import FramePart, TrajectorySpec
 from pipelines.experiment.config import ExperimentConfig
 
 
 @functools.cache
-def described(environment: EnvironmentConfig) -> tuple[FrameSpec, int]:
-    """Frames and number of actions of an environment.
+def described(environment: EnvironmentConfig) -> tuple[Any, int]:
+    """Frames, a `FrameSpec` or a nest of them, and number of actions of an environment.
 
     Raises:
       GameError, ValueError: it cannot be opened.
@@ -26,9 +28,5 @@ def described(environment: EnvironmentConfig) -> tuple[FrameSpec, int]:
 def trajectory_spec(config: ExperimentConfig) -> TrajectorySpec:
     """Shape of a replay item."""
     frame, _ = described(config.environment)
-    return TrajectorySpec(
-        frame_shape=frame.shape,
-        frame_stack=config.environment.frame_stack,
-        n_step=config.agent.n_step,
-        frame_dtype=frame.dtype,
-    )
+    parts = tree.map_structure(lambda part: FramePart(part.shape, part.dtype), frame)
+    return TrajectorySpec(parts, config.environment.frame_stack, config.agent.n_step)

@@ -11,11 +11,11 @@ from typing import Any
 
 from infra.addresses import split_address
 from infra.replay.config import EXPERIENCE_TABLE
-from infra.replay.trajectory import TrajectorySpec
 from infra.telemetry import TELEMETRY_TABLE
 from infra.tls import read_roots
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.frames import trajectory_spec
 from pipelines.experiment.launch import Launch
 
 _CONNECT_SECONDS = 5.0
@@ -172,9 +172,10 @@ def _require_empty(size: int, address: str) -> None:
 
 def _found(table: Any) -> dict[str, Any]:
     """Properties of a replay shard's table."""
-    limiter = table.rate_limiter_info
+    limiter, rows = table.rate_limiter_info, table.signature['rows']
     return {
-        'rows and bytes of an item': list(table.signature['rows'].shape),
+        'rows and bytes of an item': list(rows.shape),
+        'frames': rows.name,
         'capacity': table.max_size,
         'minimum size': limiter.min_size_to_sample,
         'samples per insert': limiter.samples_per_insert,
@@ -184,11 +185,12 @@ def _found(table: Any) -> dict[str, Any]:
 
 def _expected(config: ExperimentConfig) -> dict[str, Any]:
     """Properties that the table must have for this experiment."""
-    spec = TrajectorySpec(frame_stack=config.environment.frame_stack, n_step=config.agent.n_step)
+    spec = trajectory_spec(config)
     # Reverb reports 1 for a table without a ratio.
     ratio = config.replay.samples_per_insert(config.learner.batch_size) or 1.0
     return {
         'rows and bytes of an item': [spec.window, spec.row_bytes],
+        'frames': spec.rows_name,
         'capacity': config.replay.shard_capacity,
         'minimum size': config.replay.shard_min_size,
         'samples per insert': ratio,

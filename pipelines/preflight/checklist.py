@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tree
 
 from agents.config import BUILTIN, FACTORY, TORSOS, NetworkConfig
 from agents.environments.errors import EnvironmentFailedError
 from agents.environments.factory import open_environment
-from infra.replay.trajectory import observation_shape
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -96,33 +96,34 @@ def require_environment(config: ExperimentConfig, values: Mapping[str, Any]) -> 
         with open_environment(rules, num_environments=1, seed=config.run.seed) as environment:
             environment.reset()
             environment.step_frames(np.zeros(1, np.int32))
-            frame = environment.frame_spec.shape
+            frame = environment.frame_spec
     except EnvironmentFailedError as error:
         raise UsageError(f'--environment {error}') from error
-    _require_layers(config, observation_shape(frame, config.environment.frame_stack), values)
+    depth = config.environment.frame_stack
+    observation = tree.map_structure(lambda part: part.stacked(depth), frame)
+    _require_layers(config, observation, values)
 
 
-def _require_layers(
-    config: ExperimentConfig, shape: tuple[int, ...], values: Mapping[str, Any]
-) -> None:
+def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[str, Any]) -> None:
     """
     Raises:
-      UsageError: a flag configures layers that the network for observations of a shape has not.
+      UsageError: a flag configures layers that the network for such observations has not.
     """
     # Values whose networks differ if the flag has an effect.
     others: dict[str, Any] = {'torso': TORSOS, 'dense_layers': ('1', '2')}
     given = [name for name in others if name in values]
     if not given or FACTORY.fullmatch(config.agent.agent):  # see `require_agent`
         return
-    from agents.networks import torso_of
+    from agents.networks import torsos_of
 
     for name in given:
         changed = [dataclasses.replace(config.network, **{name: each}) for each in others[name]]
         builtin = config.network.q_network == BUILTIN
-        if not builtin or len({torso_of(shape, each) for each in changed}) == 1:
+        if not builtin or len({torsos_of(observation, each) for each in changed}) == 1:
+            shown = ', '.join(str(list(part.shape)) for part in tree.flatten(observation))
             raise UsageError(
-                f'--{name} {values[name]}: no effect on the network for observations'
-                f' {list(shape)}. Fix: omit --{name}.'
+                f'--{name} {values[name]}: no effect on the network for observations {shown}. Fix:'
+                f' omit --{name}.'
             )
 
 

@@ -4,8 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from tf_agents.specs import array_spec
-from tf_agents.trajectories import time_step as ts
+import tree
 
 from agents import dqn, exploration, py_environment
 from agents.actor import Actor
@@ -20,27 +19,46 @@ from infra.replay.adder import Adder
 from infra.replay.config import ReplayConfig
 from infra.replay.dataset import sample_dataset
 from infra.replay.server import ShardConfig, build_tables, start_server
-from infra.replay.trajectory import TrajectorySpec, observation_shape
+from infra.replay.trajectory import FramePart, TrajectorySpec
 from tests.support import parameter_servers
 from tests.support.environments import LENGTH
 
 ENVS, GAMMA, EPISODES = 2, 0.5, 4
-OWN = 'tests.support.environments'
+OWN, OF_TF = 'tests.support.environments', 'tests.support.tf_environments'
+
+
+def picture(step):
+    return np.full((10, 10, 1), step, np.uint8)
+
+
+FRAMES = {
+    'counter': lambda numbers: numbers,
+    'structured': lambda numbers: {
+        'counter': numbers,
+        'picture': picture(numbers[-1]),
+        'phase': np.eye(6, dtype=np.uint8)[int(numbers[-1])],
+        'pair': (np.array([0.5, -0.5], np.float32), np.array([1, 0], np.int8)),
+    },
+    'tuple': lambda numbers: (numbers, {'picture': picture(numbers[-1])}),
+}
+"""What environments show when a `Counter` shows three numbers."""
+COUNTERS = {
+    'counter': lambda frame: frame,
+    'structured': lambda frame: frame['counter'],
+    'tuple': lambda frame: frame[0],
+}
+"""Where those numbers are."""
 
 
 def play(stack, name, n_step, steps, frame_stack=1):
     """Plays and stores; gives the actor, the address of the shard and the spec of what it holds."""
     config = ActorConfig(envs_per_actor=ENVS, clip_reward=False)
-    environment = stack.enter_context(
-        open_environment(EnvironmentConfig(game=f'{OWN}:{name}'), ENVS, seed=1)
-    )
+    environment = stack.enter_context(open_environment(EnvironmentConfig(game=name), ENVS, seed=1))
     frame = environment.frame_spec
-    shape = observation_shape(frame.shape, frame_stack)
     agent = dqn.make_agent(
         AgentConfig(n_step=n_step),
         NetworkConfig(dense_layers='8'),
-        ts.time_step_spec(array_spec.ArraySpec(shape, np.dtype(frame.dtype))),
-        py_environment.action_spec(environment.num_actions),
+        *py_environment.specs(frame, frame_stack, environment.num_actions),
     )
     policy = GreedyPolicy(family_model(agent))
     (shard,) = stack.enter_context(
@@ -49,7 +67,8 @@ def play(stack, name, n_step, steps, frame_stack=1):
     layout = Layout.from_variables(policy.variables)
     client = stack.enter_context(ParameterClient([shard.address], layout))
     client.initialise(policy.parameters())
-    spec = TrajectorySpec(frame.shape, frame_stack, n_step, frame.dtype)
+    parts = tree.map_structure(lambda part: FramePart(part.shape, part.dtype), frame)
+    spec = TrajectorySpec(parts, frame_stack, n_step)
     replay = ReplayConfig(replay_capacity=10_000, min_replay_size=1, agent_steps_per_update=0.0)
     server = start_server(build_tables(ShardConfig(replay, spec, telemetry=False), 0))
     stack.callback(server.stop)
@@ -63,14 +82,34 @@ def play(stack, name, n_step, steps, frame_stack=1):
     return actor, episodes, address, spec
 
 
-def sampled(address, spec):
+def numbers_of(observation, kind, depth):
+    """The newest three numbers of a `Counter`, after a look at all that is shown beside them."""
+    frames = [
+        tree.map_structure(lambda array: np.split(array, depth, -1)[i], observation)  # noqa: B023
+        for i in range(depth)
+    ]
+    for frame in frames:
+        numbers = COUNTERS[kind](frame)
+        expected = FRAMES[kind](numbers)
+        if not numbers.any():  # before the episode
+            expected = tree.map_structure(np.zeros_like, expected)
+        tree.map_structure(np.testing.assert_array_equal, frame, expected)
+        kinds = [tree.map_structure(lambda array: array.dtype, each) for each in (frame, expected)]
+        assert kinds[0] == kinds[1]
+    return tuple(numbers)
+
+
+def sampled(address, spec, kind):
     """The distinct transitions: (episode, step, next step, reward, discount) of each."""
     found = set()
     with sample_dataset([address], spec, 64, GAMMA) as dataset:
         for _ in range(40):  # some 60 transitions: none is missed by 2,560 draws
             drawn = next(dataset).transition
-            for row in zip(*drawn):
-                (seed, episode, step), _, reward, discount, (next_seed, *following) = row
+            for i in range(64):
+                row = tree.map_structure(lambda column: column[i], drawn)  # noqa: B023
+                now, _, reward, discount, later = row
+                seed, episode, step = numbers_of(now, kind, spec.frame_stack)
+                next_seed, *following = numbers_of(later, kind, spec.frame_stack)
                 assert seed == next_seed or discount == 0
                 after = tuple(int(x) for x in following) if discount else None
                 found.add((int(seed), int(episode), int(step), after, float(reward), discount))
@@ -97,22 +136,27 @@ def expected(seeds, n_step, shows_last):
 
 @pytest.mark.parametrize('n_step', [1, 3])
 @pytest.mark.parametrize(
-    ('name', 'shows_last'),
+    ('name', 'kind', 'depth', 'shows_last'),
     [
-        ('counter', True),
-        ('next_step', True),
-        ('py_counter', True),
-        ('same_step', False),
-        ('disabled', False),
+        (f'{OWN}:counter', 'counter', 1, True),
+        (f'{OWN}:next_step', 'counter', 1, True),
+        (f'{OWN}:py_counter', 'counter', 1, True),
+        (f'{OWN}:same_step', 'counter', 1, False),
+        (f'{OWN}:disabled', 'counter', 1, False),
+        (f'{OWN}:structured', 'structured', 2, True),
+        (f'{OWN}:structured_next_step', 'structured', 1, True),
+        (f'{OWN}:structured_same_step', 'structured', 2, False),
+        (f'{OWN}:structured_disabled', 'structured', 1, False),
+        (f'{OF_TF}:structured', 'tuple', 2, True),
     ],
 )
 def test_stored_transitions_equal_a_plain_loop_a_cut_episode_bootstraps_an_ended_one_does_not(
-    name, shows_last, n_step
+    name, kind, depth, shows_last, n_step
 ):
     rows = LENGTH + shows_last  # of an episode
     with contextlib.ExitStack() as stack:
-        actor, episodes, address, spec = play(stack, name, n_step, steps=rows * EPISODES + 4)
-        found = sampled(address, spec)
+        actor, episodes, address, spec = play(stack, name, n_step, rows * EPISODES + 4, depth)
+        found = sampled(address, spec, kind)
         assert actor.sync().agent_steps == actor.agent_steps  # as the budget counts them
     whole = {row for row in found if row[1] < EPISODES}
     assert whole == expected({row[0] for row in found}, n_step, shows_last)

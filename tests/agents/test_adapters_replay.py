@@ -28,8 +28,8 @@ from agents.config import EnvironmentConfig
 from infra.replay.config import ReplayConfig
 from infra.replay.errors import ReplaySpecMismatch
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-from infra.replay.trajectory import TrajectorySpec
-from tests.support import dqn_agents
+from infra.replay.trajectory import FramePart, TrajectorySpec
+from tests.support import dqn_agents, tf_environments
 from tests.support.waiting import eventually
 
 ENVS, N_STEP, GAMMA = 3, 2, 0.9
@@ -277,6 +277,37 @@ def test_an_observation_of_another_depth_is_refused(addresses):
         shallow = trajectories[0]._replace(observation=trajectories[0].observation[..., 1:])
         with pytest.raises(ValueError, match='the spec has'):
             observer(shallow)
+
+
+def test_structures_of_observations_pass_through_observer_and_buffer():
+    spec = TrajectorySpec(
+        (FramePart((3,), 'float64'), {'picture': FramePart((10, 10, 1))}), frame_stack=1, n_step=1
+    )
+    replay = ReplayConfig(min_replay_size=1, agent_steps_per_update=0.0)
+    server = start_server(build_tables(ShardConfig(replay, spec, telemetry=False), 0))
+    addresses, game = [f'127.0.0.1:{server.port}'], tf_environments.PyStructured(7)
+    policy = random_py_policy.RandomPyPolicy(game.time_step_spec(), game.action_spec(), seed=0)
+    with ReplayObserver(addresses, spec, 1, clip_reward=False) as observer:
+        py_driver.PyDriver(game, policy, [observer], max_steps=40).run(game.reset())
+        assert observer.flush(10.0)
+    with ShardedReplayBuffer(addresses, spec, GAMMA) as buffer:
+        transition, _ = next(iter(buffer.as_dataset(sample_batch_size=64)))
+    stop_server(server)
+    for step in (transition.time_step, transition.next_time_step):
+        numbers, others = step.observation
+        assert (numbers.dtype, others['picture'].dtype) == (tf.float64, tf.uint8)
+        # The picture is full of the number of the step.
+        expected = np.broadcast_to(numbers[:, 2, None, None, None], (64, 10, 10, 1))
+        np.testing.assert_array_equal(others['picture'], expected)
+    # One step is between the two, unless the episode ended.
+    goes_on = transition.next_time_step.discount.numpy() > 0
+    gone = transition.next_time_step.observation[0] - transition.time_step.observation[0]
+    assert goes_on.any()
+    assert (gone.numpy()[goes_on] == [0, 0, 1]).all()
+    other = tf_environments.PyCounter(0)
+    with ReplayObserver(addresses, spec, 1) as observer:
+        with pytest.raises(ValueError, match='the spec has 0/'):
+            py_driver.PyDriver(other, policy, [observer], max_steps=1).run(other.reset())
 
 
 def readers(before):

@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 from agents.config import EnvironmentConfig
 from agents.environments import atari
 from agents.environments.atari import AtariEnvironment
-from agents.environments.frames import FrameStack
+from agents.environments.frames import FrameSpec, FrameStack
 
 _REPEAT = 4
 
@@ -182,7 +182,7 @@ class TestFrameStack:
     @pytest.mark.parametrize('depth', [1, 3, 4])
     def test_it_equals_the_last_frames_of_the_episode_after_zeros(self, depth):
         random = np.random.default_rng(0)
-        stack = FrameStack(3, depth, (5, 6))
+        stack = FrameStack(3, depth, FrameSpec((5, 6), 'uint8'))
         episodes: list[list[np.ndarray]] = [[], [], []]
         for step in range(40):
             frame = random.integers(256, size=(3, 5, 6), dtype=np.uint8)

@@ -14,6 +14,7 @@ from importlib import metadata
 import gymnasium
 import numpy as np
 import pytest
+import tree
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
@@ -237,43 +238,77 @@ def test_opening_environments_needs_no_tensorflow():
 import sys
 from agents.config import EnvironmentConfig
 from agents.environments.factory import check_name, open_environment
-for name in ('CartPole-v1', '{OWN}:counter', '{OWN}:structured_vector', 'pong'):
+for name in ('CartPole-v1', '{OWN}:counter', '{OWN}:structured_disabled', 'pong'):
     open_environment(EnvironmentConfig(game=check_name(name)), 1, 0).close()
 assert 'tensorflow' not in sys.modules
 """
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=60)
 
 
-@pytest.mark.parametrize('name', ['structured', 'structured_vector'])
-def test_a_structure_becomes_one_vector_of_its_parts(name):
-    result = played(f'{OWN}:{name}', 2)[-1]
-    # In the order of the keys: pair (2 numbers, 2 bits), phase (one-hot of 6), picture (4 pixels).
-    expected = [0.5, -0.5, 1, 0, 0, 0, 1, 0, 0, 0, 2, 2, 2, 2]
-    np.testing.assert_array_equal(result.frame, [expected, expected])
+STRUCTURED = {
+    'picture': FrameSpec((10, 10, 1), 'uint8', 0, 255),
+    'phase': FrameSpec((6,), 'uint8', 0, 1),  # one-hot of 0 to 5
+    'pair': (FrameSpec((2,), 'float32', -1, 1), FrameSpec((2,), 'int8', 0, 1)),
+    'counter': FrameSpec((3,), 'float64', 0, 2**31),
+}
+
+
+@pytest.mark.parametrize('name', ['structured', 'structured_next_step', 'structured_disabled'])
+def test_a_structure_stays_one_of_arrays_of_their_own_types(name):
+    with opened(f'{OWN}:{name}') as environment:
+        assert environment.frame_spec == STRUCTURED
+        environment.reset()
+        for _ in range(2):
+            frame = environment.step_frames(np.zeros(2, np.int32)).frame
+    assert tree.map_structure(lambda array: str(array.dtype), frame) == tree.map_structure(
+        lambda part: part.dtype, STRUCTURED
+    )
+    np.testing.assert_array_equal(frame['picture'], np.full((2, 10, 10, 1), 2))
+    assert frame['phase'].tolist() == [[0, 0, 1, 0, 0, 0]] * 2
+    assert [part.tolist() for part in frame['pair']] == [[[0.5, -0.5]] * 2, [[1, 0]] * 2]
+    assert frame['counter'][:, 1:].tolist() == [[0, 2]] * 2
+
+
+@pytest.mark.parametrize(('name', 'per_step'), [('counter', 2), ('next_step', 1)])
+def test_an_observation_is_checked_once(name, per_step, monkeypatch):
+    # Two environments, each checked alone; or a vector environment of two, as a whole.
+    contains, checks = spaces.Box.contains, []
+
+    def counted(*args):
+        checks.append(args)
+        return contains(*args)
+
+    monkeypatch.setattr(spaces.Box, 'contains', counted)
+    with opened(f'{OWN}:{name}') as environment:
+        environment.reset()
+        assert len(checks) == per_step
+        for step in range(2, 5):
+            environment.step_frames(np.zeros(2, np.int32))
+            assert len(checks) == per_step * step
 
 
 @pytest.mark.parametrize(
     ('space', 'sample', 'expected', 'spec'),
     [
-        (spaces.Discrete(3, start=-1), -1, [1, 0, 0], FrameSpec((3,), 'int64', 0, 1)),
-        (spaces.Discrete(3), np.int64(2), [0, 0, 1], FrameSpec((3,), 'int64', 0, 1)),
+        (spaces.Discrete(3, start=-1), -1, [1, 0, 0], FrameSpec((3,), 'uint8', 0, 1)),
+        (spaces.Discrete(3), np.int64(2), [0, 0, 1], FrameSpec((3,), 'uint8', 0, 1)),
         (
-            spaces.MultiDiscrete([2, 3]),
-            np.array([1, 0]),
+            spaces.MultiDiscrete([2, 3], start=[0, 5]),
+            np.array([1, 5]),
             [0, 1, 1, 0, 0],
-            FrameSpec((5,), 'int64', 0, 1),
+            FrameSpec((5,), 'uint8', 0, 1),
+        ),
+        (
+            spaces.MultiDiscrete([[2, 3], [1, 2]]),
+            np.array([[1, 2], [0, 0]]),
+            [0, 1, 0, 0, 1, 1, 1, 0],
+            FrameSpec((8,), 'uint8', 0, 1),
         ),
         (
             spaces.MultiBinary((2, 2)),
             np.array([[1, 0], [1, 1]], np.int8),
-            [1, 0, 1, 1],
-            FrameSpec((4,), 'int8', 0, 1),
-        ),
-        (
-            spaces.Tuple((spaces.Discrete(2), spaces.Box(-1, 1, (2,), np.float64))),
-            (1, np.array([0.5, -1.0])),
-            [0, 1, 0.5, -1],
-            FrameSpec((4,), 'float64'),
+            [[1, 0], [1, 1]],
+            FrameSpec((2, 2), 'int8', 0, 1),
         ),
         (
             spaces.Box(-4, 4, (), np.float32),
@@ -318,15 +353,27 @@ def test_each_kind_of_observation_is_an_array_that_keeps_what_it_shows(
         ('CartPole-v1', FrameSpec((4,), 'float32'), 2),
         ('Acrobot-v1', FrameSpec((6,), 'float32'), 3),
         ('MountainCar-v0', FrameSpec((2,), 'float32'), 3),
-        ('FrozenLake-v1', FrameSpec((16,), 'int64', 0, 1), 4),  # one-hot of 16 fields
-        ('Taxi-v4', FrameSpec((500,), 'int64', 0, 1), 6),
-        ('Blackjack-v1', FrameSpec((45,), 'int64', 0, 1), 2),  # 32 sums, 11 cards, an ace or not
+        ('FrozenLake-v1', FrameSpec((16,), 'uint8', 0, 1), 4),  # one-hot of 16 fields
+        ('Taxi-v4', FrameSpec((500,), 'uint8', 0, 1), 6),
+        (
+            'Blackjack-v1',  # 32 sums, 11 cards, an ace or not
+            tuple(FrameSpec((count,), 'uint8', 0, 1) for count in (32, 11, 2)),
+            2,
+        ),
         ('LunarLander-v3', FrameSpec((8,), 'float32'), 4),
         ('MinAtar/Breakout-v1', FrameSpec((10, 10, 4), 'uint8', 0, 1), 3),
         ('MinAtar/SpaceInvaders-v1', FrameSpec((10, 10, 6), 'uint8', 0, 1), 4),
         (f'{OWN}:ram', FrameSpec((128,), 'uint8', 0, 255), 6),
         (f'{OWN}:cart_poles', FrameSpec((4,), 'float32'), 2),
-        (f'{OF_TF}:library', FrameSpec((5,), 'float32'), 4),
+        (f'{OWN}:structured', STRUCTURED, 2),
+        (
+            f'{OF_TF}:library',
+            {
+                'picture': FrameSpec((2, 2, 1), 'uint8', 0, 255),
+                'speed': FrameSpec((1,), 'float32', -1, 1),
+            },
+            4,
+        ),
     ],
 )
 def test_environments_of_gymnasium_box2d_minatar_ale_and_tf_agents_run_as_their_spaces_say(
@@ -343,8 +390,9 @@ def test_environments_of_gymnasium_box2d_minatar_ale_and_tf_agents_run_as_their_
             result = environment.step_frames(rng.integers(actions, size=4).astype(np.int32))
             np.testing.assert_array_equal(result.first, before)
             np.testing.assert_array_equal(result.last, result.terminated | result.truncated)
-            assert result.frame.shape == (4, *spec.shape)
-            assert result.frame.dtype == spec.dtype
+            tree.assert_same_structure(result.frame, spec)
+            for array, part in zip(tree.flatten(result.frame), tree.flatten(spec)):
+                assert (array.shape, array.dtype) == ((4, *part.shape), part.dtype)
             ends, firsts = ends + result.last.sum(), firsts + result.first.sum()
         assert ends >= firsts
         assert firsts or name in ('Acrobot-v1', f'{OWN}:ram')  # their episodes are longer
@@ -381,6 +429,8 @@ def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(na
         ('graph', 'observations Graph('),
         ('empty', 'observations Dict() have no fixed shape'),
         ('differs', 'Fix: let each seed make an environment of the same spaces.'),
+        ('part', 'step 2: observation/pair/0 float32[2] [0.5, -3.0] is not in its space Box(-1.0'),
+        ('missing', "step 2: observation {'picture': array("),
     ],
 )
 def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, message):
@@ -419,7 +469,7 @@ def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_o
 @pytest.mark.parametrize(
     ('how', 'message'),
     [
-        ('nan', ', environment 0, step 2: observation [nan nan nan] is not finite. Fix: show'),
+        ('nan', ', environment 0, step 2: observation float64[3] [nan, nan, nan] is not fini'),
         ('dtype', ', environment 0, step 2: observation float32[2, 3] [[0.0, 0.0, 2.0], [0.0, 0.0'),
         ('bounds', ', environment 0, step 2: observation float64[2, 3]'),
         ('reward', ', environment 0, step 2: reward inf. Fix: return a finite number.'),
@@ -459,17 +509,18 @@ def test_a_batched_environment_of_tf_agents_is_as_single_ones():
         ),
         (
             [array_spec.BoundedArraySpec((2, 2), np.uint8, 0, 9), array_spec.ArraySpec((), bool)],
-            FrameSpec((5,), 'float32'),
+            [FrameSpec((2, 2), 'uint8', 0, 9), FrameSpec((1,), 'uint8', 0, 1)],
         ),
     ],
 )
 @pytest.mark.parametrize('count', [1, 2])
-def test_each_kind_of_observation_of_tf_agents_is_an_array(spec, expected, count):
+def test_each_kind_of_observation_of_tf_agents_is_one_of_arrays(spec, expected, count):
     made = [tf_environments.Showing(spec) for _ in range(count)]
     with TfAgentsEnvironment('own', made) as environment:
         frames = environment.reset().frame
     assert environment.frame_spec == expected
-    assert (frames.shape, frames.dtype) == ((count, *expected.shape), expected.dtype)
+    for array, part in zip(tree.flatten(frames), tree.flatten(expected), strict=True):
+        assert (array.shape, array.dtype) == ((count, *part.shape), part.dtype)
 
 
 @pytest.mark.parametrize(
@@ -480,6 +531,7 @@ def test_each_kind_of_observation_of_tf_agents_is_an_array(spec, expected, count
         ('minatar/breakout', EnvironmentFailedError, 'unknown (did you mean MinAtar/Breakout-v1?)'),
         ('nopackage:Own-v0', EnvironmentFailedError, "No module named 'nopackage'"),
         ('Pendulum-v1', EnvironmentFailedError, 'Pendulum-v1: actions Box('),
+        (f'{OWN}:numbered', EnvironmentFailedError, 'have a part named 1, not a string. Fix: choo'),
         ('nomodule:make', EnvironmentFailedError, 'cannot import nomodule'),
         (f'{OWN}:nofunction', EnvironmentFailedError, 'has no function nofunction'),
         (f'{OWN}:nothing', EnvironmentFailedError, 'returned object. Fix: return a gymnasium.Env'),
@@ -604,7 +656,7 @@ def test_an_action_outside_the_set_is_refused_before_any_environment_steps():
     ],
 )
 def test_frames_of_any_type_are_stacked_along_their_last_axis_newest_last(shape, dtype, expected):
-    stack = FrameStack(2, 3, shape, dtype)
+    stack = FrameStack(2, 3, FrameSpec(shape, dtype))
     rng = np.random.default_rng(0)
     frames = rng.integers(100, size=(4, 2, *shape)).astype(dtype)
     for t, frame in enumerate(frames):
@@ -618,3 +670,12 @@ def test_frames_of_any_type_are_stacked_along_their_last_axis_newest_last(shape,
         newest = newest[..., None]
     joined = np.concatenate(list(newest), -1)
     np.testing.assert_array_equal(observation, joined)
+
+
+def test_each_part_of_a_frame_has_a_stack_of_its_own():
+    stack = FrameStack(1, 2, {'a': FrameSpec((2,), 'float32'), 'b': (FrameSpec((2, 2), 'uint8'),)})
+    for t, first in ((1, True), (2, False)):
+        frame = {'a': np.full((1, 2), t, np.float32), 'b': (np.full((1, 2, 2), t, np.uint8),)}
+        observation = stack.push(frame, np.array([first]))
+    assert observation['a'].tolist() == [[1, 1, 2, 2]]
+    assert observation['b'][0].tolist() == [[[[1, 2]] * 2] * 2]

@@ -161,3 +161,78 @@ def test_first_weights_for_atari_and_their_order_are_those_of_earlier_versions(
     )
     weights = b''.join(variable.numpy().tobytes() for variable in network.trainable_variables)
     assert hashlib.sha1(weights).hexdigest()[:12] == expected
+
+
+_PICTURE = tensor_spec.BoundedTensorSpec((84, 84, 3), tf.uint8, 0, 255)
+_MAP = tensor_spec.BoundedTensorSpec((10, 10, 4), tf.uint8, 0, 1)
+_VECTOR = tensor_spec.BoundedTensorSpec((5,), tf.int32, -5, 5)
+
+
+def _network_of(observation, **settings) -> networks.QNetwork:
+    action = tensor_spec.BoundedTensorSpec((), tf.int32, 0, _NUM_ACTIONS - 1)
+    return networks.q_network(observation, action, NetworkConfig(**settings), seed=1)
+
+
+def _batch(spec: tf.TensorSpec, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    low, high = int(spec.minimum), int(spec.maximum)
+    kind = spec.dtype.as_numpy_dtype
+    return random.integers(low, high, (3, *spec.shape), kind, endpoint=True)
+
+
+def _shapes(network: networks.QNetwork) -> dict[str, list[int]]:
+    return {v.name.removesuffix(':0'): v.shape.as_list() for v in network.trainable_variables}
+
+
+def test_a_dictionary_of_a_picture_and_a_vector_has_convolutions_joined_with_the_scaled_vector():
+    # Nature's three convolutions leave 7 x 7 x 64 = 3,136 of the picture; the vector adds 5.
+    spec = {'velocity': _VECTOR, 'camera': _PICTURE}
+    network = _network_of(spec, dense_layers='32,16')
+    expected = {
+        'convolution_1': [8, 8, 3, 32],
+        'convolution_2': [4, 4, 32, 64],
+        'convolution_3': [3, 3, 64, 64],
+        'hidden_1': [32, 3_141],
+        'dense': [16, 32],
+        'q_values': [_NUM_ACTIONS, 16],
+    }
+    shapes = _shapes(network)
+    assert {name: shapes[f'{name}/kernel'] for name in expected} == expected
+    assert len(shapes) == 2 * len(expected)  # each with a bias
+
+    weights = {v.name.removesuffix(':0'): v for v in network.trainable_variables}
+    observation = {'velocity': _batch(_VECTOR, 1), 'camera': _batch(_PICTURE, 2)}
+    x = tf.cast(observation['camera'], tf.float32) / 255
+    for name, stride in (('convolution_1', 4), ('convolution_2', 2), ('convolution_3', 1)):
+        x = tf.nn.conv2d(x, weights[f'{name}/kernel'], stride, 'VALID')
+        x = tf.nn.relu(x + weights[f'{name}/bias'])
+    speed = (observation['velocity'] + 5) / 10  # -5 .. 5 to 0 .. 1
+    x = np.concatenate([x.numpy().reshape(3, -1), speed], axis=1)  # by the sorted names
+    for name in ('hidden_1', 'dense'):
+        x = np.maximum(x @ weights[f'{name}/kernel'].numpy().T + weights[f'{name}/bias'], 0)
+    x = x @ weights['q_values/kernel'].numpy().T + weights['q_values/bias']
+    np.testing.assert_allclose(network(observation)[0], x, rtol=1e-4, atol=1e-5)
+
+
+def test_each_picture_has_convolutions_of_its_own_by_its_size():
+    # A map of 10 x 10 is too small for Nature's: one convolution leaves 8 x 8 x 16 = 1,024. A
+    # picture of 2 x 2 is too small for that, too: its four pixels are taken as they are.
+    tiny = tensor_spec.BoundedTensorSpec((2, 2, 1), tf.uint8, 0, 255)
+    network = _network_of((_MAP, {'eyes': [_PICTURE, _PICTURE]}, tiny), dense_layers='8')
+    shapes = _shapes(network)
+    assert shapes['convolution_1/kernel'] == [3, 3, 4, 16]
+    assert shapes['part_2_convolution_1/kernel'] == [8, 8, 3, 32]
+    assert shapes['part_3_convolution_3/kernel'] == [3, 3, 64, 64]
+    assert not any(name.startswith('part_4') for name in shapes)
+    assert shapes['dense/kernel'] == [8, 1_024 + 2 * 3_136 + 4]
+    weights = {v.name.removesuffix(':0'): v.numpy() for v in network.trainable_variables}
+    one, other = (weights[f'part_{number}_convolution_1/kernel'] for number in (2, 3))
+    assert np.isclose(one, other, rtol=0, atol=1e-6).mean() < 0.01
+
+
+def test_a_network_of_the_user_gets_the_nested_spec():
+    spec = {'camera': _PICTURE, 'velocity': _VECTOR}
+    network = _network_of(spec, q_network='tests.support.own_network:of_a_dictionary')
+    assert _shapes(network)['q_values/kernel'] == [_NUM_ACTIONS, 3 + 5]
+    values, _ = network({'camera': _batch(_PICTURE, 1), 'velocity': _batch(_VECTOR, 2)})
+    assert values.shape == (3, _NUM_ACTIONS)

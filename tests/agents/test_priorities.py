@@ -19,11 +19,11 @@ from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.dataset import sample_dataset
 from infra.replay.priorities import PRIORITY_FLOOR, PriorityWriter, importance_weights
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-from infra.replay.trajectory import Steps, TrajectorySpec
+from infra.replay.trajectory import FramePart, Steps, TrajectorySpec
 from tests.support.replay_shard import ShardProcess
 from tests.support.waiting import eventually
 
-SPEC = TrajectorySpec(frame_shape=(4, 4), frame_stack=2, n_step=1)
+SPEC = TrajectorySpec(FramePart((4, 4)), frame_stack=2, n_step=1)
 EXPONENT = 0.6
 ITEMS = 12  # of each shard
 ACTION = np.array([[0], [1]], np.int32)  # of one environment

@@ -14,14 +14,14 @@ import pytest
 from infra import probe
 from infra.replay.config import ReplayConfig
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-from infra.replay.trajectory import TrajectorySpec
+from infra.replay.trajectory import FramePart, TrajectorySpec
 from infra.tls import read_pair
 from tests.support import certificates, parameter_servers, replay_shard
 from tests.support.engines import ROOT
 from tests.support.waiting import pause
 
 REPLAY = ShardConfig(
-    ReplayConfig(replay_capacity=100, min_replay_size=10), TrajectorySpec(frame_shape=(8, 8))
+    ReplayConfig(replay_capacity=100, min_replay_size=10), TrajectorySpec(FramePart((8, 8)))
 )
 BOUND_SECONDS = 1.0  # of a question to a process that hangs
 

@@ -7,11 +7,13 @@ The loop knows episodes only: neither rows nor windows. Rewards are multiples of
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import reverb
+import tree
 from hypothesis import strategies
 
 from infra.replay.adder import Adder
@@ -19,7 +21,7 @@ from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.dataset import sample_dataset
 from infra.replay.errors import ReplaySpecMismatch
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
-from infra.replay.trajectory import Steps, TrajectorySpec
+from infra.replay.trajectory import FramePart, Steps, TrajectorySpec, Transition
 
 GAMMA = 0.5
 BATCH_SIZE = 8
@@ -27,14 +29,25 @@ BATCH_SIZE = 8
 IGNORED_ACTION, IGNORED_REWARD = -7, 1000.0
 
 KINDS = {
-    'vectors of float32': TrajectorySpec((4,), 1, frame_dtype='float32'),
-    'vectors of float64, stacked': TrajectorySpec((3,), 2, frame_dtype='float64'),
-    'vectors of int64, stacked': TrajectorySpec((2,), 3, frame_dtype='int64'),
-    'one-hot vectors': TrajectorySpec((5,), 1, frame_dtype='uint8'),
-    'images': TrajectorySpec((3, 4, 2), 1, frame_dtype='uint8'),
-    'images, stacked': TrajectorySpec((3, 4, 2), 2, frame_dtype='uint8'),
-    'grey frames, stacked': TrajectorySpec((5, 6), 4, frame_dtype='uint8'),
-    'maps of int16, stacked': TrajectorySpec((3, 4), 2, frame_dtype='int16'),
+    'vectors of float32': TrajectorySpec(FramePart((4,), 'float32'), 1),
+    'vectors of float64, stacked': TrajectorySpec(FramePart((3,), 'float64'), 2),
+    'vectors of int64, stacked': TrajectorySpec(FramePart((2,), 'int64'), 3),
+    'one-hot vectors': TrajectorySpec(FramePart((5,)), 1),
+    'images': TrajectorySpec(FramePart((3, 4, 2)), 1),
+    'images, stacked': TrajectorySpec(FramePart((3, 4, 2)), 2),
+    'grey frames, stacked': TrajectorySpec(FramePart((5, 6)), 4),
+    'maps of int16, stacked': TrajectorySpec(FramePart((3, 4), 'int16'), 2),
+    'dictionaries': TrajectorySpec(
+        {'speed': FramePart((2,), 'float32'), 'picture': FramePart((3, 4, 2))}, 1
+    ),
+    'tuples, stacked': TrajectorySpec((FramePart((5, 6)), FramePart((3,), 'int64')), 4),
+    'dictionaries in a tuple, stacked': TrajectorySpec(
+        (
+            {'map': FramePart((2, 3), 'int16'), 'arm': (FramePart((1,), 'float64'),)},
+            {'eyes': [FramePart((4, 4)), FramePart((4, 4, 3))], 'day': FramePart((7,), 'int8')},
+        ),
+        2,
+    ),
 }
 
 
@@ -42,7 +55,7 @@ KINDS = {
 class Episode:
     """T actions and what they earned; T + 1 frames, the last of which no action follows."""
 
-    frames: np.ndarray
+    frames: Any  # [T + 1, ...], nested as the spec's
     actions: np.ndarray
     rewards: np.ndarray
     terminated: bool  # else truncated
@@ -50,19 +63,22 @@ class Episode:
     def __len__(self) -> int:
         return len(self.actions)
 
-    def observation(self, t: int, spec: TrajectorySpec) -> np.ndarray:
+    def observation(self, t: int, spec: TrajectorySpec) -> Any:
         """What the agent sees at step t: the last frames, zeros before the episode's first."""
-        zeros = np.zeros_like(self.frames[0])
         times = range(t - spec.frame_stack + 1, t + 1)
-        seen = [self.frames[i] if i >= 0 else zeros for i in times]
-        return np.stack(seen, -1) if zeros.ndim == 2 else np.concatenate(seen, -1)
+
+        def seen(frames: np.ndarray) -> np.ndarray:
+            last = [frames[i] if i >= 0 else np.zeros_like(frames[0]) for i in times]
+            return np.stack(last, -1) if frames.ndim == 3 else np.concatenate(last, -1)
+
+        return tree.map_structure(seen, self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One environment's part of what an actor adds at a step."""
 
-    frame: np.ndarray
+    frame: Any
     action: int
     reward: float
     discount: float
@@ -73,15 +89,24 @@ class Row:
 def made_up(spec: TrajectorySpec, length: int, terminated: bool, seed: int) -> Episode:
     """An episode of random frames, large and negative numbers among them."""
     rng = np.random.default_rng(seed)
-    shape, kind = (length + 1, *spec.frame_shape), np.dtype(spec.frame_dtype)
-    if kind.kind == 'f':
+
+    def random(part: FramePart) -> np.ndarray:
+        shape, kind = (length + 1, *part.shape), np.dtype(part.dtype)
+        if kind.kind != 'f':
+            limits = np.iinfo(kind)
+            return rng.integers(limits.min, limits.max, shape, kind, endpoint=True)
         frames = rng.normal(scale=1e6, size=shape).astype(kind)
         frames[0] = np.inf  # which a product with zero would turn into NaN
-    else:
-        limits = np.iinfo(kind)
-        frames = rng.integers(limits.min, limits.max, shape, kind, endpoint=True)
+        return frames
+
+    frames = tree.map_structure(random, spec.frame)
     rewards = rng.integers(-4, 5, length) / 2
     return Episode(frames, rng.integers(0, 5, length), rewards, terminated)
+
+
+def at(index: int, columns: Any) -> Any:
+    """One row of a nest of columns."""
+    return tree.map_structure(lambda column: column[index], columns)
 
 
 def rows_of(episodes: Sequence[Episode], next_step: bool) -> list[Row]:
@@ -92,7 +117,7 @@ def rows_of(episodes: Sequence[Episode], next_step: bool) -> list[Row]:
             ends = t == len(episode) - 1
             rows.append(
                 Row(
-                    episode.frames[t],
+                    at(t, episode.frames),
                     int(episode.actions[t]),
                     float(episode.rewards[t]),
                     discount=0.0 if ends and episode.terminated else 1.0,
@@ -101,7 +126,7 @@ def rows_of(episodes: Sequence[Episode], next_step: bool) -> list[Row]:
                 )
             )
         if next_step:
-            last = episode.frames[-1]
+            last = at(-1, episode.frames)
             rows.append(Row(last, IGNORED_ACTION, IGNORED_REWARD, 1.0, False, truncated=True))
     return rows
 
@@ -130,8 +155,12 @@ def expected(
 
 def fingerprint(observation, action, reward, discount, next_observation) -> tuple:
     """A transition as what can be sorted. Behind an end the next observation does not matter."""
-    following = b'' if discount == 0 else np.asarray(next_observation).tobytes()
-    return np.asarray(observation).tobytes(), int(action), float(reward), float(discount), following
+    following = b'' if discount == 0 else in_bytes(next_observation)
+    return in_bytes(observation), int(action), float(reward), float(discount), following
+
+
+def in_bytes(observation: Any) -> bytes:
+    return b''.join(np.asarray(array).tobytes() for array in tree.flatten(observation))
 
 
 @contextlib.contextmanager
@@ -150,7 +179,9 @@ def store(address: str, spec: TrajectorySpec, streams: Sequence[Sequence[Row]]) 
     with Adder(address, spec, len(streams), timeout_seconds=10) as adder:
         for rows in zip(*streams):
             columns = {
-                field.name: np.array([getattr(row, field.name) for row in rows])
+                field.name: tree.map_structure(
+                    lambda *values: np.array(values), *(getattr(row, field.name) for row in rows)
+                )
                 for field in dataclasses.fields(Row)
             }
             truncated = columns.pop('truncated')
@@ -168,12 +199,23 @@ def drawn(address: str, spec: TrajectorySpec, count: int) -> list[tuple]:
             if len(found) == count:
                 break
             sample = next(dataset)
-            columns = [np.asarray(column) for column in sample.transition]
-            assert columns[0].dtype == columns[-1].dtype == spec.frame_dtype
-            assert columns[0].shape[1:] == columns[-1].shape[1:] == spec.observation_shape
+            require_kind(sample.transition, spec)
             for i, key in enumerate(sample.key):
-                found[int(key)] = fingerprint(*(column[i] for column in columns))
+                found[int(key)] = fingerprint(*at(i, sample.transition))
     return list(found.values())
+
+
+def require_kind(transition: Transition, spec: TrajectorySpec) -> None:
+    """Nest, shapes and types of the observations are those of the frames, stacked."""
+    for observation in (transition.observation, transition.next_observation):
+        found = tree.map_structure(lambda array: (array.shape[1:], str(array.dtype)), observation)
+        wanted = tree.map_structure(lambda part: (stacked(part, spec), part.dtype), spec.frame)
+        assert found == wanted
+
+
+def stacked(part: FramePart, spec: TrajectorySpec) -> tuple[int, ...]:
+    shape = (*part.shape, 1) if len(part.shape) == 2 else part.shape
+    return (*shape[:-1], shape[-1] * spec.frame_stack)
 
 
 # Lengths, whether each terminates, and the seed of its numbers.
@@ -215,7 +257,7 @@ def test_the_last_row_of_next_step_autoreset_starts_nothing_and_is_bootstrapped_
     # n = 2: windows start at steps 0, 1, 2. That of step 1 ends at the last observation: it
     # bootstraps there if the episode was truncated, with gamma^2 = 1/4. That of step 2 reaches
     # over it: kept if the episode terminated, since it needs no bootstrap.
-    spec = TrajectorySpec((1,), 1, 2, 'float32')
+    spec = TrajectorySpec(FramePart((1,), 'float32'), 1, 2)
     game = Episode(np.array([[1], [2], [3], [4]], np.float32), np.arange(3), np.ones(3), terminated)
     second = Episode(np.array([[5], [6], [7]], np.float32), np.arange(2), np.zeros(2), False)
     with shard(spec) as address:
@@ -232,16 +274,29 @@ def test_the_last_row_of_next_step_autoreset_starts_nothing_and_is_bootstrapped_
         assert np.frombuffer(following, np.float32)[0] == 4.0
 
 
+VECTOR = FramePart((4,), 'float32')
+PAIR = {'a': FramePart((2,), 'float32'), 'b': FramePart((2,), 'float32')}
+
+
 @pytest.mark.parametrize(
-    'other', [TrajectorySpec((4,), 1, 1, 'int32'), TrajectorySpec((2, 2), 1, 1, 'float32')]
+    ('frame', 'other', 'name'),
+    [
+        (VECTOR, FramePart((4,), 'int32'), 'rows_float32_4_stack_1'),
+        (VECTOR, FramePart((2, 2), 'float32'), 'rows_float32_4_stack_1'),
+        (VECTOR, PAIR, 'rows_float32_4_stack_1'),
+        (PAIR, tuple(PAIR.values()), 'rows_a_float32_2_b_float32_2_stack_1'),
+        (PAIR, {**PAIR, 'b': FramePart((2,), 'int32')}, 'rows_a_float32_2_b_float32_2_stack_1'),
+    ],
 )
-def test_frames_of_equal_size_but_another_type_or_shape_are_refused_by_writer_and_reader(other):
-    spec = TrajectorySpec((4,), 1, 1, 'float32')
-    assert (other.window, other.row_bytes) == (spec.window, spec.row_bytes)
-    (row,) = rows_of([made_up(other, 1, True, seed=0)], next_step=False)
+def test_frames_of_equal_size_but_another_type_shape_or_nest_are_refused_by_writer_and_reader(
+    frame, other, name
+):
+    spec, wrong = (TrajectorySpec(each, 1, 1) for each in (frame, other))
+    assert (wrong.window, wrong.row_bytes) == (spec.window, spec.row_bytes)
+    (row,) = rows_of([made_up(wrong, 1, True, seed=0)], next_step=False)
     with shard(spec) as address:
-        with pytest.raises(ReplaySpecMismatch, match='stores rows_float32_4_stack_1'):
-            store(address, other, [[row]])
-        with sample_dataset([address], other, BATCH_SIZE, GAMMA, timeout_seconds=20) as dataset:
-            with pytest.raises(ReplaySpecMismatch, match='stores rows_float32_4_stack_1'):
+        with pytest.raises(ReplaySpecMismatch, match=f'stores {name}'):
+            store(address, wrong, [[row]])
+        with sample_dataset([address], wrong, BATCH_SIZE, GAMMA, timeout_seconds=20) as dataset:
+            with pytest.raises(ReplaySpecMismatch, match=f'stores {name}'):
                 next(dataset)

@@ -29,14 +29,14 @@ from infra.replay.config import EXPERIENCE_TABLE, ReplayConfig
 from infra.replay.dataset import piece_size, sample_dataset
 from infra.replay.errors import ReplayTimeout, ReplayUnavailable
 from infra.replay.server import ShardConfig
-from infra.replay.trajectory import Steps, TrajectorySpec
+from infra.replay.trajectory import FramePart, Steps, TrajectorySpec
 from infra.sealed import unseal
 from tests.support import memory, sharing
 from tests.support.flips import flips_of
 from tests.support.replay_shard import ShardProcess
 from tests.support.waiting import eventually
 
-SPEC = TrajectorySpec(frame_shape=(8, 8), n_step=1)
+SPEC = TrajectorySpec(FramePart((8, 8)), n_step=1)
 BATCH_SIZE = 8
 FREE = ReplayConfig(
     num_replay_shards=2, replay_capacity=2000, min_replay_size=2, agent_steps_per_update=0.0
@@ -46,7 +46,7 @@ FREE = ReplayConfig(
 def step(t, environments=1, value=0):
     """An ordinary agent step; `value` is the action, so that samples can be told apart."""
     steps = Steps(
-        frame=np.full((environments, *SPEC.frame_shape), t % 256, np.uint8),
+        frame=np.full((environments, *SPEC.frame.shape), t % 256, np.uint8),
         action=np.full(environments, value, np.int32),
         reward=np.zeros(environments, np.float32),
         discount=np.ones(environments, np.float32),

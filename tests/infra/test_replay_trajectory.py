@@ -1,5 +1,8 @@
 """What is stored, sampled back, equals the transitions of a plain loop over the episodes."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ from infra.replay.adder import Adder
 from infra.replay.config import ReplayConfig
 from infra.replay.dataset import sample_dataset
 from infra.replay.trajectory import (
+    FramePart,
     Steps,
     TrajectorySpec,
     compiled_to_transition,
@@ -74,7 +78,7 @@ def game_stream(game, steps, environments):
 
 def seen_at(stream, e, t, spec):
     """What the agent sees at step t: the frames back to the episode's first, zeros before."""
-    observation = np.zeros((*spec.frame_shape, spec.frame_stack), np.uint8)
+    observation = np.zeros((*spec.frame.shape, spec.frame_stack), np.uint8)
     for age in range(spec.frame_stack):
         if t - age < 0:
             break
@@ -151,14 +155,14 @@ def expected_transitions(stream, spec):
 @pytest.mark.parametrize('n_step', [1, 3])
 @pytest.mark.parametrize('seed', [0, 1])
 def test_random_streams_come_back_as_the_loop_computes_them(n_step, seed):
-    spec = TrajectorySpec(frame_shape=(5, 6), n_step=n_step)
-    stream = random_stream(60, 3, spec.frame_shape, seed)
+    spec = TrajectorySpec(FramePart((5, 6)), n_step=n_step)
+    stream = random_stream(60, 3, spec.frame.shape, seed)
     assert stored_transitions(stream, spec) == expected_transitions(stream, spec)
 
 
 def test_more_environments_than_one_writer_takes_come_back_too():
-    spec = TrajectorySpec(frame_shape=(5, 6), n_step=2)
-    stream = random_stream(25, 11, spec.frame_shape, seed=2)
+    spec = TrajectorySpec(FramePart((5, 6)), n_step=2)
+    stream = random_stream(25, 11, spec.frame.shape, seed=2)
     assert stored_transitions(stream, spec) == expected_transitions(stream, spec)
 
 
@@ -175,8 +179,8 @@ def test_a_real_game_comes_back_as_the_loop_computes_it(n_step):
 
 @pytest.mark.parametrize('frame_stack', [1, 2, 3, 4, 8])
 def test_every_depth_of_stack_is_right(frame_stack):
-    spec = TrajectorySpec(frame_shape=(3, 4), frame_stack=frame_stack, n_step=2)
-    stream = random_stream(40, 1, spec.frame_shape, seed=frame_stack, cut=0.0)
+    spec = TrajectorySpec(FramePart((3, 4)), frame_stack=frame_stack, n_step=2)
+    stream = random_stream(40, 1, spec.frame.shape, seed=frame_stack, cut=0.0)
     rows = np.concatenate(
         [pack_rows(Steps(*(stream[name][t] for name in COLUMNS[:5])), spec) for t in range(40)]
     )
@@ -190,8 +194,8 @@ def test_every_depth_of_stack_is_right(frame_stack):
 
 
 def test_the_compiled_function_equals_the_plain_one():
-    spec = TrajectorySpec(frame_shape=(3, 4), n_step=3)
-    stream = random_stream(spec.window, 16, spec.frame_shape, seed=5, cut=0.0)
+    spec = TrajectorySpec(FramePart((3, 4)), n_step=3)
+    stream = random_stream(spec.window, 16, spec.frame.shape, seed=5, cut=0.0)
     rows = [
         pack_rows(Steps(*(stream[name][t] for name in COLUMNS[:5])), spec)
         for t in range(spec.window)
@@ -221,9 +225,46 @@ def test_frames_of_another_shape_are_refused():
 
 
 @pytest.mark.parametrize(
-    ('field', 'value'),
-    [('frame_shape', (84, 0)), ('frame_dtype', 'bool'), ('frame_stack', 0), ('n_step', 0)],
+    ('kind', 'field', 'value'),
+    [
+        (FramePart, 'shape', (84, 0)),
+        (FramePart, 'shape', ()),
+        (FramePart, 'dtype', 'bool'),
+        (TrajectorySpec, 'frame', {}),
+        (TrajectorySpec, 'frame_stack', 0),
+        (TrajectorySpec, 'n_step', 0),
+    ],
 )
-def test_a_bad_spec_is_refused_by_name(field, value):
+def test_a_bad_spec_is_refused_by_name(kind, field, value):
     with pytest.raises(ValueError, match=field):
-        TrajectorySpec(**{field: value})
+        kind(**{field: value})
+
+
+NESTED = TrajectorySpec({'dtype': (FramePart((2,), 'int8'),), 'shape': FramePart()}, 1, 2)
+
+
+@pytest.mark.parametrize('spec', [TrajectorySpec(), NESTED])
+def test_a_spec_of_a_file_gives_the_same_rows(spec):
+    read = TrajectorySpec.from_dict(json.loads(json.dumps(dataclasses.asdict(spec))))
+    assert read.parts == spec.parts
+    assert (read.window, read.rows_name) == (spec.window, spec.rows_name)
+
+
+@pytest.mark.parametrize(
+    ('written', 'frame'),
+    [({}, FramePart((84, 84), 'uint8')), ({'frame_dtype': 'int16'}, FramePart((84, 84), 'int16'))],
+)
+def test_a_spec_that_earlier_versions_wrote_is_read(written, frame):
+    written = {'frame_shape': [84, 84], 'frame_stack': 4, 'n_step': 3, **written}
+    assert TrajectorySpec.from_dict(written) == TrajectorySpec(frame, 4, 3)
+
+
+def test_rows_of_atari_are_those_of_earlier_versions():
+    # 84 * 84 bytes of the frame, then action, reward, discount and first, four bytes each.
+    frame = np.arange(84 * 84, dtype=np.uint8).reshape(1, 84, 84)
+    one = np.ones(1)
+    rows = pack_rows(Steps(frame, np.array([258]), one, one, one > 0), TrajectorySpec())
+    assert TrajectorySpec().rows_name == 'rows'
+    scalars = np.concatenate([np.array([258], '<i4').view('u1'), np.ones(2, '<f4').view('u1')])
+    expected = [*frame.ravel(), *scalars, 1, 0, 0, 0]
+    assert rows.tolist() == [[int(byte) for byte in expected]]

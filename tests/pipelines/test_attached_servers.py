@@ -73,6 +73,25 @@ def test_a_server_started_with_another_value_is_refused(servers, flag, named):
         check(*addresses, flag)
 
 
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'named'),
+    [
+        ('CartPole-v1', 'pong', 'rows and bytes of an item'),
+        # One-hot fields, 16 bytes, are as long as CartPole's four numbers.
+        ('FrozenLake-v1', 'CartPole-v1', 'frames rows_uint8_16_stack_1, but this run uses rows_fl'),
+    ],
+)
+def test_a_server_of_other_frames_is_refused(servers, theirs, ours, named):
+    _, addresses = servers(f'--environment={theirs}', '--preset=laptop')
+    with pytest.raises(UsageError, match=named):
+        check(*addresses, f'--environment={ours}', '--preset=laptop')
+
+
+def test_a_server_of_the_same_structure_passes(servers):
+    flags = ('--environment=tests.support.environments:structured', '--preset=laptop')
+    check(*flags, *servers(*flags)[1])
+
+
 def test_a_client_may_choose_its_own_wire(servers):
     check('--wire_dtype=bfloat16', '--no-shared_memory', *servers()[1])
 

@@ -7,7 +7,7 @@ import pytest
 
 from agents.config import EnvironmentConfig
 from agents.environments.errors import EnvironmentFailedError
-from pipelines import evaluate, run
+from pipelines import evaluate, export, run
 from pipelines.errors import UsageError
 from pipelines.evaluation import play
 from pipelines.experiment import command_line, config, protocols
@@ -16,6 +16,7 @@ from pipelines.preflight import checklist
 from tests.support import saved_run
 
 OWN = 'tests.support.environments:counter'
+STRUCTURED = 'tests.support.environments:structured'
 
 
 def experiment(*argv):
@@ -105,6 +106,7 @@ def test_an_environment_that_cannot_be_used_is_refused_before_a_file_is_written(
 MINATAR = ('--environment=MinAtar/Breakout-v1',)
 PICTURES = ('--environment=tests.support.environments:pictures',)
 CART_POLE = ('--environment=CartPole-v1',)
+STRUCTURES = (f'--environment={STRUCTURED}',)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,8 @@ CART_POLE = ('--environment=CartPole-v1',)
         ((*MINATAR, '--dense_layers=8'), '--dense_layers 8: no effect'),
         ((*PICTURES, '--torso=dqn2013'), ''),
         ((*PICTURES, '--dense_layers=8'), '--dense_layers 8: no effect'),
+        ((*STRUCTURES, '--dense_layers=8'), ''),
+        ((*STRUCTURES, '--torso=dqn2013'), '--torso dqn2013: no effect'),  # its picture is small
         ((*CART_POLE, '--torso=dqn2013', '--agent=mine:make'), ''),  # has a message of its own
     ],
 )
@@ -170,6 +174,31 @@ def test_a_run_is_evaluated_and_filmed_where_its_environment_draws(tmp_path, cap
     assert evaluate.main([f'--run_dir={run_dir}', '--protocol=noop']) == 2
     message = capsys.readouterr().err
     assert '--protocol noop: not for CartPole-v1. Fix: choose plain, or omit it.' in message
+
+
+@pytest.mark.parametrize('kind', [STRUCTURED, 'tests.support.tf_environments:structured'])
+def test_a_policy_of_structures_plays_as_a_run_and_as_a_saved_model(kind, tmp_path):
+    run_dir = tmp_path / 'run'
+    flags = ('--dense_layers=8', '--frame_stack=2')
+    saved_run.write(run_dir, experiment(f'--environment={kind}', *flags))
+    assert export.main([f'--run_dir={run_dir}']) == 0
+    for source in (f'--run_dir={run_dir}', f'--policy={run_dir / "policy"}'):
+        output = tmp_path / f'{len(source)}.json'
+        assert evaluate.main([source, '--episodes=2', f'--output={output}']) == 0
+        assert json.loads(output.read_text())['returns'] == [15.0] * 2
+
+
+def test_a_policy_of_structures_does_not_play_where_others_are_shown(tmp_path, capsys):
+    run_dir = tmp_path / 'run'
+    saved_run.write(run_dir, experiment(f'--environment={STRUCTURED}', '--dense_layers=8'))
+    assert export.main([f'--run_dir={run_dir}']) == 0
+    (run_dir / 'policy' / 'policy.json').unlink()
+    (run_dir / 'config.json').unlink()
+    capsys.readouterr()
+    assert evaluate.main([f'--policy={run_dir / "policy"}', '--games=CartPole-v1']) == 2
+    message = capsys.readouterr().err
+    assert 'takes counter float64 [3], pair 0 float32 [2], pair 1 int8 [2], phase uint8' in message
+    assert 'CartPole-v1 shows float32 [' in message
 
 
 def test_an_environment_that_draws_nothing_is_evaluated_but_not_filmed(tmp_path, capsys):

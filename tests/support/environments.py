@@ -47,22 +47,40 @@ class Counter(gymnasium.Env):
 
 
 class Structured(Counter):
-    """A `Counter` whose observation is a dictionary of a number, a picture and a vector."""
+    """A `Counter` that shows a dictionary of its vector, a picture, a number and a tuple."""
 
     observation_space = spaces.Dict(
         {
-            'picture': spaces.Box(0, 255, (2, 2, 1), np.uint8),
+            'picture': spaces.Box(0, 255, (10, 10, 1), np.uint8),
             'phase': spaces.Discrete(LENGTH + 1),
             'pair': spaces.Tuple((spaces.Box(-1, 1, (2,), np.float32), spaces.MultiBinary(2))),
+            'counter': Counter.observation_space,
         }
     )
 
     def _shown(self) -> Any:
         return {
-            'picture': np.full((2, 2, 1), self._step, np.uint8),
+            'picture': np.full((10, 10, 1), self._step, np.uint8),
             'phase': self._step,
             'pair': (np.array([0.5, -0.5], np.float32), np.array([1, 0], np.int8)),
+            'counter': super()._shown(),
         }
+
+
+class BrokenPart(Structured):
+    """A `Structured` of which one part is outside its space at the second step, or missing."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(0)
+        self._how = how
+
+    def _shown(self) -> Any:
+        shown = super()._shown()
+        if self._step == 2 and self._how == 'outside':
+            shown['pair'][0][1] = -3
+        if self._step == 2 and self._how == 'missing':
+            del shown['pair']
+        return shown
 
 
 class Broken(Counter):
@@ -210,6 +228,21 @@ def structured(seed: int, opening: Opening) -> gymnasium.Env:
     return Structured(seed)
 
 
+def broken_part(seed: int, opening: Opening) -> gymnasium.Env:
+    """One of which one part is outside its space."""
+    return BrokenPart('outside')
+
+
+def broken_missing(seed: int, opening: Opening) -> gymnasium.Env:
+    """One that forgets a part."""
+    return BrokenPart('missing')
+
+
+def numbered(seed: int, opening: Opening) -> gymnasium.Env:
+    """One whose dictionary has numbers as keys."""
+    return Showing(spaces.Dict({1: spaces.Discrete(2)}), {1: 0})
+
+
 def slow(seed: int, opening: Opening) -> gymnasium.Env:
     """One that takes its time."""
     return Slow(seed)
@@ -222,8 +255,10 @@ def py_counter(seed: int, opening: Opening) -> Any:
     return PyCounter(seed)
 
 
-def _vector(seed: int, opening: Opening, mode: AutoresetMode) -> SyncVectorEnv:
-    makers = [lambda each=each: Counter(seed + each) for each in range(opening.num_environments)]
+def _vector(
+    seed: int, opening: Opening, mode: AutoresetMode, kind: type[Counter] = Counter
+) -> SyncVectorEnv:
+    makers = [functools.partial(kind, seed + each) for each in range(opening.num_environments)]
     return SyncVectorEnv(makers, autoreset_mode=mode)
 
 
@@ -242,10 +277,14 @@ def disabled(seed: int, opening: Opening) -> SyncVectorEnv:
     return _vector(seed, opening, AutoresetMode.DISABLED)
 
 
-def structured_vector(seed: int, opening: Opening) -> SyncVectorEnv:
-    """A vector environment of the user's with structures as observations, flattened as one."""
-    makers = [functools.partial(Structured, seed) for _ in range(opening.num_environments)]
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+def _structured_vector(mode: AutoresetMode, seed: int, opening: Opening) -> SyncVectorEnv:
+    """A vector environment of the user's with structures as observations."""
+    return _vector(seed, opening, mode, Structured)
+
+
+structured_next_step = functools.partial(_structured_vector, AutoresetMode.NEXT_STEP)
+structured_same_step = functools.partial(_structured_vector, AutoresetMode.SAME_STEP)
+structured_disabled = functools.partial(_structured_vector, AutoresetMode.DISABLED)
 
 
 def cart_poles(seed: int, opening: Opening) -> gymnasium.vector.VectorEnv:

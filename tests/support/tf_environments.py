@@ -44,6 +44,27 @@ class PyCounter(py_environment.PyEnvironment):
         return ts.transition(shown, reward)
 
 
+class PyStructured(PyCounter):
+    """A `PyCounter` that shows a tuple of its vector and a dictionary of a picture."""
+
+    def observation_spec(self) -> Any:
+        picture = array_spec.BoundedArraySpec((10, 10, 1), np.uint8, 0, 255)
+        return super().observation_spec(), {'picture': picture}
+
+    def _reset(self) -> ts.TimeStep:
+        return self._structured(super()._reset())
+
+    def _step(self, action: Any) -> ts.TimeStep:
+        if self.current_time_step().is_last():
+            return self.reset()
+        return self._structured(super()._step(action))
+
+    def _structured(self, step: ts.TimeStep) -> ts.TimeStep:
+        numbers = step.observation
+        picture = np.full((10, 10, 1), numbers[-1], np.uint8)
+        return step._replace(observation=(numbers, {'picture': picture}))
+
+
 class PyBroken(PyCounter):
     """A `PyCounter` that is wrong in one way at its second step, or at once."""
 
@@ -100,6 +121,11 @@ class Showing(PyCounter):
     def _reset(self) -> ts.TimeStep:
         shown = tf.nest.map_structure(lambda part: np.zeros(part.shape, part.dtype), self._spec)
         return ts.restart(shown)
+
+
+def structured(seed: int, opening: Opening) -> py_environment.PyEnvironment:
+    """One with a structure as observation."""
+    return PyStructured(seed)
 
 
 def batched(seed: int, opening: Opening) -> py_environment.PyEnvironment:
