@@ -5,6 +5,8 @@ Imports inside functions and for type checkers count as others do. Functions are
 
 import ast
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -137,3 +139,19 @@ def test_commands_import_heavy_libraries_only_where_they_need_them(command):
 def test_the_rooms_themselves_import_nothing():
     # So that a command imports TensorFlow and Beam only where it needs them.
     assert not [f for f in (ROOT / 'pipelines').glob('*/__init__.py') if f.read_text()]
+
+
+def test_a_run_on_this_machine_is_checked_without_beam_and_tensorflow():
+    # Each check may import them where it needs them; a local run without flags of Beam needs none.
+    program = """
+import sys
+from pipelines import run
+from pipelines.launch.interrupts import StartUp
+
+with StartUp() as start_up:
+    run.prepare(['--environment=CartPole-v1'], start_up)
+print(*(name for name in sys.argv[1:] if name in sys.modules))
+"""
+    argv = [sys.executable, '-c', program, *HEAVY]
+    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (0, ''), ended

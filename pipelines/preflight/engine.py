@@ -109,10 +109,10 @@ def _require_hints(hints: Mapping[str, str], flags: Sequence[str]) -> None:
     Raises:
       UsageError: a hint is unreadable, or excluded by an option of Dataflow's.
     """
-    from apache_beam.transforms import resources
-
     if not hints:
         return
+    from apache_beam.transforms import resources
+
     try:
         resources.parse_resource_hints(dict(hints))
     except ValueError as error:
