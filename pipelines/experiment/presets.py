@@ -243,7 +243,7 @@ CLASSIC: Mapping[str, Any] = {
     # [here] Chosen on CartPole. Networks are small: one shard.
     'topology': 'separate',
     'num_actors': 1,
-    # Stale gradients cost most here: with a staleness of 3, CartPole ends at 100 to 150 points.
+    # Stale gradients cost the score here: docs/results.md.
     'num_learners': 1,
     'overlap_push': False,
     'num_parameter_shards': 1,
