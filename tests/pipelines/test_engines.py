@@ -216,7 +216,7 @@ def test_dask_workers_that_lack_the_environments_package_are_named(launch, tmp_p
     )
     monkeypatch.syspath_prepend(tmp_path)
     missing = presets.experiment('classic', {'game': 'simulator_of_the_launcher:make'})
-    missing = config_lib.replace(missing, {'num_actors': 1, 'num_learners': 1})
+    missing = config_lib.replace(missing, {'topology': 'bundled'})  # one slot
     checklist.require_environment(missing, {})  # it is here
     with pytest.raises(UsageError) as refusal:
         require_cluster(missing, launch)
