@@ -153,11 +153,13 @@ def _settings(experiment: ExperimentConfig | None, resume: bool) -> Iterator[str
     if experiment is None:
         return
     yield f'--preset={experiment.preset}'
+    game = experiment.environment.game
+    yield f'--game={game}'  # presets depend on it
     # A resumed run's values may differ from its preset's.
-    base = None if resume else presets.experiment(experiment.preset, {})
+    base = None if resume else presets.experiment(experiment.preset, {'game': game})
     for name, (group, _) in config_lib.fields().items():
         value = getattr(getattr(experiment, group), name)
-        if base is not None and value == getattr(getattr(base, group), name):
+        if name == 'game' or (base and value == getattr(getattr(base, group), name)):
             continue
         if isinstance(value, bool):
             yield f'--{name}' if value else f'--no-{name}'

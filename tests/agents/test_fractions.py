@@ -31,13 +31,14 @@ def test_equal_batches_have_equal_fractions_and_a_changed_pixel_changes_all():
 
 
 def test_every_part_of_a_structure_changes_the_fractions():
-    batch = {'picture': dqn_agents.frames(0, 4), 'speed': (np.zeros((4, 2), np.float32),)}
+    picture, speed = dqn_agents.frames(0, 4), np.zeros((4, 2), np.float32)
+    batch = {'picture': picture, 'speed': (speed,)}
     one = drawn(batch, 8, 0).numpy()
     np.testing.assert_array_equal(drawn(batch, 8, 0), one)
     assert one.shape == (4, 8)
-    batch['picture'][-1, 0, 0, 0] ^= 1
+    picture[-1, 0, 0, 0] ^= 1
     other = drawn(batch, 8, 0).numpy()
-    batch['speed'][0][0, 1] = 1
+    speed[0, 1] = 1
     for first, second in ((one, other), (other, drawn(batch, 8, 0).numpy())):
         assert (first != second).mean() > 0.9
 

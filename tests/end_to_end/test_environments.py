@@ -27,7 +27,7 @@ def test_a_dictionary_is_stored_learned_from_evaluated_and_exported(tmp_path):
     )
     summary = api.train(experiment, run_dir)
     assert summary['exit_reason'] == 'max_frames'
-    assert summary['frames'] >= 3_000
+    assert summary['agent_steps'] >= 3_000
     assert summary['updates'] > 0
     # Every episode has five steps; they earn 1 + 2 + 3 + 4 + 5 = 15, whatever the actions.
     assert {episode['frames'] for episode in launching.episodes(run_dir)} == {LENGTH}

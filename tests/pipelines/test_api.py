@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
         api.experiment(),
         api.experiment('rainbow_lite', game='breakout', seed=3, learning_rate=2.5e-5),
         api.experiment('paper', shared_memory=False, overlap_push=False, max_frames=10**9),
+        api.experiment('classic', game='CartPole-v1', max_frames=20_000),
     ],
     ids=lambda experiment: experiment.preset,
 )
@@ -28,6 +29,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def test_the_flags_of_an_experiment_make_the_same_one(experiment, resume):
     _, preset, values = command_line.parse([*api._settings(experiment, resume)])
     assert presets.experiment(preset or '', values) == experiment
+    if not resume:
+        assert command_line.experiment(preset, values) == experiment  # nothing lacks an effect
 
 
 @pytest.mark.parametrize(
