@@ -1,5 +1,6 @@
 """The main job from the command line to its run directory, through the real servers and Beam."""
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -131,28 +132,36 @@ def test_a_run_whose_terminal_goes_away_ends_in_order_and_keeps_logs_of_failures
 
 
 HANG_SECONDS = 20
-HANG_ONCE = """
-import os, pathlib, sys, time
+HANGS = """
+import pathlib, sys, time
 if any('sdk_worker_main' in part for part in sys.orig_argv):
     from agents.environments.atari import AtariEnvironment
-    directory, step = pathlib.Path(__file__).parent, AtariEnvironment.step_frames
+    file, step = pathlib.Path(__file__).parent / 'hang', AtariEnvironment.step_frames
 
     def step_frames(self, action):
-        try:
-            (directory / 'hang').rename(directory / f'{os.getpid()}.hangs')
-        except FileNotFoundError:
-            return step(self, action)
-        time.sleep(600)
+        if file.exists():
+            time.sleep(600)
+        return step(self, action)
 
     AtariEnvironment.step_frames = step_frames
 """
-"""The first step of a game after the file `hang` is there never ends."""
+"""Steps of a game never end while the file `hang` is there."""
 
 
-def test_hung_and_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_budget_reached(
+def bundles_of(run_dir):
+    """The processes of the bundles' job that works now."""
+    found = []
+    for job in launching.processes_of(run_dir):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            if any(flag.startswith('--bundles=') for flag in job.cmdline()):
+                found += job.children(recursive=True)
+    return found
+
+
+def test_hung_and_killed_bundles_and_a_killed_shard_with_the_clock_are_replaced(
     tmp_path, monkeypatch
 ):
-    (tmp_path / 'sitecustomize.py').write_text(HANG_ONCE)
+    (tmp_path / 'sitecustomize.py').write_text(HANGS)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     run_dir = tmp_path / 'run'
@@ -160,25 +169,28 @@ def test_hung_and_killed_bundle_and_shard_with_the_clock_are_replaced_and_the_bu
     more = ('--wandb_project=gorila', f'--hang_seconds={HANG_SECONDS}')
     process = launching.start(run_dir, *flags, *more, *launching.SMALL)
     launching.wait_for_updates(process, run_dir)
+    hung = {worker.pid for worker in bundles_of(run_dir)}
     (tmp_path / 'hang').touch()
-    assert eventually(lambda: any(tmp_path.glob('*.hangs')), 30.0), launching.output(run_dir)
-    (hung,) = (int(file.stem) for file in tmp_path.glob('*.hangs'))
-    job = next(
-        p
-        for p in launching.processes_of(run_dir)
-        if any(flag.startswith('--bundles=') for flag in p.cmdline())
-    )
-    for worker in job.children(recursive=True):
-        if hung not in (worker.pid, *(child.pid for child in worker.children())):
-            worker.kill()
+
+    def log():
+        return ''.join(file.read_text() for file in run_dir.glob('logs/bundle-*.log'))
+
+    noticed = f'no step and no update for {HANG_SECONDS} s (--hang_seconds)'
+    assert eventually(lambda: noticed in log(), HANG_SECONDS + 40.0), launching.output(run_dir)
+    (tmp_path / 'hang').unlink()
+    assert 'in step_frames\n    time.sleep(600)' in log()  # where it stood
+
+    def replaced():
+        return [worker for worker in bundles_of(run_dir) if worker.pid not in hung]
+
+    assert eventually(lambda: bool(replaced()), 60.0), launching.output(run_dir)
+    for worker in replaced():
+        worker.kill()
     ready = json.loads((run_dir / 'servers' / 'parameter_server_0.ready').read_text())
     psutil.Process(ready['pid']).kill()
     assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
     restarts = launching.check_run_directory(run_dir, 12_000)['restarts']
-    assert restarts.get('bundle', 0) >= 2
-    logs = ''.join(log.read_text() for log in run_dir.glob('logs/bundle-*.log'))
-    assert f'no step and no update for {HANG_SECONDS} s (--hang_seconds)' in logs
-    assert 'in step_frames\n    time.sleep(600)' in logs  # where it stood
+    assert restarts.get('bundle', 0) >= 4  # both, twice
     assert restarts.get('parameter_server', 0) >= 1
     (launch,) = provenance.launches(run_dir / 'launches.jsonl')
     (logged,) = run_dir.glob(f'wandb/offline-run-*-{launch["wandb"]["id"]}/*.wandb')
