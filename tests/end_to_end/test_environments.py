@@ -30,7 +30,7 @@ def test_a_dictionary_is_stored_learned_from_evaluated_and_exported(tmp_path):
     assert summary['agent_steps'] >= 3_000
     assert summary['updates'] > 0
     # Every episode has five steps; they earn 1 + 2 + 3 + 4 + 5 = 15, whatever the actions.
-    assert {episode['frames'] for episode in launching.episodes(run_dir)} == {LENGTH}
+    assert {episode['agent_steps'] for episode in launching.episodes(run_dir)} == {LENGTH}
     assert summary['evaluation']['mean'] == 15
     assert api.evaluate(run_dir, episodes=2, output=tmp_path / 'result.json')['mean'] == 15
     assert_policy_takes_a_dictionary(run_dir / 'policy')
