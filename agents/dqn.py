@@ -224,7 +224,7 @@ def make_agent(
     parameter server owns the optimizer. `AgentGradient` clips, since TF-Agents clips per variable.
 
     Raises:
-      ValueError: `config.agent` is none of `AGENTS`.
+      ValueError: `config.agent` is not in `AGENTS`.
     """
     head = head_of(config)
     time_step_spec = tensor_spec.from_spec(time_step_spec)

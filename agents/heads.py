@@ -194,7 +194,7 @@ def head_of(config: AgentConfig) -> Head:
     """Builds the head of `config.agent`.
 
     Raises:
-      ValueError: `config.agent` is none of `AGENTS`.
+      ValueError: `config.agent` is not in `AGENTS`.
     """
     heads: dict[str, Head] = {
         'dqn': ValueHead(config.loss),

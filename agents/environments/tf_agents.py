@@ -114,7 +114,7 @@ class TfAgentsEnvironment:
     def _require_rules(self, step: ts.TimeStep, first: np.ndarray, last: np.ndarray) -> None:
         """
         Raises:
-          EnvironmentFailedError: a reward is not finite, an episode goes on after its LAST step, or
+          EnvironmentFailedError: a reward is not finite, an episode continues after its LAST step, or
             a discount within it is not 1.
         """
         shape = (self.num_environments,)

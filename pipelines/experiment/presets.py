@@ -265,7 +265,7 @@ CLASSIC: Mapping[str, Any] = {
 }
 
 MINATAR: Mapping[str, Any] = {
-    # [Y] Young and Tian 2019, section 4, with Adam and in bundles.
+    # [Y] Young and Tian 2019, section 4, with Adam.
     **CLASSIC,
     'n_step': 1,  # [Y]
     'double_dqn': False,  # [Y]

@@ -51,6 +51,13 @@ def played(name, steps, count=2, **settings):
     return results
 
 
+def refusal(name, steps, **settings):
+    """The error's message of an environment that fails within `steps` steps."""
+    with pytest.raises(EnvironmentFailedError) as failure:
+        played(name, steps, **settings)
+    return str(failure.value)
+
+
 @pytest.mark.parametrize('name', ['counter', 'next_step', 'py_counter'])
 def test_an_episodes_last_observation_is_a_frame_of_its_own_and_the_next_step_begins_another(name):
     results = played(f'{OWN}:{name}', 2 * LENGTH + 2)
@@ -218,17 +225,14 @@ def test_a_daemon_of_multiprocessing_as_dasks_workers_are_has_processes_for_its_
 
 
 def test_a_process_that_dies_is_one_line():
-    with pytest.raises(EnvironmentFailedError) as failure:
-        played(f'{OWN}:broken_exit', 3, env_processes=True)
-    assert 'step 2: step lost its process (see the log). Fix: ' in str(failure.value)
+    text = refusal(f'{OWN}:broken_exit', 3, env_processes=True)
+    assert 'step 2: step lost its process (see the log). Fix: ' in text
 
 
 def test_an_error_in_a_process_is_the_same_line_as_in_this_one():
     message = set()
     for own in (False, True):
-        with pytest.raises(EnvironmentFailedError) as failure:
-            played(f'{OWN}:broken_nan', 3, count=1, env_processes=own)
-        message.add(str(failure.value))
+        message.add(refusal(f'{OWN}:broken_nan', 3, count=1, env_processes=own))
     (line,) = message
     assert line.startswith(f'{OWN}:broken_nan, environment 0, step 2: observation float64[3]')
 
@@ -434,9 +438,7 @@ def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(na
     ],
 )
 def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, message):
-    with pytest.raises(EnvironmentFailedError) as failure:
-        played(f'{OWN}:broken_{how}', 3)
-    text = str(failure.value)
+    text = refusal(f'{OWN}:broken_{how}', 3)
     assert message in text
     assert text.startswith(f'{OWN}:broken_{how}')
     assert ' Fix: ' in text
@@ -459,9 +461,7 @@ def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, mes
     ],
 )
 def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_one(how, message):
-    with pytest.raises(EnvironmentFailedError) as failure:
-        played(f'{OWN}:vector_{how}', 3)
-    text = str(failure.value)
+    text = refusal(f'{OWN}:vector_{how}', 3)
     assert text.startswith(f'{OWN}:vector_{how}{message}'), text
     assert '\n' not in text
 
@@ -483,9 +483,7 @@ def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_o
     ],
 )
 def test_a_broken_environment_of_tf_agents_is_one_line_with_its_name_step_and_remedy(how, message):
-    with pytest.raises(EnvironmentFailedError) as failure:
-        played(f'{OF_TF}:{how}', 7)
-    text = str(failure.value)
+    text = refusal(f'{OF_TF}:{how}', 7)
     assert text.startswith(f'{OF_TF}:{how}{message}'), text
     assert ' Fix: ' in text
     assert '\n' not in text

@@ -104,8 +104,8 @@ def test_help_beside_a_preset_shows_its_values(preset, capsys):
     assert f'those of the preset `{preset}`' in text
     experiment = presets.experiment(preset, {})
     assert f'after which the run ends. Default: {experiment.run.max_frames}.' in text
-    told = f'a dense layer of 128 (Young and Tian 2019). Default: {experiment.network.torso}.'
-    assert told in text
+    torso = f'a dense layer of 128 (Young and Tian 2019). Default: {experiment.network.torso}.'
+    assert torso in text
 
 
 def test_help_beside_a_preset_that_does_not_exist_names_those_that_do():

@@ -107,7 +107,7 @@ def test_what_is_handed_on_again_is_there_once(tmp_path):
     assert len(rows(tmp_path, 'episodes')) == len(whole)
 
 
-def test_a_place_that_cannot_be_written_fails_no_worker_and_is_told_of(tmp_path):
+def test_a_place_that_cannot_be_written_fails_no_worker_and_is_named(tmp_path):
     (tmp_path / 'file').touch()
     segments = [actor_segment(0), actor_segment(1, worker=2), learner_segment(0)]
     for job in range(2):

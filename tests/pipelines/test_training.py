@@ -436,10 +436,8 @@ def test_a_last_job_that_cannot_be_submitted_costs_no_checkpoint(busy, monkeypat
 
 
 @pytest.mark.parametrize('restarts', [{}, {'actor': 1}])
-def test_records_that_were_dropped_are_told_of_where_workers_were_started_again(
-    busy, monkeypatch, restarts
-):
-    run, told, _ = busy
+def test_dropped_records_are_named_where_workers_were_started_again(busy, monkeypatch, restarts):
+    run, shown, _ = busy
     monkeypatch.setattr(ledger, 'MAX_BYTES', 1)
     for segment in range(3):
         run.client.finish_segment('actor', 0, 0, segment, 'record')
@@ -447,17 +445,17 @@ def test_records_that_were_dropped_are_told_of_where_workers_were_started_again(
     monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
     assert run.run() == 'max_frames'
     dropped = 'statistics/: the parameter server dropped 3 records of segments (beyond 16 MB)'
-    assert (dropped in told.getvalue()) == bool(restarts)
+    assert (dropped in shown.getvalue()) == bool(restarts)
 
 
-def test_rows_that_could_not_be_written_are_told_of_at_the_end(busy, monkeypatch):
-    run, told, directory = busy
+def test_rows_that_could_not_be_written_are_named_at_the_end(busy, monkeypatch):
+    run, shown, directory = busy
     unwritten = {'actor-003': 32, 'reasons': ['No space left on device']}
     write_json(directory.logs / 'actor-0.metrics.json', {'unwritten_rows': unwritten})
     monkeypatch.setattr(Monitor, 'frames', run.config.run.max_frames)
     assert run.run() == 'max_frames'
     missing = 'statistics/: rows are not written: 32 of actor-003 (No space left on device)'
-    assert told.getvalue().count(missing) == 1
+    assert shown.getvalue().count(missing) == 1
 
 
 def test_a_save_that_fails_as_nobody_foresaw_is_one_line(training, monkeypatch):
