@@ -114,8 +114,8 @@ class TfAgentsEnvironment:
     def _require_rules(self, step: ts.TimeStep, first: np.ndarray, last: np.ndarray) -> None:
         """
         Raises:
-          EnvironmentFailedError: a reward is not finite, an episode continues after its LAST step, or
-            a discount within it is not 1.
+          EnvironmentFailedError: a reward is not finite, an episode continues after its LAST step,
+            or a discount within it is not 1.
         """
         shape = (self.num_environments,)
         if not shape == np.shape(step.reward) == np.shape(step.discount) == first.shape:
