@@ -4,18 +4,23 @@ The vector concatenates the variables in the given order, each in row-major orde
 parameter server's `Layout`.
 """
 
-import mmap
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from agents.device import is_host
 from infra.array_function import ArrayFunction
+from infra.array_variables import SharedVariables, aligned_arrays
 
 
 class FlatVariables:
     """A network's trainable variables as one float32 vector [parameters].
+
+    On the host the variables lie in this object's memory, so that `assign` is a copy between
+    arrays. Nothing else may assign to them.
 
     Attributes:
       variables: in the order of the vector.
@@ -26,13 +31,9 @@ class FlatVariables:
     def __init__(self, variables: Sequence[tf.Variable]) -> None:
         self.variables = tuple(variables)
         self.size = sum(variable.shape.num_elements() for variable in self.variables)
-        # TensorFlow takes page-aligned memory without a copy, so a variable may share this buffer.
-        # It must never share the memory of a part, which belongs to the caller.
-        memory = mmap.mmap(-1, self.size * np.dtype(np.float32).itemsize)
-        self._flat = np.frombuffer(memory, np.float32)
         self.device = self.variables[0].device
-        flat = tf.TensorSpec([self.size], tf.float32)
-        self._assign = ArrayFunction(self._assign_all, [flat], device=self.device)
+        self._shared = SharedVariables(self.variables, self.device)
+        self._arrays: list[np.ndarray] = []  # once something was assigned
         self._read: ArrayFunction | None = None  # traced when first needed
 
     def values(self) -> np.ndarray:
@@ -49,14 +50,44 @@ class FlatVariables:
         Raises:
           ValueError: the parts have a wrong total size or type; no variable was changed.
         """
+        vectors = self._checked(parts)
+        first = not self._arrays
+        self._arrays = self._arrays or self._allocate()
+        _scatter(vectors, self._arrays)
+        if first or not is_host(self.device):
+            self._shared.move_to(self._arrays)
+
+    @contextlib.contextmanager
+    def holding(self, *parts: Any) -> Iterator[None]:
+        """The variables have other values in the context, in memory that is never written again.
+
+        What copies them there may keep sharing that memory.
+
+        Raises:
+          ValueError: as `assign`.
+        """
+        vectors = self._checked(parts)
+        if not self._arrays:
+            self.assign(self.values())
+        other = self._allocate()
+        _scatter(vectors, other)
+        self._shared.move_to(other)
+        try:
+            yield
+        finally:
+            self._shared.move_to(self._arrays)
+
+    def _allocate(self) -> list[np.ndarray]:
+        return aligned_arrays([variable.shape for variable in self.variables])
+
+    def _checked(self, parts: Sequence[Any]) -> list[np.ndarray]:
         arrays = [np.asarray(part) for part in parts]
         sizes, types = [array.shape for array in arrays], {array.dtype for array in arrays}
         if any(len(size) != 1 for size in sizes) or sum(size[0] for size in sizes) != self.size:
             raise ValueError(self._misfit(f'of shapes {sizes}'))
         if types != {np.dtype(np.float32)}:
             raise ValueError(self._misfit(f'of types {sorted(map(str, types))}'))
-        np.concatenate(arrays, out=self._flat)
-        self._assign(self._flat)
+        return arrays
 
     def _concatenated(self) -> tf.Tensor:
         return tf.concat([tf.reshape(variable, [-1]) for variable in self.variables], axis=0)
@@ -67,9 +98,16 @@ class FlatVariables:
             ' another game or network.'
         )
 
-    def _assign_all(self, flat: tf.Tensor) -> None:
-        begin = 0
-        for variable in self.variables:
-            end = begin + variable.shape.num_elements()
-            variable.assign(tf.reshape(flat[begin:end], variable.shape))
-            begin = end
+
+def _scatter(parts: Sequence[np.ndarray], arrays: Sequence[np.ndarray]) -> None:
+    """Copies vectors to arrays of the same total size, each filled in row-major order."""
+    remaining = iter(parts)
+    part = next(remaining)
+    for array in arrays:
+        target = array.reshape(-1)
+        while target.size:
+            if not part.size:
+                part = next(remaining)
+            count = min(part.size, target.size)
+            target[:count] = part[:count]
+            target, part = target[count:], part[count:]

@@ -25,8 +25,6 @@ class AgentGradient:
         self.model = model
         self._clip_norm = gradient_clip_norm
         self._online = FlatVariables(model.variables)
-        # A separate buffer: target variables keep sharing the memory last assigned through it.
-        self._staged_target = FlatVariables(model.variables)
         frames, numbers = model.observations, tf.TensorSpec([None], tf.float32)
         self._columns = Transition(
             frames, tf.TensorSpec([None], tf.int32), numbers, numbers, frames
@@ -97,10 +95,8 @@ class AgentGradient:
         Loads them into the agent's own network, which TF-Agents' `initialize` copies to the target.
         The network keeps its parameters.
         """
-        online = self._online.values()
-        self._staged_target.assign(*parts)
-        self._copy_to_target()
-        self._online.assign(online)
+        with self._online.holding(*parts):
+            self._copy_to_target()
 
     def _initialize(self) -> None:
         self.model.agent.initialize()

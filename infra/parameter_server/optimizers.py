@@ -7,21 +7,22 @@ element, so the slices of a vector make the same step as the whole vector.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from infra.array_function import ArrayFunction
+from infra.array_variables import aligned_arrays, memory_address, memory_of
 from infra.parameter_server.config import ParameterServerConfig
 
 
 class _Optimizer:
-    """Slot variables of the parameters' length, scalar variables, and one fused step.
+    """Slot variables of the parameters' length, scalars, and one fused step.
 
     Attributes:
       slots: float32 [n] variables by name.
-      scalars: float32 [] variables by name.
+      scalars: float32 [] arrays by name.
     """
 
     def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
@@ -30,13 +31,13 @@ class _Optimizer:
         self._rate = tf.constant(config.learning_rate, tf.float32)
         self._epsilon = tf.constant(config.optimizer_epsilon, tf.float32)
         self.slots: dict[str, tf.Variable] = {}
-        self.scalars: dict[str, tf.Variable] = {}
+        self.scalars: dict[str, np.ndarray] = {}
 
     def apply(self, gradient: tf.Tensor) -> None:
         """Makes one step in place from a float32 [n] gradient.
 
-        A single kernel runs eagerly, because `tf.function` doubles the time by passing it to
-        another thread. It must return no tensor to Python (see infra/array_function.py).
+        The kernel runs eagerly, because `tf.function` passes it to another thread. It must return
+        no tensor to Python (see infra/array_function.py).
         """
         raise NotImplementedError
 
@@ -92,22 +93,18 @@ class _Adam(_Optimizer):
 
     def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
         super().__init__(config, parameters)
-        self._beta_1 = tf.constant(config.adam_beta_1, tf.float32)
-        self._beta_2 = tf.constant(config.adam_beta_2, tf.float32)
+        self._factors = np.array([config.adam_beta_1, config.adam_beta_2], np.float32)
+        self._beta_1, self._beta_2 = map(tf.constant, self._factors)
         self._add_slot('first_moment', 0.0)
         self._add_slot('second_moment', 0.0)
-        self.scalars['beta_1_power'] = tf.Variable(config.adam_beta_1, dtype=tf.float32)
-        self.scalars['beta_2_power'] = tf.Variable(config.adam_beta_2, dtype=tf.float32)
-        # In a function, because eager code would return the powers to Python as tensors.
-        signature = [tf.TensorSpec(parameters.shape, tf.float32)]
-        step = tf.function(self._apply_and_multiply, input_signature=signature, autograph=False)
-        self._step = step.get_concrete_function()
+        powers = aligned_arrays([(), ()])
+        self.scalars['beta_1_power'], self.scalars['beta_2_power'] = powers
+        self._powers = [tf.experimental.dlpack.from_dlpack(power.__dlpack__()) for power in powers]
+        for power, beta in zip(powers, self._factors):
+            power[...] = beta
 
     def apply(self, gradient: tf.Tensor) -> None:
-        self._step(gradient)
-
-    def _apply_and_multiply(self, gradient: tf.Tensor) -> None:
-        beta_1_power, beta_2_power = self.scalars['beta_1_power'], self.scalars['beta_2_power']
+        beta_1_power, beta_2_power = self._powers  # the kernel reads the scalars' memory
         tf.raw_ops.ResourceApplyAdam(
             var=self._parameters.handle,
             m=self.slots['first_moment'].handle,
@@ -120,8 +117,8 @@ class _Adam(_Optimizer):
             epsilon=self._epsilon,
             grad=gradient,
         )
-        beta_1_power.assign(beta_1_power * self._beta_1)
-        beta_2_power.assign(beta_2_power * self._beta_2)
+        self.scalars['beta_1_power'] *= self._factors[0]
+        self.scalars['beta_2_power'] *= self._factors[1]
 
 
 _OPTIMIZERS: dict[str, Any] = {'adagrad': _Adagrad, 'rmsprop': _CenteredRMSProp, 'adam': _Adam}
@@ -131,33 +128,37 @@ class OptimizedSlice:
     """A slice of the parameters with its optimizer's state.
 
     Attributes:
-      parameters: float32 [n].
-      state: all variables of the slice by name: 'parameters', the slots and the scalars.
+      parameters: float32 [n]; updates change it in place.
+      state: everything that updates change, float32 arrays by name: 'parameters', the slots [n] and
+        the scalars []. Writing to an array changes the state.
+      slot_names: of the slots.
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        self.parameters = tf.Variable(tf.zeros([size], tf.float32))
-        self._optimizer = _OPTIMIZERS[config.optimizer](config, self.parameters)
-        self._read = ArrayFunction(self.parameters.read_value)
+        parameters = tf.Variable(tf.zeros([size], tf.float32))
+        self._optimizer = _OPTIMIZERS[config.optimizer](config, parameters)
         self.slot_names = tuple(self._optimizer.slots)
-        self.state = {
-            'parameters': self.parameters,
-            **self._optimizer.slots,
-            **self._optimizer.scalars,
-        }
-        self._read_state = ArrayFunction(
-            lambda: {name: variable.read_value() for name, variable in self.state.items()}
-        )
+        self._variables = {'parameters': parameters, **self._optimizer.slots}
+        arrays = {name: memory_of(variable) for name, variable in self._variables.items()}
+        self.state = {**arrays, **self._optimizer.scalars}
+        self.parameters = self.state['parameters']
 
     def step(self, gradient: tf.Tensor) -> None:
         """Makes one update in place from a float32 [n] gradient tensor."""
         self._optimizer.apply(gradient)
 
     def copy_state(self) -> dict[str, np.ndarray]:
-        """Returns a copy of `state`, by name."""
-        return {name: np.array(array) for name, array in self._read_state().items()}
+        """Returns a copy of `state`, by name.
 
-    def copy_parameters(self, out: np.ndarray) -> None:
-        """Copies the parameters to `out`, float32 [n]."""
-        # Releases the array at once, because an update copies parameters that Python still holds.
-        np.copyto(out, self._read())
+        Raises:
+          RuntimeError: TensorFlow has moved a variable, so that `state` no longer holds it.
+        """
+        for name, variable in self._variables.items():
+            if memory_address(variable) != self.state[name].__array_interface__['data'][0]:
+                raise RuntimeError(f'TensorFlow has moved {name}; report it with its version')
+        return {name: array.copy() for name, array in self.state.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Sets `state` to the values of a copy."""
+        for name, array in self.state.items():
+            np.copyto(array, state[name])

@@ -119,7 +119,7 @@ class Shard:
             if self.layout is not None:
                 return False
             self._allocate(layout)
-            self._slice.parameters.assign(values)
+            np.copyto(self._slice.parameters, values)
             self._version, self._agent_steps_seen = updates, agent_steps
             self._set_limits()
             self._take_target()
@@ -136,8 +136,7 @@ class Shard:
         """
         with self._lock:
             self._allocate(state.layout)
-            for name, variable in self._slice.state.items():
-                variable.assign(state.arrays[name])
+            self._slice.restore(state.arrays)
             np.copyto(self._target, state.arrays['target'])
             self._version = state.counters['version']
             self._target_version = state.counters['target_version']
@@ -387,10 +386,9 @@ class Shard:
 
     def _copy_finite(self, out: np.ndarray) -> None:
         """Copies the parameters to `out`; rolls back first if they are not finite."""
-        self._slice.copy_parameters(out)
-        if not np.isfinite(out, out=self._is_finite).all():
+        if not np.isfinite(self._slice.parameters, out=self._is_finite).all():
             self._roll_back()
-            self._slice.copy_parameters(out)
+        np.copyto(out, self._slice.parameters)
 
     def _keep_good(self) -> None:
         """Keeps a copy of a finite state to roll back to; rolls back if the state is not finite."""
@@ -406,8 +404,7 @@ class Shard:
             self.index,
             self._version,
         )
-        for name, variable in self._slice.state.items():
-            variable.assign(self._good[name])
+        self._slice.restore(self._good)
         self._revision += 1
         self._rollbacks += 1
 

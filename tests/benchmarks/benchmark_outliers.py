@@ -92,11 +92,11 @@ def learn(play: Play, num_actions: int, rule: LearnerConfig, updates: int) -> di
     part = OptimizedSlice(
         ParameterServerConfig(optimizer='adam', learning_rate=3e-4), gradient.size
     )
-    part.parameters.assign(gradient.parameters())
+    np.copyto(part.parameters, gradient.parameters())
     dropped = dropped_rewards = rewards = 0
     for update, batch in zip(range(updates), batches(play)):
         if update % _TARGET_PERIOD == 0:
-            gradient.set_target(part.parameters.numpy())
+            gradient.set_target(part.parameters)
         flat, loss, *_ = gradient.gradient(batch)
         drops, rewarded = test.drops(float(loss)), bool(np.any(batch.reward))
         dropped += drops
@@ -104,7 +104,7 @@ def learn(play: Play, num_actions: int, rule: LearnerConfig, updates: int) -> di
         dropped_rewards += drops and rewarded
         if not drops:
             part.step(tf.constant(flat))
-            gradient.set_parameters(part.parameters.numpy())
+            gradient.set_parameters(part.parameters)
     return {
         'batches_with_a_reward': rewards,
         'of_them_dropped': round(dropped_rewards / max(rewards, 1), 4),

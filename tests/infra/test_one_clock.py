@@ -150,7 +150,7 @@ class TestFinite:
     def test_a_shard_that_is_not_finite_goes_back_to_its_last_good_state(self, shards):
         shards.push(_PERIOD + 7)  # the last good state is that of the last target
         for server in shards.servers[:1]:
-            server.shard._slice.parameters.assign(np.full(server.shard.size, np.nan))
+            server.shard._slice.parameters[:] = np.nan
         snapshot = shards.push(1)
         assert snapshot.version == _PERIOD + 8  # the clock goes on
         values = shards.client.pull_target().parts[0]
@@ -164,7 +164,7 @@ class TestFinite:
     def test_a_state_that_is_saved_is_finite(self, shards):
         shards.push(1)
         slots = shards.servers[0].shard._slice.state
-        slots['accumulator'].assign(np.full(shards.servers[0].shard.size, np.inf))
+        slots['accumulator'][:] = np.inf
         state = shards.state(0)
         assert all(np.isfinite(array).all() for array in state.arrays.values())
 
