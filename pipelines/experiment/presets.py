@@ -261,6 +261,7 @@ CLASSIC: Mapping[str, Any] = {
     'epsilon_updates': 1_500,
     'replay_capacity': 100_000,
     'min_replay_size': 1_000,
+    'evaluation_period_updates': 15_000,  # none within the default budget, which ends in a minute
     'max_frames': 45_000,
 }
 
