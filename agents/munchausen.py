@@ -1,7 +1,7 @@
 """Munchausen DQN: values of all actions in, a bonus for the action taken and a soft value out.
 
 The policy is pi = softmax(values / temperature) of the target network (Vieillard et al. 2020,
-equation 1). Values are float32 [..., num_actions].
+section 2). Values are float32 [..., num_actions].
 """
 
 import dataclasses
