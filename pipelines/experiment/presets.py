@@ -3,7 +3,8 @@
 Sources: [G] Nair et al. 2015 (the paper), [N] Mnih et al. 2015 (Nature DQN, extended data table 1),
 [DQN 3.0] the program published with it, [Zoo] DeepMind's DQN Zoo, [A] Horgan et al. 2018 (Ape-X,
 section 4.1 and appendix C), [R] Hessel et al. 2018 (Rainbow, table 1 and "Evaluation
-Methodology"), [M] Machado et al. 2018 (section 5), [here] not stated in a paper, chosen by us.
+Methodology"), [M] Machado et al. 2018 (section 5), [Y] Young and Tian 2019 (MinAtar, section 4),
+[here] not stated in a paper, chosen by us.
 """
 
 from collections.abc import Mapping
@@ -266,19 +267,18 @@ CLASSIC: Mapping[str, Any] = {
 }
 
 MINATAR: Mapping[str, Any] = {
-    # [Y] Young and Tian 2019, section 4, with Adam.
+    # [here] Learns in minutes on two cores; [Y] (docs/results.md has its values as flags) has an
+    # update for each step, and 5,000,000 steps.
     **CLASSIC,
-    'n_step': 1,  # [Y]
-    'double_dqn': False,  # [Y]
-    'learning_rate': 0.00025,  # [Y]: of RMSProp
+    'learning_rate': 0.0005,
     'batch_size': 32,  # [Y]
-    'agent_steps_per_update': 1.0,  # [Y]
     'replay_capacity': 100_000,  # [Y]
     'min_replay_size': 5_000,  # [Y]
     'target_update_period': 1_000,  # [Y]
     'epsilon_end': 0.1,  # [Y]
-    'epsilon_updates': 100_000,  # [Y]
-    'max_frames': 5_000_000,  # [Y]
+    'epsilon_updates': 20_000,
+    'evaluation_period_updates': 10_000,
+    'max_frames': 300_000,
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
