@@ -51,6 +51,7 @@ class Engine:
       end_seconds: time limit of `end`, or, without `outlives_submitter`, of the job process's exit.
       launcher_restarts_workers: the launcher replaces dead workers, because the engine does not.
       side_by_side: runs all steps of a job at once: a job may hold workers of several kinds.
+      elements_in_turn: may work through the elements of a step one by one: each worker gets a job.
       needs_outputs: runs only what leads to a pipeline's last transform.
       continues_elements: takes the rest of an element that returns early, and commits its results.
       job_context: context manager in which the pipeline runs, given its options.
@@ -74,6 +75,7 @@ class Engine:
     end_seconds: float = 5.0
     launcher_restarts_workers: bool = False
     side_by_side: bool = False
+    elements_in_turn: bool = False
     needs_outputs: bool = False
     continues_elements: bool = False
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -125,6 +127,9 @@ ENGINES: Mapping[str, Engine] = {
         runs_locally=True,
         launcher_restarts_workers=True,
         side_by_side=True,
+        # Prism hands a step's elements to one thread. It asks that thread once to give some back,
+        # in vain while the first worker is being prepared, and runs eight bundles of a job at most.
+        elements_in_turn=True,
         continues_elements=True,
     ),
     'PortableRunner': Engine(

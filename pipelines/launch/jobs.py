@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
 from infra.disk import is_remote
 from infra.flags import value_of
@@ -37,7 +37,7 @@ _HANG_SECONDS = 15.0  # beyond --hang_seconds, for a worker to say where it hang
 START_SECONDS = 180.0
 """A submitted worker without a first heartbeat for this long counts as dead."""
 START_SECONDS_PER_WORKER = 20.0
-"""Added to `START_SECONDS` for each further worker of the job: they share the cores."""
+"""Added to `START_SECONDS` for each further worker submitted with it: they share the cores."""
 FINISHED_SECONDS = 30.0
 """The longest that a run may continue after all workers of a kind have ended without error."""
 MAX_FAILURES = 5
@@ -212,12 +212,15 @@ class Jobs:
         self._submit_all(due, now)
 
     def _submit_all(self, workers: Iterable[Worker], now: float) -> None:
-        """Submits workers, all of a kind as one job, with --one_job all together."""
-        groups: dict[str, list[Worker]] = {}
+        """Submits workers: a job for each kind, or for each worker; with --one_job one for all."""
+        workers = list(workers)
+        groups: dict[Hashable, list[Worker]] = {}
         for worker in workers:
-            groups.setdefault('' if self._launch.one_job else worker[0], []).append(worker)
+            own = worker if self._launch.engine.elements_in_turn else worker[0]
+            groups.setdefault('' if self._launch.one_job else own, []).append(worker)
+        start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
         for group in groups.values():
-            self._submit(group, now)
+            self._submit(group, now, start_seconds)
 
     def news(self) -> list[str]:
         """Returns failures of workers and engines' reports since the last call."""
@@ -367,7 +370,7 @@ class Jobs:
         history.due = self._own + delay
         return history.failures
 
-    def _submit(self, workers: Sequence[Worker], now: float) -> None:
+    def _submit(self, workers: Sequence[Worker], now: float, start_seconds: float) -> None:
         number, self.submissions = self.submissions, self.submissions + 1
         name = _name(workers)
         process = SupervisedProcess(
@@ -382,7 +385,6 @@ class Jobs:
         state_file = self._file(name, number, 'state')
         state_file.unlink(missing_ok=True)  # may remain from before a resumption
         process.start()
-        start_seconds = START_SECONDS + START_SECONDS_PER_WORKER * (len(workers) - 1)
         self._jobs.append(_Job(process, name, number, set(workers), now, start_seconds, state_file))
 
     def _beam_command(self, workers: Sequence[Worker], submission: int) -> list[str]:

@@ -69,8 +69,8 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
 def _require_one_job(config: 'ExperimentConfig', launch: 'Launch') -> None:
     """
     Raises:
-      UsageError: --one_job has no effect, the engine runs a job's steps in turn, or flags are for
-        one of two jobs.
+      UsageError: --one_job has no effect, the engine runs a job's steps or the elements of a step
+        in turn, or flags are for one of two jobs.
     """
     if len(config.run.workers) == 1:
         raise UsageError('--one_job: a run of bundles is one job anyway. Fix: omit it.')
@@ -86,6 +86,12 @@ def _require_one_job(config: 'ExperimentConfig', launch: 'Launch') -> None:
             ' same flags. Fix: pass the flags directly, or say what workers need by --actor_ram,'
             ' --learner_ram and --learner_accelerator.'
         )
+    for kind, count in config.run.workers.items():
+        if launch.engine.elements_in_turn and count > 1:
+            raise UsageError(
+                f'--one_job: --runner {launch.runner} may run the {kind}s of a job in turn, and'
+                f' there are {count}. Fix: omit it, or set --num_{kind}s 1.'
+            )
 
 
 def _require_writable(directory: str) -> None:

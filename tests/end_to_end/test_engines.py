@@ -205,7 +205,6 @@ def test_separate_topology_trains_on_prism_in_one_job_whose_elements_are_continu
 
 
 def test_bundles_train_on_prism(tmp_path):
-    # Prism begins the second element some seconds after the first.
     summary = train(tmp_path / 'run', *on_prism(), *BUNDLED, max_frames=20_000)
     check_bundles(summary, agent_steps=5_000)
     assert parts(summary, 'bundle') >= 3

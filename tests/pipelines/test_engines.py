@@ -135,6 +135,7 @@ def test_flags_that_only_a_job_server_knows_go_on_to_it():
         (('--one_job',), 'may run the steps of a job in turn'),
         ((*PRISM, '--topology=bundled', '--num_learners=1'), 'one job anyway'),
         ((*PRISM, '--learner_flags=--zone=z'), '--learner_ram'),
+        ((*PRISM, '--num_learners=3'), 'may run the learners of a job in turn, and there are 3'),
         (('--actor_ram=much',), 'write memory as 4GB'),
         (('--learner_ram=8GB', '--flexrs_goal=COST_OPTIMIZED'), '--flexrs_goal: excludes'),
         (('--statistics_sink=nowhere:f',), '--statistics_sink nowhere:f'),

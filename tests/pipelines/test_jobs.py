@@ -26,6 +26,7 @@ ACTORS = (('actor', 0), ('actor', 1))
 LEARNER = ('learner', 0)
 # Each worker and the number of the job that starts with it.
 ALL = ((ACTORS[0], 0), (ACTORS[1], 0), (LEARNER, 1))
+LONGEST_START_SECONDS = START_SECONDS + 2 * jobs_lib.START_SECONDS_PER_WORKER  # of three workers
 
 
 class Run:
@@ -173,21 +174,20 @@ def test_a_silent_worker_alone_in_its_job_takes_the_job_with_it(make_run):
     run = make_run()
     run.jobs.start(0.0)
     pid = run.pid(LEARNER, 1)
-    now = START_SECONDS + 1  # the learner was never heard of
+    now = LONGEST_START_SECONDS + 1  # the learner was never heard of
     run.supervise(now, ALL[:2])
     assert eventually(lambda: has_ended(pid))
     run.supervise(now + 3, ALL[:2])
     assert run.started[2:] == [('learner', (0,))]
 
 
-def test_more_workers_in_a_job_have_longer_to_start_and_a_late_one_is_killed(make_run):
+def test_more_workers_have_longer_to_start_and_a_late_one_is_killed(make_run):
     run = make_run()
     run.jobs.start(0.0)
     heard = [ALL[0], ALL[2]]
-    run.supervise(START_SECONDS + 1, heard)
-    run.supervise(START_SECONDS + 10, heard)
+    run.supervise(LONGEST_START_SECONDS, heard)
     assert len(run.started) == 2
-    now = START_SECONDS + jobs_lib.START_SECONDS_PER_WORKER + 1
+    now = LONGEST_START_SECONDS + 1
     run.supervise(now, heard)
     run.supervise(now + 3, heard)
     assert run.started[2:] == [('actor', (1,))]
@@ -246,6 +246,19 @@ def test_a_late_heartbeat_of_a_predecessor_is_none_of_its_successor(make_run):
     run.jobs.hear([late], 7.0 + SILENCE_SECONDS)
     run.supervise(7.0 + SILENCE_SECONDS, ALL[:2])
     assert eventually(lambda: has_ended(successor.pid))  # it has been silent
+
+
+def test_each_worker_is_a_job_where_the_elements_of_a_job_run_in_turn(make_run):
+    run = make_run(runner='PrismRunner')
+    run.jobs.start(0.0)
+    assert run.started == [('actor', (0,)), ('actor', (1,)), ('learner', (0,))]
+    heard = [(ACTORS[0], 0), (ACTORS[1], 1), (LEARNER, 2)]
+    run.supervise(10.0, heard)
+    os.kill(os.getsid(run.pid(ACTORS[1], 1)), signal.SIGKILL)
+    assert eventually(lambda: run.jobs.running == ['actor', 'learner'])
+    for now in (11.0, 14.0):
+        run.supervise(now, heard[::2])
+    assert run.started[3:] == [('actor', (1,))]
 
 
 def test_all_workers_may_be_one_job_and_those_that_die_are_submitted_together(make_run):
