@@ -253,7 +253,7 @@ CLASSIC: Mapping[str, Any] = {
     'double_dqn': True,
     'loss': 'huber',
     'optimizer': 'adam',
-    'learning_rate': 0.001,
+    'learning_rate': 0.002,
     'optimizer_epsilon': 1e-8,
     'batch_size': 128,
     'agent_steps_per_update': 4.0,
@@ -263,7 +263,7 @@ CLASSIC: Mapping[str, Any] = {
     'replay_capacity': 100_000,
     'min_replay_size': 1_000,
     'evaluation_period_updates': 15_000,  # none within the default budget, which ends in a minute
-    'max_frames': 45_000,
+    'max_frames': 48_000,
 }
 
 MINATAR: Mapping[str, Any] = {
