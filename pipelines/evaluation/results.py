@@ -86,5 +86,6 @@ def file_name(result: Mapping[str, Any], elsewhere: bool) -> str:
         path = pathlib.PurePath(result['policy']['path'])
         saved_model = result['policy']['kind'] == 'saved_model'  # each run has a `policy`
         names = (path.parent.name, path.name) if saved_model else (path.name,)
-        parts = (*filter(None, names), result['game'], result['protocol'], stamp)
+        game = result['game'].replace('/', '_')
+        parts = (*filter(None, names), game, result['protocol'], stamp)
     return '-'.join(parts) + '.json'

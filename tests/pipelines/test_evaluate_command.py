@@ -357,6 +357,13 @@ def test_a_file_outside_the_run_names_its_policy(kind, path, name):
     assert results.file_name(result, elsewhere=True).startswith(name)
 
 
+def test_a_slash_in_an_environments_name_makes_no_folder():
+    policy = {'kind': 'random', 'path': 'random'}
+    result = {'policy': policy, 'game': 'MinAtar/Breakout-v1', 'protocol': 'plain'}
+    name = results.file_name(result, elsewhere=True)
+    assert name.startswith('random-MinAtar_Breakout-v1-plain-')
+
+
 @pytest.mark.parametrize('command', [evaluate, export])
 def test_temporary_files_of_tensorflow_are_removed(run_dir, temporary, monkeypatch, command):
     def leave_a_file(*_):
