@@ -154,7 +154,8 @@ class OptimizedSlice:
           RuntimeError: TensorFlow has moved a variable, so that `state` no longer holds it.
         """
         for name, variable in self._variables.items():
-            if memory_address(variable) != self.state[name].__array_interface__['data'][0]:
+            array = self.state[name]
+            if array.size and memory_address(variable) != array.__array_interface__['data'][0]:
                 raise RuntimeError(f'TensorFlow has moved {name}; report it with its version')
         return {name: array.copy() for name, array in self.state.items()}
 
