@@ -61,7 +61,7 @@ def probe(agent: tf_agent.TFAgent, weighted: bool) -> tuple[Loss, tuple[tf.Varia
         plain = _loss_of(agent, experience, arguments)
         variables = trained_variables(lambda: plain(transition, None).weighted)
         with _laboratory(agent, variables, state) as freeze:
-            _check_untrained_variables(agent, variables, lambda: plain(transition, None))
+            _check_variables(agent, variables, lambda: plain(transition, None))
             trials = _Trials(agent, experience, arguments, transition, freeze)
             more, scale = trials.discounting()
             if weighted:
@@ -112,23 +112,24 @@ def _taken_experience(
     raise Unusable(f'its loss takes neither form of experience ({"; ".join(problems)})')
 
 
-def _check_untrained_variables(
+def _check_variables(
     agent: tf_agent.TFAgent, trained: tuple[tf.Variable, ...], lose: Callable[[], Any]
 ) -> None:
     """
     Raises:
-      Unusable: the policy depends on variables that change without a gradient, such as running
-        statistics of batch normalisation; the parameter server does not distribute those.
+      Unusable: the loss itself changes variables, such as running statistics of batch
+        normalisation, which the parameter server does not distribute, or trained ones, which it
+        alone may change.
     """
-    known = {variable.ref() for variable in trained}
-    others = [v for v in agent.policy.variables() if v.ref() not in known]
-    before = [v.numpy() for v in others]
+    variables = [*{v.ref(): v for v in (*trained, *agent.policy.variables())}.values()]
+    before = [v.numpy() for v in variables]
     lose()
-    moved = [v.name for v, old in zip(others, before) if not np.array_equal(v.numpy(), old)]
+    moved = [v.name for v, old in zip(variables, before) if not np.array_equal(v.numpy(), old)]
     if moved:
         raise Unusable(
-            f'{", ".join(moved)} change without a gradient, and the parameter server holds trained'
-            ' variables only; use a layer without running statistics (LayerNormalization, say)'
+            f'{", ".join(moved)} change without a gradient, but the parameter server alone changes'
+            ' variables, and holds only trained ones; use a layer without running statistics'
+            ' (LayerNormalization, say), and assign to none in the loss'
         )
 
 

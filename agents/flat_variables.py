@@ -32,6 +32,7 @@ class FlatVariables:
         self.variables = tuple(variables)
         self.size = sum(variable.shape.num_elements() for variable in self.variables)
         self.device = self.variables[0].device
+        self._in_place = all(is_host(variable.device) for variable in self.variables)
         self._shared = SharedVariables(self.variables, self.device)
         self._arrays: list[np.ndarray] = []  # once something was assigned
         self._read: ArrayFunction | None = None  # traced when first needed
@@ -51,11 +52,11 @@ class FlatVariables:
           ValueError: the parts have a wrong total size or type; no variable was changed.
         """
         vectors = self._checked(parts)
-        first = not self._arrays
-        self._arrays = self._arrays or self._allocate()
-        _scatter(vectors, self._arrays)
-        if first or not is_host(self.device):
-            self._shared.move_to(self._arrays)
+        arrays = self._arrays or self._allocate()
+        _scatter(vectors, arrays)
+        if not (self._arrays and self._in_place):
+            self._shared.move_to(arrays)
+        self._arrays = arrays
 
     @contextlib.contextmanager
     def holding(self, *parts: Any) -> Iterator[None]:

@@ -35,7 +35,12 @@ def memory_of(variable: tf.Variable) -> np.ndarray:
     TensorFlow updates a variable in place as long as nothing else holds its value. `assign`, or an
     update while a tensor of the value exists, gives it other memory: the array is then invalid. So
     only the owner of the variable may use this, and only kernels may update it.
+
+    Raises:
+      ValueError: the variable is on an accelerator.
     """
+    if not variable.device.endswith(HOST):
+        raise ValueError(f'{variable.name} is on {variable.device}: a variable of {HOST} is needed')
     # Gives the variable memory of its own: its first value may be a constant of TensorFlow.
     variable.assign_add(tf.zeros_like(variable))
     address = memory_address(variable)

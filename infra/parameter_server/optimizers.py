@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from infra.array_function import HOST
 from infra.array_variables import aligned_arrays, memory_address, memory_of
 from infra.parameter_server.config import ParameterServerConfig
 
@@ -135,8 +136,9 @@ class OptimizedSlice:
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
-        parameters = tf.Variable(tf.zeros([size], tf.float32))
-        self._optimizer = _OPTIMIZERS[config.optimizer](config, parameters)
+        with tf.device(HOST):  # `memory_of` needs it
+            parameters = tf.Variable(tf.zeros([size], tf.float32))
+            self._optimizer = _OPTIMIZERS[config.optimizer](config, parameters)
         self.slot_names = tuple(self._optimizer.slots)
         self._variables = {'parameters': parameters, **self._optimizer.slots}
         arrays = {name: memory_of(variable) for name, variable in self._variables.items()}
@@ -154,9 +156,11 @@ class OptimizedSlice:
           RuntimeError: TensorFlow has moved a variable, so that `state` no longer holds it.
         """
         for name, variable in self._variables.items():
-            array = self.state[name]
-            if array.size and memory_address(variable) != array.__array_interface__['data'][0]:
-                raise RuntimeError(f'TensorFlow has moved {name}; report it with its version')
+            if memory_address(variable) != self.state[name].__array_interface__['data'][0]:
+                raise RuntimeError(
+                    f'{name} of the shard: TensorFlow has moved it. Fix: report it with the version'
+                    ' of TensorFlow.'
+                )
         return {name: array.copy() for name, array in self.state.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:

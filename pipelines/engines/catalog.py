@@ -141,6 +141,7 @@ ENGINES: Mapping[str, Engine] = {
         ' --environment_config=HOST:50000 (see docs/engines.md)',
         forwards=True,
         launcher_restarts_workers=True,
+        elements_in_turn=True,  # Prism's job server, too
         continues_elements=True,
         outlives_submitter=True,
         end_seconds=_END_SECONDS,

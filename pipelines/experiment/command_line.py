@@ -159,7 +159,8 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
         '--one_job',
         action='store_true',
         help='Actors and learners are one job, on an engine that runs all steps of a job at once'
-        f' ({", ".join(catalog.SIDE_BY_SIDE)}). Default: a job each.',
+        f' ({", ".join(catalog.SIDE_BY_SIDE)}; PrismRunner with one of each). Default: a job for'
+        ' all actors and one for all learners; on Prism a job for each worker.',
     )
     job_settings.add_arguments(jobs)
     parser.add_argument(

@@ -42,7 +42,7 @@ class RunConfig:
 
     topology: str = described(
         'separate',
-        "'separate': two Beam jobs, actors and learners, share a replay; 'bundled': one Beam job of"
+        "'separate': actors and learners, in Beam jobs of their own, share a replay; 'bundled':"
         ' bundles, each an actor with its own replay and a learner (paper, section 4).',
     )
     num_actors: int = described(

@@ -167,6 +167,7 @@ def test_weights_are_taken_by_an_agent_that_looks_at_them(factory):
     ('factory', 'weighted', 'named'),
     [
         ('batch_normalised', False, 'moving_mean'),
+        ('normalises_its_weights', False, 'kernel:0 change without a gradient'),
         ('recurrent', False, 'recurrent state'),
         ('not_an_agent', False, 'returned a QNetwork, not a TFAgent'),
         ('without_a_loss', False, 'takes neither form of experience'),

@@ -93,7 +93,7 @@ class TestTarget:
         learner = dqn_agents.gradient()
         online = learner.parameters()
         values = np.arange(len(online), dtype=np.float32)
-        for shift in (0, 7):  # a second time: the first one's memory is used again
+        for shift in (0, 7):  # a second time: the target moves to other memory
             learner.set_target(values + shift)
             learner.set_parameters(online)
             target = FlatVariables(

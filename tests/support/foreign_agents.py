@@ -119,6 +119,13 @@ class _HandsOnKeywords(dqn_agent.DqnAgent):
         return super()._loss(experience, *args, **kwargs)
 
 
+class _NormalisesItsWeights(dqn_agent.DqnAgent):
+    def _loss(self, experience, *args, **kwargs):
+        kernel = self._q_network.trainable_variables[0]
+        kernel.assign(kernel / tf.norm(kernel))
+        return super()._loss(experience, *args, **kwargs)
+
+
 class _OwnDiscount(dqn_agent.DqnAgent):
     def _loss(self, experience, weights=None, training=False, **unused):
         return super()._loss(experience, gamma=self._gamma, weights=weights, training=training)
@@ -245,6 +252,11 @@ def _without_gamma(agent):
 def hands_on_keywords(time_step_spec, action_spec, config):
     """Its loss names no gamma, but hands it on."""
     return _subclassed(_HandsOnKeywords, time_step_spec, action_spec, config)
+
+
+def normalises_its_weights(time_step_spec, action_spec, config):
+    """Its loss sets trained variables itself, as a spectral norm by hand does."""
+    return _subclassed(_NormalisesItsWeights, time_step_spec, action_spec, config)
 
 
 def own_discount(time_step_spec, action_spec, config):
