@@ -150,7 +150,13 @@ class OptimizedSlice:
         self._optimizer.apply(gradient)
 
     def copy_state(self) -> dict[str, np.ndarray]:
-        """Returns a copy of `state`, by name.
+        """Returns a copy of `state`, by name."""
+        return {name: array.copy() for name, array in self.state.items()}
+
+    def require_in_place(self) -> None:
+        """Checks that `state` is still the memory of TensorFlow's variables.
+
+        For now and then: it creates a tensor for each variable (see infra/array_function.py).
 
         Raises:
           RuntimeError: TensorFlow has moved a variable, so that `state` no longer holds it.
@@ -161,7 +167,6 @@ class OptimizedSlice:
                     f'{name} of the shard: TensorFlow has moved it. Fix: report it with the version'
                     ' of TensorFlow.'
                 )
-        return {name: array.copy() for name, array in self.state.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Sets `state` to the values of a copy."""

@@ -304,6 +304,7 @@ class Shard:
     def _snapshot(self) -> ShardState:
         if self.layout is None:
             raise ValueError(f'shard {self.index} has no parameters to save; initialise first')
+        self._slice.require_in_place()
         self._keep_good()
         counters = {
             # First: a segment that is done twice is better than one that is lost.

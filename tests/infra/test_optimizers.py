@@ -125,7 +125,7 @@ def test_a_variable_that_tensorflow_moves_is_noticed():
     part = OptimizedSlice(ParameterServerConfig(), 3)
     part._variables['parameters'].assign(tf.ones([3]))
     with pytest.raises(RuntimeError, match='parameters of the shard'):
-        part.copy_state()
+        part.require_in_place()
 
 
 @pytest.mark.parametrize(
