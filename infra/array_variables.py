@@ -32,6 +32,8 @@ def aligned_arrays(shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
 def memory_of(variable: tf.Variable) -> np.ndarray:
     """An array on the memory of a float32 variable, to read what kernels write and to write to it.
 
+    The array is float32, of the variable's shape.
+
     TensorFlow updates a variable in place as long as nothing else holds its value. `assign`, or an
     update while a tensor of the value exists, gives it other memory: the array is then invalid. So
     only the owner of the variable may use this, and only kernels may update it.

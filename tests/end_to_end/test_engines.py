@@ -220,7 +220,7 @@ class TestOnAJobServer:
         flags = (*portable_flags, *BUNDLED, '--max_frames=16000', *SMALL)
         process = launching.start(run_dir, *flags)
         launching.wait_for_updates(process, run_dir)
-        harness, _ = [
+        harness, *_ = [
             child
             for child in psutil.Process().children(recursive=True)
             if any('SdkHarness' in part for part in child.cmdline())

@@ -45,7 +45,7 @@ def test_an_actor_that_waits_for_the_replay_hands_on_a_record_in_time_and_loses_
     monkeypatch.setattr(boxes, 'SEGMENT_SECONDS', 1.0)
     worker, config, replay = opened
     worker.begin(0)
-    segments = [worker.segment(0)]  # until the replay waits for a learner: nobody samples
+    segments = [worker.segment(0)]  # until the replay waits for samples: no learner runs
     begun = time.monotonic()
     segments.append(worker.segment(1))
     assert 1.0 <= time.monotonic() - begun < 10.0
