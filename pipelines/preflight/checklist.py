@@ -4,16 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import tree
 
 from agents.config import BUILTIN, FACTORY, TORSOS, NetworkConfig
 from agents.environments.errors import EnvironmentFailedError
-from agents.environments.factory import open_environment
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
 from pipelines.preflight import attached_servers, engine, network, resources
+from pipelines.preflight.trial import Trial
 
 
 def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, Any]) -> None:
@@ -28,7 +27,7 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
       UsageError: a check fails.
     """
     require_device(config, launch)
-    require_environment(config, values)
+    require_environment(config, values, launch.jobs.hang_seconds)
     require_agent(config, values)
     resources.require_room(config, launch)
     network.require_ports(config, launch)
@@ -82,8 +81,10 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
         raise UsageError(str(error)) from error
 
 
-def require_environment(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
-    """Checks an environment outside Atari by a step in it.
+def require_environment(
+    config: ExperimentConfig, values: Mapping[str, Any], hang_seconds: float
+) -> None:
+    """Checks an environment outside Atari by a step in it, whose parts take `hang_seconds` at most.
 
     Raises:
       UsageError: it cannot be opened or used, or one of the `values` given on the command line
@@ -91,14 +92,11 @@ def require_environment(config: ExperimentConfig, values: Mapping[str, Any]) -> 
     """
     if config.environment.is_atari:
         return
-    rules = dataclasses.replace(config.environment, env_processes=False)
     try:
-        with open_environment(rules, num_environments=1, seed=config.run.seed) as environment:
-            environment.reset()
-            environment.step_frames(np.zeros(1, np.int32))
-            frame = environment.frame_spec
+        frame = Trial(config.environment, config.run.seed).frames(hang_seconds)
     except EnvironmentFailedError as error:
-        raise UsageError(f'--environment {error}') from error
+        flag = 'game' if 'game' in values else 'environment'
+        raise UsageError(f'--{flag} {error}') from error
     depth = config.environment.frame_stack
     observation = tree.map_structure(lambda part: part.stacked(depth), frame)
     _require_layers(config, observation, values)

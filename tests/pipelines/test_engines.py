@@ -218,7 +218,7 @@ def test_dask_workers_that_lack_the_environments_package_are_named(launch, tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     missing = presets.experiment('classic', {'game': 'simulator_of_the_launcher:make'})
     missing = config_lib.replace(missing, {'topology': 'bundled'})  # one slot
-    checklist.require_environment(missing, {})  # it is here
+    checklist.require_environment(missing, {}, hang_seconds=60)  # it is here
     with pytest.raises(UsageError) as refusal:
         require_cluster(missing, launch)
     assert re.fullmatch(

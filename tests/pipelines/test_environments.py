@@ -129,7 +129,7 @@ def test_flags_of_layers_that_a_networks_observations_do_not_use_are_refused(arg
     refusal = ''
     try:
         config = command_line.experiment(preset, values)
-        checklist.require_environment(config, values)
+        checklist.require_environment(config, values, hang_seconds=60)
     except UsageError as error:
         refusal = str(error)
     assert refusal.startswith(unused)

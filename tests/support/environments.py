@@ -135,6 +135,14 @@ class Hanging(Counter):
         return super().step(action)
 
 
+class HangingReset(Counter):
+    """A `Counter` whose reset takes ten minutes."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        time.sleep(600)
+        return super().reset(seed=seed)
+
+
 class Closing(Counter):
     """A `Counter` that writes the ID of its process to a file when it is closed."""
 
