@@ -19,7 +19,7 @@ from tf_agents.trajectories.time_step import StepType
 
 from agents.config import BUILTIN, NetworkConfig
 from agents.fractions import midpoints
-from infra.named_function import load_function
+from infra.named_function import NoFunctionError, brief, load_function
 
 # Numbers of seeds, behind those of all streams.
 _FIRST_HIDDEN = 50  # of the first hidden layer
@@ -238,6 +238,10 @@ def _scaling(spec: Any) -> tuple[float, float]:
     return (low, 1 / (high - low)) if high > low else (0.0, 1.0)
 
 
+class NetworkError(ValueError):
+    """The user's network is unusable; the message names it, the reason and the remedy."""
+
+
 class Network(network.Network):
     """A network of TF-Agents for observations of any type.
 
@@ -279,7 +283,11 @@ class QNetwork(Network):
         name: str = 'q_network',
     ) -> None:
         """Outputs have shape [B, num_actions, *output_shape]. The same `seed` gives the same first
-        weights."""
+        weights.
+
+        Raises:
+          NetworkError: the user's network cannot be built, or returns no features.
+        """
         super().__init__(input_tensor_spec=input_tensor_spec, name=name)
         self._output_shape = (num_actions, *output_shape)
         # The layout of parameters follows the names of these attributes.
@@ -289,7 +297,7 @@ class QNetwork(Network):
         else:
             self._features = _TorsoLayers(input_tensor_spec, config, seed)
             units, depth = self._features.dense_units, self._features.depth
-        width = _width(self._features, input_tensor_spec)
+        width = _width(self._features, input_tensor_spec, config.q_network)
         shape = (width, units)
         self._embedding = None
         if num_cosines:
@@ -325,6 +333,14 @@ class QNetwork(Network):
         outputs = tf.reshape(outputs, (-1, fractions.shape[1], num_actions))
         return tf.transpose(outputs, (0, 2, 1)), network_state
 
+    def untrained(self) -> list[str]:
+        """Names of the variables that training leaves as they are: fixed ones, and hidden ones."""
+        with tf.GradientTape() as tape:
+            self(_zeros(self.input_tensor_spec))
+        known = {variable.ref() for variable in self.trainable_variables}
+        hidden = [each for each in tape.watched_variables() if each.ref() not in known]
+        return [each.name for each in (*self.non_trainable_variables, *hidden)]
+
     def _outputs(self, x: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
         """Outputs float32 [rows, *shape] of features [rows, width]; `shape` begins with actions."""
         outputs = tf.reshape(self._q_values(x), (-1, *shape))
@@ -338,35 +354,60 @@ def _of_the_user(name: str, spec: Any, seed: int) -> Callable[[Any], tf.Tensor]:
     """Builds the user's network: observations in, features out.
 
     Raises:
-      ValueError: it cannot be built.
+      NetworkError: it cannot be built.
     """
     try:
-        return load_function(name)(spec, seed)
-    except Exception as error:  # the user's code may raise anything
-        text = f'{type(error).__name__}: {error}'
-        raise ValueError(f'--q_network {name}: {text}. Fix: correct the function.') from error
+        made = load_function(name)(spec, seed)
+    except NoFunctionError as error:
+        raise NetworkError(f'--q_network {error}. Fix: correct the name.') from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise NetworkError(
+            f'--q_network {name}: raised {brief(error)}. Fix: correct the function, which gets the'
+            ' spec of an observation and a seed.'
+        ) from error
+    if not callable(made):
+        raise NetworkError(
+            f'--q_network {name}: returned {type(made).__name__}. Fix: return a Keras layer or'
+            ' model.'
+        )
+    return made
 
 
-def _width(torso: Any, spec: Any) -> int:
-    """Features of a torso's output.
+def _width(torso: Any, spec: Any, name: str) -> int:
+    """Features of the output of a torso, built-in or that of the user's function `name`.
 
     Raises:
-      ValueError: a user's network does not return float32 [B, features].
+      NetworkError: a user's network does not return float32 [B, features].
     """
     if isinstance(torso, _TorsoLayers):
         return torso.width
-    features = torso(_zeros(spec))
-    if len(features.shape) != 2 or features.dtype != tf.float32:
-        raise ValueError(
-            f'--q_network: returns {features.dtype.name} {features.shape}. Fix: return features,'
-            ' float32 [batch, features].'
-        )
-    return int(features.shape[1])
+    batch = _zeros(spec, rows=2)
+    try:
+        features = torso(batch)
+        problem = f'returned {_shown(features)}'
+        if tf.is_tensor(features) and features.dtype == tf.float32 and features.shape.rank == 2:
+            rows, width = features.shape
+            if rows == 2 and width:
+                return width
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        problem = f'raised {brief(error)}'
+    raise NetworkError(
+        f'--q_network {name}: given {_shown(batch)}, the network {problem}. Fix: let it return'
+        ' features, float32 [batch, features].'
+    )
 
 
-def _zeros(spec: Any) -> Any:
-    """A batch of one observation."""
-    return tf.nest.map_structure(lambda x: tf.zeros((1, *x.shape), x.dtype), spec)
+def _shown(batch: Any) -> str:
+    """Types and shapes of tensors; types of other values."""
+    return ', '.join(
+        f'{part.dtype.name} {list(part.shape)}' if tf.is_tensor(part) else type(part).__name__
+        for part in tf.nest.flatten(batch)
+    )
+
+
+def _zeros(spec: Any, rows: int = 1) -> Any:
+    """A batch of observations."""
+    return tf.nest.map_structure(lambda x: tf.zeros((rows, *x.shape), x.dtype), spec)
 
 
 def _layer_seed(seed: int, index: int) -> int:
@@ -395,6 +436,9 @@ def q_network(
       seed: equal seeds give equal first weights.
       output_shape: shape of the outputs for one action; () for one value.
       num_cosines: of the embedding of fractions, if outputs are quantiles at fractions; else 0.
+
+    Raises:
+      NetworkError: the user's network is unusable.
     """
     spec = tensor_spec.from_spec(observation_spec)
     num_actions = int(tensor_spec.from_spec(action_spec).maximum) + 1

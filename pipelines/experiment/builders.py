@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from agents import custom_agent, device, dqn, exploration, model, py_environment
+from agents import custom_agent, device, dqn, exploration, model, networks, py_environment
 from agents.actor_priorities import InitialPriorities
 from agents.config import FACTORY, EnvironmentConfig
 from agents.custom_loss import no_graph
@@ -27,6 +27,7 @@ def build_model(config: ExperimentConfig) -> Model:
 
     Raises:
       ForeignAgentError: the custom agent is not supported.
+      NetworkError: the user's network is unusable.
     """
     specs = specs_of(config.environment)
     seed = config.run.seed
@@ -48,8 +49,42 @@ def try_agent(config: ExperimentConfig) -> None:
     Raises:
       ForeignAgentError: the agent cannot be built, its loss or policy cannot be traced, or its
         gradient is not finite.
+      NetworkError: the network cannot be built or traced, or training leaves variables of it as
+        they are.
     """
+    name, network = config.agent.agent, config.network.q_network
+    foreign = FACTORY.fullmatch(name)
     model = build_model(config)
+    if not foreign:
+        _require_all_trained(model, network)
+    try:
+        gradient = _first_gradient(model, config)
+    except Exception as error:  # custom code may raise anything
+        if foreign:
+            raise custom_agent.ForeignAgentError(f'{name}: {no_graph(error)}') from error
+        fault = f'--q_network {network}: {no_graph(error)}. Fix: correct it.'
+        raise networks.NetworkError(fault) from error
+    if foreign and not np.isfinite(gradient).all():
+        raise custom_agent.ForeignAgentError(
+            f'{name}: the first gradient is not finite, so the parameter server would reject it'
+        )
+
+
+def _require_all_trained(model: Model, name: str) -> None:
+    """
+    Raises:
+      NetworkError: the user's network `name` has variables that training leaves as they are.
+    """
+    if untrained := model.agent.q_network.untrained():
+        raise networks.NetworkError(
+            f'--q_network {name}: {", ".join(untrained)} would keep their first values, since only'
+            ' gradients change variables here. Fix: use LayerNormalization in place of'
+            ' BatchNormalization, make all layers trainable, and return the Keras model itself.'
+        )
+
+
+def _first_gradient(model: Model, config: ExperimentConfig) -> np.ndarray:
+    """Traces loss and policy; returns the gradient on a batch of zeros."""
     weighted = config.replay.prioritized
     rows = 2
     frames = tf.nest.map_structure(
@@ -58,18 +93,11 @@ def try_agent(config: ExperimentConfig) -> None:
     )
     numbers = np.ones(rows, np.float32)
     transition = Transition(frames, np.zeros(rows, np.int32), numbers, numbers, frames)
-    try:
-        learner = AgentGradient(model, config.agent.gradient_clip_norm, weighted)
-        gradient, *_ = learner.gradient(transition, numbers if weighted else None)
-        learner.set_target(learner.parameters())
-        GreedyPolicy(model).act(frames)
-    except Exception as error:  # custom code may raise anything
-        raise custom_agent.ForeignAgentError(f'{config.agent.agent}: {no_graph(error)}') from error
-    if not np.isfinite(gradient).all():
-        raise custom_agent.ForeignAgentError(
-            f'{config.agent.agent}: the first gradient is not finite, so the parameter server would'
-            ' reject it'
-        )
+    learner = AgentGradient(model, config.agent.gradient_clip_norm, weighted)
+    gradient, *_ = learner.gradient(transition, numbers if weighted else None)
+    learner.set_target(learner.parameters())
+    GreedyPolicy(model).act(frames)
+    return gradient
 
 
 def build_learner(config: ExperimentConfig, device_name: str = device.HOST) -> AgentGradient:

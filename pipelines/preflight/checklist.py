@@ -126,26 +126,38 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
 
 
 def require_agent(config: ExperimentConfig, values: Mapping[str, Any]) -> None:
-    """Checks a custom agent by building it, which takes seconds.
+    """Checks a custom agent or network by building it, which takes seconds.
 
     Raises:
-      UsageError: the agent cannot be imported or trained, or one of the `values` given on the
-        command line configures the built-in networks.
+      UsageError: it cannot be imported or trained, or one of the `values` given on the command line
+        configures the built-in networks beside a custom agent.
     """
-    if not FACTORY.fullmatch(config.agent.agent):
+    custom = [each for each in (config.agent.agent, config.network.q_network) if ':' in each]
+    if not custom:
         return
-    network_settings = {field.name for field in dataclasses.fields(NetworkConfig)}
-    for name, value in values.items():
-        if name in network_settings or (name == 'actor_priorities' and value):
-            raise UsageError(
-                f'--{name}: no effect, since {config.agent.agent} has its own network. Fix: omit'
-                f' --{name}.'
-            )
-    print(f'trying {config.agent.agent} ...', flush=True)
+    if FACTORY.fullmatch(config.agent.agent):
+        _require_own_network(config.agent.agent, values)
+    print(f'trying {custom[0]} ...', flush=True)
     from agents.custom_agent import ForeignAgentError
+    from agents.networks import NetworkError
     from pipelines.experiment import builders
 
     try:
         builders.try_agent(config)
     except ForeignAgentError as error:
         raise UsageError(f'--agent {error}') from error
+    except NetworkError as error:
+        raise UsageError(str(error)) from error
+
+
+def _require_own_network(agent: str, values: Mapping[str, Any]) -> None:
+    """
+    Raises:
+      UsageError: one of the `values` configures networks that a custom agent does not use.
+    """
+    network_settings = {field.name for field in dataclasses.fields(NetworkConfig)}
+    for name, value in values.items():
+        if name in network_settings or (name == 'actor_priorities' and value):
+            raise UsageError(
+                f'--{name}: no effect, since {agent} has its own network. Fix: omit --{name}.'
+            )

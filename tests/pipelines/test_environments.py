@@ -103,6 +103,58 @@ def test_an_environment_that_cannot_be_used_is_refused_before_a_file_is_written(
     assert not (tmp_path / 'run').exists()
 
 
+OWN_NETWORK = 'tests.support.own_network'
+UNTRAINED = 'would keep their first values, since only gradients change variables here. Fix: use L'
+
+
+@pytest.mark.parametrize(
+    ('function', 'message'),
+    [
+        ('missing', 'tests.support.own_network has no function missing. Fix: correct the name.'),
+        ('without_seed', 'raised TypeError: without_seed() takes 1 positional argument but 2'),
+        ('failing', 'raised RuntimeError: no licence. Fix: correct the function, which gets the'),
+        ('leaving', 'raised SystemExit: 3. Fix: '),
+        ('nothing', 'returned NoneType. Fix: return a Keras layer or model.'),
+        ('three_axes', 'given float32 [2, 4], the network returned float32 [2, 2, 2]. Fix: let it'),
+        ('one_row', 'the network returned float32 [1, 4]. Fix: '),
+        ('two_results', 'the network returned float32 [2, 4], float32 [2, 4]. Fix: '),
+        ('convolution', 'the network raised ValueError: '),
+        ('eager_only', 'it cannot be run in a graph'),
+        ('batch_normalization', UNTRAINED),
+        ('frozen', UNTRAINED),
+        ('hidden', UNTRAINED),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_a_file_is_written(
+    function, message, tmp_path, capsys
+):
+    name = f'{OWN_NETWORK}:{function}'
+    argv = ['--environment=CartPole-v1', f'--q_network={name}', f'--run_dir={tmp_path / "run"}']
+    assert run.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'run.py: --q_network {name}: ')
+    assert message in line
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('agent', ['dqn', 'c51', 'qr_dqn', 'iqn'])
+def test_a_network_of_trained_layers_passes_the_trial_under_every_head(agent):
+    argv = ('--environment=CartPole-v1', f'--q_network={OWN_NETWORK}:dense', f'--agent={agent}')
+    checklist.require_agent(experiment(*argv, '--no-double_dqn'), {})
+
+
+def test_an_environment_that_hangs_is_refused_after_the_bound_and_named_before(capsys):
+    name = 'tests.support.environments:hanging_reset'
+    config = experiment(f'--environment={name}')
+    with pytest.raises(UsageError) as refusal:
+        checklist.require_environment(config, {}, hang_seconds=0.5)
+    assert str(refusal.value) == (
+        f'--environment {name}: reset() takes more than 0.5 s (--hang_seconds). Fix: correct it, or'
+        ' raise --hang_seconds.'
+    )
+    assert f'trying {name}: reset() ...\n' in capsys.readouterr().out
+
+
 MINATAR = ('--environment=MinAtar/Breakout-v1',)
 PICTURES = ('--environment=tests.support.environments:pictures',)
 CART_POLE = ('--environment=CartPole-v1',)
