@@ -20,6 +20,8 @@ from agents.environments.checked import brief_space
 from agents.environments.errors import EnvironmentFailedError
 from agents.environments.frames import FrameSpec, part_at
 
+MOST_VALUES = 65_536
+"""Of a number that is one-hot or an action: each has weights of its own in the network."""
 _ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -34,10 +36,12 @@ class Observations:
         """`name` stands in errors.
 
         Raises:
-          EnvironmentFailedError: a part of the space holds no arrays of one shape.
+          EnvironmentFailedError: a part of the space holds no arrays of one shape, or has too many
+            values to be one-hot.
         """
         parts = tree.flatten_with_path(space)
         _require_arrays(name, space, [part for _, part in parts])
+        _require_few_values(name, [part for _, part in parts])
         _require_names(name, space, [path for path, _ in parts])
         self._specs = [_spec_of(part) for _, part in parts]
         self._encoders = [_encoder_of(part) for _, part in parts]
@@ -66,6 +70,22 @@ def _require_arrays(name: str, space: gymnasium.Space, parts: list[gymnasium.Spa
             ' Fix: choose or wrap an environment with Box, Discrete, MultiDiscrete or MultiBinary'
             ' observations, or Dict or Tuple of these.'
         )
+
+
+def _require_few_values(name: str, parts: list[gymnasium.Space]) -> None:
+    """
+    Raises:
+      EnvironmentFailedError: a part is one-hot and too large.
+    """
+    for part in parts:
+        if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
+            count = sum(map(int, _choices_of(part)[0]))
+            if count > MOST_VALUES:
+                raise EnvironmentFailedError(
+                    f'{name}: observations {brief_space(part)} are one-hot arrays of {count:,}'
+                    f' numbers, more than {MOST_VALUES:,}. Fix: wrap the environment to show a Box'
+                    ' or a MultiDiscrete of few values (digits, coordinates).'
+                )
 
 
 def _require_names(name: str, space: gymnasium.Space, paths: list[tuple]) -> None:

@@ -6,6 +6,7 @@ This module does not import TensorFlow: each process would.
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,15 @@ def _made(parent: int, make: Callable[[], gymnasium.Env]) -> gymnasium.Env:
     if os.getpid() != parent:  # gymnasium makes one in the parent, to look at its spaces
         exit_with_parent()  # a step that hangs would outlive it
     return make()
+
+
+def lost(environments: AsyncVectorEnv) -> int | None:
+    """Number of the environment whose process has ended by itself, if one has."""
+    if environments.closed:
+        return None
+    sentinels = [process.sentinel for process in environments.processes]
+    ended = multiprocessing.connection.wait(sentinels, _CLOSE_SECONDS)
+    return next((i for i, sentinel in enumerate(sentinels) if sentinel in ended), None)
 
 
 def close_processes(environments: AsyncVectorEnv) -> None:

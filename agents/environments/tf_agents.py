@@ -13,6 +13,7 @@ from agents.environments.atari import check_actions
 from agents.environments.checked import described
 from agents.environments.errors import EnvironmentFailedError, failure_text
 from agents.environments.frames import Frames, FrameSpec
+from agents.environments.vector import require_few_actions
 
 _NUMBERS = 'biuf'  # NumPy's kinds: truth values, integers with and without sign, floats
 
@@ -206,7 +207,7 @@ def _actions_of(name: str, spec: Any) -> tuple[int, int]:
     """First and number of the actions.
 
     Raises:
-      EnvironmentFailedError: they are not numbered.
+      EnvironmentFailedError: they are not numbered, or too many.
     """
     numbered = isinstance(spec, array_spec.BoundedArraySpec) and spec.shape == ()
     if not numbered or not np.issubdtype(spec.dtype, np.integer):
@@ -214,7 +215,9 @@ def _actions_of(name: str, spec: Any) -> tuple[int, int]:
             f'{name}: actions {_on_one_line(spec)} are not discrete. Fix: choose an environment'
             ' with a bounded integer action, or wrap it (tf_agents.environments.wrappers).'
         )
-    return int(spec.minimum), int(spec.maximum) - int(spec.minimum) + 1
+    count = int(spec.maximum) - int(spec.minimum) + 1
+    require_few_actions(name, count)
+    return int(spec.minimum), count
 
 
 def _require_numbers(name: str, spec: Any) -> None:

@@ -13,8 +13,8 @@ from agents.environments.atari import check_actions
 from agents.environments.checked import VectorRules, brief_space
 from agents.environments.errors import EnvironmentFailedError, failure_text
 from agents.environments.frames import Frames, begun
-from agents.environments.observations import Observations
-from agents.environments.processes import close_processes
+from agents.environments.observations import MOST_VALUES, Observations
+from agents.environments.processes import close_processes, lost
 from infra.named_function import brief
 
 
@@ -165,7 +165,10 @@ class VectorEnvironment:
             raise
         except Exception as error:  # the user's code may raise anything
             what = f'{method.__name__} {failure_text(error)}'
-            raise self._failed(what, f'correct its {method.__name__}()') from error
+            inner = self._envs.unwrapped
+            broken = isinstance(error, (EOFError, ConnectionError))
+            number = lost(inner) if broken and isinstance(inner, AsyncVectorEnv) else None
+            raise self._failed(what, f'correct its {method.__name__}()', number) from error
 
     def _frame(self, observation: Any) -> Any:
         """A copy of the observations, as frames.
@@ -204,11 +207,24 @@ def actions_of(name: str, space: gymnasium.Space) -> tuple[int, int]:
     """First and number of a space's actions.
 
     Raises:
-      EnvironmentFailedError: they are not numbered.
+      EnvironmentFailedError: they are not numbered, or too many.
     """
     if not isinstance(space, spaces.Discrete):
         raise EnvironmentFailedError(
             f'{name}: actions {brief_space(space)} are not discrete. Fix: choose an environment'
             ' with a Discrete action space, or wrap it to have one.'
         )
+    require_few_actions(name, int(space.n))
     return int(space.start), int(space.n)
+
+
+def require_few_actions(name: str, count: int) -> None:
+    """
+    Raises:
+      EnvironmentFailedError: a network cannot have an output for each action.
+    """
+    if count > MOST_VALUES:
+        raise EnvironmentFailedError(
+            f'{name}: {count:,} actions are more than {MOST_VALUES:,}. Fix: wrap the environment to'
+            ' have fewer.'
+        )

@@ -97,11 +97,14 @@ class Broken(Counter):
             'graph': spaces.Graph(spaces.Discrete(2), None),
             'inside': spaces.Dict(number=spaces.Discrete(2), word=spaces.Tuple([spaces.Text(4)])),
             'empty': spaces.Dict(),
+            'large': spaces.Discrete(10**9),
             'differs': spaces.Box(0, 2**31, (1 + seed % 97,), np.float64),
         }
         self.observation_space = spaces_of.get(how, self.observation_space)
         if how == 'continuous':
             self.action_space = spaces.Box(-1, 1, (1,))
+        if how == 'actions':
+            self.action_space = spaces.Discrete(10**6)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
         if self._how == 'reset':
@@ -347,6 +350,7 @@ broken_exit = functools.partial(_broken, 'exit')
 broken_graph = functools.partial(_broken, 'graph')
 broken_infinite = functools.partial(_broken, 'infinite')
 broken_inside = functools.partial(_broken, 'inside')
+broken_large = functools.partial(_broken, 'large')
 broken_nan = functools.partial(_broken, 'nan')
 broken_none = functools.partial(_broken, 'none')
 broken_old = functools.partial(_broken, 'old')

@@ -75,6 +75,8 @@ class PyBroken(PyCounter):
     def action_spec(self) -> Any:
         if self._how == 'continuous':
             return array_spec.BoundedArraySpec((), np.float32, -1, 1)
+        if self._how == 'actions':
+            return array_spec.BoundedArraySpec((), np.int64, 1, 10**6)
         return super().action_spec()
 
     def observation_spec(self) -> Any:
@@ -154,6 +156,7 @@ def _broken(how: str, seed: int, opening: Opening) -> py_environment.PyEnvironme
 
 
 bounds = functools.partial(_broken, 'bounds')
+actions = functools.partial(_broken, 'actions')
 continuous = functools.partial(_broken, 'continuous')
 differs = functools.partial(_broken, 'differs')
 discount = functools.partial(_broken, 'discount')
