@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from agents.config import FACTORY, EnvironmentConfig
 from agents.environments.atari import AtariEnvironment, emulator_seeds
-from agents.environments.checked import Checked, VectorRules
+from agents.environments.checked import Checked, VectorRules, described
 from agents.environments.errors import EnvironmentFailedError, failure_text, opening_failed
 from agents.environments.frames import Environment
 from agents.environments.processes import in_processes
@@ -178,11 +178,19 @@ def _vectorised(
     except EnvironmentFailedError:
         raise
     except Exception as error:  # a process that ends, spaces that differ
-        raise EnvironmentFailedError(
-            f'{name}: {failure_text(error)}. Fix: let each seed make an environment of the same'
-            ' spaces.'
-        ) from error
+        text = failure_text(error)
+        raise EnvironmentFailedError(f'{name}: {text}. Fix: {_remedy(error)}.') from error
     return _stepped(name, environments, seeds)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about environments that cannot be stepped together."""
+    bootstrapping = 'bootstrapping phase' in str(error)  # Python's word for a child that has none
+    if bootstrapping or isinstance(error, (EOFError, ConnectionError)):
+        return "correct what ended it; a script opens it below if __name__ == '__main__'"
+    if 'space' in str(error):
+        return 'let each seed make an environment of the same spaces'
+    return 'correct it'
 
 
 def _stepped(
@@ -215,6 +223,8 @@ def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simu
             return _vectorised(config, makers, seed)
         return _vectorised(config, [lambda: first, *makers[1:]], seed)
     if isinstance(first, VectorEnv):
+        spaces_of_one = ('single_observation_space', 'single_action_space')
+        _require_spaces(name, first, 'observation_space', *spaces_of_one)
         _require_count(name, first.num_envs, count)
         return _stepped(name, first, seeds[0], VectorRules(first))
     from tf_agents.environments import py_environment
@@ -244,7 +254,23 @@ def _call(name: str, opening: Opening, seed: int) -> Any:
 
 
 def _checked(name: str, number: int, make: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    return Checked(make(), name, number)
+    made = make()
+    _require_spaces(name, made, 'observation_space', 'action_space')
+    return Checked(made, name, number)
+
+
+def _require_spaces(name: str, made: Any, *attributes: str) -> None:
+    """
+    Raises:
+      EnvironmentFailedError: the environment lacks a space.
+    """
+    for attribute in attributes:
+        held = getattr(made, attribute, None)
+        if not isinstance(held, gymnasium.Space):
+            raise EnvironmentFailedError(
+                f'{name}: {attribute} is {described(held)}, not a space. Fix: set it to a space of'
+                ' gymnasium.spaces.'
+            )
 
 
 def _require_count(name: str, held: int, wanted: int) -> None:

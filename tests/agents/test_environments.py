@@ -225,8 +225,31 @@ def test_a_daemon_of_multiprocessing_as_dasks_workers_are_has_processes_for_its_
 
 
 def test_a_process_that_dies_is_one_line():
-    text = refusal(f'{OWN}:broken_exit', 3, env_processes=True)
-    assert 'step 2: step lost its process (see the log). Fix: ' in text
+    text = refusal(f'{OWN}:second_exits', 3, env_processes=True)
+    assert text.startswith(f'{OWN}:second_exits, environment 1, step 2: step lost its process (see')
+
+
+def test_a_script_that_its_own_processes_cannot_import_is_asked_to_guard_its_main_part(tmp_path):
+    # Each process imports the script, which opens the environments again.
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'from agents.config import EnvironmentConfig\n'
+        'from agents.environments.factory import open_environment\n'
+        f'config = EnvironmentConfig(game="{OWN}:counter", env_processes=True)\n'
+        'open_environment(config, 1, seed=0).close()\n'
+    )
+    ended = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    lines = [line for line in ended.stderr.splitlines() if 'EnvironmentFailedError: ' in line]
+    assert len(lines) == 2, ended.stderr  # of the process, and of the script
+    for line in lines:
+        assert line.endswith("a script opens it below if __name__ == '__main__'.")
 
 
 def test_an_error_in_a_process_is_the_same_line_as_in_this_one():
@@ -432,6 +455,13 @@ def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(na
         ('sequence', 'have no fixed shape. Fix: choose or wrap an environment'),
         ('graph', 'observations Graph('),
         ('empty', 'observations Dict() have no fixed shape'),
+        (
+            'large',
+            'observations Discrete(1000000000) are one-hot arrays of 1,000,000,000 numbers, more'
+            ' than 65,536. Fix: wrap',
+        ),
+        ('actions', ': 1,000,000 actions are more than 65,536. Fix: wrap'),
+        ('spaceless', ': observation_space is None, not a space. Fix: set it to a space of gymna'),
         ('differs', 'Fix: let each seed make an environment of the same spaces.'),
         ('part', 'step 2: observation/pair/0 float32[2] [0.5, -3.0] is not in its space Box(-1.0'),
         ('missing', "step 2: observation {'picture': array("),
@@ -457,6 +487,7 @@ def test_a_broken_environment_is_one_line_with_its_name_step_and_remedy(how, mes
         ('step', ', step 2: step raised RuntimeError: lost. Fix: correct its step().'),
         ('reset', ', step 2: reset raised RuntimeError: no level. Fix: correct its reset().'),
         ('mask', ', step 2: reset starts episodes outside reset_mask. Fix: reset only those'),
+        ('spaceless', ': single_observation_space is None, not a space. Fix: set it to a space of'),
         ('mode', ": metadata['autoreset_mode'] is None. Fix: set it to AutoresetMode.NEXT_STEP or"),
     ],
 )
@@ -477,6 +508,7 @@ def test_a_broken_vector_environment_is_one_line_with_the_number_of_the_broken_o
         ('goes_on', ', environment 0, step 6: the step after the LAST of an episode is not the'),
         ('step', ', step 2: step raised RuntimeError: lost. Fix: correct its step().'),
         ('reset', ', step 0: reset raised RuntimeError: no level. Fix: correct its reset().'),
+        ('actions', ': 1,000,000 actions are more than 65,536. Fix: wrap the environment to have'),
         ('continuous', ': actions BoundedArraySpec(shape=(), dtype=dtype('),
         ('text', ": observations ArraySpec(shape=(), dtype=dtype('<U')"),
         ('differs', ': raised ValueError: All environments must have the same time_step_spec.'),

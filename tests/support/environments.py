@@ -13,6 +13,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents.config import EnvironmentConfig
+from agents.environments.atari import emulator_seeds
 from agents.environments.factory import Opening, open_environment
 
 LENGTH = 5
@@ -191,6 +192,8 @@ class BrokenVector(SyncVectorEnv):
         if how == 'unbounded':
             self.single_observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
             self.observation_space = spaces.Box(-np.inf, np.inf, (2, 3), np.float64)
+        if how == 'spaceless':
+            del self.single_observation_space
         if how == 'mode':
             self.autoreset_mode: Any = None
             self.metadata: dict[str, Any] = {}
@@ -342,6 +345,7 @@ def _broken_vector(how: str, seed: int, opening: Opening) -> SyncVectorEnv:
     return BrokenVector(how)
 
 
+broken_actions = functools.partial(_broken, 'actions')
 broken_continuous = functools.partial(_broken, 'continuous')
 broken_differs = functools.partial(_broken, 'differs')
 broken_dtype = functools.partial(_broken, 'dtype')
@@ -370,8 +374,24 @@ vector_reset = functools.partial(_broken_vector, 'reset')
 vector_reward = functools.partial(_broken_vector, 'reward')
 vector_rewards = functools.partial(_broken_vector, 'rewards')
 vector_shape = functools.partial(_broken_vector, 'shape')
+vector_spaceless = functools.partial(_broken_vector, 'spaceless')
 vector_step = functools.partial(_broken_vector, 'step')
 vector_unbounded = functools.partial(_broken_vector, 'unbounded')
+
+
+def broken_spaceless(seed: int, opening: Opening) -> gymnasium.Env:
+    """One without spaces."""
+    return gymnasium.Env()
+
+
+def second_exits(seed: int, opening: Opening) -> gymnasium.Env:
+    """The second of the two of seed 1 ends its process at its second step."""
+    return Broken('exit' if seed == int(emulator_seeds(1, 2)[1]) else 'nothing')
+
+
+def hanging_reset(seed: int, opening: Opening) -> gymnasium.Env:
+    """See `HangingReset`."""
+    return HangingReset(seed)
 
 
 def hanging(seed: int, opening: Opening) -> gymnasium.Env:
