@@ -35,6 +35,8 @@ _ERROR_LINE = re.compile(
     r'([\w.]+(Error|Exception|Exit)|Fatal .*|Killed|\S*python[\d.]*: .*'
     r'|worker process .* return code -\d+)(:|$)'  # a worker killed by a signal writes no error
 )
+_HANG_LINE = re.compile(r'\w+ \d+: no step and no update for ')
+_ENGINE_ERROR = 'grpc.'  # the engine's, which follows from the end of a worker's process
 
 _watching = threading.Lock()
 
@@ -266,9 +268,11 @@ class SupervisedProcess:
         return [line for line in written if line][-count:]
 
     def last_error(self) -> str:
-        """The last line since the start that names an error, else ''."""
-        errors = filter(_ERROR_LINE.match, reversed(self.last_log_lines(_ERROR_LINES)))
-        return next(errors, '')
+        """The last line since the start that names an error, or the hang before it; else ''."""
+        lines = self.last_log_lines(_ERROR_LINES)[::-1]
+        error = next(filter(_ERROR_LINE.match, lines), '')
+        hang = next(filter(_HANG_LINE.match, lines), '')
+        return hang if hang and (not error or error.startswith(_ENGINE_ERROR)) else error
 
     def describe_failure(self) -> str:
         """Describes a failure for a message: name, exit code, error and last lines of the log."""

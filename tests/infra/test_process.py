@@ -144,6 +144,13 @@ class TestSupervisedProcess:
         assert child.last_error() == line
         assert f'child ended with exit code 0 ({line}); ' in child.describe_failure()
 
+    def test_a_hang_is_named_in_place_of_the_engines_error_that_follows_from_it(self, start):
+        hang = 'actor 0: no step and no update for 15 s (--hang_seconds); it stands at the line'
+        for after, named in (('grpc.RpcError', hang), ('OSError: full', 'OSError: full')):
+            child = start(f'print({hang!r}); print({after!r})')
+            child.wait(10.0)
+            assert child.last_error() == named
+
     @pytest.mark.parametrize(
         'line',
         [
