@@ -169,7 +169,8 @@ def _record(policy: Policy, game: Game, film: 'Film') -> None:
     from pipelines.evaluation import video
 
     score = video.record(policy, game, film)
-    print(f'{film.path}: game {game.episode}, score {score.value:g}, {score.frames} frames')
+    length = f'{score.frames} {policy.environment.unit}'
+    print(f'{film.path}: game {game.episode}, score {score.value:g}, {length}')
 
 
 def _play(

@@ -44,6 +44,7 @@ from pipelines.monitoring.run_state import MonitorConfig
 from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import Checkpoints
+from pipelines.storage.evaluations import EVALUATION_FILE, rename_old
 from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory, command
 from pipelines.storage.space import temporary_files
@@ -193,6 +194,7 @@ class Launcher:
         self.display.phase('connecting to servers' if attached else 'starting servers')
         self.signals.effect = 'stopping once the servers answer; a second signal stops at once'
         with self._training(checkpoints, monitor, resumed) as training:
+            rename_old(self.directory.path / EVALUATION_FILE)  # of the budget before
             return training.run()
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.events import count, finite
-from pipelines.experiment.protocols import PROTOCOLS
+from pipelines.experiment.protocols import PLAIN, PROTOCOLS
 from pipelines.experiment.protocols import Protocol as Rules
 from pipelines.reporting import reference, statistics
 from pipelines.reporting.records import Evaluation
@@ -306,7 +306,7 @@ def _rules(rules: Rules) -> str:
     parts = [
         'recorded start points' if rules.starts else '',
         f'up to {rules.max_noops} no-ops' if rules.max_noops else '',
-        f'{rules.max_frames:,} frames at most',
+        f'{rules.max_frames:,} {"steps" if rules.name == PLAIN else "frames"} at most',
         f'epsilon {rules.epsilon:g}',
         f'sticky actions {rules.sticky_action_probability:g}'
         if rules.sticky_action_probability

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from agents.config import EnvironmentConfig
 from infra.disk import is_remote, read_json
 from pipelines.errors import UsageError
 from pipelines.events import count, finite
@@ -42,9 +43,10 @@ def line(result: Mapping[str, Any]) -> str:
 def rules(result: Mapping[str, Any]) -> str:
     """The rules that a score was taken under: `protocol noop, epsilon 0.05, ...`."""
     changed = ', '.join(f'{name} {value}' for name, value in result['deviations'].items())
+    unit = EnvironmentConfig(game=str(result.get('game', ''))).unit
     return (
         f'protocol {result["protocol"]}, epsilon {result["epsilon"]:g}, at most'
-        f' {result["max_frames"]:,} frames{"; deviations: " * bool(changed)}{changed}'
+        f' {result["max_frames"]:,} {unit}{"; deviations: " * bool(changed)}{changed}'
     )
 
 
@@ -82,12 +84,21 @@ def write(path: str, result: Mapping[str, Any]) -> None:
     if is_remote(path):
         _remote(path, lambda place, name: place.write(name, content))
         return
-    file = pathlib.Path(path)
-    if file.name == EVALUATION_FILE and file.exists():
+    if pathlib.Path(path).name == EVALUATION_FILE:
+        rename_old(pathlib.Path(path))
+    outputs.write_new(path, content)
+
+
+def rename_old(file: pathlib.Path) -> None:
+    """Names the result in `file`, if there is one, by its updates: newer ones follow.
+
+    Raises:
+      OSError: it cannot be renamed.
+    """
+    if file.exists():
         before = read_result(file)
         name = f'evaluation-{before.get("updates")}-updates' if before else 'damaged-evaluation'
         file.replace(_free(file.with_name(f'{name}.json')))
-    outputs.write_new(path, content)
 
 
 def _remote(path: str, act: Callable[['Place', str], _T]) -> _T:

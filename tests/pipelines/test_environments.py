@@ -13,6 +13,7 @@ from pipelines.evaluation import play
 from pipelines.experiment import command_line, config, protocols
 from pipelines.launch.interrupts import StartUp
 from pipelines.preflight import checklist
+from pipelines.storage.evaluations import rules
 from tests.support import saved_run
 
 OWN = 'tests.support.environments:counter'
@@ -207,6 +208,7 @@ def test_random_play_is_evaluated_by_the_environments_own_rules(name, tmp_path):
     assert evaluate.main(argv) == 0
     result = json.loads(output.read_text())
     assert (result['protocol'], result['game'], result['failed']) == ('plain', name, 0)
+    assert rules(result).endswith('at most 108,000 steps')
     frames = [game['frames'] for game in result['details']]
     if name == OWN:
         assert result['returns'] == [15.0] * 6  # 1 + 2 + 3 + 4 + 5

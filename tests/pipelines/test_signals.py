@@ -22,7 +22,9 @@ from pipelines.launch.training import LastCheckpointError
 from pipelines.monitoring.display import PlainDisplay
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import MonitorConfig
+from pipelines.storage import evaluations
 from pipelines.storage.checkpoints import Checkpoints
+from pipelines.storage.evaluations import EVALUATION_FILE
 from pipelines.storage.run_directory import CHECKPOINT_RUN_FILE, RunDirectory, command
 from tests.support.waiting import eventually
 
@@ -239,6 +241,19 @@ def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
         'evaluating': 'ending the evaluation; the training is complete and saved',
     }
     assert f'] SIGTERM: {effect[phase]}\n' in said.getvalue()
+
+
+def test_a_run_that_trains_further_keeps_the_evaluation_of_before_under_another_name(
+    directory, signals, monkeypatch
+):
+    before = {'protocol': 'noop', 'episodes': 1, 'epsilon': 0.05, 'mean': 1.0, 'std': 0.0}
+    evaluations.write(str(directory.path / EVALUATION_FILE), {**before, 'updates': 7})
+    launcher = launcher_in(directory, signals)
+    training = contextlib.nullcontext(types.SimpleNamespace(run=lambda: 'SIGINT'))
+    monkeypatch.setattr(launcher, '_training', lambda *_: training)
+    assert launcher._train(None, None, None) == 'SIGINT'
+    assert not (directory.path / EVALUATION_FILE).exists()
+    assert (directory.path / 'evaluation-7-updates.json').exists()
 
 
 def test_what_a_child_leaves_that_is_killed_while_it_films_is_removed(
