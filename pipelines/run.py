@@ -101,8 +101,8 @@ def _resumption(config: ExperimentConfig, directory: RunDirectory) -> dict[str, 
     if done >= config.max_agent_steps and is_complete(directory):
         raise UsageError(
             f'{directory.path}: nothing is left to do ({frames} of --max_frames'
-            f' {config.run.max_frames}, evaluated and exported). Fix: raise --max_frames, or'
-            f' evaluate it again with {command("evaluate", directory.path)}.'
+            f' {config.run.max_frames}, evaluated and exported). Fix: raise --max_frames or'
+            f' --max_steps, or evaluate it again with {command("evaluate", directory.path)}.'
         )
     changed = config_lib.changes(config_lib.load(directory.config_file), config)
     seconds = counters.get('wall_seconds', 0.0)

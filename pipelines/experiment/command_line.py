@@ -5,12 +5,13 @@ accepted too; any other flag is an error.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import shlex
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agents.config import EnvironmentConfig
@@ -23,8 +24,9 @@ from infra.tls import TlsError, read_pair, read_roots
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
-from pipelines.experiment import job_settings, presets
+from pipelines.experiment import job_settings, presets, protocols
 from pipelines.experiment.launch import LOOPBACK, Launch
+from pipelines.experiment.protocols import RUN_PROTOCOLS
 from pipelines.experiment.unused_flags import require_effect
 
 _EPILOG = """examples:
@@ -146,8 +148,19 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 MAX_STEPS = 'max_steps'
 """Flag of a budget in agent steps, which is no setting of its own."""
-_NAMES = {'game': ('--environment', '--game')}
-"""Flags of a setting with more than one name; the first is shown."""
+ENVIRONMENT = 'environment'
+"""Other flag of the setting `game`; values bear the name that was given, which errors repeat."""
+_SETTINGS = {ENVIRONMENT: 'game', MAX_STEPS: 'max_frames'}
+"""Settings of flags with other names."""
+_MISTAKEN = {'--network': '--q_network', '--num_workers': '--num_actors and --num_learners'}
+"""Beam's flags for Dataflow alone, and ours that a user may mean elsewhere."""
+
+
+class _Spelled(argparse.Action):
+    """Stores a value under the name of the flag that was given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, option_string.removeprefix('--'), values)
 
 
 def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
@@ -177,7 +190,9 @@ def _add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
             value = getattr(getattr(default, group), field.name)
             text = f'{field.metadata["help"]} Default: {value}.'.replace('%', '%%')
             extra = _EXTRA[kinds[field.name]]
-            names = _NAMES.get(field.name, (f'--{field.name}',))
+            names = [f'--{field.name}']
+            if field.name == 'game':
+                names, extra = [f'--{ENVIRONMENT}', *names], {**extra, 'action': _Spelled}
             arguments.add_argument(*names, dest=field.name, default=None, help=text, **extra)
 
 
@@ -298,20 +313,19 @@ def _ports(kind: str, text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _game(text: str) -> str:
+def _game(text: str, flag: str = '') -> str:
     """Returns the ROM that `text` names; prints a note on Gymnasium IDs.
 
     Raises:
-      UsageError: the game is unknown or cannot be played.
+      UsageError: the game is unknown or cannot be played; names the `flag`, if one was given.
     """
     try:
         game = check_name(text)
-    except GameError as error:
-        raise UsageError(f'--game: {error}') from error
     except ValueError as error:
-        raise UsageError(f'--environment: {error}') from error
+        named = flag or ('game' if isinstance(error, GameError) else ENVIRONMENT)
+        raise UsageError(f'--{named}: {error}') from error
     if note := not_taken_over(text):
-        print(f'--game {note}', file=sys.stderr, flush=True)
+        print(f'--{flag or "game"} {note}', file=sys.stderr, flush=True)
     return game
 
 
@@ -353,7 +367,20 @@ def _flags_of_jobs(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple
     for flags in (rest, *of_jobs):
         _reject_unknown(every.parse_known_args(flags)[1], every, engine)
         catalog.require_free(known.runner, flags)
+        _require_meant(known.runner, flags)
     return of_jobs
+
+
+def _require_meant(runner: str, flags: Sequence[str]) -> None:
+    """
+    Raises:
+      UsageError: a flag has no effect on the engine, and ours with a like name has.
+    """
+    for flag, ours in _MISTAKEN.items():
+        if runner != 'DataflowRunner' and (value := value_of(flag, flags)) is not None:
+            raise UsageError(
+                f'{flag} {value}: no effect on {runner} (did you mean {ours}?). Fix: omit {flag}.'
+            )
 
 
 def parse(argv: Sequence[str]) -> tuple[Launch, str | None, dict[str, Any]]:
@@ -400,15 +427,20 @@ def _values(known: argparse.Namespace) -> dict[str, Any]:
     """The settings of the experiment that are given, by name.
 
     Raises:
-      UsageError: the game is unknown or cannot be played.
+      UsageError: the game is unknown or cannot be played, or two are named.
     """
     values = {
         name: getattr(known, name)
-        for name in config_lib.fields()
-        if getattr(known, name) is not None
+        for name in (ENVIRONMENT, *config_lib.fields())
+        if getattr(known, name, None) is not None
     }
-    if 'game' in values:
-        values['game'] = _game(values['game'])
+    games = {flag: values[flag] for flag in (ENVIRONMENT, 'game') if flag in values}
+    values |= {flag: _game(text, flag) for flag, text in games.items()}
+    if len(games) > 1 and values[ENVIRONMENT] != values.pop('game'):
+        raise UsageError(
+            f'--{ENVIRONMENT} {games[ENVIRONMENT]}: contradicts --game {games["game"]}. Fix: omit'
+            ' one of them.'
+        )
     if known.max_steps is not None:
         values[MAX_STEPS] = known.max_steps
     return values
@@ -450,12 +482,18 @@ def experiment(preset: str | None, values: dict[str, Any]) -> config_lib.Experim
       UsageError: the preset is unknown; the game cannot be played; or values are invalid,
         contradictory or without effect.
     """
+    values, steps = _without_flags(values)
     if isinstance(values.get('game'), str):
-        values = {**values, 'game': _game(values['game'])}
-    if preset is None:
-        preset = presets.default(values.get('game', EnvironmentConfig().game))
-    values, steps = _without_steps(values)
-    config = _with_budget(presets.experiment(preset, values), steps)
+        values['game'] = _game(values['game'])
+    game = values.get('game', EnvironmentConfig().game)
+    preset = presets.default(game) if preset is None else preset
+    if (rules := values.get('evaluation_protocol')) in RUN_PROTOCOLS and isinstance(game, str):
+        environment = EnvironmentConfig(game=game)
+        protocols.require_fit(rules, environment, '--evaluation_protocol', RUN_PROTOCOLS)
+    frames = {name: values[name] for name in ('game', 'action_repeat') if name in values}
+    repeat = presets.experiment(preset, frames).environment.action_repeat
+    with _in_steps(steps, repeat) as budget:
+        config = presets.experiment(preset, {**values, **budget})
     require_effect(config, values)
     return config
 
@@ -473,36 +511,42 @@ def resumed(
             f'--preset {preset}: contradicts --resume, since the run was started with'
             f' {before.preset}. Fix: omit --preset, or start a new run.'
         )
-    values, steps = _without_steps(values)
+    settings, steps = _without_flags(values)
     for name, value in values.items():
-        group, _ = config_lib.fields()[name]
-        old = getattr(getattr(before, group), name)
-        if value != old and name not in RESUMABLE:
+        setting = _SETTINGS.get(name, name)
+        group, _ = config_lib.fields()[setting]
+        old = getattr(getattr(before, group), setting)
+        if value != old and setting not in RESUMABLE:
             raise UsageError(
                 f'--{name} {value}: contradicts --resume, since the run was started with {old}.'
                 f' Fix: omit --{name}, or start a new run.'
             )
     _game(before.environment.game)
-    return _with_budget(config_lib.replace(before, values), steps)
+    with _in_steps(steps, before.environment.action_repeat) as budget:
+        return config_lib.replace(before, {**settings, **budget})
 
 
-def _without_steps(values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """The settings of the experiment among `values`, and the budget of agent steps, if given.
+def _without_flags(values: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """The settings of the experiment by their names, and the budget of agent steps, if given.
 
     Raises:
       UsageError: a budget of frames is given, too.
     """
-    settings = {name: value for name, value in values.items() if name != MAX_STEPS}
-    if MAX_STEPS in values and 'max_frames' in settings:
+    if MAX_STEPS in values and 'max_frames' in values:
         raise UsageError('--max_steps: contradicts --max_frames. Fix: omit one of them.')
+    settings = {_SETTINGS.get(name, name): values[name] for name in values if name != MAX_STEPS}
     return settings, values.get(MAX_STEPS)
 
 
-def _with_budget(
-    config: config_lib.ExperimentConfig, agent_steps: int | None
-) -> config_lib.ExperimentConfig:
-    """The experiment with a budget of agent steps, None: as it is."""
+@contextlib.contextmanager
+def _in_steps(agent_steps: int | None, action_repeat: int) -> Iterator[dict[str, int]]:
+    """Yields the setting for a budget of agent steps, empty without one; names it in errors."""
     if agent_steps is None:
-        return config
-    frames = agent_steps * config.environment.action_repeat
-    return config_lib.replace(config, {'max_frames': frames})
+        yield {}
+        return
+    frames = agent_steps * action_repeat
+    try:
+        yield {'max_frames': frames}
+    except UsageError as error:
+        text = str(error).replace(f'--max_frames {frames}', f'--{MAX_STEPS} {agent_steps}')
+        raise UsageError(text) from error

@@ -27,12 +27,11 @@ from infra.parameter_server.config import ParameterServerConfig
 from infra.replay.config import ReplayConfig
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
-from pipelines.experiment.protocols import PROTOCOLS
+from pipelines.experiment.protocols import RUN_PROTOCOLS
 
 CONFIG_FILE = 'config.json'
 """Name of the file in the directory of a run."""
 TOPOLOGIES = ('separate', 'bundled')
-_WITHOUT_STARTS = [protocol.name for protocol in PROTOCOLS.values() if not protocol.starts]
 _MOST_EPISODES = 100_000  # of an evaluation; far above what is of use
 
 
@@ -71,7 +70,7 @@ class RunConfig:
     evaluation_protocol: str = described(
         'noop',
         "Rules of the evaluation: 'noop' (paper), 'machado' (sticky actions, all 18 actions) or"
-        " 'rainbow' (30 minutes); see docs/evaluation.md.",
+        " 'rainbow' (30 minutes); outside Atari 'plain' (its own rules); see docs/evaluation.md.",
     )
     evaluation_episodes: int = described(30, 'Games of the final evaluation (paper: 30).')
     evaluation_epsilon: float = described(0.05, 'Epsilon of the final evaluation (paper: 0.05).')
@@ -107,7 +106,7 @@ class RunConfig:
                 ' it, then run `pipelines/evaluate.py --protocol human --starts FILE` (see'
                 ' docs/evaluation.md).'
             )
-        require_choice(self, 'evaluation_protocol', _WITHOUT_STARTS)
+        require_choice(self, 'evaluation_protocol', RUN_PROTOCOLS)
         counts = ('num_actors', 'num_learners', 'max_frames', 'evaluation_max_frames')
         require_at_least(self, 1, *counts, 'evaluation_period_updates')
         require_from_to(self, 1, _MOST_EPISODES, 'evaluation_episodes', 'evaluator_episodes')

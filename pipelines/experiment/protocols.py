@@ -8,7 +8,7 @@ A score is the sum of a game's raw rewards. The loss of a life never ends a game
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agents.config import EnvironmentConfig
@@ -84,6 +84,10 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }
 
 
+RUN_PROTOCOLS = tuple(protocol.name for protocol in PROTOCOLS.values() if not protocol.starts)
+"""Those of the evaluation at the end of a run, which has no start points."""
+
+
 def protocol(name: str, values: Mapping[str, Any]) -> Protocol:
     """The protocol `name` with fields replaced by those of `values` that are not None.
 
@@ -103,16 +107,22 @@ def default_for(environment: EnvironmentConfig) -> str:
     return 'noop' if environment.is_atari else PLAIN
 
 
-def require_fit(name: str, environment: EnvironmentConfig) -> None:
+def require_fit(
+    name: str,
+    environment: EnvironmentConfig,
+    flag: str = '--protocol',
+    choices: Iterable[str] = PROTOCOLS,
+) -> None:
     """
     Raises:
-      UsageError: the rules are of Atari and the environment is not, or the other way round.
+      UsageError: the rules are of Atari and the environment is not, or the other way round; names
+        the `flag`, and those of its `choices` that fit.
     """
     if (name == PLAIN) == environment.is_atari:
-        fitting = [each for each in PROTOCOLS if (each == PLAIN) != environment.is_atari]
+        fitting = [each for each in choices if (each == PLAIN) != environment.is_atari]
         raise UsageError(
-            f'--protocol {name}: not for {environment.game}. Fix: choose {" or ".join(fitting)},'
-            ' or omit it.'
+            f'{flag} {name}: not for {environment.game}. Fix: choose {" or ".join(fitting)}, or'
+            ' omit it.'
         )
 
 

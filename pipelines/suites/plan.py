@@ -26,6 +26,7 @@ _MOST_NAMED = 3  # runs in a message
 _LONGEST_VALUE = 40  # characters of a value in a name
 _UNFIT = re.compile(r'[^A-Za-z0-9.+-]+')
 _OWN = {  # flags of run.py that the suite sets
+    'environment': '--games',
     'game': '--games',
     'preset': '--presets',
     'seed': '--seeds',

@@ -46,6 +46,33 @@ def test_a_budget_of_steps_is_one_of_frames_at_the_environments_action_repeat():
     assert command_line.resumed(cart, None, {'max_steps': 60_000}).run.max_frames == 60_000
     with pytest.raises(UsageError, match='--max_steps: contradicts --max_frames'):
         experiment('--max_steps=50000', '--max_frames=200000')
+    # The preset's own budget ends before 60,000 steps.
+    more = ('--min_replay_size=60000', '--max_steps=70000')
+    assert experiment('--environment=CartPole-v1', *more).max_agent_steps == 70_000
+
+
+def test_a_resumed_run_names_the_flag_of_a_value_that_it_must_keep():
+    before = experiment('--environment=CartPole-v1')
+    for flags, message in (
+        (['--environment=Acrobot-v1'], '--environment Acrobot-v1: contradicts --resume, since'),
+        (['--game=Acrobot-v1'], '--game Acrobot-v1: contradicts --resume, since'),
+        (['--max_steps=300'], '--max_steps 300: the run ends before learning starts'),
+    ):
+        _, preset, values = command_line.parse(flags)
+        with pytest.raises(UsageError, match=message):
+            command_line.resumed(before, preset, values)
+    _, preset, values = command_line.parse(['--environment=CartPole-v1'])
+    assert command_line.resumed(before, preset, values) == before
+
+
+def test_one_environment_may_have_both_flags():
+    flags = ('--environment=ALE/Pong-v5', '--game=pong')
+    assert experiment(*flags) == experiment()
+
+
+def test_a_network_of_googles_may_be_named_where_it_has_an_effect():
+    launch, _, _ = command_line.parse(['--runner=DataflowRunner', '--network=default'])
+    assert launch.beam_flags == ('--network=default',)
 
 
 def test_a_run_is_resumed_with_a_larger_budget_of_steps(tmp_path):
@@ -71,6 +98,28 @@ def test_a_run_is_resumed_with_a_larger_budget_of_steps(tmp_path):
             "--dense_layers '8,,8': must be",
         ),
         (['--q_network=mine'], "--q_network 'mine': must be builtin or module:function"),
+        (
+            ['--network', 'mine:make'],
+            '--network mine:make: no effect on DirectRunner (did you mean --q_network?). Fix: omit',
+        ),
+        (['--num_workers=3'], 'did you mean --num_actors and --num_learners?'),
+        (['--environment=pung'], "--environment: unknown game 'pung'"),
+        (['--game=CartPole-v7'], '--game: CartPole-v7: unknown'),
+        (
+            ['--environment=CartPole-v1', '--game=pong'],
+            '--environment CartPole-v1: contradicts --game pong. Fix: omit one of them.',
+        ),
+        (['--max_steps=0'], '--max_steps 0: must be at least 1'),
+        (['--environment=CartPole-v1', '--max_steps=-5'], '--max_steps -5: must be at least 1'),
+        (['--max_steps=300'], '--max_steps 300: the run ends before learning starts (300 agent'),
+        (
+            ['--environment=CartPole-v1', '--evaluation_protocol=machado'],
+            '--evaluation_protocol machado: not for CartPole-v1. Fix: choose plain, or omit it.',
+        ),
+        (
+            ['--evaluation_protocol=plain'],
+            '--evaluation_protocol plain: not for pong. Fix: choose noop or machado or rainbow, or',
+        ),
     ],
 )
 def test_what_has_no_effect_or_names_nothing_is_refused_with_its_flag(argv, message):

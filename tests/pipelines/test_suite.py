@@ -158,6 +158,7 @@ class TestGames:
         (('--games=pong', '--grid=double_dqn=1'), 'Fix: write true or false'),
         (('--games=pong', '--grid=n_step=1,3', '--n_step=3'), '--n_step: also in --grid'),
         (('--games=pong', '--game=breakout'), '--game=breakout: set for each run by the suite'),
+        (('--games=pong', '--environment=x-v0'), '--environment=x-v0: set for each run by the su'),
         (('--games=pong', '--run_dir', 'x'), '--run_dir=x: set for each run by the suite'),
         (('--games=pong', '--replay_addresses=h:1'), '--replay_addresses: such servers hold'),
         (('--games=pong', '--nosuch=1'), '--nosuch=1: unknown flag'),
