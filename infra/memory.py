@@ -1,9 +1,8 @@
-"""Measures available memory and limits this process's own."""
+"""Measures memory: what is available, and what a process holds."""
 
 import dataclasses
 import pathlib
 import resource
-import threading
 
 from infra.control_groups import Group, groups, lines
 
@@ -48,30 +47,6 @@ def resident_bytes(pid: int | str = 'self') -> int | None:
     except (OSError, IndexError):
         return None
     return int(pages) * resource.getpagesize()
-
-
-class OwnBound:
-    """Limits what this process allocates; a larger allocation fails. Thread-safe.
-
-    A message that unpacks to gigabytes then fails alone, instead of exhausting the host's memory.
-    Files and shared memory that the process maps do not count, thread stacks do.
-    """
-
-    def __init__(self, growth_bytes: int) -> None:
-        """Allows `growth_bytes` beyond the present use."""
-        pages = int(pathlib.Path('/proc/self/statm').read_text().split()[5])  # data and stack
-        self._limit = pages * resource.getpagesize() + growth_bytes
-        self._lock = threading.Lock()
-        self.allow(0)
-
-    def allow(self, size_bytes: int) -> None:
-        """Raises the limit, for memory that is not a message's."""
-        with self._lock:
-            self._limit += size_bytes
-            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            unlimited = hard == resource.RLIM_INFINITY
-            limit = self._limit if unlimited else min(self._limit, hard)
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _room(group: Group) -> int:

@@ -1,4 +1,4 @@
-"""TLS of the parameter shards: PEM files in, certificates and keys for Arrow Flight out."""
+"""TLS of the parameter shards: PEM files in, contexts of servers and clients out."""
 
 import contextlib
 import re
@@ -11,20 +11,34 @@ class TlsError(ValueError):
     """A file is unreadable or invalid; the message names it and the reason."""
 
 
-def read_pair(certificate_file: str, key_file: str) -> tuple[bytes, bytes]:
-    """Reads a server's certificate chain and its key, both PEM.
+def server_context(certificate_file: str, key_file: str) -> ssl.SSLContext:
+    """The context of a server with a certificate chain and its key, both PEM.
 
     Raises:
       TlsError: a file is unreadable or not PEM, or the key does not belong to the certificate.
     """
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate_file, key_file)
-        return _read(certificate_file), _read(key_file)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate_file, key_file)
+        return context
     except (OSError, ssl.SSLError) as error:
         raise TlsError(
             f'--tls_certificate {certificate_file}, --tls_key {key_file}: no certificate and its'
             f' key in PEM ({error})'
         ) from error
+
+
+def client_context(roots: bytes) -> ssl.SSLContext:
+    """The context of a client that accepts certificates signed by one of `roots`, PEM."""
+    return ssl.create_default_context(cadata=roots.decode('ascii'))
+
+
+def unverified_context() -> ssl.SSLContext:
+    """The context of a client that accepts any certificate, for a probe, which sends no secrets."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def read_roots(file: str) -> bytes:

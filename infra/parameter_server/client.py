@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from infra.parameter_server import checkpoint, protocol
-from infra.parameter_server.connection import Request, ShardConnection, StreamBroken, Watchdog
+from infra.parameter_server.connection import Request, ShardConnection, StreamBroken
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
 from infra.parameter_server.shared_memory import PARAMETERS, TARGET
+from infra.tls import client_context
 
 _FIRST_BACKOFF_SECONDS = 0.05
 _LAST_BACKOFF_SECONDS = 1.0
@@ -126,7 +127,6 @@ class ParameterClient:
         self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
         self.connections = _connections(addresses, layout, wire_dtype, shared_memory, tls_roots)
-        self._watchdog = Watchdog(self.connections)
         self._lock = threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
         self._outstanding: concurrent.futures.Future | None = None
@@ -344,9 +344,8 @@ class ParameterClient:
         """Closes the streams; waits a bounded time for an outstanding push."""
         self._executor.shutdown(wait=True)
         with self._lock:
-            self._watchdog.close()
             for connection in self.connections:
-                connection.close()
+                connection.drop()
 
     def _check(self, values: np.ndarray) -> np.ndarray:
         values = np.ascontiguousarray(values, np.float32)
@@ -361,7 +360,7 @@ class ParameterClient:
             requests = []
             for shard in shards:
                 connection = self.connections[shard]
-                body = connection.stage(values[self._parts[shard]], exact=True)
+                body = values[self._parts[shard]]
                 requests.append(Request(connection, self._header('initialise'), body))
             return self._exchange(requests)
 
@@ -393,8 +392,10 @@ class ParameterClient:
         for shard, (connection, part) in enumerate(zip(self.connections, self._parts)):
             header = self._header('apply' if shard else 'push')
             header |= {'pull': pull, 'flaw': flaw}
-            body = None if flaw else connection.stage(gradient[part], copy=copy)
-            requests.append(Request(connection, header, body, PARAMETERS))
+            body = gradient[part]
+            if copy and not flaw:
+                body = connection.stage(body)
+            requests.append(Request(connection, header, None if flaw else body, PARAMETERS))
         requests[0].header['version'] = int(version)
         return requests
 
@@ -476,8 +477,7 @@ class ParameterClient:
         backoff = _FIRST_BACKOFF_SECONDS
         while True:
             pending = [i for i, reply in enumerate(replies) if reply is None]
-            with self._watchdog.until(deadline):
-                problem = self._attempt(requests, replies, pending, deadline, wait_initialised)
+            problem = self._attempt(requests, replies, pending, deadline, wait_initialised)
             if problem is None:
                 return replies  # type: ignore[return-value]
             if time.monotonic() + backoff > deadline:
@@ -548,8 +548,9 @@ def _connections(
         'wire_dtype': wire_dtype,
     }
     sizes = [part.stop - part.start for part in layout.slices(len(addresses))]
+    tls = client_context(tls_roots) if tls_roots else None
     return [
-        ShardConnection(address, {**hello, 'shard': shard}, size, shared_memory, tls_roots)
+        ShardConnection(address, {**hello, 'shard': shard}, size, shared_memory, tls)
         for shard, (address, size) in enumerate(zip(addresses, sizes))
     ]
 

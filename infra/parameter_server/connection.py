@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections.abc import Iterator, Sequence
+import ssl
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.flight as flight
 
-from infra.parameter_server import health, protocol
+from infra.addresses import split_address
+from infra.parameter_server import channel, protocol
 from infra.parameter_server.shared_memory import (
     GRADIENT,
     PARAMETERS,
@@ -22,9 +18,9 @@ from infra.parameter_server.shared_memory import (
     is_loopback,
 )
 
-_WATCH_SECONDS = 0.2
 _NOTHING = {PARAMETERS: -1, TARGET: -1}
-_BROKEN = (flight.FlightError, pa.ArrowException, StopIteration, OSError)
+# A part of a checkpoint holds the parameters, the target and an optimizer's few vectors.
+_MOST_VECTORS = 16
 
 
 class StreamBroken(Exception):
@@ -36,8 +32,10 @@ class ShardConnection:
 
     Attributes:
       address: `host:port`.
+      is_here: whether the shard is on this host.
       known: revision of each tensor that this client holds; -1 for none. Reset with the stream,
         since revisions of different servers are not comparable.
+      channel: the open stream; None while it is closed.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class ShardConnection:
         hello: dict[str, Any],
         size: int,
         shared_memory: bool,
-        tls_roots: bytes | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """
         Args:
@@ -54,162 +52,138 @@ class ShardConnection:
           hello: header of the first message, without the segment.
           size: number of parameters of the shard.
           shared_memory: whether to use shared memory with a shard on this host.
-          tls_roots: PEM roots of the shard's certificate; None for no TLS.
+          tls: context of a TLS client; None for no TLS.
         """
         self.address = address
-        self._tls_roots = tls_roots
         self.known = dict(_NOTHING)
+        self.channel: channel.Channel | None = None
+        self._tls = tls
         self._hello = hello
         self._size = size
-        self._wire_dtype = hello['wire_dtype']
-        self.is_here = is_loopback(address.rpartition(':')[0])
+        self._wire = np.empty(size, protocol.WIRE_TYPES[hello['wire_dtype']])
+        self.is_here = is_loopback(split_address(address)[0])
         self._wants_segment = shared_memory and self.is_here
-        self._segment: Segment | None = None
-        self._client: flight.FlightClient | None = None
-        self._writer: Any = None
-        self._reader: Any = None
+        self._segment = Segment.private(size)
+        self._shared = False
 
     def connect(self, deadline: float) -> None:
-        """Opens the stream unless it is open.
+        """Opens the stream unless it is open; sends and receives wait until the deadline at most.
 
         Raises:
           StreamBroken: the shard does not reply.
           LayoutMismatchError, RequestRefusedError: the shard refuses this client.
         """
-        if self._reader is not None:
+        if self.channel is not None:
+            self.channel.wait_until(deadline)
             return
         try:
-            reply = self._open(deadline)
-        except (*_BROKEN, ValueError) as error:
-            self.drop()
-            raise StreamBroken(_first_line(error)) from error
+            self.channel = channel.connect(self.address, deadline, self._tls)
+            reply = self._introduce(self.channel)
+        except (OSError, ValueError) as error:
+            raise self._broken(error) from error
         if 'error' in reply:
             self.drop()
             error_class = protocol.ERRORS[reply['error']]
             raise error_class(f'parameter shard {self.address}: {reply["message"]}')
 
-    def stage(self, values: np.ndarray, copy: bool = False, exact: bool = False) -> np.ndarray:
-        """Prepares values for `send`.
-
-        Args:
-          values: float32 [size].
-          copy: whether the caller may change `values` before `send`.
-          exact: whether to send float32 whatever the wire type.
-
-        Returns:
-          The array to pass to `send`: in shared memory, or of the wire type.
-        """
-        if self._segment is not None:
-            np.copyto(self._segment.tensors[GRADIENT], values)
-            return self._segment.tensors[GRADIENT]
-        wire_type = protocol.WIRE_TYPES['float32' if exact else self._wire_dtype]
-        if not copy and wire_type == values.dtype:
-            return values
-        staged = np.empty(values.size, wire_type)
-        protocol.convert(values, staged)
-        return staged
+    def stage(self, values: np.ndarray) -> np.ndarray:
+        """Copies values, float32 [size], for a later `send`; returns the copy."""
+        np.copyto(self._segment.tensors[GRADIENT], values)
+        return self._segment.tensors[GRADIENT]
 
     def send(self, header: dict[str, Any], body: np.ndarray | None) -> None:
-        """Sends one message on the open stream; raises StreamBroken."""
+        """Sends one message on the open stream.
+
+        Args:
+          header: of the message.
+          body: float32 [size]; first parameters go as they are, whatever the wire type.
+
+        Raises:
+          StreamBroken: the shard does not take the message in time.
+        """
+        assert self.channel is not None
+        if body is not None and self._shared:
+            if body is not self._segment.tensors[GRADIENT]:
+                self.stage(body)
+            body = None
+        elif body is not None and header['operation'] != 'initialise':
+            body = self._on_wire(body)
         try:
-            metadata = protocol.encode_header(header)
-            if body is not None and self._segment is not None:
-                if body is not self._segment.tensors[GRADIENT]:
-                    protocol.convert(body, self._segment.tensors[GRADIENT])
-                body = None
-            if body is None:
-                self._writer.write_metadata(metadata)
-                return
-            if header['operation'] != 'initialise' and body.dtype.name != self._wire_dtype:
-                converted = np.empty(body.size, protocol.WIRE_TYPES[self._wire_dtype])
-                protocol.convert(body, converted)
-                body = converted
-            self._writer.write_with_metadata(protocol.encode_body(body), metadata)
-        except _BROKEN as error:
-            self.drop()
-            raise StreamBroken(_first_line(error)) from error
+            self.channel.send(header, body)
+        except OSError as error:
+            raise self._broken(error) from error
 
     def receive(self, tensor: str | None) -> tuple[dict[str, Any], np.ndarray | None]:
         """Returns the next reply's header and its values, None if it has none.
 
-        Values are float32 [size]; in shared memory the next reply overwrites them. A reply with
+        Values are float32 [size]; the next reply with the same tensor overwrites them. A reply with
         `octets` has bytes instead, uint8 [n].
 
         Args:
           tensor: `PARAMETERS` or `TARGET`, the tensor requested; None for none.
 
         Raises:
-          StreamBroken: no reply arrives, or it is malformed.
+          StreamBroken: no reply arrives in time, or it is malformed.
         """
+        assert self.channel is not None
         try:
-            chunk = self._reader.read_chunk()
-            header = protocol.decode_header(chunk.app_metadata, protocol.LARGEST_REPLY_BYTES)
-            if chunk.data is not None:
-                octets = header.get('octets')
-                values = protocol.decode_octets(chunk.data) if octets else self._decode(chunk.data)
-                return header, values
-        except (*_BROKEN, ValueError) as error:
-            self.drop()
-            raise StreamBroken(_first_line(error)) from error
-        if tensor is None or self._segment is None or not header.get('modified'):
+            header, body_bytes = self.channel.receive(channel.LARGEST_REPLY_BYTES)
+            if body_bytes:
+                return header, self._body(self.channel, body_bytes, tensor)
+        except (OSError, ValueError) as error:
+            raise self._broken(error) from error
+        if tensor is None or not self._shared or not header.get('modified'):
             return header, None
         return header, self._segment.tensors[tensor]
 
-    def cancel(self) -> None:
-        """Interrupts a thread that waits on the stream; called from another thread."""
-        reader = self._reader
-        if reader is not None:
-            reader.cancel()
-
-    def close(self) -> None:
-        """Signals the end of requests to the shard and drops the stream."""
-        if self._writer is not None:
-            with contextlib.suppress(*_BROKEN):
-                self._writer.done_writing()
-        self.drop()
-
     def drop(self) -> None:
-        """Cancels the stream; the next message opens another."""
-        reader, self._reader = self._reader, None
-        writer, self._writer = self._writer, None
-        client, self._client = self._client, None
-        self._segment = None
+        """Closes the stream; the next message opens another."""
+        stream, self.channel = self.channel, None
         self.known = dict(_NOTHING)
-        # Cancels first, so that closing does not wait for a shard that hangs.
-        for end in (reader and reader.cancel, writer and writer.close, client and client.close):
-            with contextlib.suppress(*_BROKEN):
-                if end is not None:
-                    end()
+        if stream is not None:
+            stream.close()
 
-    def _open(self, deadline: float) -> dict[str, Any]:
-        self._client = health.connect(self.address, self._tls_roots)
-        # Calls with a time-out first, because opening the stream may block for ever.
-        health.ask(self._client, max(0.05, deadline - time.monotonic()))
-        descriptor = flight.FlightDescriptor.for_command(b'parameters')
-        self._writer, self._reader = self._client.do_exchange(descriptor)
-        self._writer.begin(protocol.SCHEMA)
+    def _broken(self, error: Exception) -> StreamBroken:
+        self.drop()
+        return StreamBroken(str(error) or type(error).__name__)
+
+    def _introduce(self, stream: channel.Channel) -> dict[str, Any]:
+        """Sends the first message, with an offer of shared memory; returns the reply."""
         segment = self._create_segment()
         try:
             offer = segment and {'name': segment.name, 'host': host_identity()}
-            hello = {**self._hello, 'segment': offer}
-            self._writer.write_metadata(protocol.encode_header(hello))
-            metadata = self._reader.read_chunk().app_metadata
-            reply = protocol.decode_header(metadata, protocol.LARGEST_REPLY_BYTES)
+            stream.send({**self._hello, 'segment': offer})
+            reply, _ = stream.receive()
         finally:
             if segment is not None:
                 segment.unlink()
-        self._segment = segment if reply.get('shared_memory') else None
+        self._shared = segment is not None and bool(reply.get('shared_memory'))
+        self._segment = segment if segment and self._shared else Segment.private(self._size)
         return reply
 
-    def _decode(self, batch: pa.RecordBatch) -> np.ndarray:
-        values = protocol.decode_body(batch, self._wire_dtype)
-        if values.size != self._size:
-            raise ValueError(f'{values.size} values came instead of {self._size}')
-        if values.dtype == np.float32:
+    def _on_wire(self, values: np.ndarray) -> np.ndarray:
+        if values.dtype == self._wire.dtype:
             return values
-        converted = np.empty(self._size, np.float32)
-        protocol.convert(values, converted)
-        return converted
+        protocol.convert(values, self._wire)
+        return self._wire
+
+    def _body(self, stream: channel.Channel, size_bytes: int, tensor: str | None) -> np.ndarray:
+        if tensor is None:
+            most = _MOST_VECTORS * 4 * self._size + channel.LARGEST_REPLY_BYTES
+            if size_bytes > most:
+                raise ValueError(f'a reply of {size_bytes} bytes; {most} are allowed')
+            octets = np.empty(size_bytes, np.uint8)
+            stream.receive_into(octets)
+            return octets
+        if size_bytes != self._wire.nbytes:
+            raise ValueError(f'{size_bytes} bytes came instead of {self._wire.nbytes}')
+        values = self._segment.tensors[tensor]
+        if values.dtype == self._wire.dtype:
+            stream.receive_into(values)
+        else:
+            stream.receive_into(self._wire)
+            protocol.convert(self._wire, values)
+        return values
 
     def _create_segment(self) -> Segment | None:
         if not self._wants_segment or host_identity() is None:
@@ -262,41 +236,3 @@ class Request:
         if self._tensor is not None and reply.get('modified'):
             revision = 'target_revision' if self._tensor == TARGET else 'revision'
             self.connection.known[self._tensor] = reply[revision]
-
-
-class Watchdog:
-    """Cancels the streams of a call that runs past its deadline: Flight reads have no time-out."""
-
-    def __init__(self, connections: Sequence[ShardConnection]) -> None:
-        self._connections = connections
-        self._deadline = float('inf')
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    @contextlib.contextmanager
-    def until(self, deadline: float) -> Iterator[None]:
-        """Applies the deadline to the calls made in the context."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        self._deadline = deadline
-        try:
-            yield
-        finally:
-            self._deadline = float('inf')
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._closed.set()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(_WATCH_SECONDS):
-            if time.monotonic() > self._deadline:
-                for connection in self._connections:
-                    connection.cancel()
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, StopIteration):
-        return 'the stream ended'
-    return str(error).split('. gRPC client debug context')[0].splitlines()[0]

@@ -20,7 +20,7 @@ from agents.games import GameError, not_taken_over
 from infra.addresses import AddressError, is_port, split_address
 from infra.disk import is_remote
 from infra.flags import integer, nonempty, value_of, with_fix
-from infra.tls import TlsError, read_pair, read_roots
+from infra.tls import TlsError, read_roots, server_context
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
@@ -341,7 +341,7 @@ def _tls(known: argparse.Namespace) -> tuple[str, str] | None:
         if known.tls_roots:
             read_roots(known.tls_roots)
         if known.tls_certificate:
-            read_pair(known.tls_certificate, known.tls_key)
+            server_context(known.tls_certificate, known.tls_key)
             return known.tls_certificate, known.tls_key
     except TlsError as error:
         raise UsageError(f'{error}.') from error

@@ -12,7 +12,7 @@ from typing import Any
 from infra.addresses import split_address
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.telemetry import TELEMETRY_TABLE
-from infra.tls import read_roots
+from infra.tls import client_context, read_roots
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.frames import trajectory_spec
@@ -64,7 +64,7 @@ def _require_listener(address: str) -> None:
 def _answer(address: str, kind: str, ask: Callable[[str], Any]) -> Any:
     try:
         return ask(address)
-    except Exception as error:  # gRPC, Flight and Reverb have no common class
+    except Exception as error:  # sockets, TLS and Reverb have no common class
         raise UsageError(
             f'{address}: answers, but not as a {kind} ({_reason(error)}). Fix: correct the address;'
             ' set --tls_roots if parameter shards use TLS, and omit it if not.'
@@ -72,7 +72,7 @@ def _answer(address: str, kind: str, ask: Callable[[str], Any]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Type and first line of an error, which includes gRPC's reason to reject a certificate."""
+    """Type and first line of an error, which includes TLS's reason to reject a certificate."""
     lines = str(error).strip().splitlines() or ['']
     return f'{type(error).__name__}: {lines[0][:_REASON_CHARACTERS]}'
 
@@ -80,8 +80,8 @@ def _reason(error: Exception) -> str:
 def _ask_parameter_shard(address: str, tls_roots: bytes | None) -> Mapping[str, Any]:
     from infra.parameter_server import health
 
-    with health.connect(address, tls_roots) as client:
-        return health.ask(client, _CONNECT_SECONDS)
+    tls = client_context(tls_roots) if tls_roots else None
+    return health.ask(address, _CONNECT_SECONDS, tls)
 
 
 def _ask_replay_shard(address: str) -> Mapping[str, Any]:

@@ -66,8 +66,7 @@ def address_of(run_dir: pathlib.Path, server: str) -> str:
 
 def counters(run_dir: pathlib.Path) -> dict[str, int]:
     """Agent steps and updates of a run so far."""
-    with health.connect(address_of(run_dir, 'parameter_server_0')) as client:
-        report = health.ask(client, timeout_seconds=10.0)
+    report = health.ask(address_of(run_dir, 'parameter_server_0'), timeout_seconds=10.0)
     return {'agent_steps': report['agent_steps'], 'updates': report['version']}
 
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import os
+import socket
 import threading
 
 import numpy as np
-import pyarrow.flight as flight
 import pytest
 
 from infra.parameter_server import protocol, run_control
@@ -17,7 +17,7 @@ from infra.parameter_server.protocol import (
     RequestRefusedError,
 )
 from infra.parameter_server.server import ParameterServer, ServerStartError
-from tests.support.parameter_servers import LAYOUT, ask, config, connect, serve
+from tests.support.parameter_servers import LAYOUT, ask, config, connect, serve, stranger
 from tests.support.waiting import eventually
 
 _ZEROS = np.zeros(LAYOUT.size, np.float32)
@@ -248,7 +248,7 @@ class TestClock:
 
 def _break_streams(client):
     for connection in client.connections:
-        connection.cancel()
+        connection.channel.break_off()
 
 
 class _LostReply:
@@ -262,7 +262,7 @@ class _LostReply:
     def receive(self, tensor):
         self._receive(tensor)
         self._connection.receive = self._receive
-        self._connection.cancel()
+        self._connection.channel.break_off()
         return self._receive(tensor)
 
 
@@ -356,9 +356,9 @@ class TestMemory:
 class TestMismatch:
     def test_another_layout_is_refused_naming_both(self, client, addresses):
         other = Layout(('kernel',), ((19,),))
-        with contextlib.closing(type(client)(addresses, other)) as stranger:
+        with contextlib.closing(type(client)(addresses, other)) as other_client:
             with pytest.raises(LayoutMismatchError) as caught:
-                stranger.pull()
+                other_client.pull()
         assert other.fingerprint in str(caught.value)
         assert LAYOUT.fingerprint in str(caught.value)
 
@@ -375,17 +375,41 @@ class TestMismatch:
     def test_a_gradient_of_another_length_is_refused_by_the_shard(self, addresses):
         with connect(addresses, shared_memory=False) as client:
             client.initialise(_ZEROS)
-            reply = ask(client, 'push', np.ones(8, np.float32), version=0, pull=False, flaw='')
-            assert reply['rejected'] == 'invalid'
-            assert '8 values instead of 9' in reply['message']
+            with pytest.raises(RequestRefusedError, match='32 bytes instead of 36'):  # of 9 values
+                ask(client, 'push', np.ones(8, np.float32), version=0, pull=False, flaw='')
+            assert client.pull().version == 0  # over another stream
+
+    def test_a_gradient_without_values_is_rejected(self, addresses):
+        with connect(addresses, shared_memory=False) as client:
+            client.initialise(_ZEROS)
+            reply = ask(client, 'push', version=0, pull=False, flaw='')
+            assert (reply['rejected'], reply['version']) == ('invalid', 0)
+            assert 'no gradient' in reply['message']
 
     def test_nonsense_breaks_no_other_client(self, client, addresses):
-        stranger = flight.FlightClient(f'grpc://{addresses[0]}')
-        writer, reader = stranger.do_exchange(flight.FlightDescriptor.for_command(b''))
-        writer.begin(protocol.SCHEMA)
-        writer.write_metadata(b'{"session": 1}')
-        reply = protocol.decode_header(reader.read_chunk().app_metadata)
-        assert reply['error'] == 'refused'
+        with stranger(addresses[0]) as stream:
+            stream.send({'session': 1})
+            assert stream.receive()[0]['error'] == 'refused'
+        assert client.push(_ONES, 0).rejected is None
+
+    @pytest.mark.parametrize(
+        'octets',
+        [
+            b'GET / HTTP/1.1\r\nHost: shard\r\n\r\n',
+            b'GORL' + (1 << 31).to_bytes(4, 'big') + bytes(8),  # a header of 2 GiB
+            b'GORL' + (2).to_bytes(4, 'big') + (1 << 60).to_bytes(8, 'big') + b'{}',
+            b'GORL' + (2).to_bytes(4, 'big') + bytes(8) + b'[]',
+        ],
+        ids=['another protocol', 'a long header', 'a long body', 'no object'],
+    )
+    def test_octets_that_are_no_message_end_their_stream_only(self, client, addresses, octets):
+        host, port = addresses[0].split(':')
+        with socket.create_connection((host, int(port)), 10) as stream:
+            stream.sendall(octets)
+            stream.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                while stream.recv(4096):  # an error or nothing, then the end
+                    pass
         assert client.push(_ONES, 0).rejected is None
 
     def test_an_operation_that_does_not_exist_is_refused(self, client):

@@ -1,6 +1,8 @@
 """Shards as processes: bad input, signals, kill -9 during a push, a hung shard."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -9,18 +11,25 @@ import sys
 import time
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.flight as flight
 import pytest
 
-from infra.parameter_server import protocol
-from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
+from infra.memory import resident_bytes
+from infra.parameter_server.channel import MAGIC, Channel
+from infra.parameter_server.protocol import (
+    PROTOCOL_VERSION,
+    NotInitialisedError,
+    ParameterServerUnavailable,
+)
 from tests.support.parameter_servers import LAYOUT, ShardProcess, config, connect
 from tests.support.waiting import pause
 
 _ZEROS = np.zeros(LAYOUT.size, np.float32)
 _ONES = np.ones(LAYOUT.size, np.float32)
 _RESTART_SECONDS = 90.0
+_HELLO = {
+    'protocol': PROTOCOL_VERSION, 'layout': dataclasses.asdict(LAYOUT), 'shard': 0,
+    'num_shards': 2, 'wire_dtype': 'float32',
+}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -45,17 +54,6 @@ def shards(processes):
     with connect(_addresses(processes)) as client:
         client.initialise(_ZEROS)
     return processes
-
-
-def _stream(client):
-    """A stream that the shard has answered on."""
-    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(b''))
-    writer.begin(protocol.SCHEMA)
-    layout = {'layout': dataclasses.asdict(LAYOUT), 'session': f's{id(writer)}', 'shard': 0}
-    header = {**layout, 'num_shards': 1, 'wire_dtype': 'float32'}
-    writer.write_metadata(protocol.encode_header({**header, 'protocol': protocol.PROTOCOL_VERSION}))
-    assert b'shared_memory' in reader.read_chunk().app_metadata.to_pybytes()
-    return writer, reader
 
 
 def _addresses(shards):
@@ -143,26 +141,31 @@ class TestHang:
 
 
 class TestMemory:
-    def test_a_message_that_unpacks_to_gigabytes_ends_its_own_stream_only(self, tmp_path):
-        zstd = pa.ipc.IpcWriteOptions(compression='zstd')
-        zeros = np.zeros(1 << 30, np.uint8)  # 32 kB on the wire
-        one = config(num_parameter_shards=1)
-        with ShardProcess(tmp_path, one, 0, '--message_memory_mib=256') as shard:
-            address = shard.wait_ready().address
-            with connect([address]) as client, flight.connect(f'grpc://{address}') as hostile:
-                client.initialise(_ZEROS)
-                writer, reader = hostile.do_exchange(flight.FlightDescriptor.for_command(b''))
-                writer.begin(protocol.SCHEMA, options=zstd)
-                writer.write_with_metadata(protocol.encode_body(zeros), b'{}')
-                with pytest.raises((StopIteration, flight.FlightError)):
-                    reader.read_chunk()
-                assert client.push(_ONES, 0).snapshot.version == 1
-                with open(f'/proc/{shard.process.pid}/status') as status:
-                    peak = next(line for line in status if line.startswith('VmHWM'))
-                assert int(peak.split()[1]) < 1 << 20  # kB: it never held the gigabyte
-                # Each stream has a thread with a stack of 8 MiB: 100 of them exceed 256 MiB.
-                streams = [_stream(hostile) for _ in range(100)]
-                assert len(streams) == 100
+    def test_a_claimed_gigabyte_ends_its_own_stream_and_is_never_held(self, shards):
+        pid = shards[0].process.pid
+        before = resident_bytes(pid) or 0
+        with connect(_addresses(shards)) as client, contextlib.ExitStack() as stack:
+            version = client.pull().version
+            for number in range(20):
+                peer = stack.enter_context(
+                    socket.create_connection(('127.0.0.1', shards[0].port), 10)
+                )
+                stream = Channel(peer)
+                stream.send({**_HELLO, 'session': f'stranger {number}'})
+                assert stream.receive()[0] == {'shared_memory': False}
+                peer.sendall(_a_gigabyte_to_come({'operation': 'push', 'sequence': 1}))
+                peer.sendall(bytes(1 << 16))
+                assert 'instead of 36' in stream.receive()[0]['message']
+                with pytest.raises(OSError):
+                    stream.receive()
+            assert client.push(_ONES, version).rejected is None
+        assert (resident_bytes(pid) or 0) - before < 100 << 20
+
+
+def _a_gigabyte_to_come(header):
+    """The beginning of a message with a body of 1 GiB."""
+    text = json.dumps(header).encode()
+    return MAGIC + len(text).to_bytes(4, 'big') + (1 << 30).to_bytes(8, 'big') + text
 
 
 class TestSignals:

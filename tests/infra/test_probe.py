@@ -15,7 +15,7 @@ from infra import probe
 from infra.replay.config import ReplayConfig
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
 from infra.replay.trajectory import FramePart, TrajectorySpec
-from infra.tls import read_pair
+from infra.tls import server_context
 from tests.support import certificates, parameter_servers, replay_shard
 from tests.support.engines import ROOT
 from tests.support.waiting import pause
@@ -153,7 +153,7 @@ def test_a_probe_that_waits_sees_a_shard_that_starts_meanwhile():
 
 def test_a_shard_with_a_certificate_answers_over_tls_only(tmp_path):
     paths = certificates.issue(tmp_path)
-    pair = read_pair(paths['certificate'], paths['key'])
+    pair = server_context(paths['certificate'], paths['key'])
     config = parameter_servers.config(num_parameter_shards=1)
     with parameter_servers.ParameterServer(config, 0, tls=pair) as server:
         code, output, errors = run('parameter', server.address, '--tls')

@@ -8,7 +8,7 @@ import pytest
 
 from infra.parameter_server.protocol import ParameterServerUnavailable
 from infra.parameter_server.server import ParameterServer
-from infra.tls import TlsError, read_pair, read_roots, require_accepted
+from infra.tls import TlsError, read_roots, require_accepted, server_context
 from pipelines.errors import UsageError
 from pipelines.experiment import command_line
 from pipelines.preflight import network
@@ -25,7 +25,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def shard(files):
-    with ParameterServer(ONE, 0, tls=read_pair(files['certificate'], files['key'])) as server:
+    with ParameterServer(ONE, 0, tls=server_context(files['certificate'], files['key'])) as server:
         yield server
 
 
@@ -82,7 +82,7 @@ def test_files_that_are_not_what_they_should_be_are_named(files, tmp_path):
     with pytest.raises(TlsError, match='--tls_roots .*nonsense'):
         read_roots(str(nonsense))
     with pytest.raises(TlsError, match='--tls_certificate .*roots'):
-        read_pair(files['roots'], files['key'])
+        server_context(files['roots'], files['key'])
 
 
 @pytest.mark.parametrize(

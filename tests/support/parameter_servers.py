@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from infra.parameter_server import protocol
+from infra.parameter_server import channel, protocol
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
@@ -55,6 +55,13 @@ def ask(client, operation, body=None, shard=0, **fields):
     if 'error' in reply:
         raise protocol.ERRORS[reply['error']](reply['message'])
     return reply
+
+
+@contextlib.contextmanager
+def stranger(address):
+    """A stream to a shard on which nothing was sent yet."""
+    with contextlib.closing(channel.connect(address, time.monotonic() + TIMEOUT_SECONDS)) as stream:
+        yield stream
 
 
 class ShardProcess:
