@@ -45,7 +45,7 @@ def require_addresses(addresses: Sequence[str]) -> tuple[str, ...]:
 def reach_directly(addresses: Iterable[str], *hosts: str) -> None:
     """Excludes addresses, hosts and loopback from the proxy, for this process and its children.
 
-    gRPC (of Reverb, Flight and Beam) uses `http_proxy`, `https_proxy` or `grpc_proxy` for every
+    gRPC (of Reverb and Beam) uses `http_proxy`, `https_proxy` or `grpc_proxy` for every
     host except those in `no_grpc_proxy`, or else in `no_proxy`. This function extends both
     variables, which affects later connections. Other hosts keep using the proxy.
 

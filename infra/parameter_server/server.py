@@ -16,7 +16,6 @@ import signal
 import socket
 import ssl
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +33,6 @@ from infra.tls import server_context
 _LOG = logging.getLogger(__name__)
 _WAKE_SECONDS = 0.5
 _STATE_SECONDS = 60.0  # between two states; a crash of the shard loses at most this much
-_POLL_SECONDS = 0.1  # longest delay of `stop`
 
 
 class ServerStartError(Exception):
@@ -78,8 +76,7 @@ class ParameterServer:
         """
         from infra.parameter_server.shard import Shard
 
-        self.shard = Shard(config, index)
-        self._own_state = own_state
+        self.shard, self._own_state = Shard(config, index), own_state
         if own_state is not None and (kept := own_state.newest()) is not None:
             self.shard.restore(kept, keep_owner=True)
         elif state is not None:
@@ -90,9 +87,7 @@ class ParameterServer:
             raise _cannot_listen(host, port) from error
         self.port = self._service.server_address[1]
         self.address = f'{host}:{self.port}'
-        threading.Thread(
-            target=self._service.serve_forever, args=[_POLL_SECONDS], daemon=True
-        ).start()
+        self._service.start()
 
     def __enter__(self) -> ParameterServer:
         return self

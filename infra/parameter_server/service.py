@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
 
 _LOG = logging.getLogger(__name__)
 _HELLO_SECONDS = 10.0  # for TLS's handshake and the first message
+_POLL_SECONDS = 0.1  # longest delay of `shutdown`
 _LONGEST_SESSION = 64  # characters; a client's own has 32
 _LONGEST_NAME = 256  # characters of a worker's kind or name
 _LONGEST_OWNER = 4096  # characters of a run's name, which is its directory
@@ -122,7 +123,7 @@ class _Connection:
 class Service(socketserver.ThreadingTCPServer):
     """Listens for clients and turns their messages into calls of the shard.
 
-    `serve_forever` accepts clients. TLS's handshake is in a client's own thread.
+    TLS's handshake is in a client's own thread.
     """
 
     allow_reuse_address = True
@@ -150,9 +151,7 @@ class Service(socketserver.ThreadingTCPServer):
         """
         self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
         super().__init__((host, port), socketserver.BaseRequestHandler)
-        self._shard = shard
-        self._tls = tls
-        self._checkpoint_root = checkpoint_root
+        self._shard, self._tls, self._checkpoint_root = shard, tls, checkpoint_root
         self._open: set[Channel] = set()
         self._clients = 0  # of `_open`, those that the shard has accepted
         self._lock = threading.Lock()
@@ -171,6 +170,10 @@ class Service(socketserver.ThreadingTCPServer):
             'stop': self._stop,
             'save': self._save,
         }
+
+    def start(self) -> None:
+        """Accepts clients, on a thread of its own."""
+        threading.Thread(target=self.serve_forever, args=[_POLL_SECONDS], daemon=True).start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serves one client until its stream ends, on its own thread."""

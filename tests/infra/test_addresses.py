@@ -3,7 +3,6 @@
 import contextlib
 import os
 
-import pyarrow.flight as flight
 import pytest
 import reverb
 
@@ -72,24 +71,17 @@ def test_an_address_that_is_none_is_refused(environment):
 
 
 def test_servers_are_reached_past_a_proxy_and_others_are_not(proxied):
-    class Server(flight.FlightServerBase):
-        def list_flights(self, context, criteria):
-            return iter(())
+    def tables_at(host):
+        return reverb.Client(f'{host}:{tables.port}').server_info(timeout=2)
 
-    def ask_flight(host):
-        with flight.FlightClient(f'grpc://{host}:{server.port}') as client:
-            return list(client.list_flights(options=flight.FlightCallOptions(timeout=2)))
-
-    with Server('grpc://0.0.0.0:0') as server:
-        tables = reverb.Server([reverb.Table.queue('queue', 1)])
-        reach_directly([f'127.0.0.1:{server.port}'])
-        assert ask_flight('127.0.0.1') == []
-        assert 'queue' in reverb.Client(f'127.0.0.1:{tables.port}').server_info(timeout=5)
-        with pytest.raises(flight.FlightUnavailableError, match=':9'):
-            ask_flight('127.0.0.2')
-        reach_directly((), '127.0.0.2')
-        assert ask_flight('127.0.0.2') == []
-        tables.stop()
+    tables = reverb.Server([reverb.Table.queue('queue', 1)])
+    reach_directly([f'127.0.0.1:{tables.port}'])
+    assert 'queue' in tables_at('127.0.0.1')
+    with pytest.raises(Exception, match='did not complete'):  # the proxy is nowhere
+        tables_at('127.0.0.2')
+    reach_directly((), '127.0.0.2')
+    assert 'queue' in tables_at('127.0.0.2')
+    tables.stop()
 
 
 def open_worker(address):
