@@ -276,6 +276,11 @@ class LearnerConfig:
         True,
         'Push each gradient while the next is computed. Faster, but adds one update of staleness.',
     )
+    pushes_in_flight: int = described(
+        1,
+        'Pushes of a learner under way at once with overlap_push. Raise it if parameter shards are'
+        ' far away, to the round-trip time in gradients, plus 1; each adds an update of staleness.',
+    )
     learner_device: str = described(
         'auto',
         "Device that computes gradients: 'auto' (a GPU if the learner sees one), 'cpu', 'gpu'"
@@ -313,7 +318,7 @@ class LearnerConfig:
         require_from_to(self, 1, 65_536, 'batch_size')
         named = bool(DEVICE.fullmatch(self.learner_device))
         require(self, 'learner_device', named, 'auto, cpu, gpu, or gpu:N')
-        require_at_least(self, 1, 'learner_pull_period')
+        require_at_least(self, 1, 'learner_pull_period', 'pushes_in_flight')
         require_at_least(self, 0, 'outlier_deviations', 'importance_updates')
         require_choice(self, 'outlier_rule', OUTLIER_RULES)
         require_fraction(self, 'importance_exponent_start', 'importance_exponent_end')

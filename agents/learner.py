@@ -6,6 +6,7 @@ replay -> transitions -> loss -> gradient -> outlier test -> push
 """
 
 import bisect
+import collections
 import dataclasses
 import functools
 import math
@@ -172,8 +173,8 @@ class LearnerCounters:
 class Learner:
     """Computes gradients and pushes them; the parameter server applies them (paper, section 4.1).
 
-    With `overlap_push` it sends one gradient while it computes the next, so a gradient may be one
-    update older.
+    With `overlap_push` it sends gradients while it computes the next, so a gradient may be older,
+    by as many updates as there are `pushes_in_flight`.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class Learner:
         self._latest: Computed | None = None
         self._parameters = parameters
         self._outlier_test = OutlierTest(config)
-        self._pending: Future | None = None
+        self._pending: collections.deque[Future] = collections.deque()  # the oldest first
         self._target_versions: tuple[int, ...] | None = None
         self.counters = LearnerCounters()
         self.clock: Any = None
@@ -216,7 +217,7 @@ class Learner:
           ParameterServerUnavailable: a shard is unreachable for longer than the client's bound.
         """
         computed = self._gradients.next(self._weights)
-        self.finish_push()
+        self._take_replies()
         self._latest = computed
         counters, sample = self.counters, computed.sample
         counters.gradients += 1
@@ -233,7 +234,7 @@ class Learner:
             return
         message = computed.gradient, computed.version, due
         if self._config.overlap_push:
-            self._pending = self._parameters.push_async(*message)
+            self._pending.append(self._parameters.push_async(*message))
         else:  # without the hand-over to a thread
             self._take_reply(functools.partial(self._parameters.push, *message))
 
@@ -290,11 +291,15 @@ class Learner:
         self.finish_push()
 
     def finish_push(self) -> None:
-        """Waits for the pending push and takes its reply: verdict, parameters, target."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        self._take_reply(pending.result)
+        """Waits for the pending pushes and takes their replies: verdict, parameters, target."""
+        while self._pending:
+            self._take_reply(self._pending.popleft().result)
+
+    def _take_replies(self) -> None:
+        """Takes the replies that have come, and waits until another push may be sent."""
+        most = self._config.pushes_in_flight
+        while self._pending and (len(self._pending) >= most or self._pending[0].done()):
+            self._take_reply(self._pending.popleft().result)
 
     def _take_reply(self, wait: Callable[[], Any]) -> None:
         try:

@@ -119,14 +119,15 @@ class ParameterClient:
           tls_roots: PEM roots of the shards' certificates; None for no TLS.
 
         Raises:
-          ValueError: `addresses` is empty, or the wire type does not exist.
+          ValueError: `addresses` is empty, one is not `host:port`, or the wire type is unknown.
         """
         _check_arguments(addresses, wire_dtype)
         self.layout = layout
         self._timeout_seconds = timeout_seconds
         self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
-        self.connections = _connections(addresses, layout, wire_dtype, shared_memory, tls_roots)
+        self._transport: tuple[Any, ...] = wire_dtype, shared_memory, tls_roots
+        self.connections = _connections(addresses, layout, *self._transport)
         self._lock = threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
         self._outstanding: concurrent.futures.Future | None = None
@@ -141,6 +142,19 @@ class ParameterClient:
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
+
+    def another(self) -> ParameterClient:
+        """A client of the same shards with the same settings and connections of its own."""
+        wire_dtype, shared_memory, tls_roots = self._transport
+        return ParameterClient(
+            [connection.address for connection in self.connections],
+            self.layout,
+            wire_dtype=wire_dtype,
+            shared_memory=shared_memory,
+            copy_parts=self._copy_parts,
+            timeout_seconds=self._timeout_seconds,
+            tls_roots=tls_roots,
+        )
 
     def initialise(self, values: np.ndarray) -> bool:
         """Offers initial parameters, float32 [layout.size]; shard 0 accepts those of one client.

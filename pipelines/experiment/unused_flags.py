@@ -31,6 +31,7 @@ _SEPARATE = ('--topology separate', lambda config: config.run.topology == 'separ
 _ATARI = ('an Atari game', lambda config: config.environment.is_atari)
 _ELSEWHERE = ('an environment outside Atari', lambda config: not config.environment.is_atari)
 _BUILTIN = ('--q_network builtin', lambda config: config.network.q_network == BUILTIN)
+_OVERLAPPED = ('--overlap_push', lambda config: config.learner.overlap_push)
 _RMSPROP = ('--optimizer rmsprop', _optimizer('rmsprop'))
 _ADAM = ('--optimizer adam', _optimizer('adam'))
 
@@ -60,6 +61,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'replay_mode': _SEPARATE,
     'sample_insert_tolerance': _SEPARATE,
     'checkpoint_replay': _SEPARATE,
+    'pushes_in_flight': _OVERLAPPED,
     'outlier_decay': (
         '--outlier_deviations above 0',
         lambda config: config.learner.outlier_deviations > 0,

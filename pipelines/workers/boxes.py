@@ -425,6 +425,7 @@ def learning(
     """Opens a worker's learner, which learns from `samples` of the shards at `replay`."""
     from agents.gradient_pipeline import InTurn, stream_on
     from agents.learner import Learner
+    from infra.parameter_server.lanes import PushLanes
     from infra.replay.priorities import PriorityWriter
 
     with contextlib.ExitStack() as stack:
@@ -432,8 +433,9 @@ def learning(
         priorities = stack.enter_context(PriorityWriter(replay)) if prioritized else None
         # A gradient computed ahead would be as old as a turn of the bundle's actor.
         stream = InTurn if config.run.topology == 'bundled' else stream_on(worker.network.device)
-        network, parameters = worker.network, worker.parameters
-        learner = Learner(config.learner, network, samples, parameters, priorities, stream)
+        lanes = PushLanes(worker.parameters, config.learner.pushes_in_flight)
+        parameters = stack.enter_context(lanes)
+        learner = Learner(config.learner, worker.network, samples, parameters, priorities, stream)
         stack.callback(learner.close)
         learner_worker = LearnerWorker(learner, config, worker.telemetry)
         stack.callback(learner_worker.report)

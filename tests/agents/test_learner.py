@@ -20,6 +20,7 @@ from agents.heads import LOSSES
 from agents.learner import Learner, LossStatistics, OutlierTest
 from agents.model import family_model
 from infra.parameter_server.client import ParameterClient
+from infra.parameter_server.lanes import PushLanes
 from infra.parameter_server.layout import Layout
 from infra.replay.trajectory import Transition
 from tests.support import memory, parameter_servers
@@ -118,7 +119,8 @@ def connected():
             learner_config = learner_config or LearnerConfig(
                 batch_size=BATCH, overlap_push=False, outlier_deviations=0.0
             )
-            return Learner(learner_config, network, samples, client), client, network
+            lanes = stack.enter_context(PushLanes(client, learner_config.pushes_in_flight))
+            return Learner(learner_config, network, samples, lanes), client, network
 
         yield connect
 
@@ -201,10 +203,13 @@ def test_figures_of_a_clipped_gradient_with_priorities_and_unknown_values():
     assert figures == pytest.approx({**expected, 'loss': 2.0, 'mean_absolute_error': 2.0}, abs=1e-5)
 
 
-def test_overlapped_pushes_lose_no_update(connected):
+@pytest.mark.parametrize('in_flight', [1, 3])
+def test_overlapped_pushes_lose_no_update(connected, in_flight):
     learner, client, _ = connected(
         our_samples(10),
-        LearnerConfig(batch_size=BATCH, overlap_push=True, outlier_deviations=0.0),
+        LearnerConfig(
+            batch_size=BATCH, overlap_push=True, pushes_in_flight=in_flight, outlier_deviations=0.0
+        ),
         num_parameter_shards=2,
     )
     for _ in range(10):
@@ -212,6 +217,7 @@ def test_overlapped_pushes_lose_no_update(connected):
     learner.finish_push()
     assert learner.clock.updates == 10
     assert [shard['version'] for shard in client.report()['shards']] == [10, 10]
+    assert sum(learner.counters.staleness) == 10
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)

@@ -15,6 +15,7 @@ import pytest
 
 from infra.memory import resident_bytes
 from infra.parameter_server.channel import MAGIC, Channel
+from infra.parameter_server.lanes import PushLanes
 from infra.parameter_server.protocol import (
     PROTOCOL_VERSION,
     NotInitialisedError,
@@ -130,6 +131,21 @@ class TestHang:
             finally:
                 os.kill(shards[0].process.pid, signal.SIGCONT)
             assert client.pull().clock.updates >= version
+
+    def test_as_many_pushes_as_lanes_wait_for_a_shard_side_by_side(self, shards):
+        with connect(_addresses(shards)) as client, PushLanes(client, 3) as lanes:
+            version = lanes.pull().version
+            pause(shards[0].process.pid)
+            try:
+                pushes = [lanes.push_async(_ONES, version) for _ in range(3)]
+                with pytest.raises(RuntimeError, match='still outstanding'):
+                    lanes.push_async(_ONES, version)
+                assert not any(push.done() for push in pushes)
+            finally:
+                os.kill(shards[0].process.pid, signal.SIGCONT)
+            replies = [push.result(10) for push in pushes]
+            assert {reply.staleness for reply in replies} == {0, 1, 2}
+            assert lanes.pull().version == version + 3
 
     def test_an_idle_shard_uses_no_processor_time(self, shards):
         with connect(_addresses(shards)) as client:
