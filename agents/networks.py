@@ -157,26 +157,32 @@ class _PartLayers(tf.Module):
 
     def __call__(self, array: tf.Tensor) -> tf.Tensor:
         x = tf.cast(array, tf.float32)
-        if self._low:
-            x -= self._low
-        if self._scale != 1.0:
-            x *= self._scale
-        shift = self._shift(x) if self._center_input else None
-        for layer, stride in zip(self._convolutions, self._strides):
-            x = tf.nn.conv2d(x, layer.kernel, stride, 'VALID')
-            if shift is not None:
-                x, shift = x - shift, None  # for the first layer only
-            x = tf.nn.relu(tf.nn.bias_add(x, layer.bias))
+        if not self._convolutions:
+            x = (x - self._low) * self._scale if self._scale != 1.0 else x
+        for index, (layer, stride) in enumerate(zip(self._convolutions, self._strides)):
+            x = self._first(x, layer, stride) if index == 0 else _convolution(x, layer, stride)
         return tf.reshape(x, (-1, math.prod(x.shape[1:])))
 
-    def _shift(self, x: tf.Tensor) -> tf.Tensor:
-        """The first convolution's output for each observation's mean, float32 [B, 1, 1, filters].
+    def _first(self, x: tf.Tensor, layer: _Layer, stride: int) -> tf.Tensor:
+        """The first convolution, of (x - offset) * scale.
 
-        Without padding, convolving x - mean(x) equals convolving x and subtracting this output.
-        That writes 20 x 20 values per filter instead of 84 x 84 per frame.
+        Without padding that equals a convolution of x by the scaled kernel and another bias. So
+        20 x 20 values per filter are written instead of 84 x 84 per frame.
         """
-        mean = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
-        return mean * tf.reduce_sum(self._convolutions[0].kernel, axis=[0, 1, 2])
+        kernel = layer.kernel * self._scale
+        offset = self._low
+        if self._center_input:
+            offset = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
+        elif not offset:
+            return _convolution(x, layer, stride, kernel)
+        bias = layer.bias - offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
+        return tf.nn.relu(tf.nn.conv2d(x, kernel, stride, 'VALID') + bias)
+
+
+def _convolution(x: tf.Tensor, layer: _Layer, stride: int, kernel: Any = None) -> tf.Tensor:
+    """An unpadded convolution with ReLU; `kernel` takes the place of the layer's own."""
+    x = tf.nn.conv2d(x, layer.kernel if kernel is None else kernel, stride, 'VALID')
+    return tf.nn.relu(tf.nn.bias_add(x, layer.bias))
 
 
 class _Embedding(tf.Module):
