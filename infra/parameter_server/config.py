@@ -21,7 +21,7 @@ class ParameterServerConfig:
     """How parameters are split, updated and sent. Every field is a flag of the same name."""
 
     num_parameter_shards: int = described(
-        2,
+        1,
         'Server processes that share the parameters (paper: 31). Add some when one uses a whole'
         ' core.',
     )

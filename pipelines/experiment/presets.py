@@ -247,7 +247,6 @@ CLASSIC: Mapping[str, Any] = {
     # Stale gradients cost the score here: docs/results.md.
     'num_learners': 1,
     'overlap_push': False,
-    'num_parameter_shards': 1,
     'dense_layers': '128,128',
     'n_step': 3,
     'double_dqn': True,

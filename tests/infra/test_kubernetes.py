@@ -42,7 +42,8 @@ OVERLAYS = {  # and the first version of Kubernetes whose schemas have all of it
     'overlays/external-workers': '1.28',
     'overlays/dask': '1.29',
 }
-FLAGS = dict.fromkeys(OVERLAYS, '--preset laptop') | {'overlays/paper': '--preset paper'}
+FLAGS = dict.fromkeys(OVERLAYS, '--preset laptop --num_parameter_shards 2')
+FLAGS['overlays/paper'] = '--preset paper'
 DASK = 'overlays/dask'
 KINDS = deployment.KINDS
 SERVERS = {'parameter': parameter_server, 'replay': replay_server}
