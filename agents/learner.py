@@ -315,6 +315,8 @@ class Learner:
         self._refresh(reply.snapshot)
 
     def _refresh(self, snapshot: Any) -> None:
+        if self.clock is not None and snapshot.clock.updates < self.clock.updates:
+            return  # of a push that another one has overtaken
         self.clock = snapshot.clock
         if snapshot.parts is not None:
             self._gradients.set_parameters(snapshot.parts, snapshot.version)

@@ -158,7 +158,7 @@ class _PartLayers(tf.Module):
     def __call__(self, array: tf.Tensor) -> tf.Tensor:
         x = tf.cast(array, tf.float32)
         if not self._convolutions:
-            x = (x - self._low) * self._scale if self._scale != 1.0 else x
+            x = (x - self._low) * self._scale if self._low or self._scale != 1.0 else x
         for index, (layer, stride) in enumerate(zip(self._convolutions, self._strides)):
             x = self._first(x, layer, stride) if index == 0 else _convolution(x, layer, stride)
         return tf.reshape(x, (-1, math.prod(x.shape[1:])))

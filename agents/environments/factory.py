@@ -188,7 +188,7 @@ def _remedy(error: Exception) -> str:
     bootstrapping = 'bootstrapping phase' in str(error)  # Python's word for a child that has none
     if bootstrapping or isinstance(error, (EOFError, ConnectionError)):
         return "correct what ended it; a script opens it below if __name__ == '__main__'"
-    if 'space' in str(error):
+    if re.search(r'(observation|action)[ _]space', str(error)):
         return 'let each seed make an environment of the same spaces'
     return 'correct it'
 

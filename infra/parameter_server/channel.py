@@ -29,15 +29,21 @@ from infra.addresses import split_address
 MAGIC = b'GORL'
 """Begins every message."""
 
-LARGEST_REQUEST_BYTES = 1 << 20
-"""Largest header of a request. The layout of a network is the largest part, some kB."""
+LARGEST_HEADER_BYTES = 1 << 20
+"""Largest header of most messages. The layout of a network is the largest part, some kB."""
 
 LARGEST_REPLY_BYTES = 1 << 26
 """Largest header of a reply. The reply to `save` lists all clients and workers, up to 5 MB."""
 
 _PREFIX = struct.Struct('!4sIQ')
-# A host that vanished without a word is noticed after 60 + 4 * 15 seconds.
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+# A host that vanished without a word is noticed after two minutes: on an idle connection after
+# 60 + 4 * 15 s, else when nothing was acknowledged for 120,000 ms.
+_VANISHED = {
+    socket.TCP_KEEPIDLE: 60,
+    socket.TCP_KEEPINTVL: 15,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 120_000,
+}
 _LEAST_SECONDS = 1e-3  # a time-out of 0 would mean: do not wait
 
 
@@ -59,6 +65,7 @@ def connect(address: str, deadline: float, tls: ssl.SSLContext | None = None) ->
     host, port = split_address(address)
     plain = socket.create_connection((host, port), _seconds_until(deadline))
     try:
+        plain.settimeout(_seconds_until(deadline))
         return Channel(tls.wrap_socket(plain, server_hostname=host) if tls else plain, deadline)
     except BaseException:
         plain.close()
@@ -73,14 +80,15 @@ class Channel:
         self._socket = connected
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
+        for option, value in _VANISHED.items():
             connected.setsockopt(socket.IPPROTO_TCP, option, value)
         self.wait_until(deadline)
 
     def wait_until(self, deadline: float) -> None:
         """Sets the monotonic time until which later calls may wait; infinity for no bound."""
         self._deadline = deadline
-        self._socket.settimeout(None if deadline == math.inf else _seconds_until(deadline))
+        if deadline == math.inf:
+            self._socket.settimeout(None)
 
     def send(self, header: dict[str, Any], body: np.ndarray | None = None) -> None:
         """Sends a message; the body is a contiguous array.
@@ -90,11 +98,11 @@ class Channel:
         """
         text = json.dumps(header).encode()
         size = 0 if body is None else body.nbytes
-        self._socket.sendall(_PREFIX.pack(MAGIC, len(text), size) + text)
+        self._empty(memoryview(_PREFIX.pack(MAGIC, len(text), size) + text))
         if body is not None:
-            self._socket.sendall(body.view(np.uint8).data)
+            self._empty(body.view(np.uint8).data)
 
-    def receive(self, largest: int = LARGEST_REQUEST_BYTES) -> tuple[dict[str, Any], int]:
+    def receive(self, largest: int = LARGEST_HEADER_BYTES) -> tuple[dict[str, Any], int]:
         """Returns the next message's header and the length of its body in bytes.
 
         The caller must then take the body, if there is one, by `receive_into`.
@@ -130,7 +138,8 @@ class Channel:
     def break_off(self) -> None:
         """Ends the connection, so that calls of other threads fail; `close` must follow."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            # Not that of TLS, which would let another thread's call continue in plain text.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the socket."""
@@ -138,12 +147,21 @@ class Channel:
 
     def _fill(self, view: memoryview) -> None:
         while view:
+            self._bound()
             count = self._socket.recv_into(view)
             if not count:
                 raise ChannelClosed('the other side closed the connection')
             view = view[count:]
-            if time.monotonic() > self._deadline:  # each `recv_into` has the whole time again
-                raise TimeoutError('timed out')
+
+    def _empty(self, view: memoryview) -> None:
+        while view:
+            self._bound()
+            view = view[self._socket.send(view) :]
+
+    def _bound(self) -> None:
+        """Lets the next call of the socket wait until the deadline."""
+        if self._deadline != math.inf:
+            self._socket.settimeout(_seconds_until(self._deadline))
 
 
 def _seconds_until(deadline: float) -> float:

@@ -114,7 +114,7 @@ class ParameterClient:
           layout: of the network.
           wire_dtype: 'float32' or 'bfloat16'; tensors in shared memory are always float32.
           shared_memory: whether to exchange tensors with shards on this host in shared memory.
-          copy_parts: whether a snapshot owns its parts; if not, the next pull may overwrite them.
+          copy_parts: whether a snapshot owns its parts, or a later pull (failed too) changes them.
           timeout_seconds: approximate bound of a call; a push has two steps and twice the bound.
           tls_roots: PEM roots of the shards' certificates; None for no TLS.
 

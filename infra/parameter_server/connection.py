@@ -24,7 +24,7 @@ _MOST_VECTORS = 16
 
 
 class StreamBroken(Exception):
-    """The stream ended or was cancelled; the client may open another."""
+    """The stream ended or timed out; the client may open another."""
 
 
 class ShardConnection:
@@ -140,6 +140,8 @@ class ShardConnection:
         """Closes the stream; the next message opens another."""
         stream, self.channel = self.channel, None
         self.known = dict(_NOTHING)
+        if self._shared:  # the shard may still read there
+            self._segment, self._shared = Segment.private(self._size), False
         if stream is not None:
             stream.close()
 

@@ -24,5 +24,5 @@ def ask(address: str, timeout_seconds: float, tls: ssl.SSLContext | None = None)
     deadline = time.monotonic() + timeout_seconds
     with contextlib.closing(channel.connect(address, deadline, tls)) as shard:
         shard.send({'operation': protocol.HEALTH})
-        report, _ = shard.receive()
+        report, _ = shard.receive(channel.LARGEST_REPLY_BYTES)
         return report

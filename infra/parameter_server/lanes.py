@@ -12,7 +12,7 @@ from infra.parameter_server.client import ParameterClient, PushReply
 
 
 class PushLanes:
-    """A client, and more of the same shards, whose pushes travel side by side; a context manager.
+    """A client and, for pushes that travel side by side, more clients; a context manager.
 
     A push over one connection waits for the reply to the one before. At 50 ms of round trip and
     20 ms for a gradient that would idle more than half of the time.
@@ -25,8 +25,8 @@ class PushLanes:
           count: pushes that may be under way, at least 1.
         """
         self._client = client
-        self._more = [client.another() for _ in range(count - 1)]
-        self._lanes = itertools.cycle([client, *self._more])
+        self._more = [client.another() for _ in range(count)] if count > 1 else []
+        self._lanes = itertools.cycle(self._more or [client])
 
     def __enter__(self) -> PushLanes:
         return self

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import resource
 import signal
 import socket
 import ssl
@@ -110,9 +111,7 @@ class ParameterServer:
 
     def stop(self) -> None:
         """Stops the server and ends the streams of its clients."""
-        self._service.shutdown()
-        self._service.server_close()
-        self._service.break_streams()
+        self._service.stop()
         if self._own_state is not None:
             self._own_state.close()
 
@@ -138,9 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.state_dir:
             signal.signal(number, lambda number, _: stopped.append(number))
         else:
-            # Exits at once, because a regular exit would wait for the streams of live clients.
+            # Exits at once, in the middle of whatever the shard does.
             signal.signal(number, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
+    _allow_many_files()
     try:
         server = _start(options)
     except (ServerStartError, ValueError, OSError) as error:
@@ -151,6 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f'parameter shard {options.shard} serves on {server.address}', flush=True)
     _keep(server, options.state_period_seconds, stopped)
     os._exit(0)
+
+
+def _allow_many_files() -> None:
+    """Raises the limit of open files, one for each client, as far as this user may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep(server: ParameterServer, period_seconds: float, stopped: Sequence[int]) -> None:

@@ -14,12 +14,13 @@ import socketserver
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infra.parameter_server import checkpoint, protocol
-from infra.parameter_server.channel import Channel
+from infra.parameter_server.channel import Channel, ChannelClosed
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.ledger import MAX_RECORD_BYTES
 from infra.parameter_server.shared_memory import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
 
 _LOG = logging.getLogger(__name__)
 _HELLO_SECONDS = 10.0  # for TLS's handshake and the first message
-_POLL_SECONDS = 0.1  # longest delay of `shutdown`
+_POLL_SECONDS = 0.1  # longest delay of `stop`; pause after a failed accept
 _LONGEST_SESSION = 64  # characters; a client's own has 32
 _LONGEST_NAME = 256  # characters of a worker's kind or name
 _LONGEST_OWNER = 4096  # characters of a run's name, which is its directory
@@ -154,6 +155,7 @@ class Service(socketserver.ThreadingTCPServer):
         self._shard, self._tls, self._checkpoint_root = shard, tls, checkpoint_root
         self._open: set[Channel] = set()
         self._clients = 0  # of `_open`, those that the shard has accepted
+        self._stopped = False
         self._lock = threading.Lock()
         self._operations = {
             'initialise': self._initialise,
@@ -187,15 +189,29 @@ class Service(socketserver.ThreadingTCPServer):
         """A client closed its stream, died, or sent nonsense: other streams are unaffected."""
         _LOG.debug('stream of %s ended', client_address, exc_info=True)
 
-    def break_streams(self) -> None:
-        """Ends the streams of all clients; they may connect again."""
+    def get_request(self) -> Any:
+        """Accepts a connection."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            _LOG.warning('no connection accepted: %s', error)
+            time.sleep(_POLL_SECONDS)  # it may be that this process has no file left to open
+            raise
+
+    def stop(self) -> None:
+        """Accepts no more clients and ends the streams of all."""
+        self.shutdown()
+        self.server_close()
         with self._lock:
+            self._stopped = True
             for channel in self._open:
                 channel.break_off()
 
     @contextlib.contextmanager
-    def _listed(self, channel: Channel) -> Any:
+    def _listed(self, channel: Channel) -> Iterator[None]:
         with self._lock:
+            if self._stopped:
+                raise ChannelClosed('the server has stopped')
             self._open.add(channel)
         try:
             yield

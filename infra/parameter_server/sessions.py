@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_SESSIONS = 10_000
-"""Sessions kept, some 100 bytes each; a run has one per worker process, and few restarts."""
+"""Sessions kept, some 100 bytes each; a run has one per worker process and further push in flight,
+and few restarts."""
 
 MAX_STREAMS = 32
 """Open streams of one session: a client that reconnects may leave some behind for a while."""

@@ -203,6 +203,34 @@ def test_figures_of_a_clipped_gradient_with_priorities_and_unknown_values():
     assert figures == pytest.approx({**expected, 'loss': 2.0, 'mean_absolute_error': 2.0}, abs=1e-5)
 
 
+def test_a_reply_that_another_has_overtaken_brings_no_old_parameters_back():
+    def snapshot(updates):
+        clock = types.SimpleNamespace(updates=updates)
+        parts = (np.array([updates], np.float32),)
+        return types.SimpleNamespace(clock=clock, parts=parts, version=updates, target_versions=())
+
+    replies = iter([2, 1, 3])
+    target = types.SimpleNamespace(parts=None, target_versions=())
+    client = types.SimpleNamespace(
+        pull=lambda: snapshot(0),
+        pull_target=lambda: target,
+        push_async=lambda *_: types.SimpleNamespace(
+            result=lambda: types.SimpleNamespace(
+                rejected=None, staleness=0, snapshot=snapshot(next(replies))
+            )
+        ),
+    )
+    network, taken = FakeNetwork(), []
+    network.gradient = lambda *_: (np.zeros(2), np.float32(1), np.zeros(1), np.float32(1))  # type: ignore[method-assign]
+    network.set_parameters = lambda part: taken.append(part[0])  # type: ignore[attr-defined]
+    sample = types.SimpleNamespace(transition=None)
+    learner = Learner(LearnerConfig(), network, itertools.repeat(sample), client)  # type: ignore[arg-type]
+    for _ in range(4):
+        learner.update()
+    assert taken == [0, 2, 3]
+    assert learner.clock.updates == 3
+
+
 @pytest.mark.parametrize('in_flight', [1, 3])
 def test_overlapped_pushes_lose_no_update(connected, in_flight):
     learner, client, _ = connected(

@@ -184,6 +184,24 @@ def _shapes(network: networks.QNetwork) -> dict[str, list[int]]:
     return {v.name.removesuffix(':0'): v.shape.as_list() for v in network.trainable_variables}
 
 
+@pytest.mark.parametrize(
+    ('shape', 'low', 'high', 'center'),
+    [
+        ((5,), 1, 2, False),
+        ((5,), -5, 5, False),
+        ((84, 84, 4), 10, 265, False),
+        ((84, 84, 4), 10, 265, True),
+    ],
+)
+def test_integers_are_scaled_from_their_own_lowest_value(shape, low, high, center):
+    shifted = tensor_spec.BoundedTensorSpec(shape, tf.int16, low, high)
+    plain = tensor_spec.BoundedTensorSpec(shape, tf.int16, 0, high - low)
+    values = _batch(shifted, 3)
+    outputs = _network_of(shifted, center_input=center)(values)[0]
+    expected = _network_of(plain, center_input=center)(values - low)[0]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_dictionary_of_a_picture_and_a_vector_has_convolutions_joined_with_the_scaled_vector():
     # Nature's three convolutions leave 7 x 7 x 64 = 3,136 of the picture; the vector adds 5.
     spec = {'velocity': _VECTOR, 'camera': _PICTURE}

@@ -393,23 +393,28 @@ class TestMismatch:
         assert client.push(_ONES, 0).rejected is None
 
     @pytest.mark.parametrize(
-        'octets',
+        ('octets', 'says'),
         [
-            b'GET / HTTP/1.1\r\nHost: shard\r\n\r\n',
-            b'GORL' + (1 << 31).to_bytes(4, 'big') + bytes(8),  # a header of 2 GiB
-            b'GORL' + (2).to_bytes(4, 'big') + (1 << 60).to_bytes(8, 'big') + b'{}',
-            b'GORL' + (2).to_bytes(4, 'big') + bytes(8) + b'[]',
+            (b'GET / HTTP/1.1\r\nHost: shard\r\n\r\n', b''),
+            (b'GORL' + (1 << 31).to_bytes(4, 'big') + bytes(8), b'2147483648 bytes; 1048576'),
+            (b'GORL' + (2).to_bytes(4, 'big') + (1 << 60).to_bytes(8, 'big') + b'{}', b'no body'),
+            (b'GORL' + (2).to_bytes(4, 'big') + bytes(8) + b'[]', b'must be a JSON object'),
         ],
         ids=['another protocol', 'a long header', 'a long body', 'no object'],
     )
-    def test_octets_that_are_no_message_end_their_stream_only(self, client, addresses, octets):
+    def test_octets_that_are_no_message_end_their_stream_only(
+        self, client, addresses, octets, says
+    ):
         host, port = addresses[0].split(':')
         with socket.create_connection((host, int(port)), 10) as stream:
             stream.sendall(octets)
             stream.shutdown(socket.SHUT_WR)
+            answer = b''
             with contextlib.suppress(ConnectionResetError):
-                while stream.recv(4096):  # an error or nothing, then the end
-                    pass
+                while more := stream.recv(4096):
+                    answer += more
+            assert says in answer
+            assert bool(says) == bool(answer)
         assert client.push(_ONES, 0).rejected is None
 
     def test_an_operation_that_does_not_exist_is_refused(self, client):

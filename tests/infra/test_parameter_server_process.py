@@ -132,6 +132,20 @@ class TestHang:
                 os.kill(shards[0].process.pid, signal.SIGCONT)
             assert client.pull().clock.updates >= version
 
+    def test_two_hung_shards_take_no_longer_than_one(self, shards):
+        with connect(_addresses(shards), timeout_seconds=2) as client:
+            client.pull()
+            for shard in shards:
+                pause(shard.process.pid)
+            try:
+                start = time.monotonic()
+                with pytest.raises(ParameterServerUnavailable):
+                    client.pull()
+                assert time.monotonic() - start < 3.5
+            finally:
+                for shard in shards:
+                    os.kill(shard.process.pid, signal.SIGCONT)
+
     def test_as_many_pushes_as_lanes_wait_for_a_shard_side_by_side(self, shards):
         with connect(_addresses(shards)) as client, PushLanes(client, 3) as lanes:
             version = lanes.pull().version
@@ -166,7 +180,7 @@ class TestMemory:
                 peer = stack.enter_context(
                     socket.create_connection(('127.0.0.1', shards[0].port), 10)
                 )
-                stream = Channel(peer)
+                stream = Channel(peer, time.monotonic() + 10)
                 stream.send({**_HELLO, 'session': f'stranger {number}'})
                 assert stream.receive()[0] == {'shared_memory': False}
                 peer.sendall(_a_gigabyte_to_come({'operation': 'push', 'sequence': 1}))
