@@ -1,6 +1,7 @@
 """What one push+pull costs, with real server processes on this host; prints JSON.
 
-`python -m tests.benchmarks.benchmark_parameter_server [--repeats N] [--shards 1 2 4 31]`
+`python -m tests.benchmarks.benchmark_parameter_server [--repeats N] [--shards 1 2 4 31]
+[--parameters N]`
 """
 
 from __future__ import annotations
@@ -75,12 +76,14 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
-def measure(addresses: list[str], pids: list[int], transport: dict, repeats: int) -> dict:
+def measure(
+    layout: Layout, addresses: list[str], pids: list[int], transport: dict, repeats: int
+) -> dict:
     """Returns medians, in milliseconds per push+pull, over several rounds."""
-    gradient = np.random.default_rng(0).normal(size=_LAYOUT.size).astype(np.float32)
+    gradient = np.random.default_rng(0).normal(size=layout.size).astype(np.float32)
     rounds = []
-    with ParameterClient(addresses, _LAYOUT, **transport) as client:
-        client.initialise(np.zeros(_LAYOUT.size, np.float32))
+    with ParameterClient(addresses, layout, **transport) as client:
+        client.initialise(np.zeros(layout.size, np.float32))
         version = client.pull().version
         for _ in range(_ROUNDS + 1):
             wall, own = time.perf_counter(), time.process_time()
@@ -99,14 +102,14 @@ def measure(addresses: list[str], pids: list[int], transport: dict, repeats: int
     }
 
 
-def measure_apply(optimizer: str, repeats: int) -> dict:
+def measure_apply(size: int, optimizer: str, repeats: int) -> dict:
     """Returns the cost of the optimizer's step alone, all parameters in one slice."""
     import tensorflow as tf
 
     from infra.parameter_server.optimizers import OptimizedSlice
 
-    part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer), _LAYOUT.size)
-    gradient = tf.random.normal([_LAYOUT.size])
+    part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer), size)
+    gradient = tf.random.normal([size])
     part.step(gradient)
     times = []
     for _ in range(_ROUNDS):
@@ -122,18 +125,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repeats', type=int, default=60, help='push+pulls per round')
     parser.add_argument('--shards', type=int, nargs='+', default=[1, 2, 4, 31])
+    parser.add_argument('--parameters', type=int, help='in one vector; default: Nature network')
     options = parser.parse_args()
+    layout = Layout(('all',), ((options.parameters,),)) if options.parameters else _LAYOUT
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    result: dict = {'parameters': _LAYOUT.size, 'apply': {}, 'push_pull': {}}
+    result: dict = {'parameters': layout.size, 'apply': {}, 'push_pull': {}}
     for optimizer in ('adagrad', 'rmsprop', 'adam'):
-        result['apply'][optimizer] = measure_apply(optimizer, options.repeats)
+        result['apply'][optimizer] = measure_apply(layout.size, optimizer, options.repeats)
     for shards in options.shards:
         with server_processes(ParameterServerConfig(num_parameter_shards=shards)) as (hosts, pids):
             result['push_pull'][shards] = {
-                name: measure(hosts, pids, transport, options.repeats)
+                name: measure(layout, hosts, pids, transport, options.repeats)
                 for name, transport in _TRANSPORTS.items()
             }
     print(json.dumps(result, indent=2))

@@ -219,7 +219,7 @@ class TestServersRequirements:
     def test_they_hold_everything_that_the_servers_import(self):
         own, packages = reachable(SERVER_PROGRAMS)
         assert {'infra.replay.trajectory', 'infra.parameter_server.shard'} <= own
-        assert {'tensorflow', 'reverb', 'pyarrow', 'numpy', 'grpc'} <= packages
+        assert {'tensorflow', 'reverb', 'ml_dtypes', 'numpy', 'grpc'} <= packages
         held = {
             name.removesuffix('-cpu')
             for name in requirements('infra/docker/requirements-servers.txt')

@@ -99,7 +99,10 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--parameter_addresses=127.0.0.1:99999',), '65535'),
         (('--parameter_ports=²',), '65535'),
         (('--parameter_ports=47001,47002', '--replay_ports=47001'), 'both contain 47001'),
-        (('--parameter_ports=47001,47001,47002',), '2 different ones'),
+        (
+            ('--num_parameter_shards=2', '--parameter_ports=47001,47001,47002'),
+            '2 different ones',
+        ),
         (('--checkpoint_period_seconds=nan',), '--checkpoint_period_seconds nan: must be '),
         (('--seed=18446744073709551616',), "--seed: '18446744073709551616' is not a 64-bit"),
         (('--worker_threads=99999999999999999999',), '--worker_threads'),
