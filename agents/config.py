@@ -278,8 +278,8 @@ class LearnerConfig:
     )
     pushes_in_flight: int = described(
         1,
-        'Pushes of a learner under way at once with overlap_push. Raise it if parameter shards are'
-        ' far away, to the round-trip time in gradients, plus 1; each adds an update of staleness.',
+        'Pushes of a learner under way at once with overlap_push. For parameter shards that are far'
+        ' away, if samples are not what it waits for; each adds an update of staleness.',
     )
     learner_device: str = described(
         'auto',

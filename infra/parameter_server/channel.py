@@ -6,9 +6,8 @@
     header   JSON object
     body     bytes of a tensor
 
-A body is sent from the array that holds it and received into the array that needs it. A message
-takes some 20 us of CPU on each side, and 1 ms more for each 3 MB of body
-(tests/benchmarks/benchmark_parameter_server.py).
+A body is sent from the array that holds it and received into the array that needs it. What a
+message costs: docs/performance.md, "Messages to the parameter shards".
 """
 
 from __future__ import annotations

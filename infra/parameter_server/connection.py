@@ -159,8 +159,8 @@ class ShardConnection:
         finally:
             if segment is not None:
                 segment.unlink()
-        self._shared = segment is not None and bool(reply.get('shared_memory'))
-        self._segment = segment if segment and self._shared else Segment.private(self._size)
+        if segment is not None and reply.get('shared_memory'):
+            self._segment, self._shared = segment, True
         return reply
 
     def _on_wire(self, values: np.ndarray) -> np.ndarray:

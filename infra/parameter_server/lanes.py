@@ -14,8 +14,7 @@ from infra.parameter_server.client import ParameterClient, PushReply
 class PushLanes:
     """A client and, for pushes that travel side by side, more clients; a context manager.
 
-    A push over one connection waits for the reply to the one before. At 50 ms of round trip and
-    20 ms for a gradient that would idle more than half of the time.
+    A push over one connection waits for the reply to the one before.
     """
 
     def __init__(self, client: ParameterClient, count: int) -> None:

@@ -98,7 +98,7 @@ class _Connection:
         return header, None
 
     def gradient(self, header: dict[str, Any]) -> Any:
-        """Returns the argument of `Shard.push`: the message's gradient, or why there is none."""
+        """Returns the argument of `Shard.push`: the message's gradient, or why it lacks one."""
         if header.get('flaw'):
             return protocol.text_of(header, 'flaw', _LONGEST_NAME)
         if not self._has_values:
@@ -106,7 +106,7 @@ class _Connection:
         return self.tensors[GRADIENT], self._gradient_tensor
 
     def first_values(self) -> np.ndarray:
-        """Returns the values of `initialise`, float32 [n]; raises ValueError if there are none."""
+        """Returns the values of `initialise`, float32 [n]; raises ValueError without."""
         if not self._has_values:
             raise ValueError('the message holds no parameters')
         return self.tensors[GRADIENT]
