@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -28,11 +29,13 @@ DAMAGED = 'damaged-'
 _PROCESS_ID = re.compile(r'[1-9][0-9]{0,6}')  # Linux: below 2^22; 0 would be the own group
 _SCRATCH = 'gorila-scratch-'
 _LOCK_SECONDS = 0.5  # tries to lock a directory
+_ORPHAN_SECONDS = 30.0  # tries longer while what a killed process has started ends
 _SCRATCH_SECONDS = 60.0  # a younger one may be about to be held
 _CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
 _UNIQUE_DIGITS = 12
 _BESIDE = re.compile(rf'\.(.+)\.[0-9a-f]{{{_UNIQUE_DIGITS}}}')
 _READ_BYTES = 1 << 22
+_shared_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2(2)
 _NEW, _BEFORE = 'new', 'before'  # in the scratch of a replacement
 
@@ -64,28 +67,43 @@ class InUseError(OSError):
     """Another process has locked the directory."""
 
 
-def lock(directory: pathlib.Path) -> BinaryIO:
+def lock(directory: pathlib.Path, by_children: bool = False) -> BinaryIO:
     """Locks a directory until the returned file is closed or this process ends.
 
-    The lock file holds the process ID, if the disk has room.
+    The lock file holds the process ID, if the disk has room. Waits for the children of a killed
+    process to end.
+
+    Args:
+      directory: where the lock file is.
+      by_children: if this process is killed, the directory stays locked until the children that
+        inherit `shared_locks()` have ended too: they still write to it.
 
     Raises:
       InUseError: another process has locked it.
       OSError: it is not writable.
     """
     file = (directory / LOCK_FILE).open('a+b', buffering=0)
-    deadline = time.monotonic() + _LOCK_SECONDS
+    began = time.monotonic()
     while not _locked(file, fcntl.LOCK_EX):
-        if time.monotonic() > deadline:
+        holder = lock_holder(directory)
+        killed = holder is not None and not pathlib.Path(f'/proc/{holder}').exists()
+        if time.monotonic() > began + (_ORPHAN_SECONDS if killed else _LOCK_SECONDS):
             file.close()
-            holder = lock_holder(directory)
             by = 'another process' if holder is None else f'process {holder}'
+            by += ' (killed) or what it has started' * killed
             raise InUseError(f'{directory}: in use by {by}')
         time.sleep(_LOCK_SECONDS / 10)  # `lock_holder` may have held it for a moment
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(f'{os.getpid()}\n'.encode())
+    if by_children:
+        _shared_locks.add(file)
     return file
+
+
+def shared_locks() -> list[int]:
+    """Descriptors of the locks that this process shares with its children (`pass_fds`)."""
+    return [file.fileno() for file in _shared_locks if not file.closed]
 
 
 def lock_holder(directory: pathlib.Path) -> int | None:

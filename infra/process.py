@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.disk import write_atomically
+from infra.disk import shared_locks, write_atomically
 from infra.sealed import parse_object
 
 LAUNCHER_VARIABLE = 'GORILA_LAUNCHER_PID'
@@ -191,6 +191,7 @@ class SupervisedProcess:
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
                 start_new_session=True,
+                pass_fds=shared_locks(),
             )
         if spec.nice:
             # Set before the child has threads, which inherit it. Lowering it needs a privilege.

@@ -154,7 +154,7 @@ class RunDirectory:
         created = topmost_missing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            held = lock(path)
+            held = lock(path, by_children=True)
         except InUseError as error:
             raise _in_use(path, str(error)) from None
         except OSError as error:
