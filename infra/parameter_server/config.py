@@ -23,7 +23,8 @@ class ParameterServerConfig:
     num_parameter_shards: int = described(
         1,
         'Server processes that share the parameters (paper: 31). Add some when one uses a whole'
-        ' core.',
+        ' core. On one machine a run starts at most one for each core, unless --parameter_ports'
+        ' names more.',
     )
     optimizer: str = described(
         'adam', "'adagrad' (paper), 'rmsprop' (centered, Mnih et al. 2015) or 'adam'."

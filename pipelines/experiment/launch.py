@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from infra.cores import whole_cores
 from pipelines.engines import catalog
 from pipelines.experiment.job_settings import JobSettings
 
@@ -38,6 +39,15 @@ class Launch:
     def engine(self) -> catalog.Engine:
         """The engine that runs the jobs."""
         return catalog.engine(self.runner)
+
+    def parameter_shards(self, wanted: int) -> int:
+        """How many parameter shards hold the parameters of an experiment that names `wanted`.
+
+        A run starts all on one machine, where more than its cores only cost messages; fewer, larger
+        ones compute the same. With an address or a port for each there are as many as wanted.
+        """
+        named = self.parameter_addresses or self.parameter_ports
+        return wanted if named else min(wanted, whole_cores())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,6 +193,7 @@ class Launcher:
         attached = self.launch.parameter_addresses and self.launch.replay_addresses
         self.display.phase('connecting to servers' if attached else 'starting servers')
         self.signals.effect = 'stopping once the servers answer; a second signal stops at once'
+        self._tell_shards()
         with self._training(checkpoints, monitor, resumed) as training:
             rename_old(self.directory.path / EVALUATION_FILE)  # of the budget before
             return training.run()
@@ -237,6 +238,14 @@ class Launcher:
                 saver,
                 Replay(addresses.replay, StatusReader(addresses.replay)),
                 evaluator,
+            )
+
+    def _tell_shards(self) -> None:
+        wanted = self.config.parameter_server.num_parameter_shards
+        if (started := self.launch.parameter_shards(wanted)) < wanted:
+            self.display.message(
+                f'parameter shards: {started} in place of {wanted}, one for each core of this'
+                ' machine; --parameter_ports starts all'
             )
 
     def _layout(self) -> Layout:

@@ -1,5 +1,6 @@
 """Experiment and launch options in, configuration of the cluster out."""
 
+import dataclasses
 import pathlib
 
 from infra.cluster import ClusterConfig
@@ -13,9 +14,10 @@ def cluster_config(
     config: ExperimentConfig, launch: Launch, directory: pathlib.Path
 ) -> ClusterConfig:
     """The servers that a run starts or attaches to."""
+    shards = launch.parameter_shards(config.parameter_server.num_parameter_shards)
     return ClusterConfig(
         run_directory=directory,
-        parameter_server=config.parameter_server,
+        parameter_server=dataclasses.replace(config.parameter_server, num_parameter_shards=shards),
         replay=config.replay,
         trajectory=trajectory_spec(config),
         batch_size=config.learner.batch_size,

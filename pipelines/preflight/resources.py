@@ -41,7 +41,8 @@ def servers_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the servers that the run starts on this machine, in bytes."""
     total = 0
     if not launch.parameter_addresses:
-        total += config.parameter_server.num_parameter_shards * _BYTES_PER_SERVER
+        shards = launch.parameter_shards(config.parameter_server.num_parameter_shards)
+        total += shards * _BYTES_PER_SERVER
     if launch.replay_addresses:
         return total
     if config.run.topology == 'bundled':

@@ -16,6 +16,7 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineResult
 
+from infra import cores
 from pipelines import evaluate
 from pipelines.experiment import presets
 from tests.end_to_end import launching
@@ -142,7 +143,7 @@ class TestOnDask:
         process = launching.start(
             run_dir,
             '--agent=tests.examples.own_agent:munchausen',
-            '--num_parameter_shards=3',
+            '--num_parameter_shards=1000',
             '--max_frames=10000',
             f'--statistics_dir={run_dir / "statistics"}',
             *dask_flags,
@@ -150,6 +151,8 @@ class TestOnDask:
             *flags,
         )
         assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
+        started = f'parameter shards: {cores.whole_cores()} in place of 1000, one for each core'
+        assert started in launching.output(run_dir)
         summary = launching.check_run_directory(run_dir, 10_000)
         check_bundles(summary, agent_steps=2_500)
         launching.check_statistics(run_dir, summary)

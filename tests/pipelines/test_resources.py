@@ -1,5 +1,7 @@
 """What a run asks of the machine: counted by process, and less when others hold a part."""
 
+import os
+
 import pytest
 
 from pipelines.errors import UsageError
@@ -38,6 +40,34 @@ def config(**values):
 def test_memory_counts_each_process_on_this_machine_once(topology, flags, expected):
     found = resources.memory_bytes(config(topology=topology), launch(*flags))
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+        ((), 1),
+        (('--parameter_ports=1,2,3',), 3),
+        (('--parameter_addresses=a:1,b:2,c:3',), 3),
+    ],
+)
+def test_a_run_starts_no_more_shards_than_cores_unless_each_has_its_place(flags, expected):
+    available = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(available)[:1])
+    try:
+        assert launch(*flags).parameter_shards(3) == expected
+        assert launch(*flags).parameter_shards(1) == 1
+    finally:
+        os.sched_setaffinity(0, available)
+
+
+def test_memory_counts_the_shards_that_start():
+    available = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(available)[:1])
+    try:
+        one = resources.memory_bytes(config(), launch())
+        assert resources.memory_bytes(config(num_parameter_shards=31), launch()) == one
+    finally:
+        os.sched_setaffinity(0, available)
 
 
 def test_disk_counts_the_replay_only_where_it_is_saved():

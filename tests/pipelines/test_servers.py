@@ -72,10 +72,11 @@ def test_a_dead_parameter_shard_is_started_again_with_its_state(start):
 
 
 def test_configurations_for_other_starters_are_those_that_the_shards_read(tmp_path, capsys):
-    flags = ('--preset=apex', '--num_parameter_shards=3', '--parameter_ports=1,2,3')
+    # More than this machine has cores: for elsewhere.
+    flags = ('--preset=apex', '--num_parameter_shards=3000')
     assert servers.main([*flags, f'--config_dir={tmp_path / "c"}']) == 0
     replay, parameters = capsys.readouterr().out.split()
-    assert load_config(parameters).num_parameter_shards == 3
+    assert load_config(parameters).num_parameter_shards == 3000
     with open(replay) as file:
         shard = ShardConfig.from_dict(json.load(file))
     # Ape-X (Horgan et al. 2018): alpha 0.6, batches of 512, three steps.
