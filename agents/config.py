@@ -281,6 +281,11 @@ class LearnerConfig:
         'Pushes of a learner under way at once with overlap_push. For parameter shards that are far'
         ' away, if samples are not what it waits for; each adds an update of staleness.',
     )
+    batches_in_flight: int = described(
+        1,
+        'Batches that a learner asks a replay shard for at once. For replay shards that are far'
+        ' away, since each request costs a round trip.',
+    )
     learner_device: str = described(
         'auto',
         "Device that computes gradients: 'auto' (a GPU if the learner sees one), 'cpu', 'gpu'"
@@ -319,7 +324,7 @@ class LearnerConfig:
         named = bool(DEVICE.fullmatch(self.learner_device))
         require(self, 'learner_device', named, 'auto, cpu, gpu, or gpu:N')
         require_at_least(self, 1, 'learner_pull_period')
-        require_from_to(self, 1, 64, 'pushes_in_flight')
+        require_from_to(self, 1, 64, 'pushes_in_flight', 'batches_in_flight')
         require_at_least(self, 0, 'outlier_deviations', 'importance_updates')
         require_choice(self, 'outlier_rule', OUTLIER_RULES)
         require_fraction(self, 'importance_exponent_start', 'importance_exponent_end')

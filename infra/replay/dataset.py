@@ -9,7 +9,8 @@ that have one, so a dead, slow or starved shard affects only its share of the mi
 
 Each shard has one piece at the sampler, one in the thread and one waiting, so at most three batches
 are in flight over all shards. More would let a learner train on samples that the limiter counted
-long before; fewer could starve it (a piece takes 5 ms, an update tens of ms).
+long before; fewer could starve it (a piece takes 5 ms, an update tens of ms). Only with shards that
+are far away, where each request costs a round trip, should the sampler ask for more at once.
 """
 
 import logging
@@ -60,7 +61,9 @@ def piece_size(batch_size: int, num_shards: int) -> int:
 class _ShardReader:
     """Keeps one piece of a batch from one shard ready, in its own thread."""
 
-    def __init__(self, address: str, shard: int, size: int, to_sample: Any, changed: Any):
+    def __init__(
+        self, address: str, shard: int, size: int, in_flight: int, to_sample: Any, changed: Any
+    ):
         """`changed` is the condition to notify when a piece arrives."""
         from tensorflow.python.eager import cancellation
 
@@ -68,7 +71,7 @@ class _ShardReader:
         self.piece: Sample | None = None
         self.mismatch: ReplaySpecMismatch | None = None
         self._address = address
-        self._size = size
+        self._size, self._in_flight = size, in_flight
         self._to_sample = to_sample
         self._changed = changed
         self._closed = threading.Event()
@@ -131,9 +134,9 @@ class _ShardReader:
             table=EXPERIENCE_TABLE,
             dtypes={'rows': tf.uint8},
             shapes={'rows': tf.TensorShape(self._to_sample.rows_shape)},
-            # With one worker Reverb requests the next samples only after these are taken.
+            # Each worker requests the next samples only after these are taken.
             max_in_flight_samples_per_worker=self._size,
-            num_workers_per_iterator=1,
+            num_workers_per_iterator=self._in_flight,
         ).batch(self._size, drop_remainder=True)
         iterator = iter(dataset.with_options(_single_threaded()))
         return ArrayFunction(
@@ -186,6 +189,7 @@ class ReplayDataset:
         batch_size: int,
         timeout_seconds: float,
         should_stop: Callable[[], bool],
+        in_flight: int,
     ):
         """See `sample_dataset`."""
         self._addresses = tuple(addresses)
@@ -197,7 +201,7 @@ class ReplayDataset:
         self._next_shard = 0
         self._closed = False
         self._readers = [
-            _ShardReader(address, shard, size, to_sample, self._changed)
+            _ShardReader(address, shard, size, in_flight, to_sample, self._changed)
             for shard, address in enumerate(addresses)
         ]
         self._partial: list[Sample] = []  # pieces of a batch whose wait timed out
@@ -304,6 +308,7 @@ def sample_dataset(
     gamma: float,
     timeout_seconds: float = 60.0,
     should_stop: Callable[[], bool] = _never,
+    in_flight: int = 1,
 ) -> ReplayDataset:
     """Opens a dataset of batches of `batch_size` transitions from the given shards.
 
@@ -316,11 +321,15 @@ def sample_dataset(
       gamma: discount per agent step.
       timeout_seconds: longest wait for a piece of a batch.
       should_stop: checked every 0.2 s during a wait.
+      in_flight: pieces that a shard is asked for at once; the replay's limiter counts them then.
 
     Raises:
-      ValueError: `addresses` is empty, or `batch_size` is below 1.
+      ValueError: `addresses` is empty, or `batch_size` or `in_flight` is below 1.
     """
-    if not addresses or batch_size < 1:
-        raise ValueError(f'{len(addresses)} addresses, batch size {batch_size}: both must be >= 1')
+    if not addresses or batch_size < 1 or in_flight < 1:
+        raise ValueError(
+            f'{len(addresses)} addresses, batch size {batch_size}, {in_flight} in flight: all must'
+            ' be >= 1'
+        )
     to_sample = _ToSample(spec, gamma)
-    return ReplayDataset(addresses, to_sample, batch_size, timeout_seconds, should_stop)
+    return ReplayDataset(addresses, to_sample, batch_size, timeout_seconds, should_stop, in_flight)

@@ -61,6 +61,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'replay_mode': _SEPARATE,
     'sample_insert_tolerance': _SEPARATE,
     'checkpoint_replay': _SEPARATE,
+    'batches_in_flight': _SEPARATE,
     'pushes_in_flight': _OVERLAPPED,
     'outlier_decay': (
         '--outlier_deviations above 0',

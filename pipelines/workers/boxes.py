@@ -391,6 +391,7 @@ def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayData
         config.learner.batch_size,
         config.agent.discount,
         timeout_seconds=STATUS_SECONDS,  # then the learner checks whether the run is over
+        in_flight=config.learner.batches_in_flight,
     )
 
 

@@ -446,6 +446,24 @@ class TestBounds:
             assert abs((inserted - 50) * 4 - sampled) <= 32 + 4
             assert 800 <= sampled <= 800 + 3 * BATCH_SIZE
 
+    @pytest.mark.parametrize('in_flight', [1, 4])
+    def test_a_shard_is_asked_for_as_many_batches_as_may_be_in_flight(self, in_flight):
+        with (
+            local_shard(FREE) as address,
+            sample_dataset([address], SPEC, BATCH_SIZE, 0.9, in_flight=in_flight) as dataset,
+        ):
+            fill(address, 20)
+            next(dataset)
+
+            def sampled():
+                info = reverb.Client(address).server_info(timeout=5)[EXPERIENCE_TABLE]
+                return info.rate_limiter_info.sample_stats.completed / BATCH_SIZE
+
+            # The one taken, one that waits, one that waits to wait, and those in flight.
+            assert eventually(lambda: sampled() == 3 + in_flight)
+            time.sleep(0.5)
+            assert sampled() == 3 + in_flight
+
 
 def insert_until(stop, address):
     """Inserts until the event `stop` is set."""
