@@ -283,8 +283,8 @@ class LearnerConfig:
     )
     batches_in_flight: int = described(
         1,
-        'Batches that a learner asks a replay shard for at once. For replay shards that are far'
-        ' away, since each request costs a round trip.',
+        'Requests for samples of a learner under way at once at each replay shard. For shards that'
+        ' are far away, since each costs a round trip. Each adds a batch that was drawn earlier.',
     )
     learner_device: str = described(
         'auto',

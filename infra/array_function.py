@@ -6,7 +6,6 @@ calls. Here the graph itself fetches its inputs and delivers its outputs as arra
 tensors' memory. TensorFlow copies an input only if its memory is not aligned.
 """
 
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,6 +69,7 @@ class ArrayFunction:
         self._idle = threading.Lock()
         self._structure: Any = None
         self._shapes = tuple(tuple(spec.shape.as_list()) for spec in self._specs)
+        # Kept, since TensorFlow forgets a function with the last reference to it.
         self._concrete = tf.function(self._graph, autograph=False).get_concrete_function()
         self._run = _direct(self._concrete)
         if cancellation is not None:
@@ -140,10 +140,17 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 def _direct(concrete: Any) -> Callable[[], Any]:
     """A call of a function without arguments and results, without the layers of Python around it.
 
-    They take a quarter of the time of a small network's call. TensorFlow has no public name for the
-    runtime's call, but requirements.txt pins the version.
+    They take a quarter of the time of a small network's call. TensorFlow has no public names for
+    the runtime's call and for errors with the user's lines, but requirements.txt pins the version.
     """
     from tensorflow.python.eager import context
+    from tensorflow.python.eager.polymorphic_function import atomic_function
 
     call, captured = context.context().call_function, list(concrete.captured_inputs)
-    return functools.partial(call, concrete.name, captured, 0)
+    with_lines = atomic_function.InterpolateRuntimeError(concrete._inference_function)
+
+    def run() -> None:
+        with with_lines:
+            call(concrete.name, captured, 0)
+
+    return run

@@ -29,7 +29,7 @@ DAMAGED = 'damaged-'
 _PROCESS_ID = re.compile(r'[1-9][0-9]{0,6}')  # Linux: below 2^22; 0 would be the own group
 _SCRATCH = 'gorila-scratch-'
 _LOCK_SECONDS = 0.5  # tries to lock a directory
-_ORPHAN_SECONDS = 30.0  # tries longer while what a killed process has started ends
+_ORPHAN_SECONDS = 75.0  # tries longer while what a killed process has started ends
 _SCRATCH_SECONDS = 60.0  # a younger one may be about to be held
 _CONTROL_CHARACTER = re.compile(r'[\x00-\x1f\x7f]')
 _UNIQUE_DIGITS = 12
@@ -70,27 +70,28 @@ class InUseError(OSError):
 def lock(directory: pathlib.Path, by_children: bool = False) -> BinaryIO:
     """Locks a directory until the returned file is closed or this process ends.
 
-    The lock file holds the process ID, if the disk has room. Waits for the children of a killed
-    process to end.
+    The lock file holds the process ID, if the disk has room.
 
     Args:
       directory: where the lock file is.
-      by_children: if this process is killed, the directory stays locked until the children that
-        inherit `shared_locks()` have ended too: they still write to it.
+      by_children: whether processes share their lock with their children, which still write if one
+        is killed: it then stays locked until those that inherit `shared_locks()` have ended.
+        Waits for those up to 75 s.
 
     Raises:
       InUseError: another process has locked it.
       OSError: it is not writable.
     """
     file = (directory / LOCK_FILE).open('a+b', buffering=0)
-    began = time.monotonic()
+    began, killed = time.monotonic(), False
     while not _locked(file, fcntl.LOCK_EX):
         holder = lock_holder(directory)
-        killed = holder is not None and not pathlib.Path(f'/proc/{holder}').exists()
-        if time.monotonic() > began + (_ORPHAN_SECONDS if killed else _LOCK_SECONDS):
+        killed |= holder is not None and not pathlib.Path(f'/proc/{holder}').exists()
+        patience = _ORPHAN_SECONDS if killed and by_children else _LOCK_SECONDS
+        if time.monotonic() > began + patience:
             file.close()
             by = 'another process' if holder is None else f'process {holder}'
-            by += ' (killed) or what it has started' * killed
+            by += ', which is not running here, or by what it has started' * killed
             raise InUseError(f'{directory}: in use by {by}')
         time.sleep(_LOCK_SECONDS / 10)  # `lock_holder` may have held it for a moment
     with contextlib.suppress(OSError):
@@ -108,6 +109,8 @@ def shared_locks() -> list[int]:
 
 def lock_holder(directory: pathlib.Path) -> int | None:
     """The ID of the process that has locked a directory, None for none or an unknown one.
+
+    One that was killed holds it as long as its children do (see `lock`).
 
     Raises:
       PermissionError: the lock file is not readable.

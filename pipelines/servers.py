@@ -78,7 +78,6 @@ def write_configurations(config: ExperimentConfig, launch: Launch, directory: pa
       UsageError: the directory cannot be written.
     """
     servers = cluster_config(config, launch, directory)
-    servers = dataclasses.replace(servers, parameter_server=config.parameter_server)
     try:
         for component in (REPLAY, PARAMETER_SERVER):
             print(write_settings(servers, component, directory))

@@ -42,7 +42,7 @@ def stop(directory: RunDirectory, timeout_seconds: float) -> bool:
     except (ProcessLookupError, PermissionError) as error:
         raise UsageError(
             f"{directory.path}: cannot signal the run's process {process} ({error.strerror})."
-            ' Fix: if it was killed, what it had started ends within seconds; else stop it on the'
+            ' Fix: if it was killed, what it had started ends within a minute; else stop it on the'
             ' machine where it runs, as its user.'
         ) from error
     print(f'stopping the run (process {process}) ...', flush=True)

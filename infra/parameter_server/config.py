@@ -24,7 +24,7 @@ class ParameterServerConfig:
         1,
         'Server processes that share the parameters (paper: 31). Add some when one uses a whole'
         ' core. On one machine a run starts at most one for each core, unless --parameter_ports'
-        ' names more.',
+        ' lists one for each.',
     )
     optimizer: str = described(
         'adam', "'adagrad' (paper), 'rmsprop' (centered, Mnih et al. 2015) or 'adam'."

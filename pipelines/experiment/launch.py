@@ -44,7 +44,7 @@ class Launch:
         """How many parameter shards hold the parameters of an experiment that names `wanted`.
 
         A run starts all on one machine, where more than its cores only cost messages; fewer, larger
-        ones compute the same. With an address or a port for each there are as many as wanted.
+        ones apply the same updates. With an address or a port for each there are as many as wanted.
         """
         named = self.parameter_addresses or self.parameter_ports
         return wanted if named else min(wanted, whole_cores())

@@ -34,7 +34,7 @@ from pipelines.launch.finishing import Finishing, Outcome
 from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs
 from pipelines.launch.saver import Saver
-from pipelines.launch.server_settings import cluster_config
+from pipelines.launch.server_settings import servers_of_run
 from pipelines.launch.shard_watch import Replay
 from pipelines.launch.training import FAILURES, Training
 from pipelines.monitoring.display import Display, open_display
@@ -205,7 +205,7 @@ class Launcher:
         """Opens servers and everything that supervises them; closes them in reverse order."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.directory.remove_shard_checkpoints)  # after the servers' end
-            servers = cluster_config(self.config, self.launch, self.directory.path)
+            servers = servers_of_run(self.config, self.launch, self.directory.path)
             cluster = Cluster(servers, checkpoints.restore)
             stack.callback(cluster.close)
             cluster.start()  # the servers import TensorFlow while this process does
@@ -244,8 +244,8 @@ class Launcher:
         wanted = self.config.parameter_server.num_parameter_shards
         if (started := self.launch.parameter_shards(wanted)) < wanted:
             self.display.message(
-                f'parameter shards: {started} in place of {wanted}, one for each core of this'
-                ' machine; --parameter_ports starts all'
+                f'--num_parameter_shards {wanted}: {started} start, one for each core that the run'
+                f' may use. To start all, list {wanted} ports in --parameter_ports.'
             )
 
     def _layout(self) -> Layout:

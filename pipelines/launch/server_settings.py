@@ -13,11 +13,10 @@ from pipelines.storage.run_directory import SHARD_CHECKPOINTS
 def cluster_config(
     config: ExperimentConfig, launch: Launch, directory: pathlib.Path
 ) -> ClusterConfig:
-    """The servers that a run starts or attaches to."""
-    shards = launch.parameter_shards(config.parameter_server.num_parameter_shards)
+    """The servers of an experiment."""
     return ClusterConfig(
         run_directory=directory,
-        parameter_server=dataclasses.replace(config.parameter_server, num_parameter_shards=shards),
+        parameter_server=config.parameter_server,
         replay=config.replay,
         trajectory=trajectory_spec(config),
         batch_size=config.learner.batch_size,
@@ -30,3 +29,13 @@ def cluster_config(
         replay_ports=launch.replay_ports,
         tls=launch.tls,
     )
+
+
+def servers_of_run(
+    config: ExperimentConfig, launch: Launch, directory: pathlib.Path
+) -> ClusterConfig:
+    """The servers that a run starts or attaches to (see `Launch.parameter_shards`)."""
+    servers = cluster_config(config, launch, directory)
+    shards = launch.parameter_shards(config.parameter_server.num_parameter_shards)
+    settings = dataclasses.replace(config.parameter_server, num_parameter_shards=shards)
+    return dataclasses.replace(servers, parameter_server=settings)

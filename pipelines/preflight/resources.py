@@ -26,6 +26,8 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the run's processes and replay on this machine, in bytes."""
     run = config.run
     total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers_bytes(config, launch)
+    wanted = config.parameter_server.num_parameter_shards
+    total -= (wanted - launch.parameter_shards(wanted)) * _BYTES_PER_SERVER
     if run.evaluator_cpu_share > 0:
         total += _BYTES_OF_EVALUATOR
     if launch.engine.runs_locally:
@@ -38,11 +40,10 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
 
 
 def servers_bytes(config: ExperimentConfig, launch: Launch) -> int:
-    """Memory of the servers that the run starts on this machine, in bytes."""
+    """Memory of the servers of an experiment on this machine, in bytes."""
     total = 0
     if not launch.parameter_addresses:
-        shards = launch.parameter_shards(config.parameter_server.num_parameter_shards)
-        total += shards * _BYTES_PER_SERVER
+        total += config.parameter_server.num_parameter_shards * _BYTES_PER_SERVER
     if launch.replay_addresses:
         return total
     if config.run.topology == 'bundled':

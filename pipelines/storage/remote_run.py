@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from infra.disk import read_json, write_json
+from infra.disk import InUseError, lock, read_json, write_json
 from infra.sealed import parse_object, unseal
 from pipelines.errors import UsageError, unwritable
 from pipelines.events import finite
@@ -314,14 +314,16 @@ def _is_copy(path: pathlib.Path, place: Place) -> bool:
 def _require_free(local: pathlib.Path) -> None:
     """Raises UsageError if a run is active in the local copy."""
     try:
-        holder = RunDirectory.existing(local).holder()
+        RunDirectory.existing(local)
     except UsageError:
         return  # no run is there
-    if holder is not None:
-        raise UsageError(
-            f'{local}: in use by process {holder}. Fix: wait until it ends, or'
-            ' choose another --run_dir.'
-        )
+    try:
+        lock(local, by_children=True).close()
+    except InUseError as error:
+        remedy = 'wait until it ends, or choose another --run_dir'
+        raise UsageError(f'{error}. Fix: {remedy}.') from None
+    except OSError as error:
+        raise unwritable(local, error) from error
 
 
 def _local_updates(local: pathlib.Path) -> int | None:

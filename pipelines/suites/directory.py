@@ -114,7 +114,7 @@ class SuiteDirectory:
         """
         path = self.run(run)
         if path.exists():
-            with lock(path):
+            with lock(path, by_children=True):
                 shutil.rmtree(path)
 
     def close(self) -> None:

@@ -137,11 +137,11 @@ class Scheduler:
         holder = self._holder(entry)
         if holder is None:
             return False
-        if time.monotonic() > self._opened + END_SECONDS:
+        if time.monotonic() > max(self._opened, entry.started + entry.seconds) + END_SECONDS:
             entry.attempts = _ATTEMPTS
             self._fail(entry, f'its directory is in use by process {holder}')
             return False
-        text = f'process {holder} of an earlier suite ends'
+        text = f'process {holder} and what it has started end'
         entry.figures = dataclasses.replace(entry.figures, phase=text)
         return True
 

@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 
 from agents.environments.atari import AtariEnvironment
+from infra.cores import whole_cores
 from infra.parameter_server.client import ParameterClient
 from infra.replay.trajectory import Transition
 from pipelines.experiment import builders, command_line
@@ -66,7 +67,8 @@ def running(flags: list[str]) -> Iterator[pathlib.Path]:
 
 def connect(run_dir: pathlib.Path, experiment: ExperimentConfig) -> ParameterClient:
     """A client of the run's parameter shards, once they serve."""
-    shards = experiment.parameter_server.num_parameter_shards
+    wanted = experiment.parameter_server.num_parameter_shards
+    shards = min(wanted, whole_cores())  # see Launch.parameter_shards
     files = [run_dir / 'servers' / f'parameter_server_{shard}.ready' for shard in range(shards)]
     deadline = time.monotonic() + _START_SECONDS
     while not all(file.exists() for file in files):

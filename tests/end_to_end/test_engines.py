@@ -151,7 +151,7 @@ class TestOnDask:
             *flags,
         )
         assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
-        started = f'parameter shards: {cores.whole_cores()} in place of 1000, one for each core'
+        started = f'--num_parameter_shards 1000: {cores.whole_cores()} start, one for each core'
         assert started in launching.output(run_dir)
         summary = launching.check_run_directory(run_dir, 10_000)
         check_bundles(summary, agent_steps=2_500)

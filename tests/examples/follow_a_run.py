@@ -26,9 +26,11 @@ from pipelines.experiment import config as config_lib
 STEPS, GAMES = 400, 2
 
 
-def addresses(run_dir: pathlib.Path, shards: int) -> list[str]:
+def addresses(run_dir: pathlib.Path) -> list[str]:
     """Where the parameter shards of a run on this machine listen."""
-    files = [run_dir / 'servers' / f'parameter_server_{shard}.ready' for shard in range(shards)]
+    servers = run_dir / 'servers'
+    shards = json.loads((servers / 'parameter_server.json').read_text())['num_parameter_shards']
+    files = [servers / f'parameter_server_{shard}.ready' for shard in range(shards)]
     return [f'127.0.0.1:{json.loads(file.read_text())["port"]}' for file in files]
 
 
@@ -38,8 +40,7 @@ def main(run_dir: pathlib.Path) -> None:
     ours = builders.build_model(experiment).agent
     train_step = tf.Variable(0, dtype=tf.int64)
     variables = {POLICY_KEY: ours.policy.variables(), TRAIN_STEP_KEY: train_step}
-    shards = experiment.parameter_server.num_parameter_shards
-    container = ParameterServerVariableContainer(addresses(run_dir, shards))
+    container = ParameterServerVariableContainer(addresses(run_dir))
     container.update(variables)
     container.close()
     rewards: list[float] = []

@@ -72,7 +72,7 @@ def test_an_output_can_not_be_written_to():
 
 def test_an_error_in_the_graph_spoils_no_later_call():
     function = ArrayFunction(lambda x: tf.debugging.check_numerics(x, 'x'), [VECTOR])
-    with pytest.raises(tf.errors.InvalidArgumentError):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=__file__):  # the line that failed
         function(np.array([np.nan, 2], np.float32))
     np.testing.assert_array_equal(function(np.array([1, 2], np.float32)), [1, 2])
 

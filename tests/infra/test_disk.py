@@ -56,7 +56,9 @@ def test_a_killed_processs_directory_stays_locked_until_its_last_child_has_ended
         assert holder.stdout.readline() == b'held\n'
         holder.kill()
     assert disk.lock_holder(tmp_path) == holder.pid
-    with disk.lock(tmp_path):
+    with pytest.raises(disk.InUseError, match='not running here, or by what it has started'):
+        disk.lock(tmp_path)
+    with disk.lock(tmp_path, by_children=True):
         assert (tmp_path / 'last').exists()
 
 

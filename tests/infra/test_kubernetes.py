@@ -5,7 +5,6 @@ read the flags and files, and the last test trains with the commands of overlay 
 """
 
 import contextlib
-import dataclasses
 import fnmatch
 import functools
 import json
@@ -383,8 +382,6 @@ def test_memory_and_disk_hold_what_the_sizing_says(overlay, kind):
     other = 'replay' if kind == 'parameter' else 'parameter'
     alone = command_line.parse([f'--{other}_addresses=elsewhere:1'])[0]
     spec = stateful_set(overlay, kind)['spec']
-    if kind == 'parameter':  # a pod for each shard, on any number of machines
-        alone = dataclasses.replace(alone, parameter_ports=(0,) * spec['replicas'])
     needed = resources.servers_bytes(config, alone) / spec['replicas']
     found = container(overlay, kind)['resources']
     assert found['requests']['memory'] == found['limits']['memory']

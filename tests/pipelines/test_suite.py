@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -519,10 +520,29 @@ def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):
             running.poll()
             (entry,) = running.entries
             assert entry.state == scheduler.WAITING
-            assert 'of an earlier suite ends' in table.state(entry)
+            assert 'and what it has started end' in table.state(entry)
     entries, calls, _ = conducted([run])
     assert entries[0].state == scheduler.DONE
     assert len(calls) == 1
+
+
+def test_a_run_killed_late_in_a_suite_waits_for_what_it_has_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler, 'END_SECONDS', 1.0)
+    (run,) = plan.expand(sweep())
+    path = tmp_path / 'suite' / run.name
+    with SuiteDirectory.open(tmp_path / 'suite') as opened:
+        opened.write([run], '')
+        path.mkdir()
+        with lock(path), Scheduler(opened, [run], 1, print) as running:
+            (entry,) = running.entries
+            entry.started = time.monotonic()
+            entry.seconds, entry.attempts = 3600.0, 1  # an hour later it was killed
+            time.sleep(1.1)
+            running.poll()
+            assert entry.state == scheduler.WAITING
+            entry.seconds = 0.0
+            running.poll()
+            assert entry.state == scheduler.FAILED
 
 
 def entry(name, state, **figures):
