@@ -4,6 +4,7 @@ import dataclasses
 
 from infra.cores import whole_cores
 from pipelines.engines import catalog
+from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.job_settings import JobSettings
 
 LOOPBACK = '127.0.0.1'
@@ -40,14 +41,18 @@ class Launch:
         """The engine that runs the jobs."""
         return catalog.engine(self.runner)
 
-    def parameter_shards(self, wanted: int) -> int:
-        """How many parameter shards hold the parameters of an experiment that names `wanted`.
+    def started(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The experiment with as many parameter shards as a run of it has.
 
         A run starts all on one machine, where more than its cores only cost messages; fewer, larger
-        ones apply the same updates. With an address or a port for each there are as many as wanted.
+        ones apply the same updates. With an address or a port for each it has all.
         """
-        named = self.parameter_addresses or self.parameter_ports
-        return wanted if named else min(wanted, whole_cores())
+        if self.parameter_addresses or self.parameter_ports:
+            return config
+        settings = config.parameter_server
+        shards = min(settings.num_parameter_shards, whole_cores())
+        settings = dataclasses.replace(settings, num_parameter_shards=shards)
+        return dataclasses.replace(config, parameter_server=settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from infra.cluster import Cluster
+from infra.cluster import Cluster, ClusterConfig
 from infra.cores import usable_cores
 from infra.parameter_server.client import ParameterClient
 from infra.parameter_server.layout import Layout
@@ -34,7 +34,7 @@ from pipelines.launch.finishing import Finishing, Outcome
 from pipelines.launch.interrupts import Signals
 from pipelines.launch.jobs import Jobs
 from pipelines.launch.saver import Saver
-from pipelines.launch.server_settings import servers_of_run
+from pipelines.launch.server_settings import cluster_config
 from pipelines.launch.shard_watch import Replay
 from pipelines.launch.training import FAILURES, Training
 from pipelines.monitoring.display import Display, open_display
@@ -193,7 +193,6 @@ class Launcher:
         attached = self.launch.parameter_addresses and self.launch.replay_addresses
         self.display.phase('connecting to servers' if attached else 'starting servers')
         self.signals.effect = 'stopping once the servers answer; a second signal stops at once'
-        self._tell_shards()
         with self._training(checkpoints, monitor, resumed) as training:
             rename_old(self.directory.path / EVALUATION_FILE)  # of the budget before
             return training.run()
@@ -205,8 +204,7 @@ class Launcher:
         """Opens servers and everything that supervises them; closes them in reverse order."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.directory.remove_shard_checkpoints)  # after the servers' end
-            servers = servers_of_run(self.config, self.launch, self.directory.path)
-            cluster = Cluster(servers, checkpoints.restore)
+            cluster = Cluster(self._servers(), checkpoints.restore)
             stack.callback(cluster.close)
             cluster.start()  # the servers import TensorFlow while this process does
             layout = self._layout()
@@ -240,13 +238,18 @@ class Launcher:
                 evaluator,
             )
 
-    def _tell_shards(self) -> None:
-        wanted = self.config.parameter_server.num_parameter_shards
-        if (started := self.launch.parameter_shards(wanted)) < wanted:
+    def _servers(self) -> ClusterConfig:
+        """The servers to start or attach to; tells the user if fewer shards start than named."""
+        config = self.launch.started(self.config)
+        wanted, shards = (
+            each.parameter_server.num_parameter_shards for each in (self.config, config)
+        )
+        if shards < wanted:
             self.display.message(
-                f'--num_parameter_shards {wanted}: {started} start, one for each core that the run'
+                f'--num_parameter_shards {wanted}: {shards} start, one for each core that the run'
                 f' may use. To start all, list {wanted} ports in --parameter_ports.'
             )
+        return cluster_config(config, self.launch, self.directory.path)
 
     def _layout(self) -> Layout:
         """Layout of the network; imports TensorFlow and TF-Agents."""

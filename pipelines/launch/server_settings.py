@@ -1,6 +1,5 @@
 """Experiment and launch options in, configuration of the cluster out."""
 
-import dataclasses
 import pathlib
 
 from infra.cluster import ClusterConfig
@@ -29,13 +28,3 @@ def cluster_config(
         replay_ports=launch.replay_ports,
         tls=launch.tls,
     )
-
-
-def servers_of_run(
-    config: ExperimentConfig, launch: Launch, directory: pathlib.Path
-) -> ClusterConfig:
-    """The servers that a run starts or attaches to (see `Launch.parameter_shards`)."""
-    servers = cluster_config(config, launch, directory)
-    shards = launch.parameter_shards(config.parameter_server.num_parameter_shards)
-    settings = dataclasses.replace(config.parameter_server, num_parameter_shards=shards)
-    return dataclasses.replace(servers, parameter_server=settings)

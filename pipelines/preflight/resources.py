@@ -24,10 +24,8 @@ _BYTES_WITHOUT_REPLAY = 300_000_000  # parameters, slots, logs, events
 
 def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the run's processes and replay on this machine, in bytes."""
-    run = config.run
-    total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers_bytes(config, launch)
-    wanted = config.parameter_server.num_parameter_shards
-    total -= (wanted - launch.parameter_shards(wanted)) * _BYTES_PER_SERVER
+    run, servers = config.run, servers_bytes(launch.started(config), launch)
+    total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers
     if run.evaluator_cpu_share > 0:
         total += _BYTES_OF_EVALUATOR
     if launch.engine.runs_locally:

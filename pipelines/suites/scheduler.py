@@ -199,7 +199,7 @@ class Scheduler:
         return standing.stage(entry.path, entry.run.max_frames)
 
     def _holder(self, entry: Entry) -> int | None:
-        """Process ID of a run in the directory that this suite process has not started."""
+        """ID of the process that holds the directory of a waiting run, dead or alive."""
         with contextlib.suppress(OSError):
             return lock_holder(entry.path)
         return None

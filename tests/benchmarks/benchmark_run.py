@@ -29,7 +29,6 @@ import numpy as np
 import psutil
 
 from agents.environments.atari import AtariEnvironment
-from infra.cores import whole_cores
 from infra.parameter_server.client import ParameterClient
 from infra.replay.trajectory import Transition
 from pipelines.experiment import builders, command_line
@@ -67,8 +66,7 @@ def running(flags: list[str]) -> Iterator[pathlib.Path]:
 
 def connect(run_dir: pathlib.Path, experiment: ExperimentConfig) -> ParameterClient:
     """A client of the run's parameter shards, once they serve."""
-    wanted = experiment.parameter_server.num_parameter_shards
-    shards = min(wanted, whole_cores())  # see Launch.parameter_shards
+    shards = experiment.parameter_server.num_parameter_shards
     files = [run_dir / 'servers' / f'parameter_server_{shard}.ready' for shard in range(shards)]
     deadline = time.monotonic() + _START_SECONDS
     while not all(file.exists() for file in files):
@@ -175,8 +173,8 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=50, help='measurements of each box alone')
     arguments = parser.parse_args()
     flags = shlex.split(arguments.flags)
-    _, preset, values = command_line.parse(flags)
-    experiment = command_line.experiment(preset, values)
+    launch, preset, values = command_line.parse(flags)
+    experiment = launch.started(command_line.experiment(preset, values))
     costs = unavoidable(experiment, arguments.repeats)
     seen = observe(flags, experiment, arguments.seconds)
     needed = 1e-3 * (

@@ -23,6 +23,14 @@ def config(**values):
     return presets.experiment('laptop', values)
 
 
+@pytest.fixture
+def one_core():
+    available = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(available)[:1])
+    yield
+    os.sched_setaffinity(0, available)
+
+
 @pytest.mark.parametrize(
     ('topology', 'flags', 'expected'),
     [
@@ -50,24 +58,17 @@ def test_memory_counts_each_process_on_this_machine_once(topology, flags, expect
         (('--parameter_addresses=a:1,b:2,c:3',), 3),
     ],
 )
+@pytest.mark.usefixtures('one_core')
 def test_a_run_starts_no_more_shards_than_cores_unless_each_has_its_place(flags, expected):
-    available = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(available)[:1])
-    try:
-        assert launch(*flags).parameter_shards(3) == expected
-        assert launch(*flags).parameter_shards(1) == 1
-    finally:
-        os.sched_setaffinity(0, available)
+    started = launch(*flags).started(config(num_parameter_shards=3))
+    assert started.parameter_server.num_parameter_shards == expected
+    assert launch(*flags).started(config()) == config()
 
 
+@pytest.mark.usefixtures('one_core')
 def test_memory_counts_the_shards_that_start():
-    available = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(available)[:1])
-    try:
-        one = resources.memory_bytes(config(), launch())
-        assert resources.memory_bytes(config(num_parameter_shards=31), launch()) == one
-    finally:
-        os.sched_setaffinity(0, available)
+    one = resources.memory_bytes(config(), launch())
+    assert resources.memory_bytes(config(num_parameter_shards=31), launch()) == one
 
 
 def test_disk_counts_the_replay_only_where_it_is_saved():

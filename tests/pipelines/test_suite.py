@@ -1,5 +1,6 @@
 """Suites: which runs a command plans, how far each is, what starts next; bad input on one line."""
 
+import contextlib
 import io
 import json
 import os
@@ -510,17 +511,22 @@ def test_a_run_killed_while_it_evaluated_resumes_and_is_not_done_before(tmp_path
     assert entries[0].state == scheduler.DONE
 
 
+@contextlib.contextmanager
+def in_use(directory, run):
+    """A scheduler of a run in whose directory another process still is, and its entry."""
+    with SuiteDirectory.open(directory) as opened:
+        opened.write([run], '')
+        (directory / run.name).mkdir()
+        with lock(directory / run.name), Scheduler(opened, [run], 1, print) as running:
+            yield running, running.entries[0]
+
+
 def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):
     (run,) = plan.expand(sweep())
-    path = tmp_path / 'suite' / run.name
-    with SuiteDirectory.open(tmp_path / 'suite') as opened:
-        opened.write([run], '')
-        path.mkdir()
-        with lock(path), Scheduler(opened, [run], 1, print) as running:
-            running.poll()
-            (entry,) = running.entries
-            assert entry.state == scheduler.WAITING
-            assert 'and what it has started end' in table.state(entry)
+    with in_use(tmp_path / 'suite', run) as (running, entry):
+        running.poll()
+        assert entry.state == scheduler.WAITING
+        assert 'and what it has started end' in table.state(entry)
     entries, calls, _ = conducted([run])
     assert entries[0].state == scheduler.DONE
     assert len(calls) == 1
@@ -529,20 +535,15 @@ def test_a_run_waits_for_the_process_of_a_killed_suite(tmp_path, conducted):
 def test_a_run_killed_late_in_a_suite_waits_for_what_it_has_started(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, 'END_SECONDS', 1.0)
     (run,) = plan.expand(sweep())
-    path = tmp_path / 'suite' / run.name
-    with SuiteDirectory.open(tmp_path / 'suite') as opened:
-        opened.write([run], '')
-        path.mkdir()
-        with lock(path), Scheduler(opened, [run], 1, print) as running:
-            (entry,) = running.entries
-            entry.started = time.monotonic()
-            entry.seconds, entry.attempts = 3600.0, 1  # an hour later it was killed
-            time.sleep(1.1)
-            running.poll()
-            assert entry.state == scheduler.WAITING
-            entry.seconds = 0.0
-            running.poll()
-            assert entry.state == scheduler.FAILED
+    with in_use(tmp_path / 'suite', run) as (running, entry):
+        entry.started = time.monotonic()
+        entry.seconds, entry.attempts = 3600.0, 1  # an hour later it was killed
+        time.sleep(1.1)
+        running.poll()
+        assert entry.state == scheduler.WAITING
+        entry.seconds = 0.0
+        running.poll()
+        assert entry.state == scheduler.FAILED
 
 
 def entry(name, state, **figures):
