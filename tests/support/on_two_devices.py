@@ -100,7 +100,7 @@ def ahead():
 
 def operations_of(function):
     """The operations of an `ArrayFunction`'s graph and of the functions in it."""
-    graph = function._run.graph.as_graph_def()
+    graph = function._concrete.graph.as_graph_def()
     return [*graph.node, *(node for inner in graph.library.function for node in inner.node_def)]
 
 
