@@ -57,13 +57,17 @@ async def look_around(addresses: Sequence[str], dask_worker: Any = None) -> dict
 
     Returns:
       'code': version of its code; 'executing': number of elements that it runs, including those
-      of disconnected clients; 'unreachable': addresses that it cannot reach.
+      of disconnected clients; 'unreachable': addresses that it cannot reach; 'sampled': whether
+      Dask samples its stack.
     """
+    import dask
+
     reached = await asyncio.gather(*(_reaches(address) for address in addresses))
     return {
         'code': _CODE,
         'executing': dask_worker.state.executing_count,
         'unreachable': [address for address, yes in zip(addresses, reached) if not yes],
+        'sampled': dask.config.get('distributed.worker.profile.enabled'),
     }
 
 
@@ -111,8 +115,19 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
         total = sum(slots.values())
         return (
             f'Dask: {len(slots)} worker processes, {total - sum(busy.values())} of {total} slots'
-            f' free; dashboard {client.dashboard_link}'
+            f' free; dashboard {client.dashboard_link}{_advice(answers)}'
         )
+
+
+def _advice(answers: Mapping[str, Any]) -> str:
+    """A line that tells of workers with Dask's own configuration; empty if there are none."""
+    sampled = sum(answer['sampled'] for answer in answers.values())
+    if not sampled:
+        return ''
+    return (
+        f'\n{sampled} of them run with the configuration that Dask has for short tasks, which costs'
+        ' steps. Fix: start them with DASK_CONFIG=infra/dask, see docs/engines/dask.md.'
+    )
 
 
 def _require_environment(
@@ -214,8 +229,8 @@ def _require_slots(
             where = f' on {", ".join(hosts)}' if hosts else ''
             raise UsageError(
                 f'{scheduler}: too few worker slots{where} ({total}, {taken} busy) for {name}. Fix:'
-                f' start more (`dask worker {scheduler} --nworkers {needed - total + taken}'
-                ' --nthreads 1`), or request fewer workers.'
+                f' start more (`DASK_CONFIG=infra/dask dask worker {scheduler}'
+                f' --nworkers {needed - total + taken} --nthreads 1`), or request fewer workers.'
             )
 
 

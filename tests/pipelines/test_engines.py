@@ -9,6 +9,7 @@ import socket
 import time
 
 import apache_beam as beam
+import dask
 import distributed
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -185,6 +186,16 @@ def bundles(count):
 def test_a_fit_dask_cluster_is_described(launch):
     text = require_cluster(bundles(1), launch)
     assert '1 worker processes, 1 of 1 slots free; dashboard http://' in text
+    assert 'DASK_CONFIG' not in text  # it has this project's
+
+
+def test_dask_workers_with_the_configuration_for_short_tasks_are_told_of(launch, cluster):
+    with distributed.Client(cluster, set_as_default=False) as client:
+        profile = {'distributed.worker.profile.enabled': True}  # as Dask has it
+        for value in (profile, dict.fromkeys(profile, False)):
+            client.run(dask.config.set, value)
+            advised = 'DASK_CONFIG=infra/dask' in require_cluster(bundles(1), launch)
+            assert advised == value['distributed.worker.profile.enabled']
 
 
 def test_too_small_a_dask_cluster_is_refused_with_the_figures(launch):

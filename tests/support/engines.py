@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import portpicker
 import pytest
@@ -22,7 +23,10 @@ _BUILD_SECONDS = 600.0
 
 @contextlib.contextmanager
 def process(
-    argv: Sequence[str], log: pathlib.Path, directory: pathlib.Path
+    argv: Sequence[str],
+    log: pathlib.Path,
+    directory: pathlib.Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[subprocess.Popen]:
     """A process in a session of its own; killed with its children in the end."""
     # As from a shell in which this environment is active: Beam's pool calls `python` by its name.
@@ -31,7 +35,7 @@ def process(
         started = subprocess.Popen(
             list(argv),
             cwd=directory,
-            env={**os.environ, 'PATH': path},
+            env={**os.environ, 'PATH': path, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -93,9 +97,10 @@ def dask_worker(
 
     worker = [sys.executable, '-m', 'dask', 'worker', address, f'--nworkers={num_workers}']
     worker += ['--nthreads=1', f'--host={host}', '--no-dashboard', f'--local-directory={directory}']
+    environment = {'DASK_CONFIG': str(ROOT / 'infra' / 'dask')}
     with distributed.Client(address, set_as_default=False) as client:
         there = len(client.nthreads())
-        with process(worker, directory / f'worker-{host}.log', directory):
+        with process(worker, directory / f'worker-{host}.log', directory, environment):
             client.wait_for_workers(there + num_workers, timeout=_START_SECONDS)
             yield
 
