@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import tree
 
 HOST = '/device:CPU:0'
 """TensorFlow's name of the device that holds NumPy arrays."""
@@ -87,9 +88,7 @@ class ArrayFunction:
           ValueError: the arrays do not fit the signature; the function was not called.
           RuntimeError: a call of another thread is running; the function was not called.
         """
-        import tensorflow as tf
-
-        inputs = tuple(map(np.asarray, tf.nest.flatten(arguments)))
+        inputs = tuple(map(np.asarray, tree.flatten(arguments)))
         self._check(inputs)
         if not self._idle.acquire(blocking=False):
             raise RuntimeError('called while another thread calls it: make one for each thread')
@@ -101,7 +100,7 @@ class ArrayFunction:
         finally:
             mailbox.inputs = mailbox.outputs = ()  # arrays held here could not be written in place
             self._idle.release()
-        return tf.nest.pack_sequence_as(self._structure, outputs) if outputs else None
+        return tree.unflatten_as(self._structure, outputs) if outputs else None
 
     def _graph(self) -> None:
         import tensorflow as tf

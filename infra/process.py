@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,11 @@ _HANG_LINE = re.compile(r'\w+ \d+: no step and no update for ')
 _ENGINE_ERROR = 'grpc.'  # the engine's, which follows from the end of a worker's process
 
 _watching = threading.Lock()
+
+
+def await_release() -> bool:
+    """Waits for `SupervisedProcess.release`; returns false if the parent has ended before it."""
+    return bool(sys.stdin.buffer.readline())
 
 
 def exit_with_parent(grace_seconds: float = _ORPHAN_GRACE_SECONDS) -> None:
@@ -142,6 +148,7 @@ class ProcessSpec:
       environment: variables that extend or replace the parent's.
       unset: the parent's variables to remove.
       nice: added to the parent's nice level.
+      held: whether the process prepares and then waits for `release` (see `await_release`).
     """
 
     name: str
@@ -151,6 +158,7 @@ class ProcessSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     unset: Sequence[str] = ()
     nice: int = 0
+    held: bool = False
 
 
 class SupervisedProcess:
@@ -186,7 +194,7 @@ class SupervisedProcess:
                 log.write(f'{_START_MARK}{now} {" ".join(spec.argv)}\n'.encode())
             self._process = subprocess.Popen(
                 list(spec.argv),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if spec.held else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
@@ -198,6 +206,13 @@ class SupervisedProcess:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 level = os.getpriority(os.PRIO_PROCESS, 0) + spec.nice
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, level)
+
+    def release(self) -> None:
+        """Lets a process that is `held` go on; no effect once it has ended."""
+        pipe = self._process and self._process.stdin
+        if pipe and not pipe.closed:
+            with contextlib.suppress(OSError), pipe:
+                pipe.write(b'\n')
 
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while the process is running or before `start`.

@@ -1,16 +1,19 @@
 """Exports and evaluates the newest parameters of a run and films it, in one separate process.
 
-The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION`. One
-process for all, since each would import TensorFlow and build the agent. Exports the best
-parameters too, if evaluations during training have found some.
+The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION` while
+the workers end, and releases it once their last checkpoint is written. One process for all, since
+each would import TensorFlow and build the agent. Exports the best parameters too, if evaluations
+during training have found some.
 """
 
+import contextlib
 import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
 
 from infra.output import protect_output
+from infra.process import await_release, exit_with_launcher
 from pipelines import evaluate, export
 from pipelines.errors import Main, one_line_errors
 from pipelines.launch.interrupts import stoppable
@@ -22,6 +25,10 @@ _SIGNALLED = 128  # exit codes above it: 128 + the signal
 def main(argv: Sequence[str]) -> int:
     """Exports, evaluates and films, each also if another fails; the video is not in the code."""
     run_dir, output = argv
+    exit_with_launcher()
+    _import_all()
+    if not await_release():
+        return 0
     run = f'--run_dir={run_dir}'
     commands: list[tuple[Main, list[str]]] = [(export.main, [run])]
     if pathlib.Path(run_dir, BEST).is_dir():
@@ -34,6 +41,13 @@ def main(argv: Sequence[str]) -> int:
         worst = max(worst, code)
     _code_of(film, [run_dir])
     return worst
+
+
+def _import_all() -> None:
+    """Imports what takes seconds; an error is left to the command that needs it."""
+    with contextlib.suppress(Exception):
+        import tensorflow  # noqa: F401
+        from tf_agents.policies import policy_saver  # noqa: F401
 
 
 @one_line_errors('video.mp4', OSError)

@@ -5,6 +5,7 @@ The work is done in a process of `pipelines.finish`.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -59,6 +60,15 @@ class Finishing:
     display: Display
     signals: Signals
 
+    def prepare(self) -> None:
+        """Starts the process of `evaluate`, whose imports take seconds, while the workers end."""
+        with contextlib.suppress(OSError):  # `evaluate` tries again and tells of it
+            self._child.start()
+
+    def close(self) -> None:
+        """Ends a process that was prepared in vain."""
+        self._child.terminate()
+
     def evaluate(self) -> Outcome:
         """Exports and evaluates the last checkpoint, in a separate process."""
         file = self.directory.path / EVALUATION_FILE
@@ -67,10 +77,12 @@ class Finishing:
         before = [_identity(path) for path in outputs]
         self._remove_leftovers(*outputs)
         self.signals.effect = 'ending the evaluation; the training is complete and saved'
-        child = self._finish(file)
+        child = self._child
         if not self.signals.received:
             try:
-                child.start()
+                if child.pid is None or child.poll() is not None:
+                    child.start()
+                child.release()
                 self._await(child, file)
             except OSError as error:  # a full disk; the summary follows
                 self.display.message(
@@ -116,8 +128,9 @@ class Finishing:
             progress_file(evaluation).unlink(missing_ok=True)
             remove_leftovers(self.directory.path, *names)
 
-    def _finish(self, evaluation: pathlib.Path) -> SupervisedProcess:
-        run_dir = str(self.directory.path)
+    @functools.cached_property
+    def _child(self) -> SupervisedProcess:
+        run_dir, evaluation = str(self.directory.path), self.directory.path / EVALUATION_FILE
         return SupervisedProcess(
             ProcessSpec(
                 name='evaluation and export',
@@ -129,6 +142,7 @@ class Finishing:
                     'CUDA_VISIBLE_DEVICES': '-1',  # accelerators are for learners
                 },
                 unset=('PYTHONDONTWRITEBYTECODE',),
+                held=True,
             )
         )
 

@@ -78,13 +78,16 @@ class Launcher:
     signals: Signals
     failures: int = 0
 
+    def __post_init__(self) -> None:
+        self._finishing = Finishing(self.config, self.directory, self.display, self.signals)
+
     def run(self) -> int:
         """Trains, evaluates and writes the summary; returns the exit code."""
         ours = not self.launch.replay_addresses
         checkpoints = Checkpoints(self.directory, self.config, replay_is_ours=ours)
         notes: list[str] = []
         resumed = checkpoints.open(self.launch.resume, notes.append)
-        with self._monitor(resumed) as monitor:
+        with contextlib.closing(self._finishing), self._monitor(resumed) as monitor:
             if resumed is not None:
                 self.display.update(monitor.state())  # sets the clock of the notes
             for note in notes:
@@ -100,11 +103,10 @@ class Launcher:
                 self.directory.discard()
                 return 128 + self.signals.received
             at_budget = reason == _AT_BUDGET
-            finishing = Finishing(self.config, self.directory, self.display, self.signals)
-            outcome = finishing.evaluate() if at_budget else Outcome()
+            outcome = self._finishing.evaluate() if at_budget else Outcome()
             reason = exit_reason(reason, self.signals.name)
             summarised = self._write_summary(monitor, reason, outcome)
-            finishing.tell_result(outcome, summarised)
+            self._finishing.tell_result(outcome, summarised)
             if not at_budget and (how := resuming(self.directory)):
                 self.display.message(f'run.py: {how}')
         if self.signals.received:
@@ -236,6 +238,7 @@ class Launcher:
                 saver,
                 Replay(addresses.replay, StatusReader(addresses.replay)),
                 evaluator,
+                self._finishing.prepare,
             )
 
     def _servers(self) -> ClusterConfig:

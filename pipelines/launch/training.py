@@ -92,6 +92,7 @@ class Training:
       owner: the run's name at the parameter server.
       signals: the user's.
       cluster, client, reader, jobs, monitor, saver, replay, evaluator: the boxes.
+      at_budget: called once the budget is reached, before the workers end.
       hearing: a clock that pauses while no heartbeat can arrive.
     """
 
@@ -107,6 +108,7 @@ class Training:
     saver: Saver
     replay: Replay
     evaluator: EvaluatorProcess
+    at_budget: Callable[[], object]
 
     def __post_init__(self) -> None:
         self._restarts: dict[str, int] = {}
@@ -195,6 +197,8 @@ class Training:
         self._ending = True
         self.signals.effect = _ENDING
         self.evaluator.stop()
+        if complete:
+            self.at_budget()
         self.display.phase('stopping workers')
         if not self.monitor.state().agent_steps:
             self.jobs.stop()  # nothing to save; the workers may still be importing TensorFlow

@@ -21,6 +21,7 @@ IGNORES_SIGTERM = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True);"
     ' time.sleep(60)'
 )
+HELD = 'from infra.process import await_release; print("ready"); print(await_release())'
 EXITS_WITH_PARENT = (
     'import os, sys, time; from infra.process import exit_with_parent; exit_with_parent();'
     ' exit_with_parent(); print(os.getpid(), flush=True); time.sleep(60)'
@@ -67,6 +68,21 @@ class TestSupervisedProcess:
         before = time.monotonic()
         assert child.terminate(grace_seconds=0.3) == -signal.SIGKILL
         assert 0.3 <= time.monotonic() - before < 5.0
+
+    def test_a_held_process_goes_on_once_it_is_released_and_not_before(self, start):
+        child = start(HELD, held=True)
+        assert eventually(lambda: child.last_log_lines() == ['ready'])
+        assert child.poll() is None
+        child.release()
+        assert child.wait(10.0) == 0
+        assert child.last_log_lines() == ['ready', 'True']
+        child.release()  # too late, without an error
+
+    def test_a_held_process_whose_parent_lets_go_of_it_is_told(self, start):
+        child = start(HELD, held=True)
+        child._process.stdin.close()  # as by the parent's end
+        assert child.wait(10.0) == 0
+        assert child.last_log_lines() == ['ready', 'False']
 
     def test_children_of_an_ended_process_are_killed(self, start):
         child = start(

@@ -108,6 +108,7 @@ def training(tmp_path, cluster, monkeypatch):
                 saver=Saver(checkpoints, connect[1], display.message),
                 replay=Replay(servers.replay_addresses, StatusReader(servers.replay_addresses)),
                 evaluator=EvaluatorProcess(run.config, run.directory, 0.0, display.message),
+                at_budget=lambda: None,
             ),
             run,
             told,

@@ -115,6 +115,13 @@ def launcher_in(directory, signals, *flags):
     return Launcher(command_line.experiment(preset, values), launch, directory, display, signals)
 
 
+def child_that(start):
+    """Stands in for the process of `pipelines.finish`."""
+    return types.SimpleNamespace(
+        pid=None, start=start, release=str, terminate=str, describe_failure=str
+    )
+
+
 def finishing_in(directory, signals):
     return Finishing(
         command_line.experiment('laptop', {}), directory, PlainDisplay(sys.stdout), signals
@@ -227,8 +234,8 @@ def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
 
     with Signals(PlainDisplay(said), directory) as signals:
         if phase == 'evaluating':
-            child = types.SimpleNamespace(start=busy, terminate=str, describe_failure=str)
-            monkeypatch.setattr(Finishing, '_finish', lambda *_: child)
+            child = child_that(start=busy)
+            monkeypatch.setattr(Finishing, '_child', child)
             monkeypatch.setattr(Finishing, '_await', lambda *_: None)
             finishing_in(directory, signals).evaluate()
         else:
@@ -266,8 +273,8 @@ def test_what_a_child_leaves_that_is_killed_while_it_films_is_removed(
         for name in (*left, others):
             (directory.path / name).touch()
 
-    child = types.SimpleNamespace(start=write, terminate=str, describe_failure=str)
-    monkeypatch.setattr(Finishing, '_finish', lambda *_: child)
+    child = child_that(start=write)
+    monkeypatch.setattr(Finishing, '_child', child)
     monkeypatch.setattr(Finishing, '_await', lambda *_: None)
     finishing_in(directory, signals).evaluate()
     here = {path.name for path in directory.path.iterdir()}

@@ -76,6 +76,7 @@ def training(tmp_path, monkeypatch):
                 saver=Saver(Checkpoints(directory, config), for_saving, display.message),
                 replay=Replay(('replay:1',), types.SimpleNamespace(read=list)),  # type: ignore[arg-type]
                 evaluator=EvaluatorProcess(config, directory, 0.0, display.message),
+                at_budget=lambda: None,
             ),
             told,
             directory,
