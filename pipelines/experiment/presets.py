@@ -255,7 +255,7 @@ CLASSIC: Mapping[str, Any] = {
     'loss': 'squared',
     'gradient_clip_norm': 0.0,  # Adam divides by the gradient's size itself
     'optimizer': 'adam',
-    'learning_rate': 0.004,
+    'learning_rate': 0.003,
     'optimizer_epsilon': 1e-8,
     'batch_size': 32,
     'agent_steps_per_update': 4.0,
