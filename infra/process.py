@@ -148,7 +148,7 @@ class ProcessSpec:
       environment: variables that extend or replace the parent's.
       unset: the parent's variables to remove.
       nice: added to the parent's nice level.
-      held: whether the process prepares and then waits for `release` (see `await_release`).
+      held: whether the process waits for `release` (see `await_release`).
     """
 
     name: str
@@ -208,11 +208,12 @@ class SupervisedProcess:
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, level)
 
     def release(self) -> None:
-        """Lets a process that is `held` go on; no effect once it has ended."""
-        pipe = self._process and self._process.stdin
-        if pipe and not pipe.closed:
-            with contextlib.suppress(OSError), pipe:
-                pipe.write(b'\n')
+        """Ends the wait of a process that is `held`; no effect once it has ended."""
+        with self._lock:
+            pipe = self._process and self._process.stdin
+            if pipe and not pipe.closed:
+                with contextlib.suppress(OSError), pipe:
+                    pipe.write(b'\n')
 
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while the process is running or before `start`.
@@ -231,6 +232,8 @@ class SupervisedProcess:
             # The process is not reaped yet, so no other group can have its ID.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+            if process.stdin is not None:
+                process.stdin.close()
             return process.wait()
 
     def ready(self) -> dict | None:

@@ -1,7 +1,7 @@
 """Exports and evaluates the newest parameters of a run and films it, in one separate process.
 
 The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION` while
-the workers end, and releases it once their last checkpoint is written. One process for all, since
+the workers end, and releases it once they and the servers have ended. One process for all, since
 each would import TensorFlow and build the agent. Exports the best parameters too, if evaluations
 during training have found some.
 """
@@ -23,7 +23,10 @@ _SIGNALLED = 128  # exit codes above it: 128 + the signal
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exports, evaluates and films, each also if another fails; the video is not in the code."""
+    """Exports, evaluates and films, each also if another fails; the video is not in the code.
+
+    Waits for its release first; returns 0 if the launcher ends without it.
+    """
     run_dir, output = argv
     exit_with_launcher()
     _import_all()

@@ -62,7 +62,7 @@ class Finishing:
 
     def prepare(self) -> None:
         """Starts the process of `evaluate`, whose imports take seconds, while the workers end."""
-        with contextlib.suppress(OSError):  # `evaluate` tries again and tells of it
+        with contextlib.suppress(OSError):  # `evaluate` tries again and shows the error
             self._child.start()
 
     def close(self) -> None:

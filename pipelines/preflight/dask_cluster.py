@@ -48,6 +48,9 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
+_CONFIGURATION = pathlib.Path(__file__).parents[2] / 'infra' / 'dask'
+
+
 # Computed at import, because a Dask worker keeps the modules that it has imported.
 _CODE = _fingerprint()
 
@@ -120,13 +123,13 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
 
 
 def _advice(answers: Mapping[str, Any]) -> str:
-    """A line that tells of workers with Dask's own configuration; empty if there are none."""
+    """A line about workers with Dask's own configuration; empty if there are none."""
     sampled = sum(answer['sampled'] for answer in answers.values())
     if not sampled:
         return ''
     return (
-        f'\n{sampled} of them run with the configuration that Dask has for short tasks, which costs'
-        ' steps. Fix: start them with DASK_CONFIG=infra/dask, see docs/engines/dask.md.'
+        f'\nDask: {sampled} worker processes sample their stacks, which costs steps. Fix: start'
+        f' them with DASK_CONFIG={_CONFIGURATION}, see docs/engines/dask.md.'
     )
 
 
@@ -229,7 +232,7 @@ def _require_slots(
             where = f' on {", ".join(hosts)}' if hosts else ''
             raise UsageError(
                 f'{scheduler}: too few worker slots{where} ({total}, {taken} busy) for {name}. Fix:'
-                f' start more (`DASK_CONFIG=infra/dask dask worker {scheduler}'
+                f' start more (`DASK_CONFIG={_CONFIGURATION} dask worker {scheduler}'
                 f' --nworkers {needed - total + taken} --nthreads 1`), or request fewer workers.'
             )
 

@@ -26,8 +26,7 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Memory of the run's processes and replay on this machine, in bytes."""
     run, servers = config.run, servers_bytes(launch.started(config), launch)
     total = _BYTES_OF_LAUNCHER + len(run.workers) * _BYTES_PER_JOB + servers
-    if run.evaluator_cpu_share > 0:
-        total += _BYTES_OF_EVALUATOR
+    total += _BYTES_OF_EVALUATOR  # at the end in any case, while the workers end
     if launch.engine.runs_locally:
         total += sum(run.workers.values()) * _BYTES_PER_WORKER
         total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT

@@ -128,6 +128,13 @@ class TestDockerfiles:
         for file in entries:
             assert (ROOT / Path(file).relative_to('/opt/gorila')).is_file(), file
 
+    def test_a_dask_worker_in_an_image_has_the_configuration_for_long_tasks(self):
+        settings: dict[str, str] = {}
+        for each in stage('worker').instructions:
+            settings |= each.assignments({}) if each.name == 'ENV' else {}
+        directory = Path(settings['DASK_CONFIG']).relative_to('/opt/gorila')
+        assert (ROOT / directory / 'workers.yaml').is_file()
+
     @pytest.mark.parametrize('target', ['servers', 'launcher'])
     def test_servers_and_launcher_need_no_root(self, target):
         (user,) = (each.rest for each in stage(target).instructions if each.name == 'USER')

@@ -189,12 +189,24 @@ def test_a_fit_dask_cluster_is_described(launch):
     assert 'DASK_CONFIG' not in text  # it has this project's
 
 
+def test_dask_workers_neither_sample_their_stacks_nor_wake_up_for_nothing(cluster):
+    wanted = {
+        'distributed.worker.profile.enabled': False,
+        'distributed.admin.tick.interval': '1s',
+        'distributed.admin.system-monitor.interval': '10s',
+    }
+    with distributed.Client(cluster, set_as_default=False) as client:
+        for name, value in wanted.items():
+            assert set(client.run(dask.config.get, name).values()) == {value}
+
+
 def test_dask_workers_with_the_configuration_for_short_tasks_are_told_of(launch, cluster):
     with distributed.Client(cluster, set_as_default=False) as client:
         profile = {'distributed.worker.profile.enabled': True}  # as Dask has it
         for value in (profile, dict.fromkeys(profile, False)):
             client.run(dask.config.set, value)
-            advised = 'DASK_CONFIG=infra/dask' in require_cluster(bundles(1), launch)
+            text = require_cluster(bundles(1), launch)
+            advised = '1 worker processes sample their stacks' in text
             assert advised == value['distributed.worker.profile.enabled']
 
 

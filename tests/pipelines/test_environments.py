@@ -27,12 +27,13 @@ def experiment(*argv):
 
 def test_an_environment_beside_atari_has_a_preset_of_its_own_and_none_of_ataris_rules():
     found = experiment('--environment=CartPole-v1')
-    assert (found.preset, found.environment.game) == ('classic', 'CartPole-v1')
+    assert (found.preset, found.environment.game) == ('cart_pole', 'CartPole-v1')
     environment = found.environment
     assert (environment.action_repeat, environment.frame_stack, environment.max_noops) == (1, 1, 0)
     assert not environment.life_loss_ends_episode
     assert not found.actor.clip_reward
     assert found.run.evaluation_protocol == 'plain'
+    assert experiment('--environment=Acrobot-v1').preset == 'classic'
     assert experiment('--environment=MinAtar/Breakout-v1').preset == 'minatar'
     assert experiment('--environment=ALE/Pong-v5') == experiment('--game=pong') == experiment()
     named = experiment('--environment=CartPole-v1', '--preset=laptop')

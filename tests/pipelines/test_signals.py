@@ -250,6 +250,34 @@ def test_a_first_signal_is_acknowledged_at_once_with_what_it_leads_to(
     assert f'] SIGTERM: {effect[phase]}\n' in said.getvalue()
 
 
+@pytest.mark.parametrize(('code', 'starts'), [(None, 0), (-9, 1)])
+def test_a_process_that_was_prepared_is_released_and_one_that_has_died_is_started_again(
+    directory, signals, monkeypatch, code, starts
+):
+    calls: list[str] = []
+    child = child_that(start=lambda: calls.append('start'))
+    child.pid, child.poll, child.release = 1, lambda: code, lambda: calls.append('release')
+    monkeypatch.setattr(Finishing, '_child', child)
+    monkeypatch.setattr(Finishing, '_await', lambda *_: None)
+    finishing_in(directory, signals).evaluate()
+    assert calls == [*['start'] * starts, 'release']
+
+
+def test_a_training_that_fails_at_its_end_leaves_no_prepared_process(
+    directory, signals, monkeypatch
+):
+    launcher = launcher_in(directory, signals)
+
+    def fail(*_):
+        launcher._finishing.prepare()
+        assert launcher._finishing._child.poll() is None
+        raise LastCheckpointError('no answer')
+
+    monkeypatch.setattr(launcher, '_train', fail)
+    assert launcher.run() == 1
+    assert launcher._finishing._child.poll() is not None
+
+
 def test_a_run_that_trains_further_keeps_the_evaluation_of_before_under_another_name(
     directory, signals, monkeypatch
 ):

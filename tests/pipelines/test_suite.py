@@ -85,7 +85,7 @@ class TestPlan:
         runs = plan.expand(sweep(games=('pong', 'CartPole-v1', 'MinAtar/Asterix-v1'), presets=()))
         assert [(run.name, run.preset) for run in runs] == [
             ('pong-laptop-seed1', 'laptop'),
-            ('CartPole-v1-classic-seed1', 'classic'),
+            ('CartPole-v1-cart_pole-seed1', 'cart_pole'),
             ('MinAtar_Asterix-v1-minatar-seed1', 'minatar'),
         ]
         assert [plan.from_json(plan.to_json(run)) for run in runs] == runs

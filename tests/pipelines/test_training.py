@@ -206,6 +206,17 @@ def test_a_run_with_servers_of_others_has_a_checkpoint_from_its_first_update_on(
     assert not (path / 'replay').exists()
 
 
+@pytest.mark.parametrize('complete', [True, False])
+def test_what_follows_the_budget_is_prepared_before_the_workers_end(training, complete):
+    run, _, directory = training
+    without_replay(run, directory)
+    calls: list[str] = []
+    run.at_budget = lambda: calls.append('at_budget')
+    run.jobs = types.SimpleNamespace(stop=lambda: calls.append('stop'))
+    run._end(complete)
+    assert calls == [*['at_budget'] * complete, 'stop']
+
+
 @pytest.fixture
 def hanging(training, monkeypatch):
     """A training whose parameter shard answers nobody; gives it, its output, what it killed."""
