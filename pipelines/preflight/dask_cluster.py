@@ -123,7 +123,7 @@ def require_cluster(config: ExperimentConfig, launch: Launch) -> str:
 
 
 def _advice(answers: Mapping[str, Any]) -> str:
-    """A line about workers with Dask's own configuration; empty if there are none."""
+    """A line about workers that Dask samples; empty without such workers."""
     sampled = sum(answer['sampled'] for answer in answers.values())
     if not sampled:
         return ''
