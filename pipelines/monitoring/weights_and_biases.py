@@ -28,6 +28,7 @@ CLOSE_SECONDS = 60.0
 _MOST_WAITING = 10_000  # rows, some hours of scalars
 _FLAG = '--wandb_project'
 _STEP = 'frames'
+_ENDED = 'ended by '  # begins the log's line with the reason
 _UNFIT = '/\\#?%:'  # characters that wandb refuses
 
 
@@ -138,13 +139,13 @@ class WandbWriter:
                 self._process.wait()
                 self._fail(f'not everything was sent within {CLOSE_SECONDS:g} s')
         if self._process.returncode:
-            self._fail(_last_line(self._log_file))
+            self._fail(_reason(self._log_file))
 
     def _put(self, row: Mapping[str, Any]) -> None:
         if self._failed:
             return
         if self._process.poll() is not None:
-            self._fail(_last_line(self._log_file))
+            self._fail(_reason(self._log_file))
             return
         with contextlib.suppress(queue.Full):  # its server is away: later rows are dropped
             self._lines.put_nowait(json.dumps(row) + '\n')
@@ -166,9 +167,11 @@ class WandbWriter:
                 stream.flush()
 
 
-def _last_line(log_file: pathlib.Path) -> str:
-    lines = log_file.read_text(errors='replace').splitlines()
-    return lines[-1].strip() if lines else 'ended'
+def _reason(log_file: pathlib.Path) -> str:
+    """Why the process ended: threads of the library may log after it has said so."""
+    lines = log_file.read_text(errors='replace').splitlines() or ['ended']
+    said = [line.removeprefix(_ENDED) for line in lines if line.startswith(_ENDED)]
+    return (said or lines)[-1].strip()
 
 
 def _rows(lines: TextIO) -> Iterator[dict[str, Any]]:
@@ -201,9 +204,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     try:
         _log(sys.argv[1], _rows(sys.stdin))
-    except BaseException as error:  # of any kind: the log's last line is the reason
+    except BaseException as error:  # of any kind: the log holds the reason
         logging.exception('not logged')
-        print(f'{type(error).__name__}: {" ".join(str(error).split())}', flush=True)
+        print(f'\n{_ENDED}{type(error).__name__}: {" ".join(str(error).split())}', flush=True)
         os._exit(1)  # wandb's own hooks at the exit may wait for ever
 
 

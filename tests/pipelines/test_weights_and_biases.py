@@ -117,6 +117,16 @@ def test_a_server_that_does_not_answer_is_reported_once_and_stops_nothing(direct
     assert str(directory.logs / 'wandb.log') in line
 
 
+def test_the_reason_is_found_before_what_other_threads_log(tmp_path):
+    log = tmp_path / 'wandb.log'
+    log.write_text('starts\nended by CommError: no answer\nWARNING:urllib3: Retrying\n')
+    assert weights_and_biases._reason(log) == 'CommError: no answer'
+    log.write_text('starts\nkilled\n')  # had no time to say why
+    assert weights_and_biases._reason(log) == 'killed'
+    log.write_text('')
+    assert weights_and_biases._reason(log) == 'ended'
+
+
 def test_the_end_waits_a_bounded_time_for_a_process_that_hangs(directory, offline, monkeypatch):
     monkeypatch.setattr(weights_and_biases, 'CLOSE_SECONDS', 0.5)
     monkeypatch.setattr(weights_and_biases, '__name__', 'tests.support.hangs')
