@@ -15,7 +15,7 @@ from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses
 from pipelines.transforms.metrics import WorkerMetrics
-from pipelines.transforms.restriction import Segments
+from pipelines.transforms.restriction import Segments, is_empty
 from pipelines.workers import hangs
 from pipelines.workers.boxes import OpenWorker
 from pipelines.workers.open_workers import OPEN_WORKERS
@@ -66,6 +66,7 @@ class Run(beam.DoFn):
         self._work = work
         self._hang_seconds = hang_seconds
         self._period_seconds = period_seconds
+        self._part_seconds = period_seconds
         self._metrics = WorkerMetrics(work.kind)
 
     def setup(self) -> None:
@@ -86,6 +87,8 @@ class Run(beam.DoFn):
         watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
     ) -> Iterator[Segment]:
         """Works segment by segment; ends early if the engine takes a checkpoint."""
+        if is_empty(tracker.current_restriction()):
+            return  # split off
         begun = time.monotonic()
         work = self._work
         key = type(work), work.addresses, spec
@@ -117,18 +120,24 @@ class Run(beam.DoFn):
 
     def _pauses(self, segment: Segment, seconds: float) -> bool:
         """Whether the element checkpoints itself: after its period, at the end of a game."""
-        if seconds < self._period_seconds:
+        if seconds < self._part_seconds:
             return False
         between_games = bool(segment.episodes) or not self._work.acts
-        return between_games or seconds > _MOST_PERIODS * self._period_seconds
+        return between_games or seconds > _MOST_PERIODS * self._part_seconds
 
 
 class RunInParts(Run):
     """A `Run` that returns to the engine every few minutes.
 
     The engine then commits the results so far and goes on with the rest, in this process or another
-    one. The amount of work counts as unbounded, which makes the job a streaming one.
+    one. The amount of work counts as unbounded, which makes the job a streaming one. The first part
+    is one segment: Prism asks a part once for a split, in vain while this object is being set up,
+    and without splits it keeps asking for progress (see `UnsplittableSegments`).
     """
+
+    def __init__(self, work: Work, hang_seconds: float, period_seconds: float):
+        super().__init__(work, hang_seconds, period_seconds)
+        self._part_seconds = 0.0
 
     @beam.DoFn.unbounded_per_element()
     def process(
@@ -139,6 +148,7 @@ class RunInParts(Run):
     ) -> Iterator[Segment]:
         """Works segment by segment for one period."""
         yield from super().process(spec, tracker, watermark)
+        self._part_seconds = self._period_seconds
 
 
 class Workers(beam.PTransform):

@@ -1,4 +1,4 @@
-"""Segments as Beam runs them: claimed in order, ended early, checkpointed, never split."""
+"""Segments as Beam runs them: claimed in order, ended early, checkpointed, kept whole in splits."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipelines.transforms.restriction import MOST_SEGMENTS, Segments
+from pipelines.transforms.restriction import MOST_SEGMENTS, Segments, is_empty
 from pipelines.workers.bundle import TURN_AGENT_STEPS, UpdatesOwed
 from pipelines.workers.spec import Submission, WorkerSpec
 
@@ -42,10 +42,23 @@ def tracker():
     return provider.create_tracker(provider.initial_restriction(SPEC))
 
 
-def test_a_worker_at_work_is_not_split_but_checkpointed_after_the_segment():
+def test_splits_hand_out_an_empty_rest_five_times_and_leave_the_worker_its_segments():
+    working = tracker()
+    whole = working.current_restriction()
+    for segment in range(5):  # the first before the worker has begun
+        kept, rest = working.try_split(0.5)
+        assert (kept.start, kept.stop) == (whole.start, whole.stop)
+        assert is_empty(rest)
+        assert Segments().restriction_size(SPEC, rest) == 0
+        Segments().create_tracker(rest).check_done()  # nothing to claim
+        assert working.try_claim(segment)
+    assert working.try_split(0.5) is None
+    assert Segments().create_tracker(whole).try_split(0.5) is not None  # of the next part
+
+
+def test_a_worker_at_work_is__checkpointed_after_the_segment():
     working = tracker()
     assert working.try_claim(0)
-    assert working.try_split(0.5) is None
     done, rest = working.try_split(0)
     assert (done.start, done.stop, rest.start, rest.stop) == (0, 1, 1, MOST_SEGMENTS)
     assert not working.try_claim(1)

@@ -4,13 +4,16 @@ import contextlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from apache_beam.io.restriction_trackers import OffsetRange
 from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
+from apache_beam.runners.sdf_utils import RestrictionTrackerView, ThreadsafeRestrictionTracker
 
 from pipelines.transforms.restriction import Segments
-from pipelines.transforms.workers import Run, Work
+from pipelines.transforms.workers import Run, RunInParts, Work
 from pipelines.workers.boxes import OpenWorker
 from pipelines.workers.open_workers import LeftBehindError, OpenWorkers
 from pipelines.workers.segment import Episode, Segment, decode, encode
@@ -180,6 +183,41 @@ def test_a_checkpoint_while_records_are_handed_on_at_the_budgets_end_is_no_error
     tracker.check_done()  # raises an error unless all is done or handed back
     assert [each.value.segment for each in handed_on] == [0]
     assert rest.start == 1
+
+
+def parts_of(runs: Run, tracker) -> Iterator[list[int]]:
+    """The segments of each part, in which an element checkpoints itself."""
+    while True:
+        safe = ThreadsafeRestrictionTracker(tracker)
+        view = RestrictionTrackerView(safe)
+        outputs: Any = runs.process(WorkerSpec(3, 1), view, ManualWatermarkEstimator(None))
+        yield [each.value.segment for each in outputs]
+        safe.check_done()
+        deferred = safe.deferred_status()
+        assert deferred is not None
+        tracker = Segments().create_tracker(deferred[0])
+
+
+def test_the_first_part_in_a_process_is_one_segment_and_what_is_split_off_opens_nothing():
+    class Playing(Finished):
+        opened = 0
+
+        @contextlib.contextmanager
+        def open(self, spec):
+            self.opened += 1
+            yield worker_with(Ledger())
+
+    work = Playing()
+    work.addresses = object()  # type: ignore[assignment]
+    runs = RunInParts(work, 60.0, 0.2)
+    whole = Segments().initial_restriction(WorkerSpec(3, 1))
+    parts = parts_of(runs, Segments().create_tracker(whole))
+    assert next(parts) == [0]
+    assert len(next(parts)) > 1  # a period of 0.2 s
+    empty = Segments().create_tracker(OffsetRange(whole.stop, whole.stop))
+    view = RestrictionTrackerView(ThreadsafeRestrictionTracker(empty))
+    assert list(runs.process(WorkerSpec(4, 1), view, ManualWatermarkEstimator(None))) == []
+    assert work.opened == 1
 
 
 HANGING = """
