@@ -12,6 +12,8 @@ from pipelines.workers.spec import WorkerSpec
 
 MOST_SEGMENTS = 2**31
 """More than any worker runs."""
+PREPARATION = -1
+"""Position before the first segment, at which a job's process gets ready."""
 _EMPTY_SPLITS = 5  # 0.1 s times 4 to the power of 5 is more than 30 s
 
 
@@ -52,11 +54,11 @@ class UnsplittableSegments(OffsetRestrictionTracker):
 
 
 class Segments(beam.transforms.core.RestrictionProvider):
-    """Gives every worker the segments 0 .. `MOST_SEGMENTS` - 1."""
+    """Gives every worker its preparation and the segments 0 .. `MOST_SEGMENTS` - 1."""
 
     def initial_restriction(self, element: WorkerSpec) -> OffsetRange:
-        """All segments of one worker."""
-        return OffsetRange(0, MOST_SEGMENTS)
+        """The preparation and all segments of one worker."""
+        return OffsetRange(PREPARATION, MOST_SEGMENTS)
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
         """Creates the tracker of a worker's segments."""

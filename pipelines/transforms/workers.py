@@ -15,7 +15,7 @@ from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses
 from pipelines.transforms.metrics import WorkerMetrics
-from pipelines.transforms.restriction import Segments, is_empty
+from pipelines.transforms.restriction import PREPARATION, Segments, is_empty
 from pipelines.workers import hangs
 from pipelines.workers.boxes import OpenWorker
 from pipelines.workers.open_workers import OPEN_WORKERS
@@ -66,7 +66,6 @@ class Run(beam.DoFn):
         self._work = work
         self._hang_seconds = hang_seconds
         self._period_seconds = period_seconds
-        self._part_seconds = period_seconds
         self._metrics = WorkerMetrics(work.kind)
 
     def setup(self) -> None:
@@ -96,7 +95,7 @@ class Run(beam.DoFn):
             hangs.watched(f'{work.kind} {spec.worker}', self._hang_seconds),
             OPEN_WORKERS.lease(key, functools.partial(work.open, spec)) as lease,
         ):
-            worker, number = lease.worker, tracker.current_restriction().start
+            worker, number = lease.worker, max(0, tracker.current_restriction().start)
             worker.begin(number)
             self._metrics.started(time.monotonic() - begun)
             claimed = True
@@ -120,10 +119,10 @@ class Run(beam.DoFn):
 
     def _pauses(self, segment: Segment, seconds: float) -> bool:
         """Whether the element checkpoints itself: after its period, at the end of a game."""
-        if seconds < self._part_seconds:
+        if seconds < self._period_seconds:
             return False
         between_games = bool(segment.episodes) or not self._work.acts
-        return between_games or seconds > _MOST_PERIODS * self._part_seconds
+        return between_games or seconds > _MOST_PERIODS * self._period_seconds
 
 
 class RunInParts(Run):
@@ -131,13 +130,9 @@ class RunInParts(Run):
 
     The engine then commits the results so far and goes on with the rest, in this process or another
     one. The amount of work counts as unbounded, which makes the job a streaming one. The first part
-    is one segment: Prism asks a part once for a split, in vain while this object is being set up,
-    and without splits it keeps asking for progress (see `UnsplittableSegments`).
+    only prepares the process: Prism asks a part once for a split, in vain while this object is
+    being set up, and without splits it keeps asking for progress (see `UnsplittableSegments`).
     """
-
-    def __init__(self, work: Work, hang_seconds: float, period_seconds: float):
-        super().__init__(work, hang_seconds, period_seconds)
-        self._part_seconds = 0.0
 
     @beam.DoFn.unbounded_per_element()
     def process(
@@ -147,8 +142,11 @@ class RunInParts(Run):
         watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
     ) -> Iterator[Segment]:
         """Works segment by segment for one period."""
+        if tracker.current_restriction().start == PREPARATION:
+            tracker.try_claim(PREPARATION)
+            tracker.defer_remainder()
+            return
         yield from super().process(spec, tracker, watermark)
-        self._part_seconds = self._period_seconds
 
 
 class Workers(beam.PTransform):

@@ -8,7 +8,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipelines.transforms.restriction import MOST_SEGMENTS, Segments, is_empty
+from pipelines.transforms.restriction import MOST_SEGMENTS, PREPARATION, Segments, is_empty
 from pipelines.workers.bundle import TURN_AGENT_STEPS, UpdatesOwed
 from pipelines.workers.spec import Submission, WorkerSpec
 
@@ -22,7 +22,7 @@ class CountTo(beam.DoFn):
         self._stop = stop
 
     def process(self, spec, tracker=beam.DoFn.RestrictionParam(Segments())):
-        segment = tracker.current_restriction().start
+        segment = max(0, tracker.current_restriction().start)
         while segment < self._stop and tracker.try_claim(segment):
             yield spec.worker, segment
             segment += 1
@@ -56,11 +56,12 @@ def test_splits_hand_out_an_empty_rest_five_times_and_leave_the_worker_its_segme
     assert Segments().create_tracker(whole).try_split(0.5) is not None  # of the next part
 
 
-def test_a_worker_at_work_is__checkpointed_after_the_segment():
+def test_a_worker_at_work_is_checkpointed_after_the_segment():
     working = tracker()
     assert working.try_claim(0)
     done, rest = working.try_split(0)
-    assert (done.start, done.stop, rest.start, rest.stop) == (0, 1, 1, MOST_SEGMENTS)
+    assert (done.start, done.stop) == (PREPARATION, 1)
+    assert (rest.start, rest.stop) == (1, MOST_SEGMENTS)
     assert not working.try_claim(1)
     working.check_done()  # raises an error unless all is done or handed back
 
@@ -74,7 +75,7 @@ class NeverEnds(beam.DoFn):
 
     @beam.DoFn.unbounded_per_element()
     def process(self, spec, tracker=beam.DoFn.RestrictionParam(Segments())):
-        for segment in itertools.count(tracker.current_restriction().start):
+        for segment in itertools.count(max(0, tracker.current_restriction().start)):
             if not tracker.try_claim(segment):
                 return
             yield segment
