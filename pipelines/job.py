@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     with engine.job_context(options):
         pipeline = beam.Pipeline(options=options)
         period = settings.element_seconds * engine.continues_elements
-        build(pipeline, works, settings, period, engine.needs_outputs)
+        build(pipeline, works, settings, period, engine.needs_outputs, engine.polls)
         try:
             result = beam_job.run(pipeline, options, engine, arguments.state_file)
         except Ended as ended:

@@ -54,6 +54,7 @@ class Engine:
       elements_in_turn: may work through the elements of a step one by one: each worker gets a job.
       needs_outputs: runs only what leads to a pipeline's last transform.
       continues_elements: takes the rest of an element that returns early, and commits its results.
+      polls: asks for an element's progress ten times a second until it may split the element.
       job_context: context manager in which the pipeline runs, given its options.
     """
 
@@ -78,11 +79,12 @@ class Engine:
     elements_in_turn: bool = False
     needs_outputs: bool = False
     continues_elements: bool = False
+    polls: bool = False
     job_context: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property
     def takes_count(self) -> bool:
-        """Whether a job has as many workers as it is told to; others decide by themselves."""
+        """Whether a job has as many workers as its flags say; others decide by themselves."""
         return bool(self.count_flag) or self.defaults is not Engine.defaults
 
     def job_flags(
@@ -127,10 +129,11 @@ ENGINES: Mapping[str, Engine] = {
         runs_locally=True,
         launcher_restarts_workers=True,
         side_by_side=True,
-        # Prism hands a step's elements to one thread. It asks that thread once to give some back,
-        # in vain while the first worker is being prepared, and runs eight bundles of a job at most.
+        # Prism hands a step's elements to one thread, which cannot give some back while the first
+        # worker is being prepared, and runs eight bundles of a job at most.
         elements_in_turn=True,
         continues_elements=True,
+        polls=True,
     ),
     'PortableRunner': Engine(
         'PortableRunner',
@@ -143,6 +146,7 @@ ENGINES: Mapping[str, Engine] = {
         launcher_restarts_workers=True,
         elements_in_turn=True,  # Prism's job server, too
         continues_elements=True,
+        polls=True,  # the same
         outlives_submitter=True,
         end_seconds=_END_SECONDS,
     ),

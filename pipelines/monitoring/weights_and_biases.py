@@ -100,6 +100,7 @@ class WandbWriter:
         self._lines: queue.Queue[str | None] = queue.Queue(_MOST_WAITING)
         self._failed = False
         with log_file.open('ab') as log:
+            self._log_start = log.tell()  # an earlier launch's lines come before
             self._process = subprocess.Popen(
                 [sys.executable, '-m', __name__, str(directory)],
                 stdin=subprocess.PIPE,
@@ -139,13 +140,13 @@ class WandbWriter:
                 self._process.wait()
                 self._fail(f'not everything was sent within {CLOSE_SECONDS:g} s')
         if self._process.returncode:
-            self._fail(_reason(self._log_file))
+            self._fail(self._reason())
 
     def _put(self, row: Mapping[str, Any]) -> None:
         if self._failed:
             return
         if self._process.poll() is not None:
-            self._fail(_reason(self._log_file))
+            self._fail(self._reason())
             return
         with contextlib.suppress(queue.Full):  # its server is away: later rows are dropped
             self._lines.put_nowait(json.dumps(row) + '\n')
@@ -158,6 +159,13 @@ class WandbWriter:
                 f' {self._log_file}; `wandb sync` sends what is in {self._directory / "wandb"}.'
             )
 
+    def _reason(self) -> str:
+        """Why the process ended: threads of the library may log after it has said so."""
+        log = self._log_file.read_bytes()[self._log_start :].decode(errors='replace')
+        lines = log.splitlines() or ['ended']
+        said = [line.removeprefix(_ENDED) for line in lines if line.startswith(_ENDED)]
+        return (said or lines)[-1].strip()
+
     def _send(self) -> None:
         stream = self._process.stdin
         assert stream is not None
@@ -165,13 +173,6 @@ class WandbWriter:
             for line in iter(self._lines.get, None):
                 stream.write(line)
                 stream.flush()
-
-
-def _reason(log_file: pathlib.Path) -> str:
-    """Why the process ended: threads of the library may log after it has said so."""
-    lines = log_file.read_text(errors='replace').splitlines() or ['ended']
-    said = [line.removeprefix(_ENDED) for line in lines if line.startswith(_ENDED)]
-    return (said or lines)[-1].strip()
 
 
 def _rows(lines: TextIO) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ def build(
     settings: JobSettings,
     period_seconds: float = 0.0,
     needs_outputs: bool = False,
+    polled: bool = False,
 ) -> None:
     """Adds workers of each kind and their statistics to a pipeline.
 
@@ -29,6 +30,7 @@ def build(
       settings: of the launch.
       period_seconds: between two checkpoints of a worker's element; 0: it takes none.
       needs_outputs: whether the engine runs only what leads to the last transform (Dask).
+      polled: whether the engine asks for progress until it may split (Prism).
 
     Raises:
       UsageError: `--statistics_sink` names no function, or one that the engine would not run.
@@ -36,7 +38,7 @@ def build(
     sink, ends = sink_of(settings), []
     for work, submission in works:
         name = work.kind.capitalize()
-        end = pipeline | name >> Workers(work, submission, period_seconds, settings)
+        end = pipeline | name >> Workers(work, submission, period_seconds, settings, polled)
         if sink is not None:
             statistics = Statistics(sink, submission.number, needs_outputs)
             written = end | f'{name} statistics' >> statistics

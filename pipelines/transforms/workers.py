@@ -15,7 +15,7 @@ from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.job_settings import JobSettings
 from pipelines.experiment.launch import Addresses
 from pipelines.transforms.metrics import WorkerMetrics
-from pipelines.transforms.restriction import PREPARATION, Segments, is_empty
+from pipelines.transforms.restriction import PREPARATION, PolledSegments, Segments, is_empty
 from pipelines.workers import hangs
 from pipelines.workers.boxes import OpenWorker
 from pipelines.workers.open_workers import OPEN_WORKERS
@@ -86,8 +86,6 @@ class Run(beam.DoFn):
         watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
     ) -> Iterator[Segment]:
         """Works segment by segment; ends early if the engine takes a checkpoint."""
-        if is_empty(tracker.current_restriction()):
-            return  # split off
         begun = time.monotonic()
         work = self._work
         key = type(work), work.addresses, spec
@@ -95,7 +93,7 @@ class Run(beam.DoFn):
             hangs.watched(f'{work.kind} {spec.worker}', self._hang_seconds),
             OPEN_WORKERS.lease(key, functools.partial(work.open, spec)) as lease,
         ):
-            worker, number = lease.worker, max(0, tracker.current_restriction().start)
+            worker, number = lease.worker, tracker.current_restriction().start
             worker.begin(number)
             self._metrics.started(time.monotonic() - begun)
             claimed = True
@@ -128,10 +126,8 @@ class Run(beam.DoFn):
 class RunInParts(Run):
     """A `Run` that returns to the engine every few minutes.
 
-    The engine then commits the results so far and goes on with the rest, in this process or another
-    one. The amount of work counts as unbounded, which makes the job a streaming one. The first part
-    only prepares the process: Prism asks a part once for a split, in vain while this object is
-    being set up, and without splits it keeps asking for progress (see `UnsplittableSegments`).
+    The engine then commits the results so far and continues with the rest, in this process or
+    another one. The amount of work counts as unbounded, which makes the job a streaming one.
     """
 
     @beam.DoFn.unbounded_per_element()
@@ -142,11 +138,26 @@ class RunInParts(Run):
         watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
     ) -> Iterator[Segment]:
         """Works segment by segment for one period."""
-        if tracker.current_restriction().start == PREPARATION:
+        yield from super().process(spec, tracker, watermark)
+
+
+class RunPolled(RunInParts):
+    """A `RunInParts` on an engine that asks for progress until it may split (`PolledSegments`)."""
+
+    @beam.DoFn.unbounded_per_element()
+    def process(
+        self,
+        spec: WorkerSpec,
+        tracker=beam.DoFn.RestrictionParam(PolledSegments()),
+        watermark=beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider()),
+    ) -> Iterator[Segment]:
+        """Returns first when the process is prepared; then works for one period a part."""
+        positions = tracker.current_restriction()
+        if positions.start == PREPARATION:
             tracker.try_claim(PREPARATION)
             tracker.defer_remainder()
-            return
-        yield from super().process(spec, tracker, watermark)
+        elif not is_empty(positions):
+            yield from super().process(spec, tracker, watermark)
 
 
 class Workers(beam.PTransform):
@@ -161,9 +172,19 @@ class Workers(beam.PTransform):
         submission: Submission,
         period_seconds: float = 0.0,
         settings: JobSettings = JobSettings(),
+        polled: bool = False,
     ):
-        """`period_seconds`: between two checkpoints of a worker's element; 0: it takes none."""
+        """Creates the transform.
+
+        Args:
+          work: what each worker does.
+          submission: the workers.
+          period_seconds: between two checkpoints of a worker's element; 0: it takes none.
+          settings: of the launch.
+          polled: whether the engine asks for progress until it may split (`PolledSegments`).
+        """
         super().__init__()
+        self._polled = polled
         self._work = work
         self._submission = submission
         self._period_seconds = period_seconds
@@ -173,7 +194,8 @@ class Workers(beam.PTransform):
         work = self._work
         hang_seconds = self._settings.hang_seconds
         if self._period_seconds:
-            run = RunInParts(work, hang_seconds, self._period_seconds)
+            in_parts = RunPolled if self._polled else RunInParts
+            run = in_parts(work, hang_seconds, self._period_seconds)
         else:
             run = Run(work, hang_seconds)
         step = beam.ParDo(run).with_output_types(Segment)

@@ -1,6 +1,6 @@
 """The workers that are open in this process: kept from one part of an element to the next.
 
-An element that checkpoints itself ends here and goes on in any process. In this one its
+An element that checkpoints itself ends here and continues in any process. In this one its
 continuation takes the open worker, with its games, network and connections, within milliseconds;
 in another one it opens a new worker, which takes seconds. A worker whose continuation is elsewhere
 is closed after a while.
@@ -17,7 +17,7 @@ _IDLE_SECONDS = 60.0  # an engine hands out a continuation within some
 
 
 class LeftBehindError(Exception):
-    """Closes a worker whose element goes on in another process: it has not ended."""
+    """Closes a worker whose element continues in another process: it has not ended."""
 
 
 @dataclasses.dataclass(eq=False)

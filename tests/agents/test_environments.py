@@ -426,7 +426,15 @@ def test_environments_of_gymnasium_box2d_minatar_ale_and_tf_agents_run_as_their_
 
 
 @pytest.mark.parametrize(
-    'name', ['CartPole-v1', 'Acrobot-v1', 'MountainCar-v0', 'FrozenLake-v1', 'LunarLander-v3']
+    'name',
+    [
+        'CartPole-v1',
+        'Acrobot-v1',
+        'MountainCar-v0',
+        'FrozenLake-v1',
+        'LunarLander-v3',
+        'ALE/Pong-v5',
+    ],
 )
 def test_an_environment_that_gymnasium_finds_clean_is_clean_when_checked_here(name):
     env = gymnasium.make(name).unwrapped

@@ -1,4 +1,4 @@
-"""Segments as Beam runs them: claimed in order, ended early, checkpointed, kept whole in splits."""
+"""Segments as Beam runs them: claimed in order, ended early, checkpointed, never split."""
 
 import itertools
 
@@ -8,7 +8,13 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipelines.transforms.restriction import MOST_SEGMENTS, PREPARATION, Segments, is_empty
+from pipelines.transforms.restriction import (
+    MOST_SEGMENTS,
+    PREPARATION,
+    PolledSegments,
+    Segments,
+    is_empty,
+)
 from pipelines.workers.bundle import TURN_AGENT_STEPS, UpdatesOwed
 from pipelines.workers.spec import Submission, WorkerSpec
 
@@ -22,7 +28,7 @@ class CountTo(beam.DoFn):
         self._stop = stop
 
     def process(self, spec, tracker=beam.DoFn.RestrictionParam(Segments())):
-        segment = max(0, tracker.current_restriction().start)
+        segment = tracker.current_restriction().start
         while segment < self._stop and tracker.try_claim(segment):
             yield spec.worker, segment
             segment += 1
@@ -42,28 +48,34 @@ def tracker():
     return provider.create_tracker(provider.initial_restriction(SPEC))
 
 
-def test_splits_hand_out_an_empty_rest_five_times_and_leave_the_worker_its_segments():
-    working = tracker()
-    whole = working.current_restriction()
-    for segment in range(5):  # the first before the worker has begun
-        kept, rest = working.try_split(0.5)
-        assert (kept.start, kept.stop) == (whole.start, whole.stop)
-        assert is_empty(rest)
-        assert Segments().restriction_size(SPEC, rest) == 0
-        Segments().create_tracker(rest).check_done()  # nothing to claim
-        assert working.try_claim(segment)
-    assert working.try_split(0.5) is None
-    assert Segments().create_tracker(whole).try_split(0.5) is not None  # of the next part
-
-
-def test_a_worker_at_work_is_checkpointed_after_the_segment():
+def test_a_worker_at_work_is_not_split_but_checkpointed_after_the_segment():
     working = tracker()
     assert working.try_claim(0)
+    assert working.try_split(0.5) is None
     done, rest = working.try_split(0)
-    assert (done.start, done.stop) == (PREPARATION, 1)
-    assert (rest.start, rest.stop) == (1, MOST_SEGMENTS)
+    assert (done.start, done.stop, rest.start, rest.stop) == (0, 1, 1, MOST_SEGMENTS)
     assert not working.try_claim(1)
     working.check_done()  # raises an error unless all is done or handed back
+
+
+def test_a_polled_workers_splits_hand_out_an_empty_rest_five_times():
+    provider = PolledSegments()
+    whole = provider.initial_restriction(SPEC)
+    working = provider.create_tracker(whole)
+    for segment in range(5):  # the first before the worker has begun
+        kept, rest = working.try_split(0.5)
+        assert (kept.start, kept.stop) == (PREPARATION, MOST_SEGMENTS)
+        assert is_empty(rest)
+        assert provider.create_tracker(rest).try_split(0.5) is None
+        assert working.try_claim(segment)
+    assert working.try_split(0.5) is None
+    done, rest = working.try_split(0)
+    assert (done.start, done.stop) == (PREPARATION, 5)
+    following = provider.create_tracker(rest)
+    assert following.try_claim(5)
+    assert following.try_split(0.5) is not None
+    assert following.try_split(0) is not None
+    assert following.try_split(0.5) is None  # nothing is left of a part that has ended
 
 
 def test_a_worker_that_has_not_begun_is_not_checkpointed_which_would_bring_it_nowhere():
@@ -75,7 +87,7 @@ class NeverEnds(beam.DoFn):
 
     @beam.DoFn.unbounded_per_element()
     def process(self, spec, tracker=beam.DoFn.RestrictionParam(Segments())):
-        for segment in itertools.count(max(0, tracker.current_restriction().start)):
+        for segment in itertools.count(tracker.current_restriction().start):
             if not tracker.try_claim(segment):
                 return
             yield segment

@@ -117,14 +117,18 @@ def test_a_server_that_does_not_answer_is_reported_once_and_stops_nothing(direct
     assert str(directory.logs / 'wandb.log') in line
 
 
-def test_the_reason_is_found_before_what_other_threads_log(tmp_path):
-    log = tmp_path / 'wandb.log'
-    log.write_text('starts\nended by CommError: no answer\nWARNING:urllib3: Retrying\n')
-    assert weights_and_biases._reason(log) == 'CommError: no answer'
-    log.write_text('starts\nkilled\n')  # had no time to say why
-    assert weights_and_biases._reason(log) == 'killed'
-    log.write_text('')
-    assert weights_and_biases._reason(log) == 'ended'
+def test_the_reason_is_that_of_this_launch_before_what_other_threads_log(directory, monkeypatch):
+    log = directory.logs / 'wandb.log'
+    log.write_text('ended by CommError: of an earlier launch\n')
+    monkeypatch.setattr(weights_and_biases, '__name__', 'tests.support.absent')  # no such module
+    told: list[str] = []
+    with writer(directory, told) as sink:
+        sink._process.wait(60)
+        assert 'No module named' in sink._reason()
+        with log.open('a') as lines:
+            lines.write('ended by CommError: no answer\nWARNING:urllib3: Retrying\n')
+        assert sink._reason() == 'CommError: no answer'
+    assert 'CommError: no answer; the run continues without' in told[0]
 
 
 def test_the_end_waits_a_bounded_time_for_a_process_that_hangs(directory, offline, monkeypatch):

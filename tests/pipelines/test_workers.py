@@ -4,20 +4,21 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
+import apache_beam as beam
 import pytest
-from apache_beam.io.restriction_trackers import OffsetRange
 from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
-from apache_beam.runners.sdf_utils import RestrictionTrackerView, ThreadsafeRestrictionTracker
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.worker.sdk_worker import SdkWorker
 
 from pipelines.transforms.restriction import Segments
-from pipelines.transforms.workers import Run, RunInParts, Work
+from pipelines.transforms.workers import Run, Work, Workers
 from pipelines.workers.boxes import OpenWorker
 from pipelines.workers.open_workers import LeftBehindError, OpenWorkers
 from pipelines.workers.segment import Episode, Segment, decode, encode
-from pipelines.workers.spec import WorkerSpec
+from pipelines.workers.spec import Submission, WorkerSpec
+from tests.support import engines
 from tests.support.waiting import eventually
 
 EPISODE = Episode(1.5, -21.0, -20.0, 800, 0.1, 8_000, 2_000)
@@ -185,40 +186,58 @@ def test_a_checkpoint_while_records_are_handed_on_at_the_budgets_end_is_no_error
     assert rest.start == 1
 
 
-def parts_of(runs: Run, tracker) -> Iterator[list[int]]:
-    """The segments of each part, in which an element checkpoints itself."""
-    while True:
-        safe = ThreadsafeRestrictionTracker(tracker)
-        view = RestrictionTrackerView(safe)
-        outputs: Any = runs.process(WorkerSpec(3, 1), view, ManualWatermarkEstimator(None))
-        yield [each.value.segment for each in outputs]
-        safe.check_done()
-        deferred = safe.deferred_status()
-        assert deferred is not None
-        tracker = Segments().create_tracker(deferred[0])
+class Slow(Work):
+    """A worker with three segments of two seconds."""
+
+    kind = 'learner'
+    acts = False
+
+    def __init__(self) -> None:
+        self.addresses = None  # type: ignore[assignment]
+
+    def prepare(self) -> None:
+        """Takes its time, as the import of TensorFlow does."""
+        time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def open(self, spec):
+        """Opens it."""
+        worker = worker_with(Ledger())
+        box = worker.box
+        box.finished = lambda: len(box.run) == 3
+
+        def run_segment(number):
+            time.sleep(2.0)
+            box.run.append(number)
+
+        box.run_segment = run_segment
+        yield worker
 
 
-def test_the_first_part_prepares_its_process_and_what_is_split_off_opens_nothing():
-    class Playing(Finished):
-        opened = 0
+def test_prism_seldom_asks_for_progress_and_runs_each_segment_once(tmp_path, monkeypatch):
+    asked, opened = [], []
+    answer, lease = SdkWorker.process_bundle_progress, OpenWorkers.lease
 
-        @contextlib.contextmanager
-        def open(self, spec):
-            self.opened += 1
-            yield worker_with(Ledger())
+    def count(self, request, instruction_id):
+        asked.append(request.instruction_id)
+        return answer(self, request, instruction_id)
 
-    work = Playing()
-    work.addresses = object()  # type: ignore[assignment]
-    runs = RunInParts(work, 60.0, 0.2)
-    whole = Segments().initial_restriction(WorkerSpec(3, 1))
-    parts = parts_of(runs, Segments().create_tracker(whole))
-    assert next(parts) == []
-    assert work.opened == 0
-    assert next(parts)[:2] == [0, 1]
-    empty = Segments().create_tracker(OffsetRange(whole.stop, whole.stop))
-    view = RestrictionTrackerView(ThreadsafeRestrictionTracker(empty))
-    assert list(runs.process(WorkerSpec(4, 1), view, ManualWatermarkEstimator(None))) == []
-    assert work.opened == 1
+    def note(self, key, how):
+        opened.append(key)
+        return lease(self, key, how)
+
+    monkeypatch.setattr(SdkWorker, 'process_bundle_progress', count)
+    monkeypatch.setattr(OpenWorkers, 'lease', note)
+    flags = ['--runner=PrismRunner', f'--prism_location={engines.prism()}', '--streaming']
+    with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+        workers = Workers(Slow(), Submission((3,), 0), 60.0, polled=True)
+        numbers = pipeline | workers | beam.Map(lambda segment: segment.segment)
+        _ = numbers | 'Write' >> beam.Map(lambda number: (tmp_path / f'{number}').open('x').close())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['0', '1', '2']
+    assert len(opened) == 1  # what was split off opens nothing
+    # Six seconds, with requests after 0.1, 0.2, 0.6, 1.8, 6.2 s if no segment ends in between; a
+    # worker that refuses is asked 60 times. Some six more come in its preparation.
+    assert 3 <= len(asked) <= 25
 
 
 HANGING = """
