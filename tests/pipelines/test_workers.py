@@ -214,6 +214,8 @@ class Slow(Work):
         yield worker
 
 
+@pytest.mark.end_to_end
+@pytest.mark.timeout(900)  # Prism may have to be built
 def test_prism_seldom_asks_for_progress_and_runs_each_segment_once(tmp_path, monkeypatch):
     asked, opened = [], []
     answer, lease = SdkWorker.process_bundle_progress, OpenWorkers.lease
