@@ -84,6 +84,11 @@ class EnvironmentConfig:
         """What the budget counts: 'frames' of an emulator, or 'steps' elsewhere."""
         return 'frames' if self.is_atari else 'steps'
 
+    @property
+    def budget_flag(self) -> str:
+        """The flag that ends a run, in the same unit."""
+        return f'--max_{self.unit}'
+
     def __post_init__(self) -> None:
         require_from_to(self, 1, 100, 'action_repeat', 'frame_stack')
         require_at_least(self, 1, 'max_episode_frames')

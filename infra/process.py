@@ -287,7 +287,12 @@ class SupervisedProcess:
         return [line for line in written if line][-count:]
 
     def last_error(self) -> str:
-        """The last line since the start that names an error, or the hang before it; else ''."""
+        """The last line since the start that names an error, or the hang before it; else ''.
+
+        A process that was killed could not say why: what its children wrote names no reason.
+        """
+        if self.poll() == -signal.SIGKILL:
+            return ''
         lines = self.last_log_lines(_ERROR_LINES)[::-1]
         error = next(filter(_ERROR_LINE.match, lines), '')
         hang = next(filter(_HANG_LINE.match, lines), '')

@@ -98,11 +98,12 @@ def _resumption(config: ExperimentConfig, directory: RunDirectory) -> dict[str, 
     counters = readable_counters(directory)
     done = counters.get('agent_steps', 0)
     frames = done * config.environment.action_repeat
+    budget = config.environment.budget_flag
     if done >= config.max_agent_steps and is_complete(directory):
         raise UsageError(
-            f'{directory.path}: nothing is left to do ({frames} of --max_frames'
-            f' {config.run.max_frames}, evaluated and exported). Fix: raise --max_frames or'
-            f' --max_steps, or evaluate it again with {command("evaluate", directory.path)}.'
+            f'{directory.path}: nothing is left to do ({frames:,} of'
+            f' {budget} {config.run.max_frames:,}, evaluated and exported). Fix: raise {budget}, or'
+            f' evaluate it again with {command("evaluate", directory.path)}.'
         )
     changed = config_lib.changes(config_lib.load(directory.config_file), config)
     seconds = counters.get('wall_seconds', 0.0)

@@ -60,6 +60,8 @@ def check_name(text: str) -> str:
       GameError: there is no such game, and the text is no name of another environment.
       EnvironmentFailedError: no environment or function has that name.
     """
+    if text.startswith(':') or text.endswith(':'):
+        raise EnvironmentFailedError(f'{text}: not module:function. Fix: name both.')
     if FACTORY.fullmatch(text):
         try:
             load_function(text)
@@ -223,6 +225,7 @@ def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simu
             return _vectorised(config, makers, seed)
         return _vectorised(config, [lambda: first, *makers[1:]], seed)
     if isinstance(first, VectorEnv):
+        _require_no_processes(config, first)
         spaces_of_one = ('single_observation_space', 'single_action_space')
         _require_spaces(name, first, 'observation_space', *spaces_of_one)
         _require_count(name, first.num_envs, count)
@@ -232,6 +235,7 @@ def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simu
     from agents.environments.tf_agents import TfAgentsEnvironment
 
     if isinstance(first, py_environment.PyEnvironment):
+        _require_no_processes(config, first)
         if not first.batched:
             return TfAgentsEnvironment(name, [first, *(make() for make in makers[1:])])
         _require_count(name, first.batch_size or 1, count)
@@ -240,6 +244,19 @@ def _of_the_user(config: EnvironmentConfig, seed: int, opening: Opening) -> Simu
         f'{name}: returned {type(first).__name__}. Fix: return a gymnasium.Env, a'
         ' gymnasium.vector.VectorEnv or a PyEnvironment of TF-Agents.'
     )
+
+
+def _require_no_processes(config: EnvironmentConfig, made: Any) -> None:
+    """
+    Raises:
+      EnvironmentFailedError: `env_processes` is set, which needs environments one by one.
+    """
+    if config.env_processes:
+        made.close()
+        raise EnvironmentFailedError(
+            f'{config.game}: --env_processes has no effect on a {type(made).__name__}, which steps'
+            ' its environments itself. Fix: omit it, or return a gymnasium.Env.'
+        )
 
 
 def _call(name: str, opening: Opening, seed: int) -> Any:

@@ -35,6 +35,7 @@ from pipelines.monitoring.weights_and_biases import WandbWriter
 from pipelines.storage.run_directory import RunDirectory
 
 # Fields of a learner's event whose mean is meaningless.
+_SILENT_SECONDS = 30.0  # workers report every two
 _NOT_AVERAGED = frozenset(
     {
         'time',
@@ -99,7 +100,7 @@ class Monitor:
         self._other_gradients = 0 if 'staleness' in before else self._updates
         self._replay = ReplayTally(before, resumed)
         self._rates = Rates(config.rate_window_seconds)
-        self._epsilon: dict[Worker, float] = {}
+        self._epsilon: dict[Worker, tuple[float, float]] = {}  # and when it was heard
         self._malformed = self._repeated = 0
         self._unexpected: set[type[Exception]] = set()
         self._open_records(before, resumed)
@@ -255,11 +256,18 @@ class Monitor:
     def _fold_actor(self, event: Mapping[str, Any], worker: Worker) -> bool:
         epsilon = finite(event.get('epsilon'))
         if epsilon is not None:
-            self._epsilon[worker] = epsilon
+            self._epsilon[worker] = epsilon, self._monotonic()
         agent_steps = count(event.get('agent_steps'))
         if agent_steps is not None:
             self._box_rates.record(self._monotonic(), f'actor_{worker[1]}', agent_steps)
         return epsilon is not None or 'epsilon' not in event
+
+    def _mean_epsilon(self) -> float | None:
+        """Mean over actors; one that is silent while others are heard may be dead."""
+        newest = max((heard for _, heard in self._epsilon.values()), default=0.0)
+        return mean(
+            value for value, heard in self._epsilon.values() if heard > newest - _SILENT_SECONDS
+        )
 
     def _fold_learner(self, event: Mapping[str, Any], worker: Worker) -> bool:
         outliers = count(event.get('rejected_outlier'))
@@ -310,7 +318,7 @@ class Monitor:
             mean_return_100=mean(self._returns),
             mean_length_100=mean(self._lengths),
             last_return=self._returns[-1] if self._returns else None,
-            epsilon=mean(self._epsilon.values()),
+            epsilon=self._mean_epsilon(),
             replay_size=self._replay.size,
             samples_per_insert=self._replay.per_insert(self._replay.total('samples')),
             learned_per_insert=self._replay.per_insert(self._updates * self._config.batch_size),

@@ -12,6 +12,7 @@ from infra.disk import is_remote
 from infra.flags import value_of
 from pipelines.engines.catalog import SIDE_BY_SIDE, engine
 from pipelines.errors import UsageError
+from pipelines.experiment.job_settings import JobSettings
 
 if TYPE_CHECKING:
     from pipelines.experiment.config import ExperimentConfig
@@ -49,6 +50,8 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
         )
     if launch.one_job:
         _require_one_job(config, launch)
+    if launch.jobs.element_seconds not in (0.0, JobSettings.element_seconds):
+        _require_parts(launch)
     launch.jobs.sink()
     if launch.engine.runs_locally and launch.jobs.statistics_dir is not None:
         _require_writable(launch.jobs.statistics_dir)
@@ -63,6 +66,18 @@ def require_jobs(config: 'ExperimentConfig', launch: 'Launch') -> None:
             f'--runner {launch.runner}: workers cannot reach servers on {launch.host}. Fix: set'
             ' --host to an address of this machine that they reach, or attach to servers with'
             ' --parameter_addresses and --replay_addresses.'
+        )
+
+
+def _require_parts(launch: 'Launch') -> None:
+    """
+    Raises:
+      UsageError: --element_seconds has no effect.
+    """
+    if not launch.engine.continues_elements:
+        raise UsageError(
+            f'--element_seconds {launch.jobs.element_seconds:g}: no effect on --runner'
+            f' {launch.runner}, which runs an element in one go. Fix: omit it.'
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from agents.config import EnvironmentConfig
 from infra.disk import read_json
 from pipelines.events import count
 from pipelines.storage.evaluations import EVALUATION_FILE, read_result
@@ -29,7 +30,7 @@ def resuming(directory: RunDirectory) -> str:
         flags.append(f'--runner={engine}')
         conditions.append('the flags of the engine')
     if _at_budget(directory) and is_complete(directory):
-        conditions.append('a larger --max_frames')
+        conditions.append(f'a larger {_budget_flag(directory)}')
     return ' and '.join([f'resume with {command("run", run, *flags)}', *conditions])
 
 
@@ -62,6 +63,12 @@ def _at_budget(directory: RunDirectory) -> bool:
         return frames is not None and bool(frames >= config['run']['max_frames'])
     except (KeyError, TypeError):  # of the first versions, or damaged: `--resume` says so
         return False
+
+
+def _budget_flag(directory: RunDirectory) -> str:
+    """The flag that ends the run; for runs of the first versions, all of Atari, of frames."""
+    environment = (read_json(directory.config_file) or {}).get('environment', {})
+    return EnvironmentConfig(game=environment.get('game', 'pong')).budget_flag
 
 
 def _saved_frames(directory: RunDirectory) -> int | None:

@@ -84,8 +84,8 @@ def _end(name: str, bound_seconds: float, thread: int) -> None:
     frame = sys._current_frames().get(thread)
     stack = ''.join(traceback.format_stack(frame)) if frame else 'its thread has ended\n'
     print(
-        f'{stack}{name}: no step and no update for {bound_seconds:g} s (--hang_seconds); it stands'
-        ' at the line above, and its process ends so that it is started again',
+        f'{stack}{name}: no step and no update for {bound_seconds:g} s (--hang_seconds); the log'
+        ' says above this line where it stands; its process ends so that it is started again',
         file=sys.stderr,
         flush=True,
     )

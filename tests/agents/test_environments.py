@@ -252,6 +252,13 @@ def test_a_script_that_its_own_processes_cannot_import_is_asked_to_guard_its_mai
         assert line.endswith("a script opens it below if __name__ == '__main__'.")
 
 
+@pytest.mark.parametrize('name', ['next_step', 'py_counter'])
+def test_what_steps_its_environments_itself_takes_no_processes(name):
+    text = refusal(f'{OWN}:{name}', 1, env_processes=True)
+    assert f'{OWN}:{name}: --env_processes has no effect on a ' in text
+    assert text.endswith('Fix: omit it, or return a gymnasium.Env.')
+
+
 def test_an_error_in_a_process_is_the_same_line_as_in_this_one():
     message = set()
     for own in (False, True):

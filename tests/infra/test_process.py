@@ -180,11 +180,13 @@ class TestSupervisedProcess:
         child.wait(10.0)
         assert child.last_error() == ''
 
-    def test_failure_names_the_signal(self, start):
-        child = start(SLEEP)
+    def test_failure_names_the_signal_and_no_error_that_a_child_wrote_after_it(self, start):
+        child = start('print("BrokenPipeError: [Errno 32] Broken pipe", flush=True);' + SLEEP)
+        assert eventually(child.last_log_lines, 10.0)
         child.signal(signal.SIGKILL)
         child.wait(10.0)
-        assert 'child was ended by SIGKILL' in child.describe_failure()
+        assert child.last_error() == ''
+        assert 'child was ended by SIGKILL;' in child.describe_failure()
 
     def test_missing_program_is_an_error(self, tmp_path):
         child = SupervisedProcess(ProcessSpec('child', ['/nonexistent'], tmp_path / 'log'))

@@ -137,6 +137,7 @@ def test_flags_that_only_a_job_server_knows_go_on_to_it():
         ((*PRISM, '--topology=bundled', '--num_learners=1'), 'one job anyway'),
         ((*PRISM, '--learner_flags=--zone=z'), '--learner_ram'),
         ((*PRISM, '--num_learners=3'), 'may run the learners of a job in turn, and there are 3'),
+        (('--element_seconds=1',), '--element_seconds 1: no effect on --runner DirectRunner'),
         (('--actor_ram=much',), 'write memory as 4GB'),
         (('--learner_ram=8GB', '--flexrs_goal=COST_OPTIMIZED'), '--flexrs_goal: excludes'),
         (('--statistics_sink=nowhere:f',), '--statistics_sink nowhere:f'),

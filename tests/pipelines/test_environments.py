@@ -93,6 +93,8 @@ def test_a_run_is_resumed_with_a_larger_budget_of_steps(tmp_path):
         (['--dense_layers=64'], '--dense_layers 64: no effect without an environment outside'),
         (['--q_network=mine:make', '--torso=nature'], '--torso nature: no effect without'),
         (['--environment=CartPole-v7'], 'did you mean CartPole-v1'),
+        (['--environment=envs:'], '--environment: envs:: not module:function. Fix: name both.'),
+        (['--environment=:make'], '--environment: :make: not module:function. Fix: name both.'),
         (['--environment=nomodule:make'], '--environment: nomodule:make: cannot import nomodule'),
         (
             ['--environment=CartPole-v1', '--dense_layers=8,,8'],

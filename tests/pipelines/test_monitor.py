@@ -164,6 +164,14 @@ class TestState:
         monitor.fold([event('actor', 1, epsilon=0.5)])
         assert monitor.state().epsilon == pytest.approx(0.7)
 
+    def test_epsilon_leaves_out_an_actor_that_has_died(self, monitor, clock):
+        monitor.fold([event('actor', 0, epsilon=0.9)])
+        clock.now += 31.0
+        monitor.fold([event('actor', 1, epsilon=0.1)])
+        assert monitor.state().epsilon == 0.1
+        clock.now += 3600.0  # all are silent: the last figures
+        assert monitor.state().epsilon == 0.1
+
     def test_learner_figures_are_means_over_the_period(self, monitor, clock):
         for loss in (1.0, 3.0):
             monitor.fold([event('learner', loss=loss, updates=9, mean_absolute_error=2.0)])

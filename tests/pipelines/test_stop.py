@@ -1,5 +1,6 @@
 """Stopping a run from elsewhere: a real process that holds a run directory."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -74,10 +75,17 @@ def test_a_run_that_left_nothing_is_not_said_to_continue(hold, capsys, temper, t
     assert '--resume' not in out
 
 
-@pytest.mark.parametrize('complete', [True, False])
-def test_a_run_that_ended_at_its_budget_needs_a_larger_one_if_complete(hold, capsys, complete):
+@pytest.mark.parametrize(
+    ('game', 'complete', 'flag'),
+    [('pong', True, 'max_frames'), ('CartPole-v1', True, 'max_steps'), ('pong', False, '')],
+)
+def test_a_run_that_ended_at_its_budget_needs_a_larger_one_if_complete(
+    hold, capsys, game, complete, flag
+):
     path, _ = hold()
     experiment = presets.experiment('laptop', {'max_frames': 400_000})
+    environment = dataclasses.replace(experiment.environment, game=game)
+    experiment = dataclasses.replace(experiment, environment=environment)
     (path / 'config.json').write_text(config_lib.to_json(experiment))
     (checkpoint,) = (path / 'checkpoints').iterdir()
     (checkpoint / CHECKPOINT_RUN_FILE).write_text('{"agent_steps": 100000}')  # of 4 frames each
@@ -90,7 +98,7 @@ def test_a_run_that_ended_at_its_budget_needs_a_larger_one_if_complete(hold, cap
     assert stop.main([f'--run_dir={path}']) == 0
     out = capsys.readouterr().out
     assert f'ended; resume with {command("run", path, "--resume")}' in out
-    assert ('--resume` and a larger --max_frames' in out) == complete
+    assert (f'--resume` and a larger --{flag}' in out) == complete
 
 
 def test_a_run_that_does_not_end_in_time_is_told_of(hold, capsys):
