@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Addresses
 from pipelines.workers import boxes
-from pipelines.workers.boxes import ActorWorker, LearnerWorker, OpenWorker
+from pipelines.workers.boxes import ActorWorker, Enlisted, LearnerWorker, OpenWorker
 from pipelines.workers.spec import WorkerSpec
 
 TURN_AGENT_STEPS = 64
@@ -65,13 +65,22 @@ def open_bundle(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
 ) -> Iterator[OpenWorker]:
     """Opens a bundle with its replay, environments, network and connections."""
+    build = functools.partial(boxes.learners_network, config, spec)
+    with (
+        boxes.enlisted(config, addresses, spec, 'bundle', build) as worker,
+        bundled(config, worker) as bundle,
+    ):
+        yield OpenWorker('bundle', worker, bundle)
+
+
+@contextlib.contextmanager
+def bundled(config: ExperimentConfig, worker: Enlisted) -> Iterator[Bundle]:
+    """Opens an enlisted worker's replay, environments, actor and learner."""
     from agents.policy import GreedyPolicy
 
     own = bundle_config(config)
     with contextlib.ExitStack() as stack:
         replay = (stack.enter_context(open_local_replay(own)),)
-        build = functools.partial(boxes.learners_network, own, spec)
-        worker = stack.enter_context(boxes.enlisted(own, addresses, spec, 'bundle', build))
         samples = Later(lambda: stack.enter_context(boxes.samples_of(own, replay)))
         learner = stack.enter_context(boxes.learning(own, replay, worker, samples))
         policy = GreedyPolicy(worker.network.model)
@@ -79,7 +88,7 @@ def open_bundle(
             boxes.acting(own, replay, worker, policy, LearnersParameters(learner))
         )
         owed = UpdatesOwed(own.replay.min_replay_size, config.replay.agent_steps_per_update)
-        yield OpenWorker('bundle', worker, Bundle(actor, learner, owed))
+        yield Bundle(actor, learner, owed)
 
 
 class Pulled(NamedTuple):

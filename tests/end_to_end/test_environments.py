@@ -7,7 +7,7 @@ from pipelines import api
 from tests.end_to_end import launching
 from tests.support.environments import LENGTH, Structured
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 
 def test_a_dictionary_is_stored_learned_from_evaluated_and_exported(tmp_path):

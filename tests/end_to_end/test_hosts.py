@@ -5,7 +5,7 @@ import pytest
 from tests.end_to_end import launching
 from tests.support import certificates, hosts
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 
 def test_servers_actor_and_learner_on_three_hosts_train_over_a_slow_and_lossy_network(tmp_path):

@@ -13,7 +13,7 @@ from tests.end_to_end import launching
 from tests.support.gcs import BUCKET, Gcs
 from tests.support.waiting import eventually
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 BELOW = 'runs/pong/'
 

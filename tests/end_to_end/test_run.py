@@ -20,7 +20,7 @@ from tests.support import sharing
 from tests.support.names import ODD_NAME
 from tests.support.waiting import eventually
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 
 def test_all_parts_of_the_family_train_past_a_proxy_and_leave_a_complete_run_directory(

@@ -10,7 +10,7 @@ from tests.end_to_end import launching
 from tests.support.browser import browser, opened
 from tests.support.waiting import eventually, has_ended
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 _GAMES = ('pong', 'breakout')
 _FRAMES = 4_000

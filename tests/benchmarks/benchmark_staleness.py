@@ -1,0 +1,168 @@
+"""An agent in one process, none of it distributed, with gradients of a chosen staleness; JSON.
+
+    python -m tests.benchmarks.benchmark_staleness --flags="--environment CartPole-v1" \\
+        --staleness 0,1,10,100,1000 --seeds 1,2,3
+
+An actor, a replay and a learner take turns, as in a bundle; the optimizer's step is a call. A
+gradient is applied when as many others have been since it was computed. So `--staleness 0` is the
+agent without any distribution: its score and CPU time are what a distributed run compares with.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from infra.parameter_server.client import Clock, PushReply, Snapshot
+from pipelines.evaluation.play import Game, play
+from pipelines.experiment import builders, command_line
+from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.protocols import PROTOCOLS
+from pipelines.workers import boxes
+from pipelines.workers.bundle import bundled
+from pipelines.workers.process import prepare_process
+from pipelines.workers.spec import WorkerSpec
+
+
+class DelayedParameters:
+    """The parameter client's interface to an optimizer in this process, with late gradients."""
+
+    def __init__(self, config: ExperimentConfig, values: np.ndarray, staleness: int):
+        from infra.parameter_server.optimizers import OptimizedSlice
+
+        self._slice = OptimizedSlice(config.parameter_server, len(values))
+        np.copyto(self._slice.parameters, values)
+        self._period = config.parameter_server.target_update_period
+        self._target, self._target_version = values.copy(), 0
+        self._staleness = staleness
+        self._late: collections.deque[np.ndarray] = collections.deque()
+        self._agent_steps = self.updates = 0
+
+    @property
+    def values(self) -> np.ndarray:
+        """The parameters, float32 [parameters]."""
+        return self._slice.parameters
+
+    def another(self) -> 'DelayedParameters':
+        """A client for another thread."""
+        return self
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def initialise(self, values: np.ndarray) -> bool:
+        """They are initialised."""
+        return False
+
+    def pull(self, agent_steps: int = 0) -> Snapshot:
+        """Counts agent steps; returns the parameters."""
+        self._agent_steps += agent_steps
+        return self._snapshot(self.values)
+
+    def pull_target(self) -> Snapshot:
+        """Returns the target network's parameters."""
+        return self._snapshot(self._target)
+
+    def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> PushReply:
+        """Applies the gradient pushed `staleness` updates ago."""
+        self._late.append(gradient.copy())
+        if len(self._late) > self._staleness:
+            self._slice.step(self._late.popleft())
+            self.updates += 1
+            if self.updates % self._period == 0:
+                self._target, self._target_version = self.values.copy(), self.updates
+        return PushReply(self.pull(), None, '', self.updates - version)
+
+    def push_async(self, gradient: np.ndarray, version: int, pull: bool = True) -> Future:
+        """As `push`, which is done at once."""
+        done: Future = Future()
+        done.set_result(self.push(gradient, version, pull))
+        return done
+
+    def _snapshot(self, values: np.ndarray) -> Snapshot:
+        clock = Clock(self.updates, self._agent_steps, stopping=False)
+        return Snapshot((values,), self.updates, (self._target_version,), clock)
+
+
+class NoTelemetry:
+    """Nobody listens."""
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Drops an event."""
+
+    def flush(self) -> bool:
+        """Nothing waits."""
+        return True
+
+
+def train(config: ExperimentConfig, staleness: int) -> tuple[np.ndarray, int]:
+    """Trains an agent to the budget; returns its parameters and the number of updates."""
+    spec = WorkerSpec(0, 0)
+    network = boxes.learners_network(config, spec)
+    parameters = DelayedParameters(config, network.parameters(), staleness)
+    worker: Any = boxes.Enlisted(spec, 0, NoTelemetry(), network, parameters)  # type: ignore[arg-type]
+    with bundled(config, worker) as bundle:
+        segment = 0
+        while not bundle.finished():
+            bundle.run_segment(segment)
+            bundle.take()
+            segment += 1
+    return parameters.values.copy(), parameters.updates
+
+
+def returns(config: ExperimentConfig, values: np.ndarray, games: int) -> Iterator[float]:
+    """Returns of greedy games by the preset's rules."""
+    policy = builders.build_policy(config)
+    policy.set_parameters(values)
+    rules = PROTOCOLS[config.run.evaluation_protocol]
+    for episode in range(games):
+        game = Game(0, episode, config.run.seed, config.environment, rules)
+        yield play(game, lambda observation: int(policy.act(observation)[0])).value
+
+
+def measure(config: ExperimentConfig, staleness: int, games: int) -> dict[str, Any]:
+    """Trains and evaluates one agent."""
+    wall, cpu = time.monotonic(), time.process_time()
+    values, updates = train(config, staleness)
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    scores = list(returns(config, values, games))
+    return {
+        'staleness': staleness,
+        'seed': config.run.seed,
+        'updates': updates,
+        'wall_seconds': round(wall, 1),
+        'cpu_seconds': round(cpu, 1),
+        'mean_return': float(np.mean(scores)),
+    }
+
+
+def main() -> None:
+    """Prints a line for each staleness and seed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--flags', default='--environment CartPole-v1', help='flags of a run')
+    parser.add_argument('--staleness', default='0,1,10,100,1000', help='in updates, with commas')
+    parser.add_argument('--seeds', default='1,2,3', help='with commas')
+    parser.add_argument('--games', type=int, default=30, help='of each evaluation')
+    options = parser.parse_args()
+    flags = [*shlex.split(options.flags), '--topology=bundled', '--num_actors=1']
+    _, preset, values = command_line.parse(flags)
+    config = command_line.experiment(preset, values)
+    prepare_process(config)
+    for staleness in map(int, options.staleness.split(',')):
+        for seed in map(int, options.seeds.split(',')):
+            run = dataclasses.replace(config.run, seed=seed)
+            found = measure(dataclasses.replace(config, run=run), staleness, options.games)
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == '__main__':
+    main()
