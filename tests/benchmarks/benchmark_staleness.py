@@ -72,13 +72,14 @@ class DelayedParameters:
 
     def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> PushReply:
         """Applies the gradient pushed `staleness` updates ago."""
+        waiting = len(self._late)
         self._late.append(gradient.copy())
-        if len(self._late) > self._staleness:
+        if waiting == self._staleness:
             self._slice.step(self._late.popleft())
             self.updates += 1
             if self.updates % self._period == 0:
                 self._target, self._target_version = self.values.copy(), self.updates
-        return PushReply(self.pull(), None, '', self.updates - version)
+        return PushReply(self.pull(), None, '', waiting)
 
     def push_async(self, gradient: np.ndarray, version: int, pull: bool = True) -> Future:
         """As `push`, which is done at once."""

@@ -1,0 +1,45 @@
+"""Gradients of a chosen staleness are applied late, in order, each once."""
+
+import numpy as np
+
+from infra.parameter_server.optimizers import OptimizedSlice
+from pipelines.experiment import presets
+from tests.benchmarks.benchmark_staleness import DelayedParameters
+
+CONFIG = presets.experiment('classic', {'target_update_period': 2})
+START = np.ones(3, np.float32)
+
+
+def gradients(count):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=3).astype(np.float32) for _ in range(count)]
+
+
+def after(applied):
+    part = OptimizedSlice(CONFIG.parameter_server, 3)
+    np.copyto(part.parameters, START)
+    for gradient in applied:
+        part.step(gradient)
+    return part.parameters.copy()
+
+
+def test_a_gradient_is_applied_when_as_many_others_have_been_pushed_since():
+    parameters = DelayedParameters(CONFIG, START, staleness=2)
+    pushed = gradients(5)
+    for number, gradient in enumerate(pushed):
+        reply = parameters.push(gradient, parameters.pull().version)
+        # Of the first three none, none and the first; each later push applies one more.
+        np.testing.assert_array_equal(parameters.values, after(pushed[: max(0, number - 1)]))
+        assert reply.staleness == min(number, 2)
+    assert parameters.updates == 3
+
+
+def test_without_staleness_each_is_applied_at_once_and_the_target_every_period():
+    parameters = DelayedParameters(CONFIG, START, staleness=0)
+    pushed = gradients(3)
+    for gradient in pushed:
+        parameters.push(gradient, parameters.pull().version)
+    np.testing.assert_array_equal(parameters.values, after(pushed))
+    target = parameters.pull_target()
+    assert target.target_versions == (2,)
+    np.testing.assert_array_equal(target.values, after(pushed[:2]))
