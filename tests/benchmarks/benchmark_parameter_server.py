@@ -51,7 +51,8 @@ def server_processes(config: ParameterServerConfig) -> Iterator[tuple[list[str],
         processes = [
             subprocess.Popen(
                 [sys.executable, '-m', 'infra.parameter_server.server', '--port=0']
-                + [f'--config={config_file}', f'--shard={i}', f'--ready_file={ready}']
+                + [f'--config={config_file}', f'--shard={i}', f'--ready_file={ready}'],
+                stdout=sys.stderr,  # JSON alone goes to this process's
             )
             for i, ready in enumerate(ready_files)
         ]

@@ -35,9 +35,10 @@ _TOLERANCE_STEPS = 1_000.0  # by which actors or learners may be ahead
 _CHECKED: tuple[dict[str, Any], ...] = (
     {'learners': 1, 'shards': 1, 'gradient_ms': 20.0},
     {'learners': 4, 'shards': 1, 'gradient_ms': 40.0},
-    {'learners': 16, 'shards': 1, 'gradient_ms': 200.0},
-    {'learners': 4, 'shards': 4, 'gradient_ms': 100.0},
-    {'learners': 8, 'shards': 31, 'gradient_ms': 1000.0},
+    {'learners': 8, 'shards': 1, 'gradient_ms': 20.0},
+    {'learners': 16, 'shards': 1, 'gradient_ms': 100.0},
+    {'learners': 4, 'shards': 4, 'gradient_ms': 50.0},
+    {'learners': 4, 'shards': 31, 'gradient_ms': 200.0},
 )
 
 Steps = Generator[simpy.Event, Any, Any]
