@@ -16,6 +16,7 @@ switches. `--check` compares the model of one host, whose cores all share, with
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -56,7 +57,7 @@ class Costs:
       shard_message: the same at a shard.
       shard_vector: the same at all shards together, the optimizer included.
       apply: of the optimizer for all parameters, which a pull alone does not need.
-      learner: of an update at the learner, without the push.
+      learner: of an update at the learner, in a run whose pushes use shared memory.
       actor: of an agent step at the actor.
       replay: of a batch at the replay, with the inserts due to it.
     """
@@ -156,8 +157,10 @@ class Shard:
             yield from self._sent(self._in)
         with self._turn.request() as turn:
             yield turn
-            applied = 0.0 if version is not None else costs.apply
-            yield from self.host.work(costs.shard_message + (costs.shard_vector - applied) / shards)
+            unapplied = costs.apply if version is None else 0.0
+            yield from self.host.work(
+                costs.shard_message + (costs.shard_vector - unapplied) / shards
+            )
             if version is not None:
                 self.staleness.append(self.version - version)
                 self.version += 1
@@ -315,7 +318,6 @@ def main() -> None:
     parser.add_argument('--replays', type=int, default=1, help='replay shards')
     parser.add_argument('--round_trip_ms', type=float, default=0.5)
     parser.add_argument('--gigabits', type=float, default=10.0, help='a second, of a shard')
-    parser.add_argument('--cores', type=int, default=2, help='of this machine, for --check')
     parser.add_argument('--seconds', type=float, default=10.0, help='to observe')
     options = parser.parse_args()
     if not options.check and options.run is None:
@@ -323,7 +325,7 @@ def main() -> None:
     run = None if options.run is None else json.loads(options.run.read_text())
     costs = costs_from(json.loads(options.messages.read_text()), run)
     if options.check:
-        found: Any = {'check': checked(costs, options.cores, options.seconds)}
+        found: Any = {'check': checked(costs, len(os.sched_getaffinity(0)), options.seconds)}
     else:
         names = ('actors', 'learners', 'shards', 'replays', 'round_trip_ms', 'gigabits')
         topology = Topology(**{name: getattr(options, name) for name in names})

@@ -121,14 +121,14 @@ def test_the_reason_is_that_of_this_launch_before_what_other_threads_log(directo
     log = directory.logs / 'wandb.log'
     log.write_text('ended by CommError: of an earlier launch\n')
     monkeypatch.setattr(weights_and_biases, '__name__', 'tests.support.absent')  # no such module
-    told: list[str] = []
-    with writer(directory, told) as sink:
+    said: list[str] = []
+    with writer(directory, said) as sink:
         sink._process.wait(60)
         assert 'No module named' in sink._reason()
         with log.open('a') as lines:
             lines.write('ended by CommError: no answer\nWARNING:urllib3: Retrying\n')
         assert sink._reason() == 'CommError: no answer'
-    assert 'CommError: no answer; the run continues without' in told[0]
+    assert 'CommError: no answer; the run continues without' in said[0]
 
 
 def test_the_end_waits_a_bounded_time_for_a_process_that_hangs(directory, offline, monkeypatch):
