@@ -55,8 +55,6 @@ def _made(parent: int, make: Callable[[], gymnasium.Env]) -> gymnasium.Env:
 
 def lost(environments: AsyncVectorEnv) -> int | None:
     """Number of the environment whose process has ended by itself, if one has."""
-    if environments.closed:
-        return None
     sentinels = [process.sentinel for process in environments.processes]
     ended = multiprocessing.connection.wait(sentinels, _CLOSE_SECONDS)
     return next((i for i, sentinel in enumerate(sentinels) if sentinel in ended), None)

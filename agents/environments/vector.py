@@ -164,11 +164,16 @@ class VectorEnvironment:
         except EnvironmentFailedError:
             raise
         except Exception as error:  # the user's code may raise anything
-            what = f'{method.__name__} {failure_text(error)}'
+            called = method.__name__
             inner = self._envs.unwrapped
+            if isinstance(inner, AsyncVectorEnv) and inner.closed:
+                # Which error comes of it depends on how far the call was.
+                what = f'{called} ran after close() began'
+                raise self._failed(what, f'call close() after the last {called}()') from error
             broken = isinstance(error, (EOFError, ConnectionError))
             number = lost(inner) if broken and isinstance(inner, AsyncVectorEnv) else None
-            raise self._failed(what, f'correct its {method.__name__}()', number) from error
+            what = f'{called} {failure_text(error)}'
+            raise self._failed(what, f'correct its {called}()', number) from error
 
     def _frame(self, observation: Any) -> Any:
         """A copy of the observations, as frames.

@@ -179,7 +179,8 @@ def test_a_process_that_hangs_does_not_keep_its_environments_from_closing(notes)
     assert time.monotonic() - before < 10  # it waits for three seconds
     thread.join(10)
     assert message == [
-        f'{OWN}:hanging, step 2: step lost its process (see the log). Fix: correct its step().'
+        f'{OWN}:hanging, step 2: step ran after close() began.'
+        ' Fix: call close() after the last step().'
     ]
     assert all(map(has_ended, notes()))
 
