@@ -134,8 +134,8 @@ def warnings(found: Plan, machine_cores: int, machine_gbit_per_second: float) ->
         lines.append(
             f'network: parameters and gradients need {found.parameter_gbit_per_second:.3g} Gbit/s'
             f' (a machine has {machine_gbit_per_second:g}). Fix: spread at least {machines}'
-            f' parameter shards over {machines} machines, halve the traffic with --wire_dtype'
-            ' bfloat16, or make fewer updates of larger batches.'
+            f' parameter shards over {machines} machines, send less with --wire'
+            ' (docs/performance.md), or make fewer updates of larger batches.'
         )
     bound = ParameterServerConfig().max_staleness
     if found.learners > bound:

@@ -23,6 +23,7 @@ from infra.parameter_server.connection import Request, ShardConnection, StreamBr
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.protocol import NotInitialisedError, ParameterServerUnavailable
 from infra.parameter_server.shared_memory import PARAMETERS, TARGET
+from infra.parameter_server.wire import WIRES
 from infra.tls import client_context
 
 _FIRST_BACKOFF_SECONDS = 0.05
@@ -101,7 +102,7 @@ class ParameterClient:
         addresses: Sequence[str],
         layout: Layout,
         *,
-        wire_dtype: str = 'float32',
+        wire: str = 'float32',
         shared_memory: bool = True,
         copy_parts: bool = True,
         timeout_seconds: float = 30.0,
@@ -112,21 +113,21 @@ class ParameterClient:
         Args:
           addresses: `host:port` of every shard, in order.
           layout: of the network.
-          wire_dtype: 'float32' or 'bfloat16'; tensors in shared memory are always float32.
+          wire: of `WIRES`; tensors in shared memory are always float32.
           shared_memory: whether to exchange tensors with shards on this host in shared memory.
           copy_parts: whether a snapshot owns its parts, or a later pull (failed too) changes them.
           timeout_seconds: approximate bound of a call; a push has two steps and twice the bound.
           tls_roots: PEM roots of the shards' certificates; None for no TLS.
 
         Raises:
-          ValueError: `addresses` is empty, one is not `host:port`, or the wire type is unknown.
+          ValueError: `addresses` is empty, one is not `host:port`, or the wire is unknown.
         """
-        _check_arguments(addresses, wire_dtype)
+        _check_arguments(addresses, wire)
         self.layout = layout
         self._timeout_seconds = timeout_seconds
         self._copy_parts = copy_parts
         self._parts = layout.slices(len(addresses))
-        self._transport: tuple[Any, ...] = wire_dtype, shared_memory, tls_roots
+        self._transport: tuple[Any, ...] = wire, shared_memory, tls_roots
         self.connections = _connections(addresses, layout, *self._transport)
         self._lock = threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, 'parameter-push')
@@ -145,11 +146,11 @@ class ParameterClient:
 
     def another(self) -> ParameterClient:
         """A client of the same shards with the same settings and connections of its own."""
-        wire_dtype, shared_memory, tls_roots = self._transport
+        wire, shared_memory, tls_roots = self._transport
         return ParameterClient(
             [connection.address for connection in self.connections],
             self.layout,
-            wire_dtype=wire_dtype,
+            wire=wire,
             shared_memory=shared_memory,
             copy_parts=self._copy_parts,
             timeout_seconds=self._timeout_seconds,
@@ -537,19 +538,17 @@ class ParameterClient:
         return problem
 
 
-def _check_arguments(addresses: Sequence[str], wire_dtype: str) -> None:
+def _check_arguments(addresses: Sequence[str], wire: str) -> None:
     if not addresses:
         raise ValueError('no parameter shard given; pass at least one host:port')
-    if wire_dtype not in protocol.WIRE_TYPES:
-        raise ValueError(
-            f'wire_dtype is {wire_dtype!r}; use one of {", ".join(protocol.WIRE_TYPES)}'
-        )
+    if wire not in WIRES:
+        raise ValueError(f'wire is {wire!r}; use one of {", ".join(WIRES)}')
 
 
 def _connections(
     addresses: Sequence[str],
     layout: Layout,
-    wire_dtype: str,
+    wire: str,
     shared_memory: bool,
     tls_roots: bytes | None,
 ) -> list[ShardConnection]:
@@ -559,7 +558,7 @@ def _connections(
         'session': uuid.uuid4().hex,
         'layout': layout.to_json(),
         'num_shards': len(addresses),
-        'wire_dtype': wire_dtype,
+        'wire': wire,
     }
     sizes = [part.stop - part.start for part in layout.slices(len(addresses))]
     tls = client_context(tls_roots) if tls_roots else None

@@ -13,7 +13,7 @@ from infra.fields import (
 )
 
 OPTIMIZERS = ('adagrad', 'rmsprop', 'adam')
-WIRE_DTYPES = ('float32', 'bfloat16')
+WIRES = ('float32', 'bfloat16', 'int8', 'top_k')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,11 @@ class ParameterServerConfig:
     target_update_period: int = described(
         1000, 'Global updates between target networks (paper: 60,000).'
     )
-    wire_dtype: str = described(
-        'float32', "Type of tensors on the network: 'float32', or 'bfloat16' for half the traffic."
+    wire: str = described(
+        'float32',
+        "Tensors on the network: 'float32'; or parameters as 'bfloat16', and gradients as that too"
+        " (2 bytes a value), as 'int8' (1 byte) or as 'top_k' (the largest hundredth, 0.08 bytes)."
+        ' What a gradient loses is added to the next.',
     )
     shared_memory: bool = described(
         True, 'Exchange float32 tensors in shared memory if client and shard are on one host.'
@@ -73,7 +76,7 @@ class ParameterServerConfig:
           ValueError: a value is out of its range; the message says which and what is allowed.
         """
         require_choice(self, 'optimizer', OPTIMIZERS)
-        require_choice(self, 'wire_dtype', WIRE_DTYPES)
+        require_choice(self, 'wire', WIRES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
         # A weight whose gradient was always 0 would become 0 / 0.

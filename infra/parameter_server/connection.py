@@ -17,6 +17,7 @@ from infra.parameter_server.shared_memory import (
     host_identity,
     is_loopback,
 )
+from infra.parameter_server.wire import FLOAT32, WIRES, Feedback
 
 _NOTHING = {PARAMETERS: -1, TARGET: -1}
 # A part of a checkpoint holds the parameters, the target and an optimizer's few vectors.
@@ -36,6 +37,7 @@ class ShardConnection:
       known: revision of each tensor that this client holds; -1 for none. Reset with the stream,
         since revisions of different servers are not comparable.
       channel: the open stream; None while it is closed.
+      shared: whether the open stream's tensors are in shared memory.
     """
 
     def __init__(
@@ -60,11 +62,14 @@ class ShardConnection:
         self._tls = tls
         self._hello = hello
         self._size = size
-        self._wire = np.empty(size, protocol.WIRE_TYPES[hello['wire_dtype']])
+        wire = WIRES[hello['wire']]
+        self._feedback = Feedback(wire.gradients, size)
+        self._encoding = wire.parameters
+        self._encoded = np.empty(wire.parameters.most_bytes(size), np.uint8)
         self.is_here = is_loopback(split_address(address)[0])
         self._wants_segment = shared_memory and self.is_here
         self._segment = Segment.private(size)
-        self._shared = False
+        self.shared = False
 
     def connect(self, deadline: float) -> None:
         """Opens the stream unless it is open; sends and receives wait until the deadline at most.
@@ -87,27 +92,30 @@ class ShardConnection:
             raise error_class(f'parameter shard {self.address}: {reply["message"]}')
 
     def stage(self, values: np.ndarray) -> np.ndarray:
-        """Copies values, float32 [size], for a later `send`; returns the copy."""
-        np.copyto(self._segment.tensors[GRADIENT], values)
-        return self._segment.tensors[GRADIENT]
+        """Copies values, float32 [size], to where the shard reads them if memory is shared.
+
+        Returns the copy. A copy that is there already stays.
+        """
+        place = self._segment.tensors[GRADIENT]
+        if values is not place:
+            np.copyto(place, values)
+        return place
+
+    def encoded(self, gradient: np.ndarray) -> np.ndarray:
+        """A gradient, float32 [size], for the network. Call it once for each (see `Feedback`)."""
+        return self._feedback.encode(gradient)
 
     def send(self, header: dict[str, Any], body: np.ndarray | None) -> None:
         """Sends one message on the open stream.
 
         Args:
           header: of the message.
-          body: float32 [size]; first parameters go as they are, whatever the wire type.
+          body: contiguous; None for none.
 
         Raises:
           StreamBroken: the shard does not take the message in time.
         """
         assert self.channel is not None
-        if body is not None and self._shared:
-            if body is not self._segment.tensors[GRADIENT]:
-                self.stage(body)
-            body = None
-        elif body is not None and header['operation'] != 'initialise':
-            body = self._on_wire(body)
         try:
             self.channel.send(header, body)
         except OSError as error:
@@ -132,7 +140,7 @@ class ShardConnection:
                 return header, self._body(self.channel, body_bytes, tensor)
         except (OSError, ValueError) as error:
             raise self._broken(error) from error
-        if tensor is None or not self._shared or not header.get('modified'):
+        if tensor is None or not self.shared or not header.get('modified'):
             return header, None
         return header, self._segment.tensors[tensor]
 
@@ -140,8 +148,8 @@ class ShardConnection:
         """Closes the stream; the next message opens another."""
         stream, self.channel = self.channel, None
         self.known = dict(_NOTHING)
-        if self._shared:  # the shard may still read there
-            self._segment, self._shared = Segment.private(self._size), False
+        if self.shared:  # the shard may still read there
+            self._segment, self.shared = Segment.private(self._size), False
         if stream is not None:
             stream.close()
 
@@ -160,14 +168,8 @@ class ShardConnection:
             if segment is not None:
                 segment.unlink()
         if segment is not None and reply.get('shared_memory'):
-            self._segment, self._shared = segment, True
+            self._segment, self.shared = segment, True
         return reply
-
-    def _on_wire(self, values: np.ndarray) -> np.ndarray:
-        if values.dtype == self._wire.dtype:
-            return values
-        protocol.convert(values, self._wire)
-        return self._wire
 
     def _body(self, stream: channel.Channel, size_bytes: int, tensor: str | None) -> np.ndarray:
         if tensor is None:
@@ -177,14 +179,14 @@ class ShardConnection:
             octets = np.empty(size_bytes, np.uint8)
             stream.receive_into(octets)
             return octets
-        if size_bytes != self._wire.nbytes:
-            raise ValueError(f'{size_bytes} bytes came instead of {self._wire.nbytes}')
+        if size_bytes != self._encoded.nbytes:
+            raise ValueError(f'{size_bytes} bytes came instead of {self._encoded.nbytes}')
         values = self._segment.tensors[tensor]
-        if values.dtype == self._wire.dtype:
+        if self._encoding is FLOAT32:
             stream.receive_into(values)
         else:
-            stream.receive_into(self._wire)
-            protocol.convert(self._wire, values)
+            stream.receive_into(self._encoded)
+            self._encoding.decode(self._encoded, values)
         return values
 
     def _create_segment(self) -> Segment | None:
@@ -216,6 +218,7 @@ class Request:
         self.header = header
         self.reply_body: np.ndarray | None = None
         self._body = body
+        self._encoded: np.ndarray | None = None
         self._tensor = tensor
 
     def send(self, deadline: float) -> None:
@@ -223,7 +226,20 @@ class Request:
         self.connection.connect(deadline)
         if self._tensor is not None:
             self.header['known'] = self.connection.known[self._tensor]
-        self.connection.send(self.header, self._body)
+        self.connection.send(self.header, self._on_network())
+
+    def _on_network(self) -> np.ndarray | None:
+        """The body to send; None if there is none, or it is in shared memory."""
+        if self._body is None:
+            return None
+        if self.connection.shared:
+            self.connection.stage(self._body)
+            return None
+        if self.header['operation'] == 'initialise':  # exactly as they are
+            return self._body
+        if self._encoded is None:
+            self._encoded = self.connection.encoded(self._body)
+        return self._encoded
 
     def receive(self) -> dict[str, Any]:
         """Returns the reply's header; raises StreamBroken."""

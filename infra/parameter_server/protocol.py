@@ -1,4 +1,4 @@
-"""The protocol between client and shard: operations, fields of headers, types of tensors, errors.
+"""The protocol between client and shard: operations, fields of headers, errors.
 
 Messages are those of `channel.py`. With shared memory a message has a header only. The first
 message of a stream names the session, the layout and the shard, or asks for the `health`. Each
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from infra.sealed import LARGEST_COUNT
 
-PROTOCOL_VERSION = 4
-WIRE_TYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+PROTOCOL_VERSION = 5
 
 # Reasons for rejecting a gradient.
 STALE = 'stale'
@@ -97,12 +95,3 @@ def text_of(header: dict[str, Any], name: str, longest: int) -> str:
     if not isinstance(value, str) or len(value) > longest:
         raise ValueError(f'{name} of a message must be at most {longest} characters of text')
     return value
-
-
-def convert(source: np.ndarray, out: np.ndarray) -> None:
-    """Copies between float32 and bfloat16 arrays, rounding to nearest even."""
-    if source.dtype == WIRE_TYPES['bfloat16'] and out.dtype == np.float32:
-        # A bfloat16 is the upper half of a float32; a shift is ten times faster than a cast.
-        np.left_shift(source.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
-    else:
-        np.copyto(out, source, casting='same_kind')

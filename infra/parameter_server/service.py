@@ -30,6 +30,7 @@ from infra.parameter_server.shared_memory import (
     Segment,
     host_identity,
 )
+from infra.parameter_server.wire import FLOAT32, WIRES, Encoding
 
 if TYPE_CHECKING:  # importing it imports TensorFlow, which takes seconds
     from infra.parameter_server.shard import Shard
@@ -73,29 +74,39 @@ class _Connection:
         # TensorFlow reads the gradient where the client wrote it, without copy or conversion.
         capsule = self.tensors[GRADIENT].__dlpack__()
         self._gradient_tensor = tf.experimental.dlpack.from_dlpack(capsule)
-        wire_type = protocol.WIRE_TYPES[header['wire_dtype']]
-        self._wire = np.empty(part.stop - part.start, wire_type)
+        self._wire = WIRES[header['wire']]
+        most = self._wire.gradients.most_bytes(part.stop - part.start)
+        self._body = np.empty(most, np.uint8)
         self._has_values = False
 
     def receive(self) -> tuple[dict[str, Any], Exception | None]:
         """Returns the next message's header; its values are in the segment.
 
-        Returns an error too if the body is not as long as it must be: the stream then ends, since
-        the body is not read.
+        Returns an error too if the body is not what it must be: the stream then ends, since the
+        body may not have been read.
         """
         header, size_bytes = self.channel.receive()
-        values = self.tensors[GRADIENT]
+        self._has_values = self.shared
         # First parameters are float32 on any wire.
-        wire = values if header.get('operation') == 'initialise' else self._wire
-        if size_bytes not in (0, wire.nbytes):
-            return header, ValueError(f'a body of {size_bytes} bytes instead of {wire.nbytes}')
-        self._has_values = self.shared or size_bytes > 0
-        if size_bytes and wire.dtype == values.dtype:
-            self.channel.receive_into(values)
-        elif size_bytes:
-            self.channel.receive_into(wire)
-            protocol.convert(wire, values)
+        first = header.get('operation') == 'initialise'
+        try:
+            if size_bytes:
+                self._receive_body(FLOAT32 if first else self._wire.gradients, size_bytes)
+        except ValueError as error:
+            return header, error
         return header, None
+
+    def _receive_body(self, encoding: Encoding, size_bytes: int) -> None:
+        """Raises ValueError if the body is too long, or not in this encoding."""
+        values = self.tensors[GRADIENT]
+        if encoding is FLOAT32 and size_bytes == values.nbytes:
+            self.channel.receive_into(values)
+        elif size_bytes > (most := self._body.nbytes):
+            raise ValueError(f'a body of {size_bytes} bytes; {most} are allowed')
+        else:
+            self.channel.receive_into(self._body[:size_bytes])
+            encoding.decode(self._body[:size_bytes], values)
+        self._has_values = True
 
     def gradient(self, header: dict[str, Any]) -> Any:
         """Returns the argument of `Shard.push`: the message's gradient, or why it lacks one."""
@@ -115,10 +126,7 @@ class _Connection:
         """Returns the tensor `tensor` as a body, None if the client reads it in shared memory."""
         if self.shared:
             return None
-        if self._wire.dtype == np.float32:
-            return self.tensors[tensor]
-        protocol.convert(self.tensors[tensor], self._wire)
-        return self._wire
+        return self._wire.parameters.encode(self.tensors[tensor])
 
 
 class Service(socketserver.ThreadingTCPServer):

@@ -76,7 +76,7 @@ RESUMABLE = frozenset(
         'video',
         'max_staleness',
         'learning_rate',
-        'wire_dtype',
+        'wire',
         'shared_memory',
     }
 )

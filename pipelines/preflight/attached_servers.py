@@ -20,7 +20,7 @@ from pipelines.experiment.launch import Launch
 
 _CONNECT_SECONDS = 5.0
 _REASON_CHARACTERS = 300
-_CLIENT_SETTINGS = frozenset({'wire_dtype', 'shared_memory'})  # may differ from the server's
+_CLIENT_SETTINGS = frozenset({'wire', 'shared_memory'})  # may differ from the server's
 _RESTART = 'restart it, or attach to another one'
 _OMIT_ADDRESSES = (
     'to resume from the checkpoint with new servers, omit --parameter_addresses and'

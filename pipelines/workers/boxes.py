@@ -249,7 +249,7 @@ def enlisted(
             ParameterClient(
                 addresses.parameters,
                 builders.layout_of(network),
-                wire_dtype=server.wire_dtype,
+                wire=server.wire,
                 shared_memory=server.shared_memory,
                 copy_parts=False,  # the network copies them at once
                 timeout_seconds=SERVER_SECONDS,

@@ -74,7 +74,7 @@ def learn(addresses: list[str], options: argparse.Namespace, recorder: Recorder)
     """One learner's pushes."""
     rng = np.random.default_rng()
     gradient = rng.normal(size=_LAYOUT.size).astype(np.float32)
-    settings = {'wire_dtype': options.wire_dtype, 'shared_memory': options.shared_memory}
+    settings = {'wire': options.wire, 'shared_memory': options.shared_memory}
     with ParameterClient(
         addresses, _LAYOUT, timeout_seconds=_CONNECT_SECONDS, **settings
     ) as client:
@@ -238,7 +238,7 @@ def main() -> None:
         '--actor_steps_per_second', type=float, default=60.0, help='of one actor (15 a game: 8)'
     )
     parser.add_argument('--max_staleness', type=int, default=1000, help='in updates')
-    parser.add_argument('--wire_dtype', default='float32', help='float32 or bfloat16')
+    parser.add_argument('--wire', default='float32', help='float32, bfloat16, int8 or top_k')
     parser.add_argument(
         '--shared_memory', action='store_true', help='as on one host; else as from other hosts'
     )

@@ -1,4 +1,4 @@
-"""An agent in one process, none of it distributed, with gradients of a chosen staleness; JSON.
+"""An agent in one process, with gradients of a chosen staleness and encoding; prints JSON.
 
     python -m tests.benchmarks.benchmark_staleness --flags="--environment CartPole-v1" \\
         --staleness 0,1,10,100,1000 --seeds 1,2,3
@@ -6,11 +6,13 @@
 An actor, a replay and a learner take turns, as in a bundle; the optimizer's step is a call. A
 gradient is applied when as many others have been since it was computed. So `--staleness 0` is the
 agent without any distribution: its score and CPU time are what a distributed run compares with.
+With `--wires` each gradient is what a shard on another host would get of it.
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import shlex
 import time
@@ -32,10 +34,17 @@ from pipelines.workers.spec import WorkerSpec
 
 
 class DelayedParameters:
-    """The parameter client's interface to an optimizer in this process, with late gradients."""
+    """The parameter client's interface to an optimizer in this process, with late gradients.
+
+    Gradients pass through the encoding of the parameter server's `wire`; parameters do not.
+    """
 
     def __init__(self, config: ExperimentConfig, values: np.ndarray, staleness: int):
         from infra.parameter_server.optimizers import OptimizedSlice
+        from infra.parameter_server.wire import WIRES, Feedback
+
+        self._encoding = WIRES[config.parameter_server.wire].gradients
+        self._feedback = Feedback(self._encoding, len(values))
 
         self._slice = OptimizedSlice(config.parameter_server, len(values))
         np.copyto(self._slice.parameters, values)
@@ -73,7 +82,9 @@ class DelayedParameters:
     def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> PushReply:
         """Applies the gradient pushed `staleness` updates ago."""
         waiting = len(self._late)
-        self._late.append(gradient.copy())
+        arrived = np.empty_like(gradient)
+        self._encoding.decode(self._feedback.encode(gradient).view(np.uint8), arrived)
+        self._late.append(arrived)
         if waiting == self._staleness:
             self._slice.step(self._late.popleft())
             self.updates += 1
@@ -136,6 +147,7 @@ def measure(config: ExperimentConfig, staleness: int, games: int) -> dict[str, A
     scores = list(returns(config, values, games))
     return {
         'staleness': staleness,
+        'wire': config.parameter_server.wire,
         'seed': config.run.seed,
         'updates': updates,
         'wall_seconds': round(wall, 1),
@@ -151,18 +163,23 @@ def main() -> None:
     )
     parser.add_argument('--flags', default='--environment CartPole-v1', help='flags of a run')
     parser.add_argument('--staleness', default='0,1,10,100,1000', help='in updates, with commas')
+    parser.add_argument('--wires', default='float32', help='encodings of gradients, with commas')
     parser.add_argument('--seeds', default='1,2,3', help='with commas')
     parser.add_argument('--games', type=int, default=30, help='of each evaluation')
     options = parser.parse_args()
-    flags = [*shlex.split(options.flags), '--topology=bundled', '--num_actors=1']
+    topology = ['--topology=bundled', '--num_actors=1', '--num_learners=1']
+    flags = [*shlex.split(options.flags), *topology]
     _, preset, values = command_line.parse(flags)
     config = command_line.experiment(preset, values)
     prepare_process(config)
-    for staleness in map(int, options.staleness.split(',')):
-        for seed in map(int, options.seeds.split(',')):
-            run = dataclasses.replace(config.run, seed=seed)
-            found = measure(dataclasses.replace(config, run=run), staleness, options.games)
-            print(json.dumps(found), flush=True)
+    numbers = map(int, options.staleness.split(',')), map(int, options.seeds.split(','))
+    for wire, staleness, seed in itertools.product(options.wires.split(','), *numbers):
+        one = dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, seed=seed),
+            parameter_server=dataclasses.replace(config.parameter_server, wire=wire),
+        )
+        print(json.dumps(measure(one, staleness, options.games)), flush=True)
 
 
 if __name__ == '__main__':

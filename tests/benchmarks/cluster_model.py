@@ -283,7 +283,7 @@ def checked(costs: Costs, cores: int, seconds: float) -> list[dict[str, Any]]:
             gradient_ms=case['gradient_ms'],
             actor_steps_per_second=60.0,
             max_staleness=1000,
-            wire_dtype='float32',
+            wire='float32',
             shared_memory=False,
             processes=min(4, case['learners']),
             seconds=seconds,

@@ -136,7 +136,7 @@ def test_a_variable_that_tensorflow_moves_is_noticed():
         {'learning_rate': 0.0},
         {'num_parameter_shards': 0},
         {'max_staleness': -1},
-        {'wire_dtype': 'float16'},
+        {'wire': 'float16'},
         {'adam_beta_1': 1.0},
         {'target_update_period': 0},
     ],

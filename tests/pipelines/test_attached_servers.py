@@ -93,7 +93,7 @@ def test_a_server_of_the_same_structure_passes(servers):
 
 
 def test_a_client_may_choose_its_own_wire(servers):
-    check('--wire_dtype=bfloat16', '--no-shared_memory', *servers()[1])
+    check('--wire=bfloat16', '--no-shared_memory', *servers()[1])
 
 
 def test_shards_in_another_order_are_refused(servers):

@@ -73,6 +73,13 @@ def test_a_whole_number_in_config_json_passes_for_a_float():
     assert config_lib.from_json(edited).agent.discount == 1
 
 
+def test_a_run_of_an_earlier_version_keeps_the_setting_that_has_another_name_now():
+    values = unseal(json.loads(config_lib.to_json(presets.experiment('laptop', {}))))
+    del values['parameter_server']['wire']
+    values['parameter_server']['wire_dtype'] = 'bfloat16'
+    assert config_lib.from_json(json.dumps(values)).parameter_server.wire == 'bfloat16'
+
+
 def test_a_flipped_bit_of_config_json_is_refused_in_one_line(tmp_path):
     experiment = presets.experiment('laptop', {})
     file = tmp_path / 'config.json'
