@@ -1,10 +1,12 @@
 """Gradients of a chosen staleness are applied late, in order, each once."""
 
+import dataclasses
+
 import numpy as np
 
 from infra.parameter_server.optimizers import OptimizedSlice
 from pipelines.experiment import presets
-from tests.benchmarks.benchmark_staleness import DelayedParameters
+from tests.benchmarks.benchmark_one_process import DelayedParameters, Games
 
 CONFIG = presets.experiment('classic', {'target_update_period': 2})
 START = np.ones(3, np.float32)
@@ -44,3 +46,22 @@ def test_without_staleness_each_is_applied_at_once_and_the_target_every_period()
     assert target.target_versions == (2,)
     assert target.parts is not None
     np.testing.assert_array_equal(target.parts[0], after(pushed[:2]))
+
+
+def test_a_gradient_reaches_the_optimizer_as_its_encoding_leaves_it():
+    # Of three values top-k sends the largest; what is left of the others follows.
+    server = dataclasses.replace(CONFIG.parameter_server, wire='top_k')
+    config = dataclasses.replace(CONFIG, parameter_server=server)
+    parameters = DelayedParameters(config, START, staleness=0)
+    parameters.push(np.array([1, 3, 2], np.float32), 0)
+    parameters.push(np.zeros(3, np.float32), 1)
+    first, second = np.array([[0, 3, 0], [0, 0, 2]], np.float32)
+    np.testing.assert_array_equal(parameters.values, after([first, second]))
+
+
+def test_a_curve_has_a_point_of_ten_games_every_5000_updates():
+    games = Games()
+    for number in range(25):  # one every 1,000 updates, its return its number
+        games.record('episode', run_updates=1000 * number, raw_return=float(number))
+    # The tenth game, number 9, is the first with ten and past 5,000; then those at 10,000, ...
+    assert games.curve() == [(9000, 4.5), (10_000, 5.5), (15_000, 10.5), (20_000, 15.5)]

@@ -1,6 +1,6 @@
 """An agent in one process, with gradients of a chosen staleness and encoding; prints JSON.
 
-    python -m tests.benchmarks.benchmark_staleness --flags="--environment CartPole-v1" \\
+    python -m tests.benchmarks.benchmark_one_process --flags="--environment CartPole-v1" \\
         --staleness 0,1,10,100,1000 --seeds 1,2,3
 
 An actor, a replay and a learner take turns, as in a bundle; the optimizer's step is a call. A
@@ -31,6 +31,8 @@ from pipelines.workers import boxes
 from pipelines.workers.bundle import bundled
 from pipelines.workers.process import prepare_process
 from pipelines.workers.spec import WorkerSpec
+
+_PERIOD, _LAST = 5_000, 10  # updates between points of a curve, games of each
 
 
 class DelayedParameters:
@@ -103,23 +105,42 @@ class DelayedParameters:
         return Snapshot((values,), self.updates, (self._target_version,), clock)
 
 
-class NoTelemetry:
-    """Nobody listens."""
+class Games:
+    """Telemetry that keeps the returns of the training games.
+
+    Attributes:
+      returns: (updates of the run, return) of each game, in the order of their ends.
+    """
+
+    def __init__(self) -> None:
+        self.returns: list[tuple[int, float]] = []
 
     def record(self, kind: str, **fields: Any) -> None:
-        """Drops an event."""
+        """Keeps a finished game."""
+        if kind == 'episode':
+            self.returns.append((fields['run_updates'], fields['raw_return']))
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(updates, mean return of the last ten games), once every `_PERIOD` updates."""
+        points: list[tuple[int, float]] = []
+        for number in range(_LAST, len(self.returns) + 1):
+            updates = self.returns[number - 1][0]
+            if updates >= _PERIOD * (len(points) + 1):
+                last = [value for _, value in self.returns[number - _LAST : number]]
+                points.append((updates, round(float(np.mean(last)), 2)))
+        return points
 
     def flush(self) -> bool:
         """Nothing waits."""
         return True
 
 
-def train(config: ExperimentConfig, staleness: int) -> tuple[np.ndarray, int]:
+def train(config: ExperimentConfig, staleness: int, games: Games) -> tuple[np.ndarray, int]:
     """Trains an agent to the budget; returns its parameters and the number of updates."""
     spec = WorkerSpec(0, 0)
     network = boxes.learners_network(config, spec)
     parameters = DelayedParameters(config, network.parameters(), staleness)
-    worker: Any = boxes.Enlisted(spec, 0, NoTelemetry(), network, parameters)  # type: ignore[arg-type]
+    worker: Any = boxes.Enlisted(spec, 0, games, network, parameters)  # type: ignore[arg-type]
     with bundled(config, worker) as bundle:
         segment = 0
         while not bundle.finished():
@@ -140,9 +161,10 @@ def returns(config: ExperimentConfig, values: np.ndarray, games: int) -> Iterato
 
 
 def measure(config: ExperimentConfig, staleness: int, games: int) -> dict[str, Any]:
-    """Trains and evaluates one agent."""
+    """Trains and evaluates one agent; `curve` is that of its training games."""
     wall, cpu = time.monotonic(), time.process_time()
-    values, updates = train(config, staleness)
+    training = Games()
+    values, updates = train(config, staleness, training)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     scores = list(returns(config, values, games))
     return {
@@ -153,6 +175,7 @@ def measure(config: ExperimentConfig, staleness: int, games: int) -> dict[str, A
         'wall_seconds': round(wall, 1),
         'cpu_seconds': round(cpu, 1),
         'mean_return': float(np.mean(scores)),
+        'curve': training.curve(),
     }
 
 
