@@ -123,7 +123,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--num_quantiles=9', '--agent=dqn'), '--agent qr_dqn'),
         (('--preset=apex', '--epsilon_updates=9'), '--no-epsilon_ladder'),
         (('--ladder_epsilon=0.1',), '--epsilon_ladder'),
-        (('--importance_updates=9',), '--priority_exponent'),
+        (('--preset=nature', '--importance_updates=9'), '--priority_exponent'),
         (('--optimizer=adagrad', '--adam_beta_1=0.5'), '--optimizer adam'),
         (('--direct_num_workers=3',), 'reserved, since the number of workers determines it'),
         (('--direct_running_mode', 'in_memory'), '--direct_running_mode'),
