@@ -168,7 +168,7 @@ class VectorEnvironment:
             inner = self._envs.unwrapped
             if isinstance(inner, AsyncVectorEnv) and inner.closed:
                 # Which error comes of it depends on how far the call was.
-                what = f'{called} ran after close() began'
+                what = f'{called} did not end before close() ({failure_text(error)})'
                 raise self._failed(what, f'call close() after the last {called}()') from error
             broken = isinstance(error, (EOFError, ConnectionError))
             number = lost(inner) if broken and isinstance(inner, AsyncVectorEnv) else None

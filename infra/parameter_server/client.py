@@ -420,9 +420,13 @@ class ParameterClient:
         verdict = self._exchange([judge])[0]
         replies = [verdict]
         if verdict['rejected'] is None:
+            judge.accepted()
             for request in others:
                 request.header['update'] = verdict['update']
             replies += self._exchange(others)
+            for request, reply in zip(others, replies[1:]):
+                if reply['rejected'] is None:
+                    request.accepted()
             snapshot = self._snapshot(requests, replies, PARAMETERS)
         else:
             snapshot = self._pull('pull', PARAMETERS)  # so that the next gradient is not stale

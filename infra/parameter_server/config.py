@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from infra.fields import (
     described,
@@ -13,7 +15,8 @@ from infra.fields import (
 )
 
 OPTIMIZERS = ('adagrad', 'rmsprop', 'adam')
-WIRES = ('float32', 'bfloat16', 'int8', 'top_k')
+WIRE_NAMES = ('float32', 'bfloat16', 'int8', 'top_k')
+_RENAMED = {'wire_dtype': 'wire'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,10 @@ class ParameterServerConfig:
     )
     wire: str = described(
         'float32',
-        "Tensors on the network: 'float32'; or parameters as 'bfloat16', and gradients as that too"
-        " (2 bytes a value), as 'int8' (1 byte) or as 'top_k' (the largest hundredth, 0.08 bytes)."
-        ' What a gradient loses is added to the next.',
+        'Encoding of tensors between hosts; in shared memory they are float32. All but'
+        " 'float32' send parameters as bfloat16, and gradients as 'bfloat16' (2 bytes a value),"
+        " 'int8' (1 byte) or 'top_k' (the largest hundredth: 0.08 to 0.32 bytes). What a gradient"
+        ' loses is added to the next (see docs/performance.md).',
     )
     shared_memory: bool = described(
         True, 'Exchange float32 tensors in shared memory if client and shard are on one host.'
@@ -76,7 +80,7 @@ class ParameterServerConfig:
           ValueError: a value is out of its range; the message says which and what is allowed.
         """
         require_choice(self, 'optimizer', OPTIMIZERS)
-        require_choice(self, 'wire', WIRES)
+        require_choice(self, 'wire', WIRE_NAMES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
         # A weight whose gradient was always 0 would become 0 / 0.
@@ -90,3 +94,8 @@ class ParameterServerConfig:
         for name in ('optimizer_decay', 'optimizer_momentum', 'adam_beta_1', 'adam_beta_2'):
             value = getattr(self, name)
             require(self, name, 0 <= value < 1, 'at least 0 and less than 1')
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's fields as an earlier version wrote them, by their names now."""
+    return {_RENAMED.get(name, name): value for name, value in values.items()}

@@ -38,6 +38,7 @@ class ShardConnection:
         since revisions of different servers are not comparable.
       channel: the open stream; None while it is closed.
       shared: whether the open stream's tensors are in shared memory.
+      feedback: encodes this stream's gradients for the network.
     """
 
     def __init__(
@@ -63,9 +64,9 @@ class ShardConnection:
         self._hello = hello
         self._size = size
         wire = WIRES[hello['wire']]
-        self._feedback = Feedback(wire.gradients, size)
-        self._encoding = wire.parameters
-        self._encoded = np.empty(wire.parameters.most_bytes(size), np.uint8)
+        self.feedback = Feedback(wire.gradients, size)
+        self._parameter_encoding = wire.parameters
+        self._received = np.empty(wire.parameters.most_bytes(size), np.uint8)
         self.is_here = is_loopback(split_address(address)[0])
         self._wants_segment = shared_memory and self.is_here
         self._segment = Segment.private(size)
@@ -100,10 +101,6 @@ class ShardConnection:
         if values is not place:
             np.copyto(place, values)
         return place
-
-    def encoded(self, gradient: np.ndarray) -> np.ndarray:
-        """A gradient, float32 [size], for the network. Call it once for each (see `Feedback`)."""
-        return self._feedback.encode(gradient)
 
     def send(self, header: dict[str, Any], body: np.ndarray | None) -> None:
         """Sends one message on the open stream.
@@ -179,14 +176,14 @@ class ShardConnection:
             octets = np.empty(size_bytes, np.uint8)
             stream.receive_into(octets)
             return octets
-        if size_bytes != self._encoded.nbytes:
-            raise ValueError(f'{size_bytes} bytes came instead of {self._encoded.nbytes}')
+        if size_bytes != self._received.nbytes:
+            raise ValueError(f'{size_bytes} bytes came instead of {self._received.nbytes}')
         values = self._segment.tensors[tensor]
-        if self._encoding is FLOAT32:
+        if self._parameter_encoding is FLOAT32:
             stream.receive_into(values)
         else:
-            stream.receive_into(self._encoded)
-            self._encoding.decode(self._encoded, values)
+            stream.receive_into(self._received)
+            self._parameter_encoding.decode(self._received, values)
         return values
 
     def _create_segment(self) -> Segment | None:
@@ -233,12 +230,14 @@ class Request:
         if self._body is None:
             return None
         if self.connection.shared:
-            self.connection.stage(self._body)
+            # A repetition says the same as the first message, whatever the memory is now.
+            sent_before = self._encoded is not None
+            self.connection.stage(self.connection.feedback.arrived if sent_before else self._body)
             return None
         if self.header['operation'] == 'initialise':  # exactly as they are
             return self._body
         if self._encoded is None:
-            self._encoded = self.connection.encoded(self._body)
+            self._encoded = self.connection.feedback.encode(self._body)
         return self._encoded
 
     def receive(self) -> dict[str, Any]:
@@ -248,6 +247,11 @@ class Request:
             self.connection.drop()
             raise StreamBroken(f'reply {reply.get("sequence")} to {self.header["sequence"]}')
         return reply
+
+    def accepted(self) -> None:
+        """The shard has applied the gradient."""
+        if self._encoded is not None:
+            self.connection.feedback.accepted()
 
     def remember(self, reply: dict[str, Any]) -> None:
         """Records the revision that the client now holds."""

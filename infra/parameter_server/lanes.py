@@ -14,7 +14,8 @@ from infra.parameter_server.client import ParameterClient, PushReply
 class PushLanes:
     """A client and, for pushes that travel side by side, more clients; a context manager.
 
-    A push over one connection waits for the reply to the one before.
+    A push over one connection waits for the reply to the one before. What gradients of a
+    lane lose in their encoding goes with the next gradient of that lane.
     """
 
     def __init__(self, client: ParameterClient, count: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from infra.flags import Parser, add_shard_flags, nonempty_path
 from infra.output import protect_output
 from infra.parameter_server import checkpoint
-from infra.parameter_server.config import ParameterServerConfig
+from infra.parameter_server.config import ParameterServerConfig, renamed
 from infra.parameter_server.service import Service
 from infra.parameter_server.state_directory import OwnState
 from infra.process import announce_ready, end_signals, exit_with_launcher
@@ -123,7 +123,7 @@ def load_config(path: str) -> ParameterServerConfig:
       ServerStartError: the file is unreadable, or a value is unknown or invalid.
     """
     try:
-        return ParameterServerConfig(**parse_object(pathlib.Path(path).read_bytes()))
+        return ParameterServerConfig(**renamed(parse_object(pathlib.Path(path).read_bytes())))
     except (OSError, ValueError, TypeError) as error:
         names = ', '.join(field.name for field in dataclasses.fields(ParameterServerConfig))
         raise ServerStartError(f'bad --config {path}: {error}; its fields are {names}') from error

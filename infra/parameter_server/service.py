@@ -75,8 +75,6 @@ class _Connection:
         capsule = self.tensors[GRADIENT].__dlpack__()
         self._gradient_tensor = tf.experimental.dlpack.from_dlpack(capsule)
         self._wire = WIRES[header['wire']]
-        most = self._wire.gradients.most_bytes(part.stop - part.start)
-        self._body = np.empty(most, np.uint8)
         self._has_values = False
 
     def receive(self) -> tuple[dict[str, Any], Exception | None]:
@@ -97,15 +95,20 @@ class _Connection:
         return header, None
 
     def _receive_body(self, encoding: Encoding, size_bytes: int) -> None:
-        """Raises ValueError if the body is too long, or not in this encoding."""
+        """Receives values in this encoding.
+
+        Raises:
+          ValueError: the body is too long, or not in this encoding.
+        """
         values = self.tensors[GRADIENT]
-        if encoding is FLOAT32 and size_bytes == values.nbytes:
-            self.channel.receive_into(values)
-        elif size_bytes > (most := self._body.nbytes):
+        if size_bytes > (most := encoding.most_bytes(values.size)):
             raise ValueError(f'a body of {size_bytes} bytes; {most} are allowed')
+        if encoding is FLOAT32 and size_bytes == most:
+            self.channel.receive_into(values)
         else:
-            self.channel.receive_into(self._body[:size_bytes])
-            encoding.decode(self._body[:size_bytes], values)
+            body = np.empty(size_bytes, np.uint8)
+            self.channel.receive_into(body)
+            encoding.decode(body, values)
         self._has_values = True
 
     def gradient(self, header: dict[str, Any]) -> Any:

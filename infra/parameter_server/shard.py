@@ -23,6 +23,7 @@ from infra.parameter_server.ledger import Ledger
 from infra.parameter_server.optimizers import OptimizedSlice
 from infra.parameter_server.protocol import (
     INVALID,
+    PROTOCOL_VERSION,
     STALE,
     LayoutMismatchError,
     is_applicable,
@@ -274,6 +275,7 @@ class Shard:
         """Returns the shard's counters and configuration."""
         with self._lock:
             return {
+                'protocol': PROTOCOL_VERSION,
                 'shard': self.index,
                 'config': dataclasses.asdict(self.config),
                 'initialised': self.layout is not None,

@@ -23,7 +23,7 @@ from infra.fields import (
     require_positive,
 )
 from infra.flags import with_fix
-from infra.parameter_server.config import ParameterServerConfig
+from infra.parameter_server.config import ParameterServerConfig, renamed
 from infra.replay.config import ReplayConfig
 from infra.sealed import parse_object, seal, unseal
 from pipelines.errors import UsageError, unreadable
@@ -262,9 +262,7 @@ def from_json(text: str | bytes) -> ExperimentConfig:
             raise ValueError(f'missing: {", ".join(sorted(missing))}')
         for (group_name, name), value in _ADDED.items():
             values[group_name].setdefault(name, value)
-        for (group_name, name), new in _RENAMED.items():
-            if name in values[group_name]:
-                values[group_name][new] = values[group_name].pop(name)
+        values['parameter_server'] = renamed(values['parameter_server'])
         for name, group in types.items():
             check_types(name, group, values[name])
         return ExperimentConfig(
@@ -297,9 +295,6 @@ _ADDED = {
     ('run', 'video'): False,
 }
 """Settings (group, name) that earlier versions lack, and the values that they used."""
-
-_RENAMED = {('parameter_server', 'wire_dtype'): 'wire'}
-"""Settings (group, name) of earlier versions, and their names now."""
 
 
 def check_types(name: str, group: type, values: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from infra.addresses import split_address
+from infra.parameter_server.protocol import PROTOCOL_VERSION
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.telemetry import TELEMETRY_TABLE
 from infra.tls import client_context, read_roots
@@ -93,6 +94,12 @@ def _ask_replay_shard(address: str) -> Mapping[str, Any]:
 def _check_parameter_shard(
     report: Mapping[str, Any], config: ExperimentConfig, shard: int, address: str
 ) -> None:
+    if report.get('protocol') != PROTOCOL_VERSION:
+        raise UsageError(
+            f'{address}: is a parameter shard of another version (protocol'
+            f' {report.get("protocol", "unknown")}, here {PROTOCOL_VERSION}). Fix: start it again'
+            ' with this version.'
+        )
     if report['shard'] != shard:
         raise UsageError(
             f'{address}: is parameter shard {report["shard"]}, but --parameter_addresses lists it'

@@ -178,11 +178,19 @@ def test_a_process_that_hangs_does_not_keep_its_environments_from_closing(notes)
     environment.close()
     assert time.monotonic() - before < 10  # it waits for three seconds
     thread.join(10)
-    assert message == [
-        f'{OWN}:hanging, step 2: step ran after close() began.'
-        ' Fix: call close() after the last step().'
-    ]
+    (text,) = message
+    assert text.startswith(f'{OWN}:hanging, step 2: step did not end before close() (')
+    assert text.endswith('). Fix: call close() after the last step().')
     assert all(map(has_ended, notes()))
+
+
+def test_a_step_after_close_is_not_blamed_on_the_environment():
+    environment = opened('CartPole-v1', env_processes=True)
+    environment.reset()
+    environment.close()
+    with pytest.raises(EnvironmentFailedError) as failure:
+        environment.step_frames(np.zeros(2, np.int32))
+    assert 'CartPole-v1, step 1: step did not end before close() (raised' in str(failure.value)
 
 
 def test_a_process_closes_its_environment_before_it_ends(notes):

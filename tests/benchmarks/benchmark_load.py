@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from infra.parameter_server.client import ParameterClient
-from infra.parameter_server.config import ParameterServerConfig
+from infra.parameter_server.config import WIRE_NAMES, ParameterServerConfig
 from infra.parameter_server.layout import Layout
 from infra.replay.config import ReplayConfig
 from infra.replay.server import ShardConfig
@@ -238,7 +238,7 @@ def main() -> None:
         '--actor_steps_per_second', type=float, default=60.0, help='of one actor (15 a game: 8)'
     )
     parser.add_argument('--max_staleness', type=int, default=1000, help='in updates')
-    parser.add_argument('--wire', default='float32', help='float32, bfloat16, int8 or top_k')
+    parser.add_argument('--wire', default='float32', choices=WIRE_NAMES, help='as of a run')
     parser.add_argument(
         '--shared_memory', action='store_true', help='as on one host; else as from other hosts'
     )

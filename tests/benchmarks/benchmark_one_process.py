@@ -6,7 +6,8 @@
 An actor, a replay and a learner take turns, as in a bundle; the optimizer's step is a call. A
 gradient is applied when as many others have been since it was computed. So `--staleness 0` is the
 agent without any distribution: its score and CPU time are what a distributed run compares with.
-With `--wires` each gradient is what a shard on another host would get of it.
+With `--wires` each gradient is what a single shard on another host gets of it; parameters stay as
+they are.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from infra.parameter_server.client import Clock, PushReply, Snapshot
+from infra.parameter_server.wire import WIRES, Feedback
 from pipelines.evaluation.play import Game, play
 from pipelines.experiment import builders, command_line
 from pipelines.experiment.config import ExperimentConfig
@@ -43,10 +45,9 @@ class DelayedParameters:
 
     def __init__(self, config: ExperimentConfig, values: np.ndarray, staleness: int):
         from infra.parameter_server.optimizers import OptimizedSlice
-        from infra.parameter_server.wire import WIRES, Feedback
 
-        self._encoding = WIRES[config.parameter_server.wire].gradients
-        self._feedback = Feedback(self._encoding, len(values))
+        encoding = WIRES[config.parameter_server.wire].gradients
+        self._feedback = Feedback(encoding, len(values))
 
         self._slice = OptimizedSlice(config.parameter_server, len(values))
         np.copyto(self._slice.parameters, values)
@@ -84,9 +85,9 @@ class DelayedParameters:
     def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> PushReply:
         """Applies the gradient pushed `staleness` updates ago."""
         waiting = len(self._late)
-        arrived = np.empty_like(gradient)
-        self._encoding.decode(self._feedback.encode(gradient).view(np.uint8), arrived)
-        self._late.append(arrived)
+        self._feedback.encode(gradient)
+        self._feedback.accepted()
+        self._late.append(self._feedback.arrived.copy())
         if waiting == self._staleness:
             self._slice.step(self._late.popleft())
             self.updates += 1
@@ -121,13 +122,14 @@ class Games:
             self.returns.append((fields['run_updates'], fields['raw_return']))
 
     def curve(self) -> list[tuple[int, float]]:
-        """(updates, mean return of the last ten games), once every `_PERIOD` updates."""
-        points: list[tuple[int, float]] = []
+        """(updates, mean return of the last ten games), once in each `_PERIOD` updates."""
+        points, due = [], _PERIOD
         for number in range(_LAST, len(self.returns) + 1):
             updates = self.returns[number - 1][0]
-            if updates >= _PERIOD * (len(points) + 1):
+            if updates >= due:
                 last = [value for _, value in self.returns[number - _LAST : number]]
                 points.append((updates, round(float(np.mean(last)), 2)))
+                due = _PERIOD * (updates // _PERIOD + 1)
         return points
 
     def flush(self) -> bool:
@@ -180,13 +182,15 @@ def measure(config: ExperimentConfig, staleness: int, games: int) -> dict[str, A
 
 
 def main() -> None:
-    """Prints a line for each staleness and seed."""
+    """Prints a line for each encoding, staleness and seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--flags', default='--environment CartPole-v1', help='flags of a run')
     parser.add_argument('--staleness', default='0,1,10,100,1000', help='in updates, with commas')
-    parser.add_argument('--wires', default='float32', help='encodings of gradients, with commas')
+    parser.add_argument(
+        '--wires', help='encodings of gradients, with commas; default: that of --flags'
+    )
     parser.add_argument('--seeds', default='1,2,3', help='with commas')
     parser.add_argument('--games', type=int, default=30, help='of each evaluation')
     options = parser.parse_args()
@@ -195,13 +199,12 @@ def main() -> None:
     _, preset, values = command_line.parse(flags)
     config = command_line.experiment(preset, values)
     prepare_process(config)
+    wires = options.wires.split(',') if options.wires else [config.parameter_server.wire]
+    servers = [dataclasses.replace(config.parameter_server, wire=wire) for wire in wires]
     numbers = map(int, options.staleness.split(',')), map(int, options.seeds.split(','))
-    for wire, staleness, seed in itertools.product(options.wires.split(','), *numbers):
-        one = dataclasses.replace(
-            config,
-            run=dataclasses.replace(config.run, seed=seed),
-            parameter_server=dataclasses.replace(config.parameter_server, wire=wire),
-        )
+    for server, staleness, seed in itertools.product(servers, *numbers):
+        run = dataclasses.replace(config.run, seed=seed)
+        one = dataclasses.replace(config, run=run, parameter_server=server)
         print(json.dumps(measure(one, staleness, options.games)), flush=True)
 
 

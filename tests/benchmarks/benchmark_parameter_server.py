@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from infra.parameter_server.client import ParameterClient
-from infra.parameter_server.config import WIRES, ParameterServerConfig
+from infra.parameter_server.config import WIRE_NAMES, ParameterServerConfig
 from infra.parameter_server.layout import Layout
 
 # The Nature network with six actions: about 1.7 million parameters.
@@ -33,7 +33,7 @@ _SHAPES = (
 _LAYOUT = Layout(tuple(f'variable_{i}' for i in range(len(_SHAPES))), _SHAPES)
 _TRANSPORTS: dict[str, dict] = {
     'shared_memory': {'shared_memory': True},
-    **{wire: {'shared_memory': False, 'wire': wire} for wire in WIRES},
+    **{wire: {'shared_memory': False, 'wire': wire} for wire in WIRE_NAMES},
 }
 _START_SECONDS = 400.0
 _STOP_SECONDS = 10.0

@@ -1,4 +1,4 @@
-"""Gradients of a chosen staleness are applied late, in order, each once."""
+"""Gradients of a chosen staleness and encoding are applied late, in order, each once."""
 
 import dataclasses
 
@@ -59,9 +59,10 @@ def test_a_gradient_reaches_the_optimizer_as_its_encoding_leaves_it():
     np.testing.assert_array_equal(parameters.values, after([first, second]))
 
 
-def test_a_curve_has_a_point_of_ten_games_every_5000_updates():
+def test_a_curve_has_one_point_of_ten_games_in_each_5000_updates():
     games = Games()
-    for number in range(25):  # one every 1,000 updates, its return its number
-        games.record('episode', run_updates=1000 * number, raw_return=float(number))
-    # The tenth game, number 9, is the first with ten and past 5,000; then those at 10,000, ...
-    assert games.curve() == [(9000, 4.5), (10_000, 5.5), (15_000, 10.5), (20_000, 15.5)]
+    for number in [*range(17), 23, 23.5]:  # a game at each 1,000 updates but some, its return that
+        games.record('episode', run_updates=int(1000 * number), raw_return=float(number))
+    # The tenth game, number 9, is the first with ten before it and past 5,000; the last ten of
+    # number 23 are 8 to 16 and itself, 131 in sum.
+    assert games.curve() == [(9000, 4.5), (10_000, 5.5), (15_000, 10.5), (23_000, 13.1)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infra.parameter_server.layout import Layout
-from infra.parameter_server.protocol import RequestRefusedError
+from infra.parameter_server.protocol import PROTOCOL_VERSION, RequestRefusedError
 from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
 from pipelines.errors import UsageError
 from pipelines.experiment import command_line
@@ -60,11 +60,11 @@ def test_new_servers_of_the_same_experiment_pass(servers):
     [
         ('--optimizer=rmsprop', '--optimizer adam'),
         ('--target_update_period=7', '--target_update_period 500'),
-        ('--n_step=5', 'rows and bytes of an item'),
+        ('--n_step=3', 'rows and bytes of an item'),
         ('--replay_capacity=2000', 'capacity 1000'),
         ('--min_replay_size=200', 'minimum size 100'),
         ('--batch_size=16', 'samples per insert'),
-        ('--priority_exponent=0.6', 'priority exponent'),
+        ('--priority_exponent=0.7', 'priority exponent'),
     ],
 )
 def test_a_server_started_with_another_value_is_refused(servers, flag, named):
@@ -94,6 +94,12 @@ def test_a_server_of_the_same_structure_passes(servers):
 
 def test_a_client_may_choose_its_own_wire(servers):
     check('--wire=bfloat16', '--no-shared_memory', *servers()[1])
+
+
+def test_a_shard_of_another_version_is_refused(servers, monkeypatch):
+    monkeypatch.setattr(attached_servers, 'PROTOCOL_VERSION', PROTOCOL_VERSION + 1)
+    with pytest.raises(UsageError, match=f'another version .protocol {PROTOCOL_VERSION}, here'):
+        check(*servers()[1])
 
 
 def test_shards_in_another_order_are_refused(servers):
