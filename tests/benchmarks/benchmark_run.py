@@ -149,6 +149,7 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
     frames = tf.constant(rng.integers(256, size=(batch, 84, 84, 4), dtype=np.uint8))
     zeros = tf.zeros(batch)
     transition = Transition(frames, tf.zeros(batch, tf.int32), zeros, zeros, frames)
+    weights = [np.ones(batch, np.float32)] if experiment.replay.prioritized else []
     whole = OptimizedSlice(experiment.parameter_server, len(learner.parameters()))
     gradient = tf.constant(rng.normal(size=len(learner.parameters())), tf.float32)
     observation = rng.integers(256, size=(envs, 84, 84, 4), dtype=np.uint8)
@@ -158,7 +159,7 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
         # The emulators have threads of their own, which the process's clock counts too.
         environment_ms = cpu_ms(lambda: environment.step_frames(action), 10 * repeats)
     return {
-        'gradient_per_update': cpu_ms(lambda: learner.gradient(transition), repeats),
+        'gradient_per_update': cpu_ms(lambda: learner.gradient(transition, *weights), repeats),
         'apply_per_update': cpu_ms(lambda: whole.step(gradient), repeats),
         'environment_per_step': environment_ms / envs,
         'inference_per_step': cpu_ms(lambda: policy.act(observation), repeats) / envs,
