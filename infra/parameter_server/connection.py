@@ -226,7 +226,7 @@ class Request:
         self.connection.send(self.header, self._on_network())
 
     def _on_network(self) -> np.ndarray | None:
-        """The body to send; None if there is none, or it is in shared memory."""
+        """The body to send; None without a body, or with one in shared memory."""
         if self._body is None:
             return None
         if self.connection.shared:

@@ -180,7 +180,7 @@ class Feedback:
     """Encodes the gradients of one stream; adds to each what accepted ones before it have lost.
 
     Without this, SGD with encoded gradients need not converge; with it, it does, at the rate of SGD
-    with whole ones (Karimireddy et al. 2019). For the optimizers here nobody has proved that: a
+    with whole ones (Karimireddy et al. 2019). That proof does not cover the optimizers here: a
     value that arrives once in T pushes, T times as large, makes Adam's step for it some sqrt(T)
     times smaller.
 

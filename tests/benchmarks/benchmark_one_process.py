@@ -48,7 +48,6 @@ class DelayedParameters:
 
         encoding = WIRES[config.parameter_server.wire].gradients
         self._feedback = Feedback(encoding, len(values))
-
         self._slice = OptimizedSlice(config.parameter_server, len(values))
         np.copyto(self._slice.parameters, values)
         self._period = config.parameter_server.target_update_period
