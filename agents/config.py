@@ -18,7 +18,8 @@ from infra.fields import (
     require_positive,
 )
 
-TORSOS = ('nature', 'dqn2013')
+PRECISIONS = ('float32', 'bfloat16')
+TORSOS = ('nature', 'dqn2013', 'nature_half', 'dqn2013_half')
 LOSSES = ('huber', 'squared')
 OUTLIER_RULES = ('lone', 'every')
 AGENTS = ('dqn', 'c51', 'qr_dqn', 'iqn')
@@ -51,6 +52,11 @@ class EnvironmentConfig:
     )
     action_repeat: int = described(4, 'Emulator frames per agent step (Mnih et al. 2015: 4).')
     frame_stack: int = described(4, 'Frames per observation (Mnih et al. 2015: 4).')
+    screen_size: int = described(
+        84,
+        'Height and width, in pixels, to which an emulator frame is reduced (Mnih et al. 2015: 84).'
+        " 42, with a torso of '_half', costs a quarter of the memory and less time per gradient.",
+    )
     max_noops: int = described(
         30, 'Maximum number of no-ops at the start of a game (Mnih et al. 2015: 30).'
     )
@@ -91,6 +97,7 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 100, 'action_repeat', 'frame_stack')
+        require_from_to(self, 20, 210, 'screen_size')
         require_at_least(self, 1, 'max_episode_frames')
         require_from_to(self, 0, 10_000, 'max_noops')
         require_fraction(self, 'sticky_action_probability')
@@ -103,8 +110,9 @@ class NetworkConfig:
     torso: str = described(
         'nature',
         "Convolutions and dense layer for pictures: 'nature' (Mnih et al. 2015) or the smaller"
-        " 'dqn2013' (Mnih et al. 2013). Pictures too small for them get a convolution of 16 filters"
-        ' and a dense layer of 128 (Young and Tian 2019).',
+        " 'dqn2013' (Mnih et al. 2013). Those with '_half' convolve 4 x 4 pixels first in place of"
+        ' 8 x 8, every 2 in place of 4, for --screen_size 42. Pictures too small for them get a'
+        ' convolution of 16 filters and a dense layer of 128 (Young and Tian 2019).',
     )
     center_input: bool = described(
         False,
@@ -113,6 +121,12 @@ class NetworkConfig:
     )
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'
+    )
+    precision: str = described(
+        'float32',
+        "Numbers in the convolutions: 'float32' or 'bfloat16', whose products are faster where the"
+        ' processor has them (AVX512_BF16, AMX, GPUs), and much slower elsewhere. Parameters,'
+        ' gradients and all else stay float32.',
     )
     dense_layers: str = described(
         '256,256',
@@ -127,6 +141,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         require_choice(self, 'torso', TORSOS)
+        require_choice(self, 'precision', PRECISIONS)
         known = bool(_LAYERS.fullmatch(self.dense_layers))
         require(self, 'dense_layers', known, 'sizes of layers, such as 256,256')
         known = self.q_network == BUILTIN or bool(FACTORY.fullmatch(self.q_network))

@@ -1,8 +1,12 @@
 """Chooses the learner's device: value of --learner_device in, TensorFlow device name out."""
 
+import pathlib
+
 import tensorflow as tf
 
 from infra.array_function import HOST
+
+_CPU_INFO = pathlib.Path('/proc/cpuinfo')
 
 
 class DeviceError(ValueError):
@@ -41,6 +45,13 @@ def require(wanted: str) -> None:
     kind, _, index = wanted.partition(':')
     if kind == 'gpu' and int(index or 0) >= there:
         raise _absent(wanted, there)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine has a GPU, or a processor with products of bfloat16."""
+    if tf.config.list_physical_devices('GPU'):
+        return True
+    return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(_CPU_INFO.read_text().split())
 
 
 def _absent(wanted: str, there: int) -> DeviceError:

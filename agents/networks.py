@@ -44,6 +44,9 @@ class Torso:
 TORSOS = {
     'nature': Torso(((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),  # Mnih et al. 2015, Methods
     'dqn2013': Torso(((16, 8, 4), (32, 4, 2)), 256),  # Mnih et al. 2013, section 4.1
+    # [here] For half the pixels each way: the layers after the first have the same sizes.
+    'nature_half': Torso(((32, 4, 2), (64, 4, 2), (64, 3, 1)), 512),
+    'dqn2013_half': Torso(((16, 4, 2), (32, 4, 2)), 256),
 }
 
 SMALL_PICTURES = Torso(((16, 3, 1),), 128)
@@ -140,10 +143,13 @@ def _rectified(x: tf.Tensor, layer: _Layer) -> tf.Tensor:
 class _PartLayers(tf.Module):
     """The convolutions of a picture, none for other arrays: [B, ...] to float32 [B, width]."""
 
-    def __init__(self, spec: Any, torso: Torso, center_input: bool, seed: int, part: int) -> None:
+    def __init__(
+        self, spec: Any, torso: Torso, config: NetworkConfig, seed: int, part: int
+    ) -> None:
         super().__init__()
         self._low, self._scale = _scaling(spec)
-        self._center_input = center_input and bool(torso.convolutions)
+        self._center_input = config.center_input and bool(torso.convolutions)
+        self._bfloat16 = config.precision == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
         for index, (filters, size, _) in enumerate(torso.convolutions):
@@ -161,7 +167,7 @@ class _PartLayers(tf.Module):
             x = (x - self._low) * self._scale if self._low or self._scale != 1.0 else x
         for index, (layer, stride) in enumerate(zip(self._convolutions, self._strides)):
             x = self._first(x, layer, stride) if index == 0 else _convolution(x, layer, stride)
-        return tf.reshape(x, (-1, math.prod(x.shape[1:])))
+        return tf.cast(tf.reshape(x, (-1, math.prod(x.shape[1:]))), tf.float32)
 
     def _first(self, x: tf.Tensor, layer: _Layer, stride: int) -> tf.Tensor:
         """The first convolution, of (x - offset) * scale.
@@ -173,16 +179,20 @@ class _PartLayers(tf.Module):
         offset = self._low
         if self._center_input:
             offset = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
-        elif not offset:
+        if self._bfloat16:  # too coarse for the small difference of two large sums
+            return _convolution(tf.cast(x - offset, tf.bfloat16), layer, stride, kernel)
+        if not self._center_input and not offset:
             return _convolution(x, layer, stride, kernel)
         bias = layer.bias - offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
         return tf.nn.relu(tf.nn.conv2d(x, kernel, stride, 'VALID') + bias)
 
 
 def _convolution(x: tf.Tensor, layer: _Layer, stride: int, kernel: Any = None) -> tf.Tensor:
-    """An unpadded convolution with ReLU; `kernel` takes the place of the layer's own."""
-    x = tf.nn.conv2d(x, layer.kernel if kernel is None else kernel, stride, 'VALID')
-    return tf.nn.relu(tf.nn.bias_add(x, layer.bias))
+    """An unpadded convolution with ReLU, of x's type; `kernel` replaces the layer's own."""
+    kernel, bias = (
+        tf.cast(each, x.dtype) for each in (layer.kernel if kernel is None else kernel, layer.bias)
+    )
+    return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, 'VALID'), bias))
 
 
 class _Embedding(tf.Module):
@@ -216,7 +226,7 @@ class _TorsoLayers(tf.Module):
         torsos, joined = torsos_of(spec, config)
         self.depth = max(len(torso.convolutions) for torso in torsos)
         self._parts = [
-            _PartLayers(array, torso, config.center_input, seed, part)
+            _PartLayers(array, torso, config, seed, part)
             for part, (array, torso) in enumerate(zip(tf.nest.flatten(spec), torsos))
         ]
         self.width = sum(part.width for part in self._parts)

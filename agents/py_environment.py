@@ -25,10 +25,9 @@ _NOOP = 0  # first in every minimal action set
 
 
 def observation_spec(config: EnvironmentConfig) -> array_spec.BoundedArraySpec:
-    """uint8 [84, 84, frame_stack] without the batch dimension."""
-    return array_spec.BoundedArraySpec(
-        (*frames.FRAME_SHAPE, config.frame_stack), np.uint8, 0, 255, 'observation'
-    )
+    """uint8 [screen_size, screen_size, frame_stack] without the batch dimension."""
+    shape = (config.screen_size, config.screen_size, config.frame_stack)
+    return array_spec.BoundedArraySpec(shape, np.uint8, 0, 255, 'observation')
 
 
 def time_step_spec(config: EnvironmentConfig) -> ts.TimeStep:
@@ -96,7 +95,9 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         super().__init__(handle_auto_reset=False)
         self._config = config
         self._emulators = atari.make_emulators(config, num_environments, AutoresetMode.NEXT_STEP)
-        self._stack = frames.FrameStack(num_environments, config.frame_stack)
+        self._stack = frames.FrameStack(
+            num_environments, config.frame_stack, frames.atari_frame(config.screen_size)
+        )
         self._seeds: np.ndarray | None = atari.emulator_seeds(seed, num_environments)
         self._lives_matter = training and config.life_loss_ends_episode
         self._lives = np.zeros(num_environments, np.int32)
@@ -176,7 +177,7 @@ class AtariPyEnvironment(py_environment.PyEnvironment):
         self._seeds = atari.emulator_seeds(seed, self.batch_size)
 
     def render(self, mode: str = 'rgb_array') -> np.ndarray:
-        """The newest preprocessed frames, grey as RGB: uint8 [E, 84, 84, 3].
+        """The newest preprocessed frames, grey as RGB: uint8 [E, S, S, 3] of size S.
 
         Raises:
           NotImplementedError: `mode` is not 'rgb_array'.
@@ -225,7 +226,7 @@ class SingleAtariPyEnvironment(py_environment.PyEnvironment):
         self._batch.seed(seed)
 
     def render(self, mode: str = 'rgb_array') -> np.ndarray:
-        """The newest preprocessed frame, grey as RGB: uint8 [84, 84, 3]."""
+        """The newest preprocessed frame, grey as RGB: uint8 [S, S, 3] of size S."""
         return self._batch.render(mode)[0]
 
     def close(self) -> None:

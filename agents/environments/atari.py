@@ -2,7 +2,7 @@
 
 `ale_py`'s C++ vector environment runs the emulators and the preprocessing of Mnih et al. (2015). It
 repeats an action for 4 emulator frames, converts the last two to grey, takes their maximum and
-resizes it to 84 x 84. Actions are the game's minimal set, or all 18.
+resizes it to 84 x 84, or what `screen_size` says. Actions are the game's minimal set, or all 18.
 
 Frames and rewards equal those of gymnasium's `AtariPreprocessing` bit for bit; no-ops, the limit of
 frames and lives differ (tests/agents/test_atari_preprocessing.py shows how). Mnih et al. take the
@@ -23,7 +23,7 @@ from ale_py import vector_env
 from gymnasium.vector import AutoresetMode
 
 from agents.config import EnvironmentConfig
-from agents.environments.frames import ATARI, FRAME_SHAPE, Frames, FrameSpec, begun
+from agents.environments.frames import Frames, FrameSpec, atari_frame, begun
 from agents.games import loaded, rom_id
 
 
@@ -44,7 +44,9 @@ def make_emulators(
     """
     if not isinstance(num_environments, int) or num_environments < 1:
         raise ValueError(f'num_environments is {num_environments!r}; it must be at least 1')
-    height, width = loaded(config.game).getScreenDims() if colour else FRAME_SHAPE
+    height = width = config.screen_size
+    if colour:
+        height, width = loaded(config.game).getScreenDims()
     return vector_env.AtariVectorEnv(
         rom_id(config.game),
         num_environments,
@@ -107,8 +109,8 @@ class AtariEnvironment:
 
     @property
     def frame_spec(self) -> FrameSpec:
-        """uint8 [84, 84]."""
-        return ATARI
+        """uint8 [screen_size, screen_size]."""
+        return atari_frame(self.config.screen_size)
 
     @property
     def num_actions(self) -> int:

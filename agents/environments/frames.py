@@ -15,7 +15,6 @@ import tree
 
 from infra.replay.trajectory import FramePart
 
-FRAME_SHAPE = (84, 84)  # Mnih et al. (2015)
 _BITS_PER_PIXEL = 8
 
 
@@ -31,7 +30,9 @@ class FrameSpec(FramePart):
     high: float | None = None
 
 
-ATARI = FrameSpec(FRAME_SHAPE, 'uint8', 0, 255)
+def atari_frame(screen_size: int) -> FrameSpec:
+    """A grey picture of an emulator, uint8 [screen_size, screen_size]."""
+    return FrameSpec((screen_size, screen_size), 'uint8', 0, 255)
 
 
 def part_at(path: Sequence, nest: Any) -> Any:
@@ -48,7 +49,7 @@ class Frames:
     last of this one (next-step reset).
     """
 
-    frame: Any  # [E, *shape] of the frames' type, or a nest of such; Atari: uint8 [E, 84, 84]
+    frame: Any  # [E, *shape] of the frames' type, or a nest of such; Atari: uint8 [E, S, S]
     reward: np.ndarray  # float32 [E], raw: not clipped
     terminated: np.ndarray  # bool [E], the game is over
     truncated: np.ndarray  # bool [E], the limit of frames cut the game
@@ -110,7 +111,7 @@ class FrameStack:
     Frames before the first of an episode are zero, as in Mnih et al. (2015).
     """
 
-    def __init__(self, num_environments: int, depth: int, frame: Any = ATARI) -> None:
+    def __init__(self, num_environments: int, depth: int, frame: Any) -> None:
         """`frame` is a `FrameSpec`, or a nest of them: each array has a stack of its own."""
         stacks = [_ArrayStack(num_environments, depth, part) for part in tree.flatten(frame)]
         self._stacks = stacks

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from agents.config import EnvironmentConfig
 from agents.environments.atari import check_actions, emulator_seeds, make_emulators
 from agents.environments.factory import Opening, open_simulation
-from agents.environments.frames import Frames, FrameStack
+from agents.environments.frames import Frames, FrameStack, atari_frame
 from pipelines.evaluation.starts import Start, action_codes, indices
 from pipelines.experiment.protocols import Protocol
 
@@ -160,7 +160,8 @@ class Emulator:
 
     Attributes:
       num_actions: size of the action set.
-      observation: uint8 [1, 84, 84, stack]; the screen uint8 [height, width, 3] if in colour.
+      observation: uint8 [1, S, S, stack] of screen size S; the emulator's own screen uint8
+        [height, width, 3] if in colour.
       ended: whether the game has ended.
       cut: whether the limit of frames ended it.
     """
@@ -172,7 +173,8 @@ class Emulator:
         rules = dataclasses.replace(rules, max_episode_frames=most)
         self._emulator = make_emulators(rules, 1, AutoresetMode.NEXT_STEP, colour)
         self.num_actions = int(self._emulator.single_action_space.n)
-        self._stack = None if colour else FrameStack(1, rules.frame_stack)
+        grey = FrameStack(1, rules.frame_stack, atari_frame(rules.screen_size))
+        self._stack = None if colour else grey
         self.ended = self.cut = False
         frame, info = self._emulator.reset(seed=emulator_seeds(seeds(game)[0], 1))
         self._show(frame, info, first=True)

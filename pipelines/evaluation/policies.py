@@ -14,7 +14,6 @@ import tree
 
 from agents.config import EnvironmentConfig
 from agents.environments.factory import check_name
-from agents.environments.frames import FRAME_SHAPE
 from infra.disk import scratch
 from infra.parameter_server.checkpoint import Checkpoint
 from pipelines.errors import UsageError, unwritable
@@ -219,16 +218,16 @@ def _fitted(policy: Policy) -> Policy:
         return _fitted_elsewhere(policy, loaded)
     observation, action = loaded.time_step_spec.observation, loaded.action_spec
     try:
-        *size, stack = observation.shape
-        if (tuple(size), observation.dtype, action.shape) != (FRAME_SHAPE, np.uint8, ()):
+        height, width, stack = observation.shape
+        if (height, observation.dtype, action.shape) != (width, np.uint8, ()):
             raise ValueError('other types or shapes')
-        environment = dataclasses.replace(policy.environment, frame_stack=stack)
+        environment = dataclasses.replace(policy.environment, frame_stack=stack, screen_size=height)
         num_actions = int(action.maximum) + 1
     except (AttributeError, TypeError, ValueError) as error:  # of a structure, or without bounds
         raise UsageError(
             f'--policy {policy.path}: not a policy for Atari (takes {_kind(observation)}, returns'
-            f' {_kind(action)}). Fix: name one that takes uint8 [84, 84, stack] and returns a'
-            ' bounded scalar.'
+            f' {_kind(action)}). Fix: name one that takes square pictures, uint8 [size, size,'
+            ' stack] of 20 to 210 pixels, and returns a bounded scalar.'
         ) from error
     minimal = len(action_codes(environment.game, full_action_space=False))
     if num_actions not in (minimal, ALL_ACTIONS):

@@ -277,8 +277,12 @@ def from_json(text: str | bytes) -> ExperimentConfig:
 
 _ADDED = {
     ('learner', 'outlier_rule'): 'every',
+    ('learner', 'pushes_in_flight'): 1,
+    ('learner', 'batches_in_flight'): 1,
     ('environment', 'full_action_space'): False,
     ('environment', 'env_processes'): False,
+    ('environment', 'screen_size'): 84,
+    ('network', 'precision'): 'float32',
     ('network', 'dense_layers'): '256,256',
     ('network', 'q_network'): 'builtin',
     ('agent', 'munchausen'): False,

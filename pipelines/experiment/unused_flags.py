@@ -78,6 +78,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     **dict.fromkeys(
         (
             'action_repeat',
+            'screen_size',
             'max_noops',
             'max_episode_frames',
             'sticky_action_probability',
@@ -90,6 +91,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'dense_layers': _ELSEWHERE,  # preflight, which sees observations, checks more
     'torso': _BUILTIN,
     'center_input': _BUILTIN,
+    'precision': _BUILTIN,
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }
 

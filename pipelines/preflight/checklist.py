@@ -6,7 +6,7 @@ from typing import Any
 
 import tree
 
-from agents.config import BUILTIN, FACTORY, TORSOS, NetworkConfig
+from agents.config import BUILTIN, FACTORY, NetworkConfig
 from agents.environments.errors import EnvironmentFailedError
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
@@ -27,6 +27,7 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
       UsageError: a check fails.
     """
     require_device(config, launch)
+    warn_of_precision(config, launch)
     require_environment(config, values, launch.jobs.hang_seconds)
     require_agent(config, values)
     resources.require_room(config, launch)
@@ -81,6 +82,20 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
         raise UsageError(str(error)) from error
 
 
+def warn_of_precision(config: ExperimentConfig, launch: Launch) -> None:
+    """Says that bfloat16 is slow if this machine, which runs the learners, has no such products."""
+    if not launch.engine.runs_locally or config.network.precision == 'float32':
+        return
+    from agents import device
+
+    if not device.multiplies_bfloat16():
+        print(
+            '--precision bfloat16: this processor has neither AVX512_BF16 nor AMX, so gradients may'
+            ' take several times as long as with float32.',
+            flush=True,
+        )
+
+
 def require_environment(
     config: ExperimentConfig, values: Mapping[str, Any], hang_seconds: float
 ) -> None:
@@ -107,17 +122,20 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
     Raises:
       UsageError: a flag configures layers that the network for such observations has not.
     """
-    # Values whose networks differ if the flag has an effect.
-    others: dict[str, Any] = {'torso': TORSOS, 'dense_layers': ('1', '2')}
-    given = [name for name in others if name in values]
+    given = [name for name in ('torso', 'precision', 'dense_layers') if name in values]
     if not given or FACTORY.fullmatch(config.agent.agent):  # see `require_agent`
         return
-    from agents.networks import torsos_of
+    from agents.networks import TORSOS, torsos_of
 
+    torsos, joined = torsos_of(observation, config.network)
+    has_effect = {
+        'torso': TORSOS[config.network.torso] in torsos,
+        'precision': any(torso.convolutions for torso in torsos),
+        'dense_layers': not joined.convolutions,
+    }
+    builtin = config.network.q_network == BUILTIN
     for name in given:
-        changed = [dataclasses.replace(config.network, **{name: each}) for each in others[name]]
-        builtin = config.network.q_network == BUILTIN
-        if not builtin or len({torsos_of(observation, each) for each in changed}) == 1:
+        if not (builtin and has_effect[name]):
             shown = ', '.join(str(list(part.shape)) for part in tree.flatten(observation))
             raise UsageError(
                 f'--{name} {values[name]}: no effect on the network for observations {shown}. Fix:'

@@ -8,8 +8,8 @@ from pipelines.storage.run_directory import RunDirectory
 from pipelines.storage.space import require_disk, require_memory
 
 # Measured with tests/benchmarks/benchmark_replay.py on Pong, rounded up, since games with busier
-# screens compress less. An uncompressed frame has 7,056 bytes.
-BYTES_PER_TRANSITION = 3_000
+# screens compress less. An uncompressed frame has 84 x 84 = 7,056 bytes.
+BYTES_PER_TRANSITION, _MEASURED_SIZE = 3_000, 84
 # Resident memory, mostly TensorFlow; measured, rounded up.
 _BYTES_PER_WORKER = 800_000_000
 _BYTES_PER_SERVER = 550_000_000
@@ -32,7 +32,7 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
         total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT
         total += run.num_learners * config.learner.batch_size * _BYTES_PER_BATCHED_TRANSITION
         if run.topology == 'bundled':  # the workers hold the replay
-            total += config.replay.replay_capacity * BYTES_PER_TRANSITION
+            total += replay_bytes(config)
     return total
 
 
@@ -46,14 +46,21 @@ def servers_bytes(config: ExperimentConfig, launch: Launch) -> int:
     if config.run.topology == 'bundled':
         return total + _BYTES_PER_SERVER  # telemetry
     total += config.replay.num_replay_shards * _BYTES_PER_SERVER
-    return total + config.replay.replay_capacity * BYTES_PER_TRANSITION
+    return total + replay_bytes(config)
+
+
+def replay_bytes(config: ExperimentConfig) -> int:
+    """Memory of a full replay, in bytes; Atari's pictures take it by their area."""
+    environment, capacity = config.environment, config.replay.replay_capacity
+    scale = (environment.screen_size / _MEASURED_SIZE) ** 2 if environment.is_atari else 1.0
+    return round(capacity * BYTES_PER_TRANSITION * scale)
 
 
 def disk_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Disk space of a run directory, in bytes."""
     saved = config.run.checkpoint_replay and config.run.topology != 'bundled'
-    replay = config.replay.replay_capacity if saved and not launch.replay_addresses else 0
-    return _KEPT_CHECKPOINTS * replay * BYTES_PER_TRANSITION + _BYTES_WITHOUT_REPLAY
+    replay = replay_bytes(config) if saved and not launch.replay_addresses else 0
+    return _KEPT_CHECKPOINTS * replay + _BYTES_WITHOUT_REPLAY
 
 
 def _kept_bytes(run_dir: pathlib.Path) -> int:

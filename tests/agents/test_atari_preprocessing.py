@@ -36,7 +36,9 @@ def _games_are_known():
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
-def _gymnasium_game(game: str, max_frames: int = 108_000, life_loss: bool = False) -> gymnasium.Env:
+def _gymnasium_game(
+    game: str, max_frames: int = 108_000, life_loss: bool = False, size: int = 84
+) -> gymnasium.Env:
     """The wrappers of a gymnasium user, with the emulator's seed that ours has for `_SEED`."""
     emulator = gymnasium.make(
         f'ALE/{game.title().replace("_", "")}-v5',
@@ -48,12 +50,18 @@ def _gymnasium_game(game: str, max_frames: int = 108_000, life_loss: bool = Fals
     seed = int(atari.emulator_seeds(_SEED, 1)[0])
     emulator.unwrapped.ale.setInt('random_seed', seed)
     emulator.unwrapped.load_game()  # the seed counts from here on
-    frames = AtariPreprocessing(emulator, noop_max=0, terminal_on_life_loss=life_loss)
+    frames = AtariPreprocessing(
+        emulator, noop_max=0, terminal_on_life_loss=life_loss, screen_size=size
+    )
     return FrameStackObservation(frames, 4, padding_type='zero')
 
 
-def _our_game(game: str, training: bool, max_frames: int = 108_000) -> SingleAtariPyEnvironment:
-    config = EnvironmentConfig(game=game, max_noops=0, max_episode_frames=max_frames)
+def _our_game(
+    game: str, training: bool, max_frames: int = 108_000, size: int = 84
+) -> SingleAtariPyEnvironment:
+    config = EnvironmentConfig(
+        game=game, max_noops=0, max_episode_frames=max_frames, screen_size=size
+    )
     return SingleAtariPyEnvironment(config, _SEED, training)
 
 
@@ -63,23 +71,23 @@ def _actions(game: SingleAtariPyEnvironment) -> np.ndarray:
 
 
 def _assert_same_frames(ours: np.ndarray, stack: np.ndarray) -> None:
-    """uint8 [84, 84, frames], the newest last, and gymnasium's [frames, 84, 84]."""
+    """uint8 [size, size, frames], the newest last, and gymnasium's [frames, size, size]."""
     np.testing.assert_array_equal(ours, np.moveaxis(stack, 0, -1))
 
 
 @pytest.mark.parametrize(
-    ('game', 'scores'),
+    ('game', 'scores', 'size'),
     [
-        ('pong', True),
-        ('breakout', True),
-        ('seaquest', True),
-        ('space_invaders', True),
-        ('qbert', True),
-        ('montezuma_revenge', False),  # the first key is out of a random player's reach
+        ('pong', True, 84),
+        ('breakout', True, 84),
+        ('seaquest', True, 84),
+        ('space_invaders', True, 42),
+        ('qbert', True, 84),
+        ('montezuma_revenge', False, 84),  # the first key is out of a random player's reach
     ],
 )
-def test_observations_rewards_and_ends_equal_gymnasiums_over_three_games(game, scores):
-    ours, twin = _our_game(game, training=False), _gymnasium_game(game)
+def test_observations_rewards_and_ends_equal_gymnasiums_over_three_games(game, scores, size):
+    ours, twin = _our_game(game, training=False, size=size), _gymnasium_game(game, size=size)
     _assert_same_frames(ours.reset().observation, twin.reset()[0])
     rewards, ends, over = 0.0, 0, False
     for action in _actions(ours):

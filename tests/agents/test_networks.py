@@ -1,6 +1,7 @@
 """Networks: the same numbers and gradients as TensorFlow's own layers, shapes, seeds."""
 
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def _observation(batch_size: int, seed: int = 0) -> np.ndarray:
     return random.integers(256, size=(batch_size, 84, 84, 4), dtype=np.uint8)
 
 
-@pytest.mark.parametrize('torso', sorted(networks.TORSOS))
+@pytest.mark.parametrize('torso', sorted(_PARAMETERS))
 class TestQNetwork:
     def test_values_and_gradients_equal_those_of_stock_layers(self, torso):
         network, stock = _network(torso), _stock_network(torso)
@@ -141,6 +142,33 @@ def test_centered_input_equals_taking_the_mean_away_first():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(('center_input', 'tolerance'), [(False, 2e-2), (True, 4e-3)])
+def test_convolutions_in_bfloat16_keep_values_and_gradients_to_its_rounding(
+    center_input, tolerance
+):
+    # bfloat16 rounds by up to 2^-9; the errors of a sum mostly cancel. Pixels have the mean taken
+    # away before they are rounded: taken away from sums, it would leave an error of 7e-3.
+    exact, gradient = _outputs_and_gradient('float32', center_input)
+    rounded, rough = _outputs_and_gradient('bfloat16', center_input)
+    assert 0 < np.abs(rounded - exact).max() < tolerance * exact.std()
+    lengths = np.linalg.norm(gradient), np.linalg.norm(rough)
+    assert gradient @ rough > 0.998 * math.prod(lengths)
+    np.testing.assert_allclose(*lengths, rtol=0.02)
+
+
+def _outputs_and_gradient(precision: str, center_input: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of a bright background with sparse other pixels, whose mean is most of each sum."""
+    pictures = _observation(5)
+    pictures[np.random.default_rng(1).random(pictures.shape) > 0.05] = 200
+    network = _network_of(_ATARI, torso='dqn2013', center_input=center_input, precision=precision)
+    with tf.GradientTape() as tape:
+        outputs = network(pictures)[0]
+        loss = tf.reduce_sum(outputs**2)
+    gradients = tape.gradient(loss, network.trainable_variables)
+    assert {each.dtype for each in (outputs, *gradients)} == {tf.float32}
+    return outputs.numpy(), np.concatenate([np.ravel(each) for each in gradients])
+
+
 @pytest.mark.parametrize(
     ('torso', 'dueling', 'expected'),
     [
@@ -163,6 +191,17 @@ def test_first_weights_for_atari_and_their_order_are_those_of_earlier_versions(
     assert hashlib.sha1(weights).hexdigest()[:12] == expected
 
 
+@pytest.mark.parametrize(('torso', 'filters'), [('nature', 32), ('dqn2013', 16)])
+def test_torsos_for_half_the_size_differ_in_the_first_kernel_alone(torso, filters):
+    # (84 - 8) / 4 + 1 = (42 - 4) / 2 + 1 = 20 positions, so all later layers are those of 84 x 84.
+    half = tensor_spec.BoundedTensorSpec((42, 42, 4), tf.uint8, 0, 255)
+    network, whole = _network_of(half, torso=f'{torso}_half'), _network_of(_ATARI, torso=torso)
+    changed = {'convolution_1/kernel': [4, 4, 4, filters]}
+    assert _shapes(network) == _shapes(whole) | changed
+    assert network(_batch(half, 0))[0].shape == (3, _NUM_ACTIONS)
+
+
+_ATARI = tensor_spec.BoundedTensorSpec((84, 84, 4), tf.uint8, 0, 255)
 _PICTURE = tensor_spec.BoundedTensorSpec((84, 84, 3), tf.uint8, 0, 255)
 _MAP = tensor_spec.BoundedTensorSpec((10, 10, 4), tf.uint8, 0, 1)
 _VECTOR = tensor_spec.BoundedTensorSpec((5,), tf.int32, -5, 5)

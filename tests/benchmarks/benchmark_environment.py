@@ -36,7 +36,7 @@ def measure(game: str, num_environments: int, repeats: int) -> dict[str, float]:
         start = time.process_time()
         frames = games.reset()
         reset_ms = 1e3 * (time.process_time() - start)
-        stack = FrameStack(num_environments, games.config.frame_stack)
+        stack = FrameStack(num_environments, games.config.frame_stack, games.frame_spec)
         actions = random.integers(games.num_actions, size=num_environments, dtype=np.int32)
         return {
             'reset_ms': round(reset_ms, 1),

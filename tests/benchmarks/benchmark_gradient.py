@@ -7,6 +7,7 @@ taken in turn; within a process the measurements interleave, and times are media
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -18,7 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from agents.config import AgentConfig, EnvironmentConfig, NetworkConfig
+from agents.config import PRECISIONS, TORSOS, AgentConfig, EnvironmentConfig, NetworkConfig
 from infra.replay.trajectory import Transition
 
 _BATCH, _ENVIRONMENTS, _NUM_ACTIONS = 32, 8, 6
@@ -26,11 +27,11 @@ _MODULE = 'tests.benchmarks.benchmark_gradient'
 _ONEDNN = 'TF_ENABLE_ONEDNN_OPTS'
 
 
-def _frames(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(256, size=(count, 84, 84, 4), dtype=np.uint8)
+def _frames(count: int, size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(count, size, size, 4), dtype=np.uint8)
 
 
-def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], object]]:
+def _agent_actions(torso: str, double_dqn: bool, precision: str) -> dict[str, Callable[[], object]]:
     """What a learner and an actor do with one agent."""
     import tensorflow as tf
 
@@ -39,20 +40,21 @@ def _agent_actions(torso: str, double_dqn: bool) -> dict[str, Callable[[], objec
     from agents.model import family_model
     from agents.policy import GreedyPolicy
 
+    screen_size = 42 if torso.endswith('half') else 84
     agent = dqn.make_agent(
         AgentConfig(double_dqn=double_dqn),
-        NetworkConfig(torso),
-        py_environment.time_step_spec(EnvironmentConfig()),
+        NetworkConfig(torso, precision=precision),
+        py_environment.time_step_spec(EnvironmentConfig(screen_size=screen_size)),
         py_environment.action_spec(_NUM_ACTIONS),
     )
     learner = AgentGradient(family_model(agent), gradient_clip_norm=10.0)
     policy = GreedyPolicy(family_model(agent))
-    frames = tf.constant(_frames(_BATCH))
+    frames = tf.constant(_frames(_BATCH, screen_size))
     transition = Transition(
         frames, tf.zeros(_BATCH, tf.int32), tf.ones(_BATCH), tf.ones(_BATCH), frames
     )
-    parameters, observation = learner.parameters(), _frames(_ENVIRONMENTS)
-    name = f'{torso}{"_double" if double_dqn else ""}'
+    parameters, observation = learner.parameters(), _frames(_ENVIRONMENTS, screen_size)
+    name = f'{torso}{"_double" if double_dqn else ""}_{precision}'
     actions: dict[str, Callable[[], object]] = {
         f'{name}_gradient': lambda: learner.gradient(transition)
     }
@@ -94,9 +96,8 @@ def measure(repeats: int) -> dict[str, list[float]]:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     actions = _dense_actions()
-    for torso in ('nature', 'dqn2013'):
-        for double_dqn in (False, True):
-            actions |= _agent_actions(torso, double_dqn)
+    for agent in itertools.product(TORSOS, (False, True), PRECISIONS):
+        actions |= _agent_actions(*agent)
     for action in actions.values():
         action()
     times: dict[str, list[float]] = {name: [] for name in actions}

@@ -60,7 +60,7 @@ def random_play(game: str, steps: int) -> tuple[Play, int]:
     rng = np.random.default_rng(0)
     columns: list[tuple] = []
     with AtariEnvironment(EnvironmentConfig(game=game), _ENVIRONMENTS, seed=0) as games:
-        stack = FrameStack(_ENVIRONMENTS, 4)
+        stack = FrameStack(_ENVIRONMENTS, 4, games.frame_spec)
         frames = games.reset()
         while len(columns) * _ENVIRONMENTS < steps:
             observation = stack.push(frames.frame, frames.first).copy()

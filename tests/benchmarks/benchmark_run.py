@@ -28,6 +28,7 @@ os.environ.setdefault('TF_NUM_INTEROP_THREADS', '1')
 import numpy as np
 import psutil
 
+from agents import py_environment
 from agents.environments.atari import AtariEnvironment
 from infra.parameter_server.client import ParameterClient
 from infra.replay.trajectory import Transition
@@ -146,13 +147,14 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
     learner = builders.build_learner(experiment)
     policy = builders.build_policy(experiment)
     batch, envs = experiment.learner.batch_size, experiment.actor.envs_per_actor
-    frames = tf.constant(rng.integers(256, size=(batch, 84, 84, 4), dtype=np.uint8))
+    shape = py_environment.observation_spec(experiment.environment).shape
+    frames = tf.constant(rng.integers(256, size=(batch, *shape), dtype=np.uint8))
     zeros = tf.zeros(batch)
     transition = Transition(frames, tf.zeros(batch, tf.int32), zeros, zeros, frames)
     weights = [np.ones(batch, np.float32)] if experiment.replay.prioritized else []
     whole = OptimizedSlice(experiment.parameter_server, len(learner.parameters()))
     gradient = tf.constant(rng.normal(size=len(learner.parameters())), tf.float32)
-    observation = rng.integers(256, size=(envs, 84, 84, 4), dtype=np.uint8)
+    observation = rng.integers(256, size=(envs, *shape), dtype=np.uint8)
     with AtariEnvironment(experiment.environment, envs, seed=1) as environment:
         environment.reset()
         action = np.zeros(envs, np.int32)

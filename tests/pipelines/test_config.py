@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -78,6 +79,17 @@ def test_a_run_of_an_earlier_version_keeps_the_setting_that_has_another_name_now
     del values['parameter_server']['wire']
     values['parameter_server']['wire_dtype'] = 'bfloat16'
     assert config_lib.from_json(json.dumps(values)).parameter_server.wire == 'bfloat16'
+
+
+def test_the_configuration_of_a_run_of_95d57f4_is_read_with_the_values_that_it_lacks():
+    path = pathlib.Path(__file__).with_name('config_of_2026_11_24.json')
+    written = json.loads(path.read_text())
+    read = config_lib.load(path)
+    renamed = {'wire_dtype': 'wire'}
+    for name, group in written.items():
+        for setting, value in group.items() if name != 'preset' else ():
+            assert getattr(getattr(read, name), renamed.get(setting, setting)) == value
+    assert (read.environment.screen_size, read.learner.pushes_in_flight) == (84, 1)
 
 
 def test_a_flipped_bit_of_config_json_is_refused_in_one_line(tmp_path):

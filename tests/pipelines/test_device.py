@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
+from agents import device
 from pipelines import run
+from pipelines.experiment import command_line, presets
+from pipelines.preflight import checklist
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -20,6 +24,22 @@ def test_a_second_device_computes_while_batches_and_gradients_travel():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert ' passed' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ('flags', 'warned'),
+    [('avx2 avx512f', True), ('avx512f avx512_bf16', False), ('amx_bf16', False)],
+)
+def test_a_processor_without_products_of_bfloat16_is_warned_of_them(
+    flags, warned, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / 'cpuinfo').write_text(f'flags\t\t: fpu {flags} fma\n')
+    monkeypatch.setattr(device, '_CPU_INFO', tmp_path / 'cpuinfo')
+    for precision in ('float32', 'bfloat16'):
+        launch, _, values = command_line.parse([f'--precision={precision}'])
+        checklist.warn_of_precision(presets.experiment('laptop', values), launch)
+    expected = warned and not tf.config.list_physical_devices('GPU')
+    assert capsys.readouterr().out.count('neither AVX512_BF16 nor AMX') == expected
 
 
 _SETTINGS = """

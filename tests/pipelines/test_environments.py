@@ -222,6 +222,8 @@ STRUCTURES = (f'--environment={STRUCTURED}',)
         ((*CART_POLE, '--dense_layers=8', '--q_network=tests:make'), '--dense_layers 8: no effect'),
         ((*MINATAR, '--torso=dqn2013'), '--torso dqn2013: no effect'),  # 10 x 10 are too few
         ((*MINATAR, '--dense_layers=8'), '--dense_layers 8: no effect'),
+        ((*CART_POLE, '--precision=bfloat16'), '--precision bfloat16: no effect'),
+        ((*MINATAR, '--precision=bfloat16'), ''),
         ((*PICTURES, '--torso=dqn2013'), ''),
         ((*PICTURES, '--dense_layers=8'), '--dense_layers 8: no effect'),
         ((*STRUCTURES, '--dense_layers=8'), ''),

@@ -71,6 +71,12 @@ def test_memory_counts_the_shards_that_start():
     assert resources.memory_bytes(config(num_parameter_shards=31), launch()) == one
 
 
+@pytest.mark.parametrize(('game', 'share'), [('pong', 0.25), ('CartPole-v1', 1.0)])
+def test_pictures_of_half_the_size_take_a_quarter_of_the_memory(game, share):
+    values = {'game': game, 'replay_capacity': 100_000, 'screen_size': 42}
+    assert resources.replay_bytes(presets.experiment('laptop', values)) == share * REPLAY_BYTES
+
+
 def test_disk_counts_the_replay_only_where_it_is_saved():
     with_replay = resources.disk_bytes(config(), launch())
     without = resources.disk_bytes(config(checkpoint_replay=False), launch())
