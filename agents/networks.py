@@ -21,6 +21,8 @@ from agents.config import BUILTIN, NetworkConfig
 from agents.fractions import midpoints
 from infra.named_function import NoFunctionError, brief, load_function
 
+# Added to the variance of a standardized picture, whose numbers lie in [0, 1]: one grey level's.
+_LEAST_VARIANCE = 1 / 255**2
 # Numbers of seeds, behind those of all streams.
 _FIRST_HIDDEN = 50  # of the first hidden layer
 _EMBEDDING = 90  # of the embedding of fractions
@@ -148,7 +150,8 @@ class _PartLayers(tf.Module):
     ) -> None:
         super().__init__()
         self._low, self._scale = _scaling(spec)
-        self._center_input = config.center_input and bool(torso.convolutions)
+        self._standardize = config.standardize_input
+        self._center = config.center_input or self._standardize
         self._bfloat16 = config.precision == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
@@ -170,21 +173,28 @@ class _PartLayers(tf.Module):
         return tf.cast(tf.reshape(x, (-1, math.prod(x.shape[1:]))), tf.float32)
 
     def _first(self, x: tf.Tensor, layer: _Layer, stride: int) -> tf.Tensor:
-        """The first convolution, of (x - offset) * scale.
+        """The first convolution, of (x - offset) * factor * scale.
 
-        Without padding that equals a convolution of x by the scaled kernel and another bias. So
-        20 x 20 values per filter are written instead of 84 x 84 per frame.
+        Without padding that equals a convolution of x by the scaled kernel, another factor and
+        another bias. So 20 x 20 values per filter are written instead of 84 x 84 per frame.
         """
         kernel = layer.kernel * self._scale
-        offset = self._low
-        if self._center_input:
-            offset = tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True)
+        offset, factor = self._offset_and_factor(x)
         if self._bfloat16:  # too coarse for the small difference of two large sums
-            return _convolution(tf.cast(x - offset, tf.bfloat16), layer, stride, kernel)
-        if not self._center_input and not offset:
+            return _convolution(tf.cast((x - offset) * factor, tf.bfloat16), layer, stride, kernel)
+        if not self._center and not offset:
             return _convolution(x, layer, stride, kernel)
-        bias = layer.bias - offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
-        return tf.nn.relu(tf.nn.conv2d(x, kernel, stride, 'VALID') + bias)
+        bias = layer.bias - factor * offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
+        return tf.nn.relu(tf.nn.conv2d(x, kernel, stride, 'VALID') * factor + bias)
+
+    def _offset_and_factor(self, x: tf.Tensor) -> tuple[Any, Any]:
+        """Of pictures [B, height, width, channels]: numbers, or float32 [B, 1, 1, 1]."""
+        if not self._center:
+            return self._low, 1.0
+        if not self._standardize:
+            return tf.reduce_mean(x, axis=[1, 2, 3], keepdims=True), 1.0
+        mean, variance = tf.nn.moments(x, axes=[1, 2, 3], keepdims=True)
+        return mean, tf.math.rsqrt(variance * self._scale**2 + _LEAST_VARIANCE)
 
 
 def _convolution(x: tf.Tensor, layer: _Layer, stride: int, kernel: Any = None) -> tf.Tensor:

@@ -282,6 +282,7 @@ _ADDED = {
     ('environment', 'full_action_space'): False,
     ('environment', 'env_processes'): False,
     ('environment', 'screen_size'): 84,
+    ('network', 'standardize_input'): False,
     ('network', 'precision'): 'float32',
     ('network', 'dense_layers'): '256,256',
     ('network', 'q_network'): 'builtin',

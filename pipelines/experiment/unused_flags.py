@@ -91,6 +91,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'dense_layers': _ELSEWHERE,  # preflight, which sees observations, checks more
     'torso': _BUILTIN,
     'center_input': _BUILTIN,
+    'standardize_input': _BUILTIN,
     'precision': _BUILTIN,
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }

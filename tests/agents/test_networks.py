@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,25 +143,40 @@ def test_centered_input_equals_taking_the_mean_away_first():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(('center_input', 'tolerance'), [(False, 2e-2), (True, 4e-3)])
-def test_convolutions_in_bfloat16_keep_values_and_gradients_to_its_rounding(
-    center_input, tolerance
-):
+def test_standardized_input_equals_dividing_by_the_deviation_first_whatever_the_contrast():
+    x = tf.cast(_observation(5) // 4, tf.float32)
+    mean, variance = tf.nn.moments(x / 255, axes=[1, 2, 3], keepdims=True)
+    # The plain network divides by 255 whatever it is given.
+    plain, standardized = _network_of(_ATARI), _network_of(_ATARI, standardize_input=True)
+    expected, _ = plain.call((x - 255 * mean) / tf.sqrt(variance + 1 / 255**2))
+    np.testing.assert_allclose(standardized.call(x)[0], expected, rtol=1e-3, atol=1e-4)
+    # Half the contrast: of a variance of some 18^2 grey levels the added one is a 300th.
+    paler = standardized.call(100 + x / 2)[0]
+    np.testing.assert_allclose(paler, expected, rtol=2e-2, atol=2e-3)
+    assert np.isfinite(standardized(np.zeros((1, 84, 84, 4), np.uint8))[0]).all()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'tolerance'),
+    [({}, 2e-2), ({'center_input': True}, 4e-3), ({'standardize_input': True}, 1e-2)],
+)
+def test_convolutions_in_bfloat16_keep_values_and_gradients_to_its_rounding(settings, tolerance):
     # bfloat16 rounds by up to 2^-9; the errors of a sum mostly cancel. Pixels have the mean taken
-    # away before they are rounded: taken away from sums, it would leave an error of 7e-3.
-    exact, gradient = _outputs_and_gradient('float32', center_input)
-    rounded, rough = _outputs_and_gradient('bfloat16', center_input)
+    # away before they are rounded: taken away from sums, it would leave an error of 7e-3. A factor
+    # rounds the whole background one way.
+    exact, gradient = _outputs_and_gradient(**settings)
+    rounded, rough = _outputs_and_gradient(**settings, precision='bfloat16')
     assert 0 < np.abs(rounded - exact).max() < tolerance * exact.std()
     lengths = np.linalg.norm(gradient), np.linalg.norm(rough)
     assert gradient @ rough > 0.998 * math.prod(lengths)
     np.testing.assert_allclose(*lengths, rtol=0.02)
 
 
-def _outputs_and_gradient(precision: str, center_input: bool) -> tuple[np.ndarray, np.ndarray]:
+def _outputs_and_gradient(**settings: Any) -> tuple[np.ndarray, np.ndarray]:
     """Of a bright background with sparse other pixels, whose mean is most of each sum."""
     pictures = _observation(5)
     pictures[np.random.default_rng(1).random(pictures.shape) > 0.05] = 200
-    network = _network_of(_ATARI, torso='dqn2013', center_input=center_input, precision=precision)
+    network = _network_of(_ATARI, torso='dqn2013', **settings)
     with tf.GradientTape() as tape:
         outputs = network(pictures)[0]
         loss = tf.reduce_sum(outputs**2)
