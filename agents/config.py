@@ -121,8 +121,8 @@ class NetworkConfig:
     )
     standardize_input: bool = described(
         False,
-        "Subtract each observation's mean and divide by its standard deviation, so that a few pixels"
-        ' on a plain background weigh as much as a full picture (not in the papers).',
+        "Subtract each observation's mean and divide by its standard deviation, so that a few"
+        ' pixels on a plain background weigh as much as a full picture (not in the papers).',
     )
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'

@@ -35,6 +35,12 @@ class ParameterServerConfig:
     learning_rate: float = described(
         2.5e-4, 'Step size (Mnih et al. 2015: 2.5e-4; paper: not stated).'
     )
+    learning_rate_end: float = described(
+        0.0, 'Step size after learning_rate_updates, towards which it falls linearly.'
+    )
+    learning_rate_updates: int = described(
+        0, 'Global updates over which the step size falls to learning_rate_end; 0: it stays.'
+    )
     optimizer_epsilon: float = described(
         1e-8,
         "Added to the denominator by 'adam', under its root by 'rmsprop' (Mnih et al. 2015: 0.01).",
@@ -83,6 +89,7 @@ class ParameterServerConfig:
         require_choice(self, 'wire', WIRE_NAMES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
+        require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates')
         # A weight whose gradient was always 0 would become 0 / 0.
         require(
             self,

@@ -18,18 +18,34 @@ from infra.array_variables import aligned_arrays, memory_address, memory_of
 from infra.parameter_server.config import ParameterServerConfig
 
 
+def learning_rate(config: ParameterServerConfig, update: int) -> float:
+    """Step size of global update number `update`, from 1."""
+    if not config.learning_rate_updates:
+        return config.learning_rate
+    progress = min((update - 1) / config.learning_rate_updates, 1.0)
+    return config.learning_rate + progress * (config.learning_rate_end - config.learning_rate)
+
+
+def _scalar(value: float) -> tuple[np.ndarray, tf.Tensor]:
+    """A number as an array float32 [], and a tensor on the array's memory for kernels to read."""
+    (array,) = aligned_arrays([()])
+    array[...] = value
+    return array, tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
 class _Optimizer:
     """Slot variables of the parameters' length, scalars, and one fused step.
 
     Attributes:
       slots: float32 [n] variables by name.
       scalars: float32 [] arrays by name.
+      rate: step size of the next step, float32 [].
     """
 
     def __init__(self, config: ParameterServerConfig, parameters: tf.Variable) -> None:
         self._parameters = parameters
         # Tensors are created once; a Python number would become a new tensor in every step.
-        self._rate = tf.constant(config.learning_rate, tf.float32)
+        self.rate, self._rate = _scalar(config.learning_rate)
         self._epsilon = tf.constant(config.optimizer_epsilon, tf.float32)
         self.slots: dict[str, tf.Variable] = {}
         self.scalars: dict[str, np.ndarray] = {}
@@ -98,20 +114,16 @@ class _Adam(_Optimizer):
         self._beta_1, self._beta_2 = map(tf.constant, self._factors)
         self._add_slot('first_moment', 0.0)
         self._add_slot('second_moment', 0.0)
-        powers = aligned_arrays([(), ()])
-        self.scalars['beta_1_power'], self.scalars['beta_2_power'] = powers
-        self._powers = [tf.experimental.dlpack.from_dlpack(power.__dlpack__()) for power in powers]
-        for power, beta in zip(powers, self._factors):
-            power[...] = beta
+        self.scalars['beta_1_power'], self._beta_1_power = _scalar(self._factors[0])
+        self.scalars['beta_2_power'], self._beta_2_power = _scalar(self._factors[1])
 
     def apply(self, gradient: tf.Tensor) -> None:
-        beta_1_power, beta_2_power = self._powers  # the kernel reads the scalars' memory
         tf.raw_ops.ResourceApplyAdam(
             var=self._parameters.handle,
             m=self.slots['first_moment'].handle,
             v=self.slots['second_moment'].handle,
-            beta1_power=beta_1_power,
-            beta2_power=beta_2_power,
+            beta1_power=self._beta_1_power,
+            beta2_power=self._beta_2_power,
             lr=self._rate,
             beta1=self._beta_1,
             beta2=self._beta_2,
@@ -136,6 +148,7 @@ class OptimizedSlice:
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
+        self._config = config
         with tf.device(HOST):  # `memory_of` needs it
             parameters = tf.Variable(tf.zeros([size], tf.float32))
             self._optimizer = _OPTIMIZERS[config.optimizer](config, parameters)
@@ -145,8 +158,9 @@ class OptimizedSlice:
         self.state = {**arrays, **self._optimizer.scalars}
         self.parameters = self.state['parameters']
 
-    def step(self, gradient: tf.Tensor) -> None:
-        """Makes one update in place from a float32 [n] gradient tensor."""
+    def step(self, gradient: tf.Tensor, update: int = 1) -> None:
+        """Makes global update number `update`, from 1, in place from a float32 [n] gradient."""
+        self._optimizer.rate[...] = learning_rate(self._config, update)
         self._optimizer.apply(gradient)
 
     def copy_state(self) -> dict[str, np.ndarray]:

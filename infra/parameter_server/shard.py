@@ -346,7 +346,7 @@ class Shard:
         return None, ''
 
     def _apply(self, gradient: tf.Tensor, update: int) -> None:
-        self._slice.step(gradient)
+        self._slice.step(gradient, update)
         self._revision += 1
         self._largest_version += 1
         self._advance(update)

@@ -293,6 +293,8 @@ _ADDED = {
     ('agent', 'num_fractions'): 8,
     ('agent', 'num_acting_fractions'): 32,
     ('agent', 'num_cosines'): 64,
+    ('parameter_server', 'learning_rate_end'): 0.0,
+    ('parameter_server', 'learning_rate_updates'): 0,
     ('run', 'evaluation_protocol'): 'noop',
     ('run', 'evaluator_cpu_share'): 0.03,
     ('run', 'evaluator_episodes'): 5,

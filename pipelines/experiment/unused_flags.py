@@ -67,6 +67,10 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
         '--outlier_deviations above 0',
         lambda config: config.learner.outlier_deviations > 0,
     ),
+    'learning_rate_end': (
+        '--learning_rate_updates above 0',
+        lambda config: config.parameter_server.learning_rate_updates > 0,
+    ),
     'optimizer_epsilon': (
         '--optimizer rmsprop or adam',
         lambda config: config.parameter_server.optimizer != 'adagrad',

@@ -88,8 +88,8 @@ class DelayedParameters:
         self._feedback.accepted()
         self._late.append(self._feedback.arrived.copy())
         if waiting == self._staleness:
-            self._slice.step(self._late.popleft())
             self.updates += 1
+            self._slice.step(self._late.popleft(), self.updates)
             if self.updates % self._period == 0:
                 self._target, self._target_version = self.values.copy(), self.updates
         return PushReply(self.pull(), None, '', waiting)

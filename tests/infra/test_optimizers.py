@@ -1,5 +1,7 @@
 """Optimizers: k updates of slices equal k updates of TensorFlow's own optimizers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -97,6 +99,21 @@ def test_adagrad_of_the_paper_preset_adapts_to_gradients_as_small_as_pongs():
     # 0.01 * 3e-5 / sqrt(1e-6 + 9e-6) = 9.49e-5 and 0.01 * 3e-4 / sqrt(1e-6 + 9e-4) = 9.99e-5; an
     # accumulator of 0.1 would leave ten times the step to the gradient of ten times the size.
     np.testing.assert_allclose(steps, [-9.49e-5, -9.99e-5], rtol=1e-3)
+
+
+@pytest.mark.parametrize('optimizer', ['adagrad', 'rmsprop', 'adam'])
+def test_the_step_of_each_optimizer_falls_linearly_over_the_updates_named(optimizer):
+    def step(update: int, **settings: Any) -> float:
+        config = ParameterServerConfig(optimizer=optimizer, learning_rate=0.5, **settings)
+        part = OptimizedSlice(config, 1)
+        part.step(tf.constant([2.0]), update)
+        return float(part.parameters[0])
+
+    whole, falling = step(1), {'learning_rate_end': 0.1, 'learning_rate_updates': 100}
+    # From 0.5 at the first to 0.1 at the 101st and all later ones: 0.3 at the 51st.
+    for update, share in ((1, 1.0), (51, 0.6), (101, 0.2), (9_999, 0.2)):
+        assert step(update, **falling) == pytest.approx(share * whole, rel=1e-5)
+    assert step(9_999) == whole
 
 
 def test_an_integer_from_a_configuration_file_is_a_number_like_any_other():

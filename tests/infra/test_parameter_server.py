@@ -208,6 +208,14 @@ class TestClock:
             clock = client.push(_ONES, 0).snapshot.clock
             assert (clock.updates, clock.agent_steps, clock.stopping) == (1, 15, False)
 
+    def test_the_step_size_falls_with_the_updates_of_the_run_on_every_shard(self):
+        with serve(config(learning_rate_updates=2)) as servers:
+            with connect([server.address for server in servers]) as client:
+                client.initialise(_ZEROS)
+                for version, expected in enumerate((-1.0, -1.5, -1.5)):  # steps of 1, 1/2 and 0
+                    values = client.push(_ONES, version).snapshot.values
+                    np.testing.assert_allclose(values, expected * _ONES, atol=1e-5)
+
     def test_a_stop_request_reaches_everyone(self, client, addresses):
         with connect(addresses) as other:
             client.request_stop()
