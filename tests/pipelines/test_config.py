@@ -110,7 +110,7 @@ def test_help_shows_the_default_presets_value(capsys):
     text = ' '.join(capsys.readouterr().out.split())
     assert 'Convolutions and dense layer' in text
     assert (
-        'a dense layer of 128 (Young and Tian 2019). Default: dqn2013.' in text
+        'a dense layer of 128 (Young and Tian 2019). Default: dqn2013_half.' in text
     )  # the default of the field itself is nature
 
 

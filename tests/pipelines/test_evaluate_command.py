@@ -168,7 +168,8 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch, capsys):
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=2', '--epsilon=0.1']) == 0
     result = result_of(run_dir)
     assert result['protocol'] == 'noop'
-    assert result['deviations'] == {'epsilon': 0.1, 'episodes': 2}  # noop has 0.05 and 30
+    # noop has 0.05 and 30, and the policies of Mnih et al. 2015 see 84 x 84 pixels.
+    assert result['deviations'] == {'epsilon': 0.1, 'episodes': 2, 'screen_size': 42}
     assert (result['mean'], result['std'], result['standard_error']) == (2.0, 1.0, 1.0)
     assert (result['game'], result['updates'], result['seed']) == ('pong', 1, 1)
     assert result['policy'] == {
@@ -182,7 +183,7 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch, capsys):
     line, place = capsys.readouterr().out.splitlines()
     assert line == (
         'pong: mean return 2.0, standard error 1.0, over 2 games (protocol noop, epsilon 0.1, at'
-        ' most 18,000 frames; deviations: epsilon 0.1, episodes 2)'
+        ' most 18,000 frames; deviations: epsilon 0.1, episodes 2, screen_size 42)'
     )
     assert place.startswith(f'policy {run_dir}; written to {run_dir}/evaluation-noop-')
 
@@ -433,7 +434,7 @@ def test_a_saved_model_plays_anywhere_as_the_run_that_it_is_from(run_dir, export
 
 
 def test_a_saved_model_of_implicit_quantiles_acts_as_its_policy(tmp_path):
-    experiment = presets.experiment('laptop', {'agent': 'iqn', 'dueling': True})
+    experiment = presets.experiment('laptop', {'agent': 'iqn', 'dueling': True, 'screen_size': 84})
     policy = builders.build_policy(experiment)
     export.export(experiment, checkpoint_of(policy), tmp_path / 'policy')
     loaded = py_tf_eager_policy.SavedModelPyTFEagerPolicy(

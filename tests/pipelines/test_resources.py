@@ -19,7 +19,14 @@ def launch(*flags):
 
 
 def config(**values):
-    values = {'num_actors': 2, 'num_learners': 2, 'replay_capacity': 100_000, **ONE_EACH, **values}
+    values = {
+        'screen_size': 84,
+        'num_actors': 2,
+        'num_learners': 2,
+        'replay_capacity': 100_000,
+        **ONE_EACH,
+        **values,
+    }
     return presets.experiment('laptop', values)
 
 

@@ -216,7 +216,7 @@ class TestThePanel:
 
     @pytest.mark.parametrize('agent', ['qr_dqn', 'iqn'])
     def test_shows_the_values_that_the_policy_acts_by(self, agent):
-        experiment = presets.experiment('laptop', {'torso': 'dqn2013', 'agent': agent})
+        experiment = presets.experiment('laptop', {'screen_size': 84, 'agent': agent})
         network = builders.build_policy(experiment)
         policy = Policy('run', experiment.environment, experiment, network.parameters())
         player, values = policy.opened()
