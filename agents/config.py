@@ -55,7 +55,7 @@ class EnvironmentConfig:
     screen_size: int = described(
         84,
         'Height and width, in pixels, to which an emulator frame is reduced (Mnih et al. 2015: 84).'
-        " 42, with a torso of '_half', costs a quarter of the memory and less time per gradient.",
+        " 42, with a torso of '_half', takes less memory, and less time for each gradient.",
     )
     max_noops: int = described(
         30, 'Maximum number of no-ops at the start of a game (Mnih et al. 2015: 30).'
@@ -97,7 +97,7 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         require_from_to(self, 1, 100, 'action_repeat', 'frame_stack')
-        require_from_to(self, 20, 210, 'screen_size')
+        require_from_to(self, 36, 210, 'screen_size')  # 36: the least for each torso
         require_at_least(self, 1, 'max_episode_frames')
         require_from_to(self, 0, 10_000, 'max_noops')
         require_fraction(self, 'sticky_action_probability')

@@ -21,7 +21,8 @@ from agents.config import BUILTIN, NetworkConfig
 from agents.fractions import midpoints
 from infra.named_function import NoFunctionError, brief, load_function
 
-# Added to the variance of a standardized picture, whose numbers lie in [0, 1]: one grey level's.
+# Added to the variance of a standardized picture of integers in [0, 1], or of floats as they are:
+# that of one grey level, so that an even picture has no noise to enlarge.
 _LEAST_VARIANCE = 1 / 255**2
 # Numbers of seeds, behind those of all streams.
 _FIRST_HIDDEN = 50  # of the first hidden layer
@@ -180,7 +181,7 @@ class _PartLayers(tf.Module):
         """
         kernel = layer.kernel * self._scale
         offset, factor = self._offset_and_factor(x)
-        if self._bfloat16:  # too coarse for the small difference of two large sums
+        if self._bfloat16:  # too coarse to take one large sum from another
             return _convolution(tf.cast((x - offset) * factor, tf.bfloat16), layer, stride, kernel)
         if not self._center and not offset:
             return _convolution(x, layer, stride, kernel)

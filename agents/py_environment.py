@@ -26,8 +26,8 @@ _NOOP = 0  # first in every minimal action set
 
 def observation_spec(config: EnvironmentConfig) -> array_spec.BoundedArraySpec:
     """uint8 [screen_size, screen_size, frame_stack] without the batch dimension."""
-    shape = (config.screen_size, config.screen_size, config.frame_stack)
-    return array_spec.BoundedArraySpec(shape, np.uint8, 0, 255, 'observation')
+    part = frames.atari_frame(config.screen_size).stacked(config.frame_stack)
+    return array_spec.BoundedArraySpec(part.shape, np.uint8, part.low, part.high, 'observation')
 
 
 def time_step_spec(config: EnvironmentConfig) -> ts.TimeStep:

@@ -35,11 +35,12 @@ class ParameterServerConfig:
     learning_rate: float = described(
         2.5e-4, 'Step size (Mnih et al. 2015: 2.5e-4; paper: not stated).'
     )
+    learning_rate_updates: int = described(
+        0,
+        'Global updates over which the step size falls to learning_rate_end; 0 keeps it constant.',
+    )
     learning_rate_end: float = described(
         0.0, 'Step size after learning_rate_updates, towards which it falls linearly.'
-    )
-    learning_rate_updates: int = described(
-        0, 'Global updates over which the step size falls to learning_rate_end; 0: it stays.'
     )
     optimizer_epsilon: float = described(
         1e-8,
@@ -90,6 +91,9 @@ class ParameterServerConfig:
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
         require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates')
+        falls = not self.learning_rate_updates or self.learning_rate_end <= self.learning_rate
+        allowed = f'at most --learning_rate {self.learning_rate}'
+        require(self, 'learning_rate_end', falls, allowed)
         # A weight whose gradient was always 0 would become 0 / 0.
         require(
             self,

@@ -158,7 +158,7 @@ class OptimizedSlice:
         self.state = {**arrays, **self._optimizer.scalars}
         self.parameters = self.state['parameters']
 
-    def step(self, gradient: tf.Tensor, update: int = 1) -> None:
+    def step(self, gradient: tf.Tensor, update: int) -> None:
         """Makes global update number `update`, from 1, in place from a float32 [n] gradient."""
         self._optimizer.rate[...] = learning_rate(self._config, update)
         self._optimizer.apply(gradient)

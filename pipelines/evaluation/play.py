@@ -173,8 +173,8 @@ class Emulator:
         rules = dataclasses.replace(rules, max_episode_frames=most)
         self._emulator = make_emulators(rules, 1, AutoresetMode.NEXT_STEP, colour)
         self.num_actions = int(self._emulator.single_action_space.n)
-        grey = FrameStack(1, rules.frame_stack, atari_frame(rules.screen_size))
-        self._stack = None if colour else grey
+        frame_spec = atari_frame(rules.screen_size)
+        self._stack = None if colour else FrameStack(1, rules.frame_stack, frame_spec)
         self.ended = self.cut = False
         frame, info = self._emulator.reset(seed=emulator_seeds(seeds(game)[0], 1))
         self._show(frame, info, first=True)

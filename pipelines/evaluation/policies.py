@@ -227,7 +227,7 @@ def _fitted(policy: Policy) -> Policy:
         raise UsageError(
             f'--policy {policy.path}: not a policy for Atari (takes {_kind(observation)}, returns'
             f' {_kind(action)}). Fix: name one that takes square pictures, uint8 [size, size,'
-            ' stack] of 20 to 210 pixels, and returns a bounded scalar.'
+            ' stack] of 36 to 210 pixels, and returns a bounded scalar.'
         ) from error
     minimal = len(action_codes(environment.game, full_action_space=False))
     if num_actions not in (minimal, ALL_ACTIONS):

@@ -65,6 +65,7 @@ RESUMABLE = frozenset(
         'num_parameter_shards',
         'worker_threads',
         'learner_device',
+        'precision',
         'checkpoint_period_seconds',
         'checkpoint_replay',
         'evaluation_episodes',
@@ -76,6 +77,8 @@ RESUMABLE = frozenset(
         'video',
         'max_staleness',
         'learning_rate',
+        'learning_rate_end',
+        'learning_rate_updates',
         'wire',
         'shared_memory',
     }

@@ -260,10 +260,9 @@ def from_json(text: str | bytes) -> ExperimentConfig:
         types = dict(groups())
         if missing := types.keys() - values.keys():
             raise ValueError(f'missing: {", ".join(sorted(missing))}')
-        for (group_name, name), value in _ADDED.items():
-            values[group_name].setdefault(name, value)
         values['parameter_server'] = renamed(values['parameter_server'])
         for name, group in types.items():
+            values[name] = completed(name, values[name])
             check_types(name, group, values[name])
         return ExperimentConfig(
             preset=preset, **{name: types[name](**group) for name, group in values.items()}
@@ -302,6 +301,11 @@ _ADDED = {
     ('run', 'video'): False,
 }
 """Settings (group, name) that earlier versions lack, and the values that they used."""
+
+
+def completed(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's values with the settings that an earlier version lacked, as it worked."""
+    return {name: value for (of, name), value in _ADDED.items() if of == group} | {**values}
 
 
 def check_types(name: str, group: type, values: Mapping[str, Any]) -> None:

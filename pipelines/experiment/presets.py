@@ -10,7 +10,7 @@ Methodology"), [M] Machado et al. 2018 (section 5), [Y] Young and Tian 2019 (Min
 from collections.abc import Mapping
 from typing import Any
 
-from agents.config import is_atari
+from agents.config import NetworkConfig, is_atari
 from pipelines.errors import UsageError
 from pipelines.experiment import config as config_lib
 
@@ -235,6 +235,7 @@ ELSEWHERE: Mapping[str, Any] = {
     # Outside Atari, whatever the preset: a step is a step, and rewards are what they are.
     'action_repeat': 1,
     'frame_stack': 1,
+    'screen_size': 84,
     'max_noops': 0,
     'life_loss_ends_episode': False,
     'clip_reward': False,
@@ -338,6 +339,10 @@ def experiment(preset: str, overrides: Mapping[str, Any]) -> config_lib.Experime
     """
     if preset not in PRESETS:
         raise UsageError(f'--preset {preset!r}: unknown. Fix: choose one of {", ".join(PRESETS)}.')
-    elsewhere = ELSEWHERE if _elsewhere(overrides.get('game')) else {}
-    values = {**PRESETS[preset], **elsewhere, **overrides}
+    values = dict(PRESETS[preset])
+    if _elsewhere(overrides.get('game')):
+        values |= ELSEWHERE
+        # Pictures there have any size; a torso for half of Atari's is not meant for them.
+        values['torso'] = values.get('torso', NetworkConfig.torso).removesuffix('_half')
+    values |= overrides
     return config_lib.replace(config_lib.ExperimentConfig(preset=preset), values)

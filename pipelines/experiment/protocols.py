@@ -131,8 +131,7 @@ def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]
 
     Args:
       used: the rules of the games.
-      environment: of the policy, which decides action set, action repeat, frame stack and size of
-        the screen.
+      environment: of the policy, which decides action set, action repeat and frame stack.
     """
     exact = PROTOCOLS[used.name]
     allowed = {'epsilon': (0.0, 0.001)} if used.name == 'rainbow' else {}
@@ -147,9 +146,9 @@ def deviations(used: Protocol, environment: EnvironmentConfig) -> dict[str, Any]
         return rules
     published = dataclasses.replace(
         EnvironmentConfig(), full_action_space=exact.full_action_space
-    )  # [N]: four frames a step, four of 84 x 84 pixels stacked
+    )  # [N]: four frames a step, four frames stacked
     return rules | {
         name: getattr(environment, name)
-        for name in ('action_repeat', 'frame_stack', 'screen_size', 'full_action_space')
+        for name in ('action_repeat', 'frame_stack', 'full_action_space')
         if getattr(environment, name) != getattr(published, name)
     }

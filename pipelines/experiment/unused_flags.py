@@ -94,7 +94,10 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'env_processes': _ELSEWHERE,
     'dense_layers': _ELSEWHERE,  # preflight, which sees observations, checks more
     'torso': _BUILTIN,
-    'center_input': _BUILTIN,
+    'center_input': (
+        '--q_network builtin and --no-standardize_input',
+        lambda config: _BUILTIN[1](config) and not config.network.standardize_input,
+    ),
     'standardize_input': _BUILTIN,
     'precision': _BUILTIN,
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),

@@ -252,8 +252,8 @@ class Training:
         if rollbacks > self._rollbacks:
             self.display.message(
                 'parameter server: parameters or optimizer slots were not finite (the shard has'
-                ' restored its last finite state). Fix: lower --learning_rate, or bound gradients'
-                ' by --gradient_clip_norm.'
+                ' restored its last finite state). Fix: lower --learning_rate and'
+                ' --learning_rate_end, or bound gradients by --gradient_clip_norm.'
             )
         self._rollbacks = rollbacks
 

@@ -3,6 +3,7 @@
 Otherwise `config.json` and `summary.json` would not describe what the run computes.
 """
 
+import dataclasses
 import functools
 import pathlib
 import socket
@@ -15,6 +16,7 @@ from infra.replay.config import EXPERIENCE_TABLE
 from infra.telemetry import TELEMETRY_TABLE
 from infra.tls import client_context, read_roots
 from pipelines.errors import UsageError
+from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.frames import trajectory_spec
 from pipelines.experiment.launch import Launch
@@ -111,9 +113,13 @@ def _check_parameter_shard(
             f'{address}: is one of {shards} parameter shards. Fix: list all of them, in order, in'
             ' --parameter_addresses.'
         )
-    for name, value in report['config'].items():
-        wanted = getattr(config.parameter_server, name)
-        if value != wanted and name not in _CLIENT_SETTINGS:
+    # An end of the step size has an effect only where it falls.
+    falls = config.parameter_server.learning_rate_updates > 0
+    ignored = _CLIENT_SETTINGS if falls else _CLIENT_SETTINGS | {'learning_rate_end'}
+    started = config_lib.completed('parameter_server', report['config'])
+    for name, wanted in dataclasses.asdict(config.parameter_server).items():
+        value = started.get(name)
+        if value != wanted and name not in ignored:
             raise UsageError(
                 f'{address}: started with --{name} {value}, but this run uses {wanted}. Fix: add'
                 f' --{name} {value}, or {_RESTART}.'

@@ -83,15 +83,15 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
 
 
 def warn_of_precision(config: ExperimentConfig, launch: Launch) -> None:
-    """Says that bfloat16 is slow if this machine, which runs the learners, has no such products."""
+    """Warns if this machine, which runs the learners, multiplies bfloat16 slowly."""
     if not launch.engine.runs_locally or config.network.precision == 'float32':
         return
     from agents import device
 
     if not device.multiplies_bfloat16():
         print(
-            '--precision bfloat16: this processor has neither AVX512_BF16 nor AMX, so gradients may'
-            ' take several times as long as with float32.',
+            '--precision bfloat16: slow on this processor (it has neither AVX512_BF16 nor AMX;'
+            ' a gradient may take six times as long as with float32). Fix: omit it.',
             flush=True,
         )
 
@@ -120,9 +120,10 @@ def require_environment(
 def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[str, Any]) -> None:
     """
     Raises:
-      UsageError: a flag configures layers that the network for such observations has not.
+      UsageError: a flag configures layers that the network for such observations does not have.
     """
-    given = [name for name in ('torso', 'precision', 'dense_layers') if name in values]
+    of_convolutions = 'center_input', 'standardize_input', 'precision'
+    given = [name for name in ('torso', *of_convolutions, 'dense_layers') if name in values]
     if not given or FACTORY.fullmatch(config.agent.agent):  # see `require_agent`
         return
     from agents.networks import TORSOS, torsos_of
@@ -130,7 +131,7 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
     torsos, joined = torsos_of(observation, config.network)
     has_effect = {
         'torso': TORSOS[config.network.torso] in torsos,
-        'precision': any(torso.convolutions for torso in torsos),
+        **dict.fromkeys(of_convolutions, any(torso.convolutions for torso in torsos)),
         'dense_layers': not joined.convolutions,
     }
     builtin = config.network.q_network == BUILTIN

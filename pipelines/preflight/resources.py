@@ -8,8 +8,11 @@ from pipelines.storage.run_directory import RunDirectory
 from pipelines.storage.space import require_disk, require_memory
 
 # Measured with tests/benchmarks/benchmark_replay.py on Pong, rounded up, since games with busier
-# screens compress less. An uncompressed frame has 84 x 84 = 7,056 bytes.
-BYTES_PER_TRANSITION, _MEASURED_SIZE = 3_000, 84
+# screens compress less. Of 84 x 84 pixels, whose frame has 7,056 bytes uncompressed. Measured in
+# runs of Pong: 1,900 bytes, and 1,130 of 42 x 42 pixels.
+BYTES_PER_TRANSITION = 3_000
+_BYTES_WITHOUT_PICTURE = 1_200
+_MEASURED_SIZE = 84
 # Resident memory, mostly TensorFlow; measured, rounded up.
 _BYTES_PER_WORKER = 800_000_000
 _BYTES_PER_SERVER = 550_000_000
@@ -50,10 +53,11 @@ def servers_bytes(config: ExperimentConfig, launch: Launch) -> int:
 
 
 def replay_bytes(config: ExperimentConfig) -> int:
-    """Memory of a full replay, in bytes; Atari's pictures take it by their area."""
-    environment, capacity = config.environment, config.replay.replay_capacity
+    """Memory of a full replay, in bytes."""
+    environment = config.environment
     scale = (environment.screen_size / _MEASURED_SIZE) ** 2 if environment.is_atari else 1.0
-    return round(capacity * BYTES_PER_TRANSITION * scale)
+    picture = BYTES_PER_TRANSITION - _BYTES_WITHOUT_PICTURE
+    return round(config.replay.replay_capacity * (_BYTES_WITHOUT_PICTURE + scale * picture))
 
 
 def disk_bytes(config: ExperimentConfig, launch: Launch) -> int:

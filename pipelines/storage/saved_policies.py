@@ -76,8 +76,9 @@ def _described(
     try:
         if change := _change(values['files'], found):
             return None, change
-        config_lib.check_types('environment', EnvironmentConfig, values['environment'])
-        return EnvironmentConfig(**values['environment']), ''
+        environment = config_lib.completed('environment', values['environment'])
+        config_lib.check_types('environment', EnvironmentConfig, environment)
+        return EnvironmentConfig(**environment), ''
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f'{_POLICY_FILE} is of another version ({type(error).__name__}: {error})'
 

@@ -103,7 +103,7 @@ def learn(play: Play, num_actions: int, rule: LearnerConfig, updates: int) -> di
         rewards += rewarded
         dropped_rewards += drops and rewarded
         if not drops:
-            part.step(tf.constant(flat))
+            part.step(tf.constant(flat), update=1)
             gradient.set_parameters(part.parameters)
     return {
         'batches_with_a_reward': rewards,

@@ -162,7 +162,7 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
         environment_ms = cpu_ms(lambda: environment.step_frames(action), 10 * repeats)
     return {
         'gradient_per_update': cpu_ms(lambda: learner.gradient(transition, *weights), repeats),
-        'apply_per_update': cpu_ms(lambda: whole.step(gradient), repeats),
+        'apply_per_update': cpu_ms(lambda: whole.step(gradient, update=1), repeats),
         'environment_per_step': environment_ms / envs,
         'inference_per_step': cpu_ms(lambda: policy.act(observation), repeats) / envs,
     }

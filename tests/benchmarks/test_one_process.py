@@ -8,7 +8,9 @@ from infra.parameter_server.optimizers import OptimizedSlice
 from pipelines.experiment import presets
 from tests.benchmarks.benchmark_one_process import DelayedParameters, Games
 
-CONFIG = presets.experiment('classic', {'target_update_period': 2})
+CONFIG = presets.experiment(
+    'classic', {'target_update_period': 2, 'learning_rate_updates': 4}
+)  # so that the number of an update matters
 START = np.ones(3, np.float32)
 
 
@@ -20,8 +22,8 @@ def gradients(count):
 def after(applied):
     part = OptimizedSlice(CONFIG.parameter_server, 3)
     np.copyto(part.parameters, START)
-    for gradient in applied:
-        part.step(gradient)
+    for update, gradient in enumerate(applied, start=1):
+        part.step(gradient, update)
     return part.parameters.copy()
 
 

@@ -68,7 +68,7 @@ def test_slices_equal_the_optimizer_of_tensorflow(optimizer, num_shards):
         their_optimizer.apply_gradients(zip(reference.gradients(batch), variables))
         gradient = layout.flatten(ours.gradients(batch))
         for shard, part in zip(slices, parts):
-            shard.step(tf.constant(gradient[part]))
+            shard.step(tf.constant(gradient[part]), update=1)
         flat = np.concatenate([shard.parameters for shard in slices])
         ours.model.set_weights(layout.unflatten(flat))
     expected = layout.flatten(reference.model.get_weights())
@@ -81,8 +81,8 @@ def test_adagrad_divides_by_the_root_of_the_sum_of_squares():
         optimizer='adagrad', learning_rate=0.5, adagrad_initial_accumulator=1.0
     )
     part = OptimizedSlice(config, 1)
-    part.step(tf.constant([2.0]))
-    part.step(tf.constant([2.0]))
+    part.step(tf.constant([2.0]), update=1)
+    part.step(tf.constant([2.0]), update=1)
     # -0.5 * 2 / sqrt(1 + 4) - 0.5 * 2 / sqrt(1 + 4 + 4) = -0.4472136 - 0.3333333
     np.testing.assert_allclose(part.parameters, [-0.7805469], rtol=1e-6)
 
@@ -92,9 +92,9 @@ def test_adagrad_of_the_paper_preset_adapts_to_gradients_as_small_as_pongs():
     part = OptimizedSlice(config, 2)
     small, large = 3e-5, 3e-4  # a usual one of Pong's at the start, and ten times that
     # As 10,000 updates: the sum of squares after them is that of one gradient 100 times as large.
-    part.step(tf.constant([100 * small, 100 * large]))
+    part.step(tf.constant([100 * small, 100 * large]), update=1)
     before = part.parameters.copy()
-    part.step(tf.constant([small, large]))
+    part.step(tf.constant([small, large]), update=1)
     steps = part.parameters - before
     # 0.01 * 3e-5 / sqrt(1e-6 + 9e-6) = 9.49e-5 and 0.01 * 3e-4 / sqrt(1e-6 + 9e-4) = 9.99e-5; an
     # accumulator of 0.1 would leave ten times the step to the gradient of ten times the size.
@@ -118,20 +118,20 @@ def test_the_step_of_each_optimizer_falls_linearly_over_the_updates_named(optimi
 
 def test_an_integer_from_a_configuration_file_is_a_number_like_any_other():
     config = ParameterServerConfig(optimizer='adagrad', adagrad_initial_accumulator=1)
-    OptimizedSlice(config, 2).step(tf.constant([1.0, 2.0]))
+    OptimizedSlice(config, 2).step(tf.constant([1.0, 2.0]), update=1)
 
 
 @pytest.mark.parametrize('optimizer', ['adagrad', 'rmsprop', 'adam'])
 def test_updates_after_a_restore_equal_those_after_the_copy(optimizer):
     part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer), 1000)
     gradients = [tf.fill([1000], value) for value in (1.0, -3.0, 0.5)]
-    part.step(gradients[0])
+    part.step(gradients[0], update=1)
     copy = part.copy_state()
     ends = []
     for _ in range(2):
         part.restore(copy)
         for gradient in gradients[1:]:
-            part.step(gradient)
+            part.step(gradient, update=1)
         ends.append(part.copy_state())
     part.require_in_place()  # else an update writes the whole vector to a fresh copy
     for name, first in ends[0].items():
@@ -151,6 +151,7 @@ def test_a_variable_that_tensorflow_moves_is_noticed():
     [
         {'optimizer': 'sgd'},
         {'learning_rate': 0.0},
+        {'learning_rate_updates': -1},
         {'num_parameter_shards': 0},
         {'max_staleness': -1},
         {'wire': 'float16'},

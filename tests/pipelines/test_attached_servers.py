@@ -60,6 +60,7 @@ def test_new_servers_of_the_same_experiment_pass(servers):
     [
         ('--optimizer=rmsprop', '--optimizer adam'),
         ('--target_update_period=7', '--target_update_period 500'),
+        ('--learning_rate_updates=7', '--learning_rate_updates 60000'),
         ('--n_step=3', 'rows and bytes of an item'),
         ('--replay_capacity=2000', 'capacity 1000'),
         ('--min_replay_size=200', 'minimum size 100'),
@@ -100,6 +101,22 @@ def test_a_shard_of_another_version_is_refused(servers, monkeypatch):
     monkeypatch.setattr(attached_servers, 'PROTOCOL_VERSION', PROTOCOL_VERSION + 1)
     with pytest.raises(UsageError, match=f'another version .protocol {PROTOCOL_VERSION}, here'):
         check(*servers()[1])
+
+
+def test_a_shard_of_before_the_falling_step_size_serves_only_runs_without_it(servers):
+    shards, _ = servers('--learning_rate_updates=0')
+    report = shards[0].shard.report()
+    for added in ('learning_rate_end', 'learning_rate_updates'):
+        del report['config'][added]
+
+    def check_shard(*flags):
+        _, preset, values = command_line.parse([*SHARDS, *flags])
+        config = command_line.experiment(preset, values)
+        attached_servers._check_parameter_shard(report, config, 0, 'host:1')
+
+    check_shard('--learning_rate_updates=0')
+    with pytest.raises(UsageError, match='started with --learning_rate_updates 0, but this run'):
+        check_shard()
 
 
 def test_shards_in_another_order_are_refused(servers):

@@ -86,6 +86,13 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--optimizer=sgd',), 'adam'),
         (('--optimizer=adam', '--optimizer_epsilon=0'), '--optimizer_epsilon 0.0: must be '),
         (('--torso=resnet',), 'nature'),
+        (('--screen_size=35',), 'from 36 to 210'),
+        (('--center_input',), '--no-standardize_input'),
+        (('--learning_rate=0.00005',), 'at most --learning_rate 5e-05'),
+        (
+            ('--preset=nature', '--learning_rate_end=0.0001'),
+            '--learning_rate_updates above 0',
+        ),
         (('--loss=l1',), 'huber'),
         (('--batch_size=0',), '--batch_size'),
         (('--n_step=0',), '--n_step'),

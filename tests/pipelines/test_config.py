@@ -89,7 +89,39 @@ def test_the_configuration_of_a_run_of_95d57f4_is_read_with_the_values_that_it_l
     for name, group in written.items():
         for setting, value in group.items() if name != 'preset' else ():
             assert getattr(getattr(read, name), renamed.get(setting, setting)) == value
-    assert (read.environment.screen_size, read.learner.pushes_in_flight) == (84, 1)
+    lacked = {
+        (name, setting): value
+        for name, group in config_lib.groups()
+        for setting, value in dataclasses.asdict(getattr(read, name)).items()
+        if setting not in {renamed.get(each, each) for each in written[name]}
+    }
+    # Since then: what the code did before each had a flag.
+    assert lacked == {
+        ('run', 'evaluation_protocol'): 'noop',
+        ('run', 'evaluator_cpu_share'): 0.03,
+        ('run', 'evaluator_episodes'): 5,
+        ('run', 'evaluation_period_updates'): 10_000,
+        ('run', 'video'): False,
+        ('environment', 'screen_size'): 84,
+        ('environment', 'full_action_space'): False,
+        ('environment', 'env_processes'): False,
+        ('network', 'standardize_input'): False,
+        ('network', 'precision'): 'float32',
+        ('network', 'dense_layers'): '256,256',
+        ('network', 'q_network'): 'builtin',
+        ('agent', 'munchausen'): False,
+        ('agent', 'munchausen_temperature'): 0.03,
+        ('agent', 'munchausen_scale'): 0.9,
+        ('agent', 'munchausen_lowest'): -1.0,
+        ('agent', 'num_fractions'): 8,
+        ('agent', 'num_acting_fractions'): 32,
+        ('agent', 'num_cosines'): 64,
+        ('learner', 'outlier_rule'): 'every',
+        ('learner', 'pushes_in_flight'): 1,
+        ('learner', 'batches_in_flight'): 1,
+        ('parameter_server', 'learning_rate_end'): 0.0,
+        ('parameter_server', 'learning_rate_updates'): 0,
+    }
 
 
 def test_a_flipped_bit_of_config_json_is_refused_in_one_line(tmp_path):

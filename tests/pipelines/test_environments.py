@@ -224,6 +224,8 @@ STRUCTURES = (f'--environment={STRUCTURED}',)
         ((*MINATAR, '--dense_layers=8'), '--dense_layers 8: no effect'),
         ((*CART_POLE, '--precision=bfloat16'), '--precision bfloat16: no effect'),
         ((*MINATAR, '--precision=bfloat16'), ''),
+        ((*CART_POLE, '--standardize_input'), '--standardize_input True: no effect'),
+        ((*MINATAR, '--standardize_input'), ''),
         ((*PICTURES, '--torso=dqn2013'), ''),
         ((*PICTURES, '--dense_layers=8'), '--dense_layers 8: no effect'),
         ((*STRUCTURES, '--dense_layers=8'), ''),

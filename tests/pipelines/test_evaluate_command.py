@@ -168,8 +168,7 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch, capsys):
     assert evaluate.main([f'--run_dir={run_dir}', '--episodes=2', '--epsilon=0.1']) == 0
     result = result_of(run_dir)
     assert result['protocol'] == 'noop'
-    # noop has 0.05 and 30, and the policies of Mnih et al. 2015 see 84 x 84 pixels.
-    assert result['deviations'] == {'epsilon': 0.1, 'episodes': 2, 'screen_size': 42}
+    assert result['deviations'] == {'epsilon': 0.1, 'episodes': 2}  # noop has 0.05 and 30
     assert (result['mean'], result['std'], result['standard_error']) == (2.0, 1.0, 1.0)
     assert (result['game'], result['updates'], result['seed']) == ('pong', 1, 1)
     assert result['policy'] == {
@@ -183,7 +182,7 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch, capsys):
     line, place = capsys.readouterr().out.splitlines()
     assert line == (
         'pong: mean return 2.0, standard error 1.0, over 2 games (protocol noop, epsilon 0.1, at'
-        ' most 18,000 frames; deviations: epsilon 0.1, episodes 2, screen_size 42)'
+        ' most 18,000 frames; deviations: epsilon 0.1, episodes 2)'
     )
     assert place.startswith(f'policy {run_dir}; written to {run_dir}/evaluation-noop-')
 
@@ -459,6 +458,16 @@ def test_a_saved_model_of_an_earlier_version_plays_the_game_of_the_run_around_it
     (saved_model / 'policy.json').unlink()
     (entrant,) = entrants.entrants(entrants.Request(policies=[str(saved_model)]), print)
     assert entrant.policy.environment == EXPERIMENT.environment
+
+
+def test_a_saved_model_of_an_earlier_version_has_what_later_settings_replaced(exported, tmp_path):
+    copy = pathlib.Path(shutil.copytree(exported, tmp_path / 'copy'))
+    values = sealed.unseal(json.loads((copy / 'policy.json').read_text()))
+    for added in ('screen_size', 'env_processes', 'full_action_space'):
+        del values['environment'][added]
+    (copy / 'policy.json').write_text(json.dumps(sealed.seal(values)))
+    expected = dataclasses.replace(EXPERIMENT.environment, screen_size=84)
+    assert saved_policies.checked(str(copy)) == expected
 
 
 def damage(file: pathlib.Path, content: bytes | None) -> None:
