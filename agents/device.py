@@ -47,9 +47,9 @@ def require(wanted: str) -> None:
         raise _absent(wanted, there)
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this machine has a GPU, or a processor with products of bfloat16."""
-    if tf.config.list_physical_devices('GPU'):
+def multiplies_bfloat16(wanted: str) -> bool:
+    """Whether a device of this machine (see `choose`) has products of bfloat16, as GPUs do."""
+    if not wanted.startswith('cpu') and tf.config.list_physical_devices('GPU'):
         return True
     return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(_CPU_INFO.read_text().split())
 

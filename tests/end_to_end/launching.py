@@ -24,7 +24,7 @@ RUN_SECONDS = 400
 
 # A whole run in miniature: every box for real, a small network and few frames.
 SMALL_SETTINGS: dict[str, Any] = {
-    'torso': 'dqn2013',
+    'torso': 'dqn2013_half',
     'min_replay_size': 400,
     'replay_capacity': 20_000,
     'envs_per_actor': 4,

@@ -386,10 +386,8 @@ def test_memory_and_disk_hold_what_the_sizing_says(overlay, kind):
     found = container(overlay, kind)['resources']
     assert found['requests']['memory'] == found['limits']['memory']
     assert needed < bytes_of(found['limits']['memory']) < 2 * needed
-    transitions = config.replay.replay_capacity if kind == 'replay' else 0
-    if config.run.topology == 'bundled':
-        transitions = 0
-    state = transitions / spec['replicas'] * resources.BYTES_PER_TRANSITION
+    holds_replay = kind == 'replay' and config.run.topology != 'bundled'
+    state = resources.replay_bytes(config) / spec['replicas'] if holds_replay else 0
     (claim,) = spec['volumeClaimTemplates']
     assert bytes_of(claim['spec']['resources']['requests']['storage']) > 3 * state
     # At 10 MB/s, a slow disk's.

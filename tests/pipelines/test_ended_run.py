@@ -22,7 +22,7 @@ from pipelines.storage.run_directory import RunDirectory, command
 from tests.support import saved_run, sharing
 
 CONFIG = presets.experiment(
-    'laptop', {'torso': 'dqn2013', 'evaluation_episodes': 2, 'evaluation_max_frames': 200}
+    'laptop', {'torso': 'dqn2013_half', 'evaluation_episodes': 2, 'evaluation_max_frames': 200}
 )
 
 

@@ -29,7 +29,7 @@ from tests.support.waiting import eventually, has_ended, pause
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETTINGS = {
-    'torso': 'dqn2013',
+    'torso': 'dqn2013_half',
     'evaluation_max_frames': 80,
     'evaluator_episodes': 2,
     'evaluation_period_updates': 1,

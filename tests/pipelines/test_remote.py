@@ -42,7 +42,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 URL = f'gs://{BUCKET}/runs/pong'
 BELOW = 'runs/pong/'
 CONFIG = presets.experiment(
-    'laptop', {'torso': 'dqn2013', 'evaluation_episodes': 2, 'evaluation_max_frames': 200}
+    'laptop', {'torso': 'dqn2013_half', 'evaluation_episodes': 2, 'evaluation_max_frames': 200}
 )
 FIRST, SECOND, THIRD = (f'checkpoints/checkpoint-0000000{number}/' for number in (1, 2, 3))
 

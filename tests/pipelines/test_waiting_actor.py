@@ -23,7 +23,7 @@ ENVS = 2
 def opened():
     """An actor of a game on servers in this process; gives its worker and what it opened."""
     settings = {
-        'torso': 'dqn2013', 'num_actors': 1, 'num_learners': 1, 'envs_per_actor': ENVS,
+        'torso': 'dqn2013_half', 'num_actors': 1, 'num_learners': 1, 'envs_per_actor': ENVS,
         'num_replay_shards': 1, 'replay_capacity': 2_000, 'min_replay_size': 40, 'batch_size': 8,
         'sample_insert_tolerance': 1.0,
     }  # fmt: skip
