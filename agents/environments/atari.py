@@ -44,9 +44,8 @@ def make_emulators(
     """
     if not isinstance(num_environments, int) or num_environments < 1:
         raise ValueError(f'num_environments is {num_environments!r}; it must be at least 1')
-    height = width = config.screen_size
-    if colour:
-        height, width = loaded(config.game).getScreenDims()
+    size = (config.screen_size, config.screen_size)
+    height, width = loaded(config.game).getScreenDims() if colour else size
     return vector_env.AtariVectorEnv(
         rom_id(config.game),
         num_environments,
