@@ -181,7 +181,7 @@ class _PartLayers(tf.Module):
         """
         kernel = layer.kernel * self._scale
         offset, factor = self._offset_and_factor(x)
-        if self._bfloat16:  # too coarse to take one large sum from another
+        if self._bfloat16:  # which is too coarse to take one large sum from another
             return _convolution(tf.cast((x - offset) * factor, tf.bfloat16), layer, stride, kernel)
         if not self._center and not offset:
             return _convolution(x, layer, stride, kernel)

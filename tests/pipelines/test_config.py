@@ -74,6 +74,13 @@ def test_a_whole_number_in_config_json_passes_for_a_float():
     assert config_lib.from_json(edited).agent.discount == 1
 
 
+def test_outside_atari_a_preset_has_no_torso_for_half_of_ataris_screen_unless_it_is_named():
+    elsewhere = presets.experiment('laptop', {'game': 'CartPole-v1'})
+    assert (elsewhere.network.torso, elsewhere.environment.screen_size) == ('dqn2013', 84)
+    named = presets.experiment('laptop', {'game': 'CartPole-v1', 'torso': 'nature_half'})
+    assert named.network.torso == 'nature_half'
+
+
 def test_a_run_of_an_earlier_version_keeps_the_setting_that_has_another_name_now():
     values = unseal(json.loads(config_lib.to_json(presets.experiment('laptop', {}))))
     del values['parameter_server']['wire']

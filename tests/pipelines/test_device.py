@@ -35,8 +35,8 @@ def test_a_processor_without_products_of_bfloat16_is_warned_of_them(
     (tmp_path / 'cpuinfo').write_text(f'flags\t\t: fpu {flags} fma\n')
     monkeypatch.setattr(device, '_CPU_INFO', tmp_path / 'cpuinfo')
     for precision in ('float32', 'bfloat16'):
-        flags = [f'--precision={precision}', '--learner_device=cpu']
-        launch, _, values = command_line.parse(flags)
+        argv = [f'--precision={precision}', '--learner_device=cpu']
+        launch, _, values = command_line.parse(argv)
         checklist.warn_of_precision(presets.experiment('laptop', values), launch)
     assert capsys.readouterr().out.count('neither AVX512_BF16 nor AMX') == warned
 
