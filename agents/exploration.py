@@ -11,6 +11,7 @@ import numpy as np
 
 from agents.actor_priorities import InitialPriorities
 from agents.config import ActorConfig
+from infra.annealing import linear
 
 
 class Policy(Protocol):
@@ -34,8 +35,7 @@ def annealed(config: ActorConfig) -> Epsilon:
     """Anneals epsilon linearly over the global updates, equal in every environment."""
 
     def epsilon(updates: int) -> np.ndarray:
-        progress = min(updates / max(config.epsilon_updates, 1), 1.0)
-        value = config.epsilon_start + progress * (config.epsilon_end - config.epsilon_start)
+        value = linear(config.epsilon_start, config.epsilon_end, updates, config.epsilon_updates)
         return np.full(config.envs_per_actor, value)
 
     return epsilon

@@ -18,6 +18,7 @@ import numpy as np
 
 from agents.config import STALENESS_BOUNDS, LearnerConfig
 from agents.gradient_pipeline import Computed, GradientStream, InTurn
+from infra.annealing import linear
 from infra.parameter_server.protocol import INVALID, STALE, NotInitialisedError
 from infra.replay.priorities import importance_weights, priority_of
 
@@ -66,9 +67,8 @@ class Priorities(Protocol):
 
 def importance_exponent(config: LearnerConfig, updates: int) -> float:
     """Beta, annealed linearly over the global updates (Schaul et al. 2016, section 3.4)."""
-    progress = min(updates / max(config.importance_updates, 1), 1.0)
     start, end = config.importance_exponent_start, config.importance_exponent_end
-    return start + progress * (end - start)
+    return linear(start, end, updates, config.importance_updates)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from infra.annealing import linear
 from infra.array_function import HOST
 from infra.array_variables import aligned_arrays, memory_address, memory_of
 from infra.parameter_server.config import ParameterServerConfig
@@ -22,8 +23,8 @@ def learning_rate(config: ParameterServerConfig, update: int) -> float:
     """Step size of global update number `update`, from 1."""
     if not config.learning_rate_updates:
         return config.learning_rate
-    progress = min((update - 1) / config.learning_rate_updates, 1.0)
-    return config.learning_rate + progress * (config.learning_rate_end - config.learning_rate)
+    start, end = config.learning_rate, config.learning_rate_end
+    return linear(start, end, update - 1, config.learning_rate_updates)
 
 
 def _scalar(value: float) -> tuple[np.ndarray, tf.Tensor]:
