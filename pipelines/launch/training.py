@@ -29,6 +29,7 @@ from pipelines.launch.jobs import START_SECONDS, Jobs, WorkersFailedError
 from pipelines.launch.saver import Saver
 from pipelines.launch.shard_watch import ASK_SECONDS, Replay, ServerWatch
 from pipelines.monitoring import beam_counters
+from pipelines.monitoring.advice import advice
 from pipelines.monitoring.display import Display
 from pipelines.monitoring.monitor import Monitor
 from pipelines.monitoring.run_state import RunState
@@ -46,8 +47,6 @@ _STATUS_SECONDS = 2.0
 DRAIN_SECONDS = 120.0  # an update, the end of a segment and of a writer, on a busy machine
 _RETURN_SECONDS = 90.0  # a server that hangs is killed after 30 and restarts within a minute
 _PARAMETERS_SECONDS = 60.0  # training that a shard's death may cost; a save takes under a second
-_MANY_OUTLIERS = 0.001  # share of dropped gradients that is worth a warning
-_FEW_GRADIENTS = 1_000  # too few to estimate that share
 
 
 class LastCheckpointError(Exception):
@@ -234,17 +233,9 @@ class Training:
             self._message_once('telemetry', 'malformed events are counted and left out')
         if not self._ending:
             self._show_phase(state)
-        self._show_outliers(state)
+        for subject, text in advice(state, self.config.agent.agent):
+            self._message_once(subject, text)
         self.display.update(state)
-
-    def _show_outliers(self, state: RunState) -> None:
-        """Warns if many gradients are dropped as outliers."""
-        if state.updates >= _FEW_GRADIENTS and (state.outlier_share or 0.0) > _MANY_OUTLIERS:
-            self._message_once(
-                'outliers',
-                f'{state.outlier_share:.2%} of the gradients are dropped; they may hold rare'
-                ' rewards. Fix: --outlier_rule lone, or --outlier_deviations 0.',
-            )
 
     def _show_rollbacks(self, shards: list[dict[str, Any]]) -> None:
         """Warns of parameter shards that restored their last finite state."""
