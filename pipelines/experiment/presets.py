@@ -123,7 +123,7 @@ LAPTOP: Mapping[str, Any] = {
     'double_dqn': True,
     'priority_exponent': 0.6,
     'optimizer': 'adam',
-    'learning_rate': 0.0006,
+    'learning_rate': 0.0003,
     'learning_rate_end': 0.0001,
     'learning_rate_updates': 60_000,
     'optimizer_epsilon': 1e-8,
