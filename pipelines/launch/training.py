@@ -233,7 +233,7 @@ class Training:
             self._message_once('telemetry', 'malformed events are counted and left out')
         if not self._ending:
             self._show_phase(state)
-        for subject, text in advice(state, self.config.agent.agent):
+        for subject, text in advice(state, self.config):
             self._message_once(subject, text)
         self.display.update(state)
 

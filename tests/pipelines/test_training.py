@@ -505,6 +505,18 @@ def test_a_resumed_run_trains_when_its_clock_moves_and_not_before(training):
     assert '] training' in look(701, 99_000, needed)
 
 
+def test_a_warning_from_the_figures_is_shown_once(training):
+    run, told, _ = training
+    shard = {'version': 1_000, 'agent_steps': 4_000, 'reruns': {}, 'rollbacks': 0}
+    shard |= {'rejected': {}, 'dropped_records': 0}
+    run.client.report = lambda *_: {'shards': [shard]}
+    event = {'kind': 'learner', 'component': 'learner', 'worker': 0, 'rejected_outlier': 7}
+    run.reader.drain = lambda timeout_seconds: [event]
+    run.look()
+    run.look()
+    assert told.getvalue().count('outliers: 100.00% of the gradients are dropped') == 1
+
+
 def test_a_bundle_that_starts_late_does_not_shift_the_others_counts(training):
     run, _, _ = training
     run.replay = Replay((), run.replay.status)
