@@ -40,6 +40,11 @@ def is_atari(game: str) -> bool:
     return not re.search('[-/:]', game)
 
 
+def unit_of(game: str) -> str:
+    """What the budget of a run counts: 'frames' of an emulator, or 'steps' elsewhere."""
+    return 'frames' if is_atari(game) else 'steps'
+
+
 @dataclasses.dataclass(frozen=True)
 class EnvironmentConfig:
     """The environment; of Atari also its preprocessing (Mnih et al. 2015, Methods)."""
@@ -87,8 +92,8 @@ class EnvironmentConfig:
 
     @property
     def unit(self) -> str:
-        """What the budget counts: 'frames' of an emulator, or 'steps' elsewhere."""
-        return 'frames' if self.is_atari else 'steps'
+        """See `unit_of`."""
+        return unit_of(self.game)
 
     @property
     def budget_flag(self) -> str:

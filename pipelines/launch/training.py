@@ -434,13 +434,15 @@ class Training:
         name, counters = self.saver.newest or ('', {})
         frames = counters.get('agent_steps', 0) * self.config.environment.action_repeat
         updates = counters.get('updates', 0)
-        lost = _progress(max(0, state.frames - frames), max(0, state.updates - updates))
-        kept = f'{name} remains ({_progress(frames, updates)})' if name else 'no checkpoint exists'
+        lost = _progress(max(0, state.frames - frames), state.unit, max(0, state.updates - updates))
+        kept = 'no checkpoint exists'
+        if name:
+            kept = f'{name} remains ({_progress(frames, state.unit, updates)})'
         return LastCheckpointError(f'the last {lost} could not be saved; {kept}')
 
 
-def _progress(frames: int, updates: int) -> str:
-    return f'{frames:,} frames and {updates:,} updates'
+def _progress(frames: int, unit: str, updates: int) -> str:
+    return f'{frames:,} {unit} and {updates:,} updates'
 
 
 def _bundle_replays(events: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agents.config import unit_of
 from pipelines.monitoring.display import COLUMNS, Display, LiveDisplay, duration
 from pipelines.suites import plan
 from pipelines.suites.scheduler import DONE, FAILED, RUNNING, STOPPED, WAITING, Entry
@@ -50,7 +51,8 @@ class Table:
         grid = table.Table(box=None, padding=(0, 1, 0, 0), expand=True)
         for name in ('game', 'preset', 'seed', 'state'):
             grid.add_column(name, no_wrap=True, overflow='ellipsis', ratio=name == 'state' or None)
-        for name in ('frames', 'return', 'score', 'eta'):
+        units = ', '.join(sorted({unit_of(entry.run.game) for entry in self._entries}))
+        for name in (units, 'return', 'score', 'eta'):
             grid.add_column(name, no_wrap=True, justify='right')
         seconds_per_frame = pace(self._entries)
         for entry in visible(self._entries, max(1, lines - _FRAME_LINES)):
@@ -90,7 +92,8 @@ def state(entry: Entry) -> str:
 def line(entry: Entry, seconds_per_frame: float | None = None) -> str:
     """An entry on one line, for a log; see `pace`."""
     *_, mean_return, score, eta = _cells(entry, seconds_per_frame)
-    frames = f'frames {entry.figures.frames or 0:,}/{entry.run.max_frames:,}'
+    unit = unit_of(entry.run.game)
+    frames = f'{unit} {entry.figures.frames or 0:,}/{entry.run.max_frames:,}'
     return (
         f'{entry.run.name}: {state(entry)} | {frames} | return {mean_return} | score {score}'
         f' | eta {eta}'

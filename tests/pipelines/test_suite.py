@@ -12,6 +12,7 @@ import time
 import types
 
 import pytest
+import rich.console
 
 from infra.disk import lock
 from infra.sealed import seal
@@ -592,6 +593,18 @@ class TestTable:
         assert table.line(entries[1], table.pace(entries)).endswith(
             'filming 12 s | frames 1,000/1,000 | return - | score - | eta 0:01:00'
         )
+
+    def test_runs_outside_atari_count_steps(self):
+        run = plan.Run('a', 'CartPole-v1', 'cart_pole', 1, max_frames=1000)
+        made = Entry(run, pathlib.Path('a'), pathlib.Path('log'), scheduler.RUNNING)
+        made.figures = Figures(frames=500)
+        assert ' | steps 500/1,000 | ' in table.line(made)
+        shown = table.Table()
+        for entries, unit in (([made], 'steps'), ([made, entry('b', scheduler.DONE)], 'frames, ')):
+            shown.update(display.PlainDisplay(io.StringIO()), entries, 1)
+            head = io.StringIO()
+            rich.console.Console(file=head, width=120).print(shown.render(None, '', 0.0, 120, 20))
+            assert f' {unit}' in head.getvalue()
 
     def test_the_rules_of_the_scores_are_said_once_if_they_are_the_same(self, tmp_path, capsys):
         rules = {'max_frames': 18_000, 'deviations': {'episodes': 2}}
