@@ -91,9 +91,12 @@ class ParameterServerConfig:
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
         require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates')
-        falls = not self.learning_rate_updates or self.learning_rate_end <= self.learning_rate
-        allowed = f'at most --learning_rate {self.learning_rate}'
-        require(self, 'learning_rate_end', falls, allowed)
+        if self.learning_rate_updates and self.learning_rate_end > self.learning_rate:
+            raise ValueError(
+                f'--learning_rate {self.learning_rate}: less than --learning_rate_end'
+                f' {self.learning_rate_end}, to which it falls. Fix: lower --learning_rate_end, or'
+                ' add --learning_rate_updates 0.'
+            )
         # A weight whose gradient was always 0 would become 0 / 0.
         require(
             self,

@@ -88,7 +88,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--torso=resnet',), 'nature'),
         (('--screen_size=35',), 'from 36 to 210'),
         (('--center_input',), '--no-standardize_input'),
-        (('--learning_rate=0.00005',), 'at most --learning_rate 5e-05'),
+        (('--learning_rate=0.00005',), '--learning_rate_updates 0'),
         (
             ('--preset=nature', '--learning_rate_end=0.0001'),
             '--learning_rate_updates above 0',
