@@ -46,7 +46,7 @@ class Run:
       game, preset, seed: see run.py.
       grid: values of the grid, by setting.
       flags: of run.py, the same for all runs of the suite.
-      max_frames: budget in emulator frames.
+      max_frames: budget in emulator frames, outside Atari in steps.
     """
 
     name: str

@@ -506,7 +506,7 @@ def test_a_resumed_run_trains_when_its_clock_moves_and_not_before(training):
 
 
 def test_a_warning_from_the_figures_is_shown_once(training):
-    run, told, _ = training
+    run, output, _ = training
     shard = {'version': 1_000, 'agent_steps': 4_000, 'reruns': {}, 'rollbacks': 0}
     shard |= {'rejected': {}, 'dropped_records': 0}
     run.client.report = lambda *_: {'shards': [shard]}
@@ -514,7 +514,7 @@ def test_a_warning_from_the_figures_is_shown_once(training):
     run.reader.drain = lambda timeout_seconds: [event]
     run.look()
     run.look()
-    assert told.getvalue().count('outliers: 100.00% of the gradients are dropped') == 1
+    assert output.getvalue().count('outliers: 100.00% of the gradients are dropped') == 1
 
 
 def test_a_bundle_that_starts_late_does_not_shift_the_others_counts(training):
