@@ -239,10 +239,14 @@ def test_overlapped_pushes_lose_no_update(connected, in_flight):
             batch_size=BATCH, overlap_push=True, pushes_in_flight=in_flight, outlier_deviations=0.0
         ),
         num_parameter_shards=2,
+        # A gradient is computed while k pushes are under way and sent once the first of them is
+        # done; the k - 1 pushes sent after it may arrive before it.
+        max_staleness=2 * in_flight - 1,
     )
     for _ in range(10):
         learner.update()
     learner.finish_push()
+    assert learner.counters.stale == 0
     assert learner.clock.updates == 10
     assert [shard['version'] for shard in client.report()['shards']] == [10, 10]
     assert sum(learner.counters.staleness) == 10
