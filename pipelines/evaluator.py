@@ -118,7 +118,7 @@ class Evaluator:
             if snapshot is None:
                 self._pace.sleep(_POLL_SECONDS)
                 continue
-            policy.set_parameters(snapshot.checkpoint.parameters)
+            policy.set_parameters(snapshot.checkpoint.average)
             try:
                 self._record(snapshot, self._scores(lambda seen: int(policy.act(seen)[0])))
             except CancelledError:

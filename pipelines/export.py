@@ -41,7 +41,7 @@ def export(config: config_lib.ExperimentConfig, saved: Checkpoint, output: pathl
     from pipelines.experiment.builders import build_policy
 
     policy = build_policy(config)
-    policy.set_parameters(saved.parameters)
+    policy.set_parameters(saved.average)
     train_step = tf.Variable(saved.clock['updates'], dtype=tf.int64)
     with replaced_directory(output) as staging, _quiet_saving():
         saver = policy_saver.PolicySaver(policy.model.agent.policy, train_step=train_step)

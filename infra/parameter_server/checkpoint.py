@@ -27,6 +27,8 @@ MANIFEST = 'manifest.json'
 """File written last."""
 _FORMAT = 1
 _READ_BYTES = 1 << 20
+AVERAGE = 'average'
+"""Array of the parameters' mean over recent updates, if the run keeps one."""
 _REASON_LENGTH = 200
 
 
@@ -60,13 +62,16 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       layout: of the network.
-      parameters: float32 [layout.size].
+      parameters: float32 [layout.size], the newest.
+      average: float32 [layout.size], for evaluations and exports: the mean over recent updates, or
+        `parameters` if the run keeps none.
       target: float32 [layout.size], the target network.
       clock: {'updates': int, 'agent_steps': int}, of shard 0.
     """
 
     layout: Layout
     parameters: np.ndarray
+    average: np.ndarray
     target: np.ndarray
     clock: dict[str, int]
 
@@ -336,11 +341,14 @@ def read_checkpoint(directory: str) -> Checkpoint:
     """
     manifest = validate(directory)
     layout = Layout(**manifest['layout'])
-    everything = slice(0, layout.size)
+    averaged = all(AVERAGE in part['slots'] for part in manifest['parts'])
+    names = {'parameters', 'target', AVERAGE if averaged else 'parameters'}
+    whole = {n: _gather(directory, manifest, n, slice(0, layout.size)) for n in names}
     return Checkpoint(
         layout=layout,
-        parameters=_gather(directory, manifest, 'parameters', everything),
-        target=_gather(directory, manifest, 'target', everything),
+        parameters=whole['parameters'],
+        average=whole.get(AVERAGE, whole['parameters']),
+        target=whole['target'],
         clock=_clock(manifest),
     )
 

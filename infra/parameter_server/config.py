@@ -69,6 +69,11 @@ class ParameterServerConfig:
     target_update_period: int = described(
         1000, 'Global updates between target networks (paper: 60,000).'
     )
+    average_updates: int = described(
+        0,
+        'Updates over which the shards average the parameters, for evaluations and exports alone;'
+        ' 0: these use the newest. A policy changes with every update, more than its mean.',
+    )
     wire: str = described(
         'float32',
         'Encoding of tensors between hosts; in shared memory they are float32. All but'
@@ -90,7 +95,7 @@ class ParameterServerConfig:
         require_choice(self, 'wire', WIRE_NAMES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
-        require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates')
+        require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates', 'average_updates')
         if self.learning_rate_updates and self.learning_rate_end > self.learning_rate:
             raise ValueError(
                 f'--learning_rate {self.learning_rate}: less than --learning_rate_end'

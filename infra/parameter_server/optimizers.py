@@ -16,7 +16,12 @@ import tensorflow as tf
 from infra.annealing import linear
 from infra.array_function import HOST
 from infra.array_variables import aligned_arrays, memory_address, memory_of
+from infra.parameter_server.checkpoint import AVERAGE
 from infra.parameter_server.config import ParameterServerConfig
+
+AVERAGE_PERIOD = 10
+"""Updates from one whose parameters enter their average to the next. A window has hundreds of them;
+every update would take a third of the optimizer's time more."""
 
 
 def learning_rate(config: ParameterServerConfig, update: int) -> float:
@@ -25,6 +30,18 @@ def learning_rate(config: ParameterServerConfig, update: int) -> float:
         return config.learning_rate
     start, end = config.learning_rate, config.learning_rate_end
     return linear(start, end, update - 1, config.learning_rate_updates)
+
+
+def average_rate(window: int, update: int) -> float:
+    """Weight of the parameters of global update number `update` in their moving average.
+
+    The average is the mean of all so far, then exponential with a time constant of `window` updates
+    (Polyak and Juditsky 1992; the weight's form as in Adam's bias correction). 0 between the
+    updates that are averaged, which are `AVERAGE_PERIOD` apart.
+    """
+    if not window or update % AVERAGE_PERIOD:
+        return 0.0
+    return min(1.0, AVERAGE_PERIOD / min(update, window))
 
 
 def _scalar(value: float) -> tuple[np.ndarray, tf.Tensor]:
@@ -143,9 +160,10 @@ class OptimizedSlice:
 
     Attributes:
       parameters: float32 [n]; updates change it in place.
-      state: everything that updates change, float32 arrays by name: 'parameters', the slots [n] and
-        the scalars []. Writing to an array changes the state.
-      slot_names: of the slots.
+      state: everything that updates change, float32 arrays by name: 'parameters', the slots [n],
+        the scalars [] and, with `average_updates`, `AVERAGE` [n]. Writing to an array changes the
+        state.
+      slot_names: of the arrays [n] but 'parameters'.
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
@@ -153,16 +171,35 @@ class OptimizedSlice:
         with tf.device(HOST):  # `memory_of` needs it
             parameters = tf.Variable(tf.zeros([size], tf.float32))
             self._optimizer = _OPTIMIZERS[config.optimizer](config, parameters)
-        self.slot_names = tuple(self._optimizer.slots)
         self._variables = {'parameters': parameters, **self._optimizer.slots}
         arrays = {name: memory_of(variable) for name, variable in self._variables.items()}
         self.state = {**arrays, **self._optimizer.scalars}
         self.parameters = self.state['parameters']
+        self.slot_names = tuple(self._optimizer.slots)
+        if config.average_updates:
+            self.state[AVERAGE] = np.zeros(size, np.float32)
+            self._difference = np.zeros(size, np.float32)
+            self.slot_names += (AVERAGE,)
+
+    def start(self, values: np.ndarray) -> None:
+        """Sets the first parameters, float32 [n]."""
+        np.copyto(self.parameters, values)
+        if AVERAGE in self.state:
+            np.copyto(self.state[AVERAGE], values)
 
     def step(self, gradient: tf.Tensor, update: int) -> None:
         """Makes global update number `update`, from 1, in place from a float32 [n] gradient."""
         self._optimizer.rate[...] = learning_rate(self._config, update)
         self._optimizer.apply(gradient)
+        if rate := average_rate(self._config.average_updates, update):
+            self._include(rate)
+
+    def _include(self, rate: float) -> None:
+        """Moves the average towards the parameters, in place."""
+        average, difference = self.state[AVERAGE], self._difference
+        np.subtract(self.parameters, average, out=difference)
+        difference *= np.float32(rate)
+        average += difference
 
     def copy_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of `state`, by name."""
@@ -184,6 +221,7 @@ class OptimizedSlice:
                 )
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Sets `state` to the values of a copy."""
+        """Sets `state` to the values of a copy; one without an average starts it anew."""
+        saved = {AVERAGE: state['parameters'], **state}
         for name, array in self.state.items():
-            np.copyto(array, state[name])
+            np.copyto(array, saved[name])

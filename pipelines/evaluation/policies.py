@@ -126,7 +126,7 @@ def of_checkpoint(
         run_dir,
         experiment.environment,
         experiment,
-        saved.parameters,
+        saved.average,
         checkpoint=name,
         updates=saved.clock['updates'],
     )

@@ -79,6 +79,7 @@ RESUMABLE = frozenset(
         'learning_rate',
         'learning_rate_end',
         'learning_rate_updates',
+        'average_updates',
         'wire',
         'shared_memory',
     }

@@ -126,6 +126,7 @@ LAPTOP: Mapping[str, Any] = {
     'learning_rate': 0.0003,
     'learning_rate_end': 0.0001,
     'learning_rate_updates': 187_500,  # the whole run
+    'average_updates': 3_000,
     'optimizer_epsilon': 1e-8,
     'agent_steps_per_update': 4.0,
     'target_update_period': 500,

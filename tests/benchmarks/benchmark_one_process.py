@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from infra.parameter_server.checkpoint import AVERAGE
 from infra.parameter_server.client import Clock, PushReply, Snapshot
 from infra.parameter_server.wire import WIRES, Feedback
 from pipelines.evaluation.play import Game, play
@@ -49,7 +50,7 @@ class DelayedParameters:
         encoding = WIRES[config.parameter_server.wire].gradients
         self._feedback = Feedback(encoding, len(values))
         self._slice = OptimizedSlice(config.parameter_server, len(values))
-        np.copyto(self._slice.parameters, values)
+        self._slice.start(values)
         self._period = config.parameter_server.target_update_period
         self._target, self._target_version = values.copy(), 0
         self._staleness = staleness
@@ -60,6 +61,11 @@ class DelayedParameters:
     def values(self) -> np.ndarray:
         """The parameters, float32 [parameters]."""
         return self._slice.parameters
+
+    @property
+    def average(self) -> np.ndarray:
+        """What evaluations play with, float32 [parameters]."""
+        return self._slice.state.get(AVERAGE, self.values)
 
     def another(self) -> 'DelayedParameters':
         """A client for another thread."""
@@ -137,7 +143,7 @@ class Games:
 
 
 def train(config: ExperimentConfig, staleness: int, games: Games) -> tuple[np.ndarray, int]:
-    """Trains an agent to the budget; returns its parameters and the number of updates."""
+    """Trains an agent to the budget; returns what evaluations play with and the updates."""
     spec = WorkerSpec(0, 0)
     network = boxes.learners_network(config, spec)
     parameters = DelayedParameters(config, network.parameters(), staleness)
@@ -148,7 +154,7 @@ def train(config: ExperimentConfig, staleness: int, games: Games) -> tuple[np.nd
             bundle.run_segment(segment)
             bundle.take()
             segment += 1
-    return parameters.values.copy(), parameters.updates
+    return parameters.average.copy(), parameters.updates
 
 
 def returns(config: ExperimentConfig, values: np.ndarray, games: int) -> Iterator[float]:

@@ -123,20 +123,43 @@ def test_an_integer_from_a_configuration_file_is_a_number_like_any_other():
 
 @pytest.mark.parametrize('optimizer', ['adagrad', 'rmsprop', 'adam'])
 def test_updates_after_a_restore_equal_those_after_the_copy(optimizer):
-    part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer), 1000)
+    part = OptimizedSlice(ParameterServerConfig(optimizer=optimizer, average_updates=100), 1000)
     gradients = [tf.fill([1000], value) for value in (1.0, -3.0, 0.5)]
-    part.step(gradients[0], update=1)
+    part.step(gradients[0], update=10)
     copy = part.copy_state()
     ends = []
     for _ in range(2):
         part.restore(copy)
         for gradient in gradients[1:]:
-            part.step(gradient, update=1)
+            part.step(gradient, update=20)
         ends.append(part.copy_state())
     part.require_in_place()  # else an update writes the whole vector to a fresh copy
     for name, first in ends[0].items():
         np.testing.assert_array_equal(first, ends[1][name])
         assert (first != copy[name]).any(), name  # a kernel that left the array would change none
+
+
+def test_the_average_is_the_mean_of_all_updates_at_first_and_then_forgets():
+    config = ParameterServerConfig(optimizer='adagrad', average_updates=20)
+    part = OptimizedSlice(config, 2)
+    part.start(np.array([7.0, 8.0], np.float32))
+    np.testing.assert_array_equal(part.state['average'], [7.0, 8.0])
+    expected = {}
+    for update in range(1, 41):
+        part.step(tf.constant([1.0, -1.0]), update)
+        expected[update] = part.parameters.copy()
+    # Of every tenth update's parameters p: p10, (p10 + p20) / 2, then halfway to p30 and to p40.
+    mean = (expected[10] + expected[20]) / 2
+    mean = (mean + expected[30]) / 2
+    np.testing.assert_allclose(part.state['average'], (mean + expected[40]) / 2, rtol=1e-6)
+
+
+def test_a_state_without_an_average_starts_it_with_its_parameters():
+    old = OptimizedSlice(ParameterServerConfig(), 2)
+    old.start(np.array([3.0, 4.0], np.float32))
+    part = OptimizedSlice(ParameterServerConfig(average_updates=1000), 2)
+    part.restore(old.copy_state())
+    np.testing.assert_array_equal(part.state['average'], [3.0, 4.0])
 
 
 def test_a_variable_that_tensorflow_moves_is_noticed():
@@ -152,6 +175,7 @@ def test_a_variable_that_tensorflow_moves_is_noticed():
         {'optimizer': 'sgd'},
         {'learning_rate': 0.0},
         {'learning_rate_updates': -1},
+        {'average_updates': -1},
         {'num_parameter_shards': 0},
         {'max_staleness': -1},
         {'wire': 'float16'},

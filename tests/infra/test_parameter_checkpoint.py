@@ -168,7 +168,31 @@ def test_read_checkpoint_gives_the_whole_network(saved):
     assert read.layout == LAYOUT
     np.testing.assert_array_equal(read.parameters, values)
     np.testing.assert_array_equal(read.target, target)
+    np.testing.assert_array_equal(read.average, values)  # these shards keep none
     assert read.clock == {'updates': 6, 'agent_steps': 24}
+
+
+@pytest.mark.parametrize('num_shards', [1, 2, 3])
+def test_a_checkpoint_holds_the_average_which_goes_on_after_a_restart(
+    tmp_path, num_shards, exit_stack
+):
+    gradients = _gradients(20)
+    with serve(_config(average_updates=100)) as servers:
+        with connect([server.address for server in servers]) as client:
+            client.initialise(np.arange(19.0))
+            for name, part in (('10', gradients[:10]), ('12', gradients[10:12])):
+                _push(client, part)
+                client.save(tmp_path / name)
+    restored = _config(average_updates=100, num_parameter_shards=num_shards)
+    with connect(_serve_restored(exit_stack, restored, tmp_path / '12')) as client:
+        _push(client, gradients[12:])
+        client.save(tmp_path / '20')
+    read = {name: checkpoint.read_checkpoint(str(tmp_path / name)) for name in ('10', '12', '20')}
+    np.testing.assert_array_equal(read['10'].average, read['10'].parameters)
+    np.testing.assert_array_equal(read['12'].average, read['10'].parameters)
+    np.testing.assert_allclose(
+        read['20'].average, (read['10'].parameters + read['20'].parameters) / 2, rtol=1e-6
+    )
 
 
 class TestDamage:

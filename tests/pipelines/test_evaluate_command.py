@@ -47,7 +47,8 @@ def saved():
 def checkpoint_of(policy):
     return Checkpoint(
         layout=builders.layout_of(policy),
-        parameters=policy.parameters(),
+        parameters=np.zeros_like(policy.parameters()),  # that no policy may play with
+        average=policy.parameters(),
         target=policy.parameters(),
         clock={'updates': 1},
     )

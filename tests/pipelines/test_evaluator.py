@@ -67,12 +67,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened(tmp_path, layout, parameters=0.0, **settings):
+def opened(tmp_path, layout, parameters=0.0, average_updates=0, **settings):
     config = presets.experiment('laptop', SETTINGS | settings)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(RunDirectory.open(tmp_path / 'run'))
         directory.config_file.write_text(config_lib.to_json(config))
-        server = parameter_servers.config(num_parameter_shards=2)
+        server = parameter_servers.config(average_updates=average_updates)
         shards = stack.enter_context(parameter_servers.serve(server))
         addresses = [shard.address for shard in shards]
         client = stack.enter_context(parameter_servers.connect(addresses, layout))
@@ -205,6 +205,15 @@ class TestTheBest:
         assert (best.checkpoint, best.updates) == ('best', 1)
         np.testing.assert_array_equal(best.parameters, expected)
         assert read_best(run.directory) == {'mean': 3.0}
+
+    def test_plays_with_the_average_if_the_shards_keep_one(self, tmp_path):
+        start = np.zeros(parameter_servers.LAYOUT.size)
+        with opened(tmp_path, parameter_servers.LAYOUT, start, average_updates=100) as run:
+            run.save(whole=True, gradient=1.0)
+            keep_best(run.directory, taken(Snapshots(run.directory, 0.0), 1), {'mean': 3.0})
+            best = of_run(str(run.directory.path), 'best', print)
+        assert best.parameters is not None
+        np.testing.assert_array_equal(best.parameters, start)
 
     def test_is_ignored_if_damaged(self, run):
         run.save()
@@ -362,9 +371,10 @@ def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(t
     *before, bias, _ = policy.variables
     assert bias.shape == (6,)
     fire[sum(variable.shape.num_elements() for variable in before) + FIRE] = 1e-6
-    with opened(tmp_path, layout, fire, **SHOOTING) as run:
+    with opened(tmp_path, layout, fire, average_updates=100, **SHOOTING) as run:
         path = run.directory.path
-        run.save(gradient=0.0)  # shoots all the time
+        # The newest does nothing any more; the average, still that of the start, shoots.
+        run.save(gradient=np.sign(fire))
         with (tmp_path / 'log').open('w') as log:
             process = subprocess.Popen(
                 [sys.executable, '-m', 'pipelines.evaluator', str(path), '--origin=0'],
@@ -376,14 +386,16 @@ def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(t
         try:
             told = (tmp_path / 'log').read_text
             assert eventually(lambda: len(rows(path)) == 1, 90.0), told()
-            run.save(whole=True, gradient=np.sign(fire))  # does nothing any more
+            for _ in range(8):
+                run.push(gradient=0.0)
+            run.save(whole=True, gradient=0.0)  # the tenth update: the average is the newest
             assert eventually(lambda: len(rows(path)) == 2, 30.0), told()
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait(10)
         assert code == 0, told()
         first, second = rows(path)
-        assert (first['updates'], second['updates']) == (1, 2)
+        assert (first['updates'], second['updates']) == (1, 10)
         assert (first['episodes'], first['protocol'], first['epsilon']) == (2, 'noop', 0.0)
         assert len(first['returns']) == 2
         assert first['wall_seconds'] == pytest.approx(first['time'], abs=60)  # the origin is 1970
