@@ -69,11 +69,6 @@ class ParameterServerConfig:
     target_update_period: int = described(
         1000, 'Global updates between target networks (paper: 60,000).'
     )
-    target_update_tau: float = described(
-        1.0,
-        'Share of the parameters in a new target network; the rest is the one before. 1 copies the'
-        ' parameters (paper). With less a shorter target_update_period is usual.',
-    )
     average_updates: int = described(
         0,
         'Updates over which the shards average the parameters, for evaluations and exports alone;'
@@ -115,8 +110,6 @@ class ParameterServerConfig:
             "more than 0 with 'adam'",
         )
         require_positive(self, 'learning_rate', 'adagrad_initial_accumulator')
-        tau = self.target_update_tau
-        require(self, 'target_update_tau', 0 < tau <= 1, 'more than 0 and at most 1')
         for name in ('optimizer_decay', 'optimizer_momentum', 'adam_beta_1', 'adam_beta_2'):
             value = getattr(self, name)
             require(self, name, 0 <= value < 1, 'at least 0 and less than 1')

@@ -44,19 +44,6 @@ def average_rate(window: int, update: int) -> float:
     return min(1.0, AVERAGE_PERIOD / min(update, window))
 
 
-def approach(values: np.ndarray, other: np.ndarray, rate: float, difference: np.ndarray) -> None:
-    """Moves float32 values [n] towards others in place, by the share `rate`; 1 copies them.
-
-    Overwrites `difference`, float32 [n], so that nothing is allocated.
-    """
-    if rate == 1.0:
-        np.copyto(values, other)
-        return
-    np.subtract(other, values, out=difference)
-    difference *= np.float32(rate)
-    values += difference
-
-
 def _scalar(value: float) -> tuple[np.ndarray, tf.Tensor]:
     """A number as an array float32 [], and a tensor on the array's memory for kernels to read."""
     (array,) = aligned_arrays([()])
@@ -205,7 +192,14 @@ class OptimizedSlice:
         self._optimizer.rate[...] = learning_rate(self._config, update)
         self._optimizer.apply(gradient)
         if rate := average_rate(self._config.average_updates, update):
-            approach(self.state[AVERAGE], self.parameters, rate, self._difference)
+            self._include(rate)
+
+    def _include(self, rate: float) -> None:
+        """Moves the average towards the parameters, in place."""
+        average, difference = self.state[AVERAGE], self._difference
+        np.subtract(self.parameters, average, out=difference)
+        difference *= np.float32(rate)
+        average += difference
 
     def copy_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of `state`, by name."""

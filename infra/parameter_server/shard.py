@@ -20,7 +20,7 @@ from infra.parameter_server.checkpoint import ShardState
 from infra.parameter_server.config import ParameterServerConfig
 from infra.parameter_server.layout import Layout
 from infra.parameter_server.ledger import Ledger
-from infra.parameter_server.optimizers import OptimizedSlice, approach
+from infra.parameter_server.optimizers import OptimizedSlice
 from infra.parameter_server.protocol import (
     INVALID,
     PROTOCOL_VERSION,
@@ -123,7 +123,7 @@ class Shard:
             self._slice.start(values)
             self._version, self._agent_steps_seen = updates, agent_steps
             self._set_limits()
-            self._take_target(1.0)
+            self._take_target()
             self._keep_good()
             self.layout = layout
             return True
@@ -143,7 +143,7 @@ class Shard:
             self._target_version = state.counters['target_version']
             if self._target_version != self._target_due():
                 # The saved shard had missed updates, so its target is of an older update.
-                self._take_target(self.config.target_update_tau)
+                self._take_target()
             self._revision += 1
             self._target_revision += 1
             self._keep_good()
@@ -327,7 +327,6 @@ class Shard:
         self._slice = OptimizedSlice(self.config, part.stop - part.start)
         self._target = np.zeros(part.stop - part.start, np.float32)
         self._is_finite = np.empty(part.stop - part.start, bool)
-        self._scratch = np.empty(part.stop - part.start, np.float32)
         self._good: dict[str, np.ndarray] = {}
 
     def _once(self, session: str, sequence: int, judge: Callable[[], Verdict]) -> Verdict:
@@ -376,28 +375,23 @@ class Shard:
         """Advances the version and copies the target network if a multiple of its period passed."""
         self._version = max(self._version, updates)
         if self.layout is not None and self._target_due() > self._target_version:
-            self._take_target(self.config.target_update_tau)
+            self._take_target()
             self._keep_good()
 
     def _target_due(self) -> int:
         """The last multiple of the target period, whose parameters are the target network."""
         return self._version // self.config.target_update_period * self.config.target_update_period
 
-    def _take_target(self, share: float) -> None:
-        self._require_finite()
-        approach(self._target, self._slice.parameters, share, self._scratch)
+    def _take_target(self) -> None:
+        self._copy_finite(self._target)
         self._target_version = self._target_due()
         self._target_revision += 1
 
     def _copy_finite(self, out: np.ndarray) -> None:
         """Copies the parameters to `out`; rolls back first if they are not finite."""
-        self._require_finite()
-        np.copyto(out, self._slice.parameters)
-
-    def _require_finite(self) -> None:
-        """Rolls back if the parameters are not finite."""
         if not np.isfinite(self._slice.parameters, out=self._is_finite).all():
             self._roll_back()
+        np.copyto(out, self._slice.parameters)
 
     def _keep_good(self) -> None:
         """Keeps a copy of a finite state to roll back to; rolls back if the state is not finite."""

@@ -295,7 +295,6 @@ _ADDED = {
     ('parameter_server', 'learning_rate_end'): 0.0,
     ('parameter_server', 'learning_rate_updates'): 0,
     ('parameter_server', 'average_updates'): 0,
-    ('parameter_server', 'target_update_tau'): 1.0,
     ('run', 'evaluation_protocol'): 'noop',
     ('run', 'evaluator_cpu_share'): 0.03,
     ('run', 'evaluator_episodes'): 5,

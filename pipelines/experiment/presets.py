@@ -129,8 +129,7 @@ LAPTOP: Mapping[str, Any] = {
     'average_updates': 3_000,
     'optimizer_epsilon': 1e-8,
     'agent_steps_per_update': 4.0,
-    'target_update_period': 25,
-    'target_update_tau': 0.05,  # a time constant of 500 updates
+    'target_update_period': 500,
     'epsilon_end': 0.02,
     'epsilon_updates': 4_000,
     'replay_capacity': 250_000,

@@ -73,7 +73,7 @@ def our_samples(count):
         yield Sample(Transition(**{**batch, 'discount': gamma * batch['discount']}))
 
 
-def their_parameters(optimizer, count, tau=1.0):
+def their_parameters(optimizer, count):
     """Parameters after `count` calls of the stock TF-Agents agent's own `train`."""
     network = dqn.make_agent(AgentConfig(), NETWORK, TIME_STEP, ACTION, seed=5).q_network
     agent = dqn_agent.DqnAgent(
@@ -83,7 +83,6 @@ def their_parameters(optimizer, count, tau=1.0):
         optimizer,
         gamma=DISCOUNT,
         td_errors_loss_fn=LOSSES['huber'],
-        target_update_tau=tau,
         target_update_period=TARGET_PERIOD,
     )
     agent.initialize()
@@ -144,16 +143,6 @@ def test_updates_through_the_server_equal_tf_agents_own_train(connected, name, n
     ours = network.parameters()
     theirs = their_parameters(their_optimizer(), UPDATES)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
-
-
-def test_updates_with_a_target_that_follows_by_shares_equal_tf_agents_own_train(connected):
-    values, their_optimizer = OPTIMIZERS['adam']
-    server = {'target_update_period': TARGET_PERIOD, 'target_update_tau': 0.3, **values}
-    learner, _, network = connected(our_samples(UPDATES), optimizer='adam', **server)
-    for _ in range(UPDATES):
-        learner.update()
-    theirs = their_parameters(their_optimizer(), UPDATES, tau=0.3)
-    np.testing.assert_allclose(network.parameters(), theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_figures_are_those_of_the_latest_batch(connected):

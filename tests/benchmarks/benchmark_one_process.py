@@ -52,7 +52,6 @@ class DelayedParameters:
         self._slice = OptimizedSlice(config.parameter_server, len(values))
         self._slice.start(values)
         self._period = config.parameter_server.target_update_period
-        self._tau = config.parameter_server.target_update_tau
         self._target, self._target_version = values.copy(), 0
         self._staleness = staleness
         self._late: collections.deque[np.ndarray] = collections.deque()
@@ -90,8 +89,6 @@ class DelayedParameters:
 
     def push(self, gradient: np.ndarray, version: int, pull: bool = True) -> PushReply:
         """Applies the gradient pushed `staleness` updates ago."""
-        from infra.parameter_server.optimizers import approach
-
         waiting = len(self._late)
         self._feedback.encode(gradient)
         self._feedback.accepted()
@@ -100,8 +97,7 @@ class DelayedParameters:
             self.updates += 1
             self._slice.step(self._late.popleft(), self.updates)
             if self.updates % self._period == 0:
-                self._target, self._target_version = self._target.copy(), self.updates
-                approach(self._target, self.values, self._tau, np.empty_like(self.values))
+                self._target, self._target_version = self.values.copy(), self.updates
         return PushReply(self.pull(), None, '', waiting)
 
     def push_async(self, gradient: np.ndarray, version: int, pull: bool = True) -> Future:

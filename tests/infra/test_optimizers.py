@@ -181,8 +181,6 @@ def test_a_variable_that_tensorflow_moves_is_noticed():
         {'wire': 'float16'},
         {'adam_beta_1': 1.0},
         {'target_update_period': 0},
-        {'target_update_tau': 0.0},
-        {'target_update_tau': 1.5},
     ],
 )
 def test_a_wrong_value_is_named(bad):

@@ -129,7 +129,6 @@ def test_the_configuration_of_a_run_of_95d57f4_is_read_with_the_values_that_it_l
         ('parameter_server', 'learning_rate_end'): 0.0,
         ('parameter_server', 'learning_rate_updates'): 0,
         ('parameter_server', 'average_updates'): 0,
-        ('parameter_server', 'target_update_tau'): 1.0,
     }
 
 
