@@ -309,7 +309,8 @@ class LearnerConfig:
     pushes_in_flight: int = described(
         1,
         'Pushes of a learner under way at once with overlap_push. For parameter shards that are far'
-        ' away, if samples are not what it waits for; each adds an update of staleness.',
+        ' away, if samples are not what it waits for. With k of them a gradient may be 2 k - 1'
+        ' updates older; raise max_staleness with them.',
     )
     batches_in_flight: int = described(
         1,

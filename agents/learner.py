@@ -173,9 +173,8 @@ class LearnerCounters:
 class Learner:
     """Computes gradients and pushes them; the parameter server applies them (paper, section 4.1).
 
-    With `overlap_push` it sends gradients while it computes the next, so a gradient may be older,
-    by as many updates as there are `pushes_in_flight`, or almost twice as many (2 k - 1 for k)
-    where later pushes overtake it.
+    With `overlap_push` it sends gradients while it computes the next, so a gradient may be older:
+    by up to 2 k - 1 updates with k `pushes_in_flight`, since later pushes may overtake it.
     """
 
     def __init__(

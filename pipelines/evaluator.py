@@ -76,7 +76,7 @@ class Pace:
 
 
 class Evaluator:
-    """Plays games with the newest parameters of an active run, again and again."""
+    """Plays games with the newest policy of an active run, again and again."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Exports and evaluates the newest parameters of a run and films it, in one separate process.
+"""Exports and evaluates the newest policy of a run and films it, in one separate process.
 
 The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION` while
 the workers end, and releases it once they and the servers have ended. One process for all, since

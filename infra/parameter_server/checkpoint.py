@@ -25,10 +25,10 @@ from infra.sealed import parse_object, seal, unseal
 
 MANIFEST = 'manifest.json'
 """File written last."""
+AVERAGE = 'average'
+"""Name of the parameters' moving average, which some runs keep."""
 _FORMAT = 1
 _READ_BYTES = 1 << 20
-AVERAGE = 'average'
-"""Array of the parameters' mean over recent updates, if the run keeps one."""
 _REASON_LENGTH = 200
 
 
@@ -63,8 +63,8 @@ class Checkpoint(NamedTuple):
     Attributes:
       layout: of the network.
       parameters: float32 [layout.size], the newest.
-      average: float32 [layout.size], for evaluations and exports: the mean over recent updates, or
-        `parameters` if the run keeps none.
+      average: float32 [layout.size], the moving average of the parameters, for evaluations and
+        exports; equal to `parameters` if the run keeps none.
       target: float32 [layout.size], the target network.
       clock: {'updates': int, 'agent_steps': int}, of shard 0.
     """
@@ -292,13 +292,15 @@ def read_state(directory: str, shard: int, num_shards: int, optimizer: str) -> S
         if name in parts[first]['slots']
         else _read_array(directory, parts[first], name)
         for name in parts[first]['arrays']
+        if name != AVERAGE or _has_average(manifest)
     }
     version = max(part['counters']['version'] for part in parts)
     counters = {**parts[first]['counters'], 'version': version}
     if len(parts) != num_shards:
         # Sequences count messages to one shard, so they are void for another number of shards.
         counters['sessions'] = {}
-    return ShardState(layout, arrays, tuple(parts[first]['slots']), counters)
+    slots = tuple(name for name in parts[first]['slots'] if name in arrays)
+    return ShardState(layout, arrays, slots, counters)
 
 
 def read_only_part(directory: str, shard: int, num_shards: int, optimizer: str) -> ShardState:
@@ -341,16 +343,19 @@ def read_checkpoint(directory: str) -> Checkpoint:
     """
     manifest = validate(directory)
     layout = Layout(**manifest['layout'])
-    averaged = all(AVERAGE in part['slots'] for part in manifest['parts'])
-    names = {'parameters', 'target', AVERAGE if averaged else 'parameters'}
-    whole = {n: _gather(directory, manifest, n, slice(0, layout.size)) for n in names}
-    return Checkpoint(
-        layout=layout,
-        parameters=whole['parameters'],
-        average=whole.get(AVERAGE, whole['parameters']),
-        target=whole['target'],
-        clock=_clock(manifest),
+    parameters, target = (
+        _gather(directory, manifest, name, slice(0, layout.size))
+        for name in ('parameters', 'target')
     )
+    average = parameters
+    if _has_average(manifest):
+        average = _gather(directory, manifest, AVERAGE, slice(0, layout.size))
+    return Checkpoint(layout, parameters, average, target, _clock(manifest))
+
+
+def _has_average(manifest: dict[str, Any]) -> bool:
+    """Whether every part has one; while shards restart with another setting, some may."""
+    return all(AVERAGE in part['slots'] for part in manifest['parts'])
 
 
 def _gather(directory: str, manifest: dict, name: str, wanted: slice) -> np.ndarray:

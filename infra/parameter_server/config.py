@@ -71,8 +71,8 @@ class ParameterServerConfig:
     )
     average_updates: int = described(
         0,
-        'Updates over which the shards average the parameters, for evaluations and exports alone;'
-        ' 0: these use the newest. A policy changes with every update, more than its mean.',
+        'Time constant, in updates, of a moving average of the parameters, which evaluations and'
+        ' exports use in place of the newest: it lacks the noise of single updates. 0: none.',
     )
     wire: str = described(
         'float32',
@@ -95,7 +95,7 @@ class ParameterServerConfig:
         require_choice(self, 'wire', WIRE_NAMES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
-        require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates', 'average_updates')
+        require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates')
         if self.learning_rate_updates and self.learning_rate_end > self.learning_rate:
             raise ValueError(
                 f'--learning_rate {self.learning_rate}: less than --learning_rate_end'
@@ -109,6 +109,9 @@ class ParameterServerConfig:
             self.optimizer != 'adam' or self.optimizer_epsilon > 0,
             "more than 0 with 'adam'",
         )
+        # Every tenth update enters the average (see optimizers.py).
+        averages = self.average_updates == 0 or self.average_updates >= 100
+        require(self, 'average_updates', averages, '0 or at least 100')
         require_positive(self, 'learning_rate', 'adagrad_initial_accumulator')
         for name in ('optimizer_decay', 'optimizer_momentum', 'adam_beta_1', 'adam_beta_2'):
             value = getattr(self, name)

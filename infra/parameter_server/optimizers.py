@@ -20,8 +20,8 @@ from infra.parameter_server.checkpoint import AVERAGE
 from infra.parameter_server.config import ParameterServerConfig
 
 AVERAGE_PERIOD = 10
-"""Updates from one whose parameters enter their average to the next. A window has hundreds of them;
-every update would take a third of the optimizer's time more."""
+"""Updates between two whose parameters enter the moving average. A window has many of them, and
+averaging after every update would take as long as the optimizer's step."""
 
 
 def learning_rate(config: ParameterServerConfig, update: int) -> float:
@@ -33,15 +33,17 @@ def learning_rate(config: ParameterServerConfig, update: int) -> float:
 
 
 def average_rate(window: int, update: int) -> float:
-    """Weight of the parameters of global update number `update` in their moving average.
+    """Weight of the parameters after global update number `update` in their moving average.
 
-    The average is the mean of all so far, then exponential with a time constant of `window` updates
-    (Polyak and Juditsky 1992; the weight's form as in Adam's bias correction). 0 between the
-    updates that are averaged, which are `AVERAGE_PERIOD` apart.
+    The average begins as the mean of all parameters so far. After `window` updates it is
+    exponential, with a time constant of `window` updates (Polyak and Juditsky 1992). Between the
+    updates that enter it, `AVERAGE_PERIOD` apart, the weight is 0; before the first it is 1.
     """
-    if not window or update % AVERAGE_PERIOD:
+    if not window:
         return 0.0
-    return min(1.0, AVERAGE_PERIOD / min(update, window))
+    if update < AVERAGE_PERIOD:
+        return 1.0
+    return 0.0 if update % AVERAGE_PERIOD else AVERAGE_PERIOD / min(update, window)
 
 
 def _scalar(value: float) -> tuple[np.ndarray, tf.Tensor]:
@@ -163,7 +165,7 @@ class OptimizedSlice:
       state: everything that updates change, float32 arrays by name: 'parameters', the slots [n],
         the scalars [] and, with `average_updates`, `AVERAGE` [n]. Writing to an array changes the
         state.
-      slot_names: of the arrays [n] but 'parameters'.
+      slot_names: of the arrays [n] without 'parameters'.
     """
 
     def __init__(self, config: ParameterServerConfig, size: int) -> None:
@@ -175,13 +177,12 @@ class OptimizedSlice:
         arrays = {name: memory_of(variable) for name, variable in self._variables.items()}
         self.state = {**arrays, **self._optimizer.scalars}
         self.parameters = self.state['parameters']
-        self.slot_names = tuple(self._optimizer.slots)
-        if config.average_updates:
-            self.state[AVERAGE] = np.zeros(size, np.float32)
-            self._difference = np.zeros(size, np.float32)
-            self.slot_names += (AVERAGE,)
+        averages = (AVERAGE,) if config.average_updates else ()
+        self.slot_names = (*self._optimizer.slots, *averages)
+        self.state |= {name: np.zeros(size, np.float32) for name in averages}
+        self._scratch = np.zeros(size if averages else 0, np.float32)
 
-    def start(self, values: np.ndarray) -> None:
+    def initialise(self, values: np.ndarray) -> None:
         """Sets the first parameters, float32 [n]."""
         np.copyto(self.parameters, values)
         if AVERAGE in self.state:
@@ -196,10 +197,10 @@ class OptimizedSlice:
 
     def _include(self, rate: float) -> None:
         """Moves the average towards the parameters, in place."""
-        average, difference = self.state[AVERAGE], self._difference
-        np.subtract(self.parameters, average, out=difference)
-        difference *= np.float32(rate)
-        average += difference
+        average, change = self.state[AVERAGE], self._scratch
+        np.subtract(self.parameters, average, out=change)
+        change *= np.float32(rate)
+        average += change
 
     def copy_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of `state`, by name."""

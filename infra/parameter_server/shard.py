@@ -120,7 +120,7 @@ class Shard:
             if self.layout is not None:
                 return False
             self._allocate(layout)
-            self._slice.start(values)
+            self._slice.initialise(values)
             self._version, self._agent_steps_seen = updates, agent_steps
             self._set_limits()
             self._take_target()

@@ -44,7 +44,7 @@ class Policy:
       path: where it is from, or 'random'.
       environment: its game, stack and action set.
       experiment: of the run, None for others.
-      parameters: of the run's network, float32 [parameters].
+      parameters: of the run's network, float32 [parameters], averaged if the run averages.
       saved_model: files of a SavedModel as a ZIP archive.
       checkpoint: name of the run's checkpoint.
       updates: global updates behind the policy, None if unknown.

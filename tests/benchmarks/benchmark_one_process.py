@@ -50,7 +50,7 @@ class DelayedParameters:
         encoding = WIRES[config.parameter_server.wire].gradients
         self._feedback = Feedback(encoding, len(values))
         self._slice = OptimizedSlice(config.parameter_server, len(values))
-        self._slice.start(values)
+        self._slice.initialise(values)
         self._period = config.parameter_server.target_update_period
         self._target, self._target_version = values.copy(), 0
         self._staleness = staleness

@@ -22,8 +22,8 @@ class Shards:
     """Two shards in this process, each of which can be set back to what it once was."""
 
     def __init__(self, stack, **changes):
-        changes = {'target_update_period': _PERIOD, 'max_staleness': 1000, **changes}
-        self._config = config(**changes)
+        usual = {'target_update_period': _PERIOD, 'max_staleness': 1000, 'average_updates': 100}
+        self._config = config(**{**usual, **changes})
         self._stack = stack
         self.servers = [self._serve(shard) for shard in range(2)]
         self.addresses = [server.address for server in self.servers]
@@ -148,18 +148,22 @@ class TestFinite:
                     assert np.isfinite(array).all(), name
 
     def test_a_shard_that_is_not_finite_goes_back_to_its_last_good_state(self, shards):
-        shards.push(_PERIOD + 7)  # the last good state is that of the last target
+        shards.push(_PERIOD + 9)  # the last good state is that of the last target
         for server in shards.servers[:1]:
             server.shard._slice.parameters[:] = np.nan
         snapshot = shards.push(1)
-        assert snapshot.version == _PERIOD + 8  # the clock goes on
+        assert snapshot.version == _PERIOD + 10  # the clock goes on
         values = shards.client.pull_target().parts[0]
         np.testing.assert_allclose(values, -_PERIOD, atol=1e-2)
         with connect(shards.addresses) as other:
             values = other.pull().parts
         np.testing.assert_allclose(values[0], -_PERIOD, atol=1e-2)
-        np.testing.assert_allclose(values[1], -_PERIOD - 8, atol=1e-2)
+        np.testing.assert_allclose(values[1], -_PERIOD - 10, atol=1e-2)
         assert [s['rollbacks'] for s in shards.client.report()['shards']] == [1, 0]
+        # The mean of -10, -20 and so on to -50, as of the last target; the other's goes to -60.
+        averages = [shards.state(shard).arrays['average'] for shard in range(2)]
+        np.testing.assert_allclose(averages[0], -30, atol=1e-2)
+        np.testing.assert_allclose(averages[1], -35, atol=1e-2)
 
     def test_a_state_that_is_saved_is_finite(self, shards):
         shards.push(1)

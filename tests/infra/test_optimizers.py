@@ -139,27 +139,35 @@ def test_updates_after_a_restore_equal_those_after_the_copy(optimizer):
         assert (first != copy[name]).any(), name  # a kernel that left the array would change none
 
 
-def test_the_average_is_the_mean_of_all_updates_at_first_and_then_forgets():
-    config = ParameterServerConfig(optimizer='adagrad', average_updates=20)
+def test_the_average_is_that_of_every_tenth_update_at_first_and_then_forgets():
+    config = ParameterServerConfig(optimizer='adagrad', average_updates=100)
     part = OptimizedSlice(config, 2)
-    part.start(np.array([7.0, 8.0], np.float32))
+    part.initialise(np.array([7.0, 8.0], np.float32))
     np.testing.assert_array_equal(part.state['average'], [7.0, 8.0])
-    expected = {}
-    for update in range(1, 41):
+    averaged, seen = [], {}
+    for update in range(1, 141):
         part.step(tf.constant([1.0, -1.0]), update)
-        expected[update] = part.parameters.copy()
-    # Of every tenth update's parameters p: p10, (p10 + p20) / 2, then halfway to p30 and to p40.
-    mean = (expected[10] + expected[20]) / 2
-    mean = (mean + expected[30]) / 2
-    np.testing.assert_allclose(part.state['average'], (mean + expected[40]) / 2, rtol=1e-6)
+        if update % 10 == 0:
+            averaged.append(part.parameters.copy())
+        seen[update] = part.state['average'].copy()
+        if update < 10:  # before the first of them
+            np.testing.assert_array_equal(seen[update], part.parameters)
+    np.testing.assert_allclose(seen[100], np.mean(averaged[:10], axis=0), rtol=1e-6)
+    # From then on a tenth of each is new: 0.9^4 of the mean of ten is left after four more.
+    expected = seen[100]
+    for new in averaged[10:]:
+        expected = 0.9 * expected + 0.1 * new
+    np.testing.assert_allclose(seen[140], expected, rtol=1e-6)
 
 
-def test_a_state_without_an_average_starts_it_with_its_parameters():
-    old = OptimizedSlice(ParameterServerConfig(), 2)
-    old.start(np.array([3.0, 4.0], np.float32))
-    part = OptimizedSlice(ParameterServerConfig(average_updates=1000), 2)
-    part.restore(old.copy_state())
-    np.testing.assert_array_equal(part.state['average'], [3.0, 4.0])
+def test_a_state_without_an_average_starts_it_with_its_parameters_and_one_may_be_dropped():
+    old, new = ParameterServerConfig(), ParameterServerConfig(average_updates=1000)
+    without, kept = OptimizedSlice(old, 2), OptimizedSlice(new, 2)
+    without.initialise(np.array([3.0, 4.0], np.float32))
+    kept.restore(without.copy_state())
+    np.testing.assert_array_equal(kept.state['average'], [3.0, 4.0])
+    without.restore(kept.copy_state())
+    assert 'average' not in without.copy_state()
 
 
 def test_a_variable_that_tensorflow_moves_is_noticed():
@@ -175,7 +183,7 @@ def test_a_variable_that_tensorflow_moves_is_noticed():
         {'optimizer': 'sgd'},
         {'learning_rate': 0.0},
         {'learning_rate_updates': -1},
-        {'average_updates': -1},
+        {'average_updates': 20},
         {'num_parameter_shards': 0},
         {'max_staleness': -1},
         {'wire': 'float16'},

@@ -195,6 +195,24 @@ def test_a_checkpoint_holds_the_average_which_goes_on_after_a_restart(
     )
 
 
+def test_an_average_of_some_shards_alone_is_none(tmp_path, exit_stack):
+    with contextlib.ExitStack() as stack:  # the second has restarted with another setting
+        shards = [
+            stack.enter_context(ParameterServer(_config(average_updates=window), shard))
+            for shard, window in enumerate((100, 0))
+        ]
+        client = stack.enter_context(connect([shard.address for shard in shards]))
+        client.initialise(np.arange(19.0))
+        client.save(tmp_path / 'mixed')
+    read = checkpoint.read_checkpoint(str(tmp_path / 'mixed'))
+    np.testing.assert_array_equal(read.average, read.parameters)
+    restored = _serve_restored(exit_stack, _config(average_updates=100), tmp_path / 'mixed')
+    with connect(restored) as client:
+        client.save(tmp_path / 'whole')
+    read = checkpoint.read_checkpoint(str(tmp_path / 'whole'))
+    np.testing.assert_array_equal(read.average, np.arange(19.0))
+
+
 class TestDamage:
     def test_a_sound_checkpoint_is_valid(self, saved):
         assert checkpoint.validate(str(saved[0]))['optimizer'] == 'adagrad'

@@ -48,9 +48,10 @@ class Run:
         self.directory, self.client = directory, client
         self._checkpoints = checkpoints
 
-    def push(self, gradient=1.0):
+    def push(self, gradient=1.0, times=1):
         gradient = np.full(self.client.layout.size, gradient, np.float32)
-        assert self.client.push(gradient, self.client.pull().version).rejected is None
+        for _ in range(times):
+            assert self.client.push(gradient, self.client.pull().version).rejected is None
 
     def save(self, whole=False, gradient=1.0):
         """One more update, saved; prunes what is older than the newest two."""
@@ -209,6 +210,7 @@ class TestTheBest:
     def test_plays_with_the_average_if_the_shards_keep_one(self, tmp_path):
         start = np.zeros(parameter_servers.LAYOUT.size)
         with opened(tmp_path, parameter_servers.LAYOUT, start, average_updates=100) as run:
+            run.push(gradient=0.0, times=10)  # the tenth enters the average
             run.save(whole=True, gradient=1.0)
             keep_best(run.directory, taken(Snapshots(run.directory, 0.0), 1), {'mean': 3.0})
             best = of_run(str(run.directory.path), 'best', print)
@@ -373,7 +375,8 @@ def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(t
     fire[sum(variable.shape.num_elements() for variable in before) + FIRE] = 1e-6
     with opened(tmp_path, layout, fire, average_updates=100, **SHOOTING) as run:
         path = run.directory.path
-        # The newest does nothing any more; the average, still that of the start, shoots.
+        run.push(gradient=0.0, times=10)
+        # The newest does nothing any more; the average, still that of the tenth update, shoots.
         run.save(gradient=np.sign(fire))
         with (tmp_path / 'log').open('w') as log:
             process = subprocess.Popen(
@@ -386,23 +389,23 @@ def test_an_evaluator_keeps_the_best_of_the_snapshots_until_it_is_asked_to_end(t
         try:
             told = (tmp_path / 'log').read_text
             assert eventually(lambda: len(rows(path)) == 1, 90.0), told()
-            for _ in range(8):
-                run.push(gradient=0.0)
-            run.save(whole=True, gradient=0.0)  # the tenth update: the average is the newest
+            run.push(gradient=0.0, times=8)
+            # The bias of FIRE, 1e-6 at update 10 and -1 at 20, has an average of -0.5.
+            run.save(whole=True, gradient=0.0)
             assert eventually(lambda: len(rows(path)) == 2, 30.0), told()
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait(10)
         assert code == 0, told()
         first, second = rows(path)
-        assert (first['updates'], second['updates']) == (1, 10)
+        assert (first['updates'], second['updates']) == (11, 20)
         assert (first['episodes'], first['protocol'], first['epsilon']) == (2, 'noop', 0.0)
         assert len(first['returns']) == 2
         assert first['wall_seconds'] == pytest.approx(first['time'], abs=60)  # the origin is 1970
         assert first['mean'] > 0.0 == second['mean']  # 20 and 20; without a shot nothing
         assert (first['best'], second['best']) == (True, False)
         assert json.loads((run.directory.best / 'evaluation.json').read_text()) == first
-        assert of_run(str(path), 'best', print).updates == 1
+        assert of_run(str(path), 'best', print).updates == 11
         assert sorted(entry.name for entry in (path / WORK).iterdir()) == [
             '.lock',
             'alive',
