@@ -64,7 +64,7 @@ class DelayedParameters:
 
     @property
     def average(self) -> np.ndarray:
-        """What evaluations play with, float32 [parameters]."""
+        """Their moving average, float32 [parameters]; the parameters if none is kept."""
         return self._slice.state.get(AVERAGE, self.values)
 
     def another(self) -> 'DelayedParameters':
@@ -142,8 +142,8 @@ class Games:
         return True
 
 
-def train(config: ExperimentConfig, staleness: int, games: Games) -> tuple[np.ndarray, int]:
-    """Trains an agent to the budget; returns what evaluations play with and the updates."""
+def train(config: ExperimentConfig, staleness: int, games: Games) -> DelayedParameters:
+    """Trains an agent to the budget; returns its parameters."""
     spec = WorkerSpec(0, 0)
     network = boxes.learners_network(config, spec)
     parameters = DelayedParameters(config, network.parameters(), staleness)
@@ -154,11 +154,11 @@ def train(config: ExperimentConfig, staleness: int, games: Games) -> tuple[np.nd
             bundle.run_segment(segment)
             bundle.take()
             segment += 1
-    return parameters.average.copy(), parameters.updates
+    return parameters
 
 
 def returns(config: ExperimentConfig, values: np.ndarray, games: int) -> Iterator[float]:
-    """Returns of greedy games by the preset's rules."""
+    """Returns of games by the preset's evaluation protocol, with its epsilon."""
     policy = builders.build_policy(config)
     policy.set_parameters(values)
     rules = PROTOCOLS[config.run.evaluation_protocol]
@@ -168,20 +168,27 @@ def returns(config: ExperimentConfig, values: np.ndarray, games: int) -> Iterato
 
 
 def measure(config: ExperimentConfig, staleness: int, games: int) -> dict[str, Any]:
-    """Trains and evaluates one agent; `curve` is that of its training games."""
+    """Trains and evaluates one agent.
+
+    `mean_return` is that of the policy that a run would evaluate, `newest_mean_return` that of the
+    newest parameters if the run would use their moving average, `curve` that of training games.
+    """
     wall, cpu = time.monotonic(), time.process_time()
     training = Games()
-    values, updates = train(config, staleness, training)
+    parameters = train(config, staleness, training)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-    scores = list(returns(config, values, games))
+    played = {'mean_return': parameters.average}
+    if config.parameter_server.average_updates:
+        played['newest_mean_return'] = parameters.values
+    scores = {name: list(returns(config, values, games)) for name, values in played.items()}
     return {
         'staleness': staleness,
         'wire': config.parameter_server.wire,
         'seed': config.run.seed,
-        'updates': updates,
+        'updates': parameters.updates,
         'wall_seconds': round(wall, 1),
         'cpu_seconds': round(cpu, 1),
-        'mean_return': float(np.mean(scores)),
+        **{name: float(np.mean(values)) for name, values in scores.items()},
         'curve': training.curve(),
     }
 
