@@ -5,7 +5,7 @@ import contextlib
 import decimal
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,3 +122,10 @@ def nonempty(text: str) -> str:
     if not text.strip(' ,'):
         raise argparse.ArgumentTypeError('empty. Fix: give a value, or omit the flag.')
     return text
+
+
+def as_flag(name: str, value: Any) -> str:
+    """A setting as a command gives it: `--n_step 5`, `--double_dqn`, `--no-double_dqn`."""
+    if isinstance(value, bool):
+        return f'--{name}' if value else f'--no-{name}'
+    return f'--{name} {value}'

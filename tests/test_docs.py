@@ -152,6 +152,12 @@ def time_outs() -> dict[tuple[str, str], float]:
     return found
 
 
+def test_the_flags_that_a_resume_may_change_are_those_of_the_code():
+    text = (ROOT / 'docs' / 'training.md').read_text()
+    (paragraph,) = (part for part in text.split('\n\n') if part.startswith('Flags that a resume'))
+    assert set(re.findall(r'`--(\w+)`', paragraph)) == command_line.RESUMABLE
+
+
 def test_the_table_of_time_outs_is_that_of_the_code():
     text = (ROOT / 'docs' / 'architecture.md').read_text()
     rows = re.findall(r'^\| `([\w/.]+)` \| `(\w+_SECONDS)` \| ([\d.]+) \|', text, re.MULTILINE)

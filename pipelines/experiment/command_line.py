@@ -19,7 +19,7 @@ from agents.environments.factory import check_name
 from agents.games import GameError, not_taken_over
 from infra.addresses import AddressError, is_port, split_address
 from infra.disk import is_remote
-from infra.flags import integer, nonempty, value_of, with_fix
+from infra.flags import as_flag, integer, nonempty, value_of, with_fix
 from infra.tls import TlsError, read_roots, server_context
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
@@ -522,8 +522,8 @@ def resumed(
         old = getattr(getattr(before, group), setting)
         if value != old and setting not in RESUMABLE:
             raise UsageError(
-                f'--{name} {value}: contradicts --resume, since the run was started with {old}.'
-                f' Fix: omit --{name}, or start a new run.'
+                f'{as_flag(name, value)}: contradicts --resume, since the run was started with'
+                f' {as_flag(name, old)}. Fix: omit it, or start a new run.'
             )
     _game(before.environment.game)
     with _in_steps(steps, before.environment.action_repeat) as budget:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from infra.addresses import split_address
+from infra.flags import as_flag
 from infra.parameter_server.protocol import PROTOCOL_VERSION
 from infra.replay.config import EXPERIENCE_TABLE
 from infra.telemetry import TELEMETRY_TABLE
@@ -121,8 +122,8 @@ def _check_parameter_shard(
         value = started.get(name)
         if value != wanted and name not in ignored:
             raise UsageError(
-                f'{address}: started with --{name} {value}, but this run uses {wanted}. Fix: add'
-                f' --{name} {value}, or {_RESTART}.'
+                f'{address}: started with {as_flag(name, value)}, but this run uses'
+                f' {as_flag(name, wanted)}. Fix: add {as_flag(name, value)}, or {_RESTART}.'
             )
 
 

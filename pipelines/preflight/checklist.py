@@ -8,6 +8,7 @@ import tree
 
 from agents.config import BUILTIN, FACTORY, NetworkConfig
 from agents.environments.errors import EnvironmentFailedError
+from infra.flags import as_flag
 from pipelines.errors import UsageError
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.launch import Launch
@@ -139,8 +140,8 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
         if not (builtin and has_effect[name]):
             shown = ', '.join(str(list(part.shape)) for part in tree.flatten(observation))
             raise UsageError(
-                f'--{name} {values[name]}: no effect on the network for observations {shown}. Fix:'
-                f' omit --{name}.'
+                f'{as_flag(name, values[name])}: no effect on the network for observations {shown}.'
+                f' Fix: omit {as_flag(name, values[name])}.'
             )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from infra.disk import own_temporary_files
@@ -32,11 +33,17 @@ def require_disk(
     needed_bytes: int,
     remedy: str = 'free some, or choose another --run_dir',
 ) -> None:
-    """Checks that the file system of `path`, which need not exist yet, has `needed_bytes` free.
+    """Checks that `path`, which need not exist yet, can be written and has `needed_bytes` free.
 
     Raises:
-      UsageError: it has less.
+      UsageError: it cannot, or has less.
     """
+    try:
+        tempfile.TemporaryFile(dir=_existing_ancestor(pathlib.Path(path))).close()
+    except OSError as error:
+        raise UsageError(
+            f'{path}: cannot be written ({error.strerror}). Fix: choose another directory.'
+        ) from error
     free = free_disk(path)
     if free < needed_bytes:
         raise UsageError(

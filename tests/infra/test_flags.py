@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from infra import deployment
-from infra.flags import integer
+from infra.flags import as_flag, integer
 from infra.parameter_server import server as parameter_server
 from infra.replay import server as replay_server
 from pipelines import evaluate, plan, stop
@@ -127,3 +127,9 @@ def test_an_empty_path_of_a_server_never_means_that_the_flag_is_absent(parse, fl
         parse(['--config=a', '--shard=0', f'{flag}='])
     assert refused.value.code == 2
     assert f'{flag}: empty. Fix: name a path.' in capsys.readouterr().err
+
+
+def test_a_setting_reads_as_a_command_gives_it():
+    assert as_flag('n_step', 5) == '--n_step 5'
+    assert as_flag('double_dqn', True) == '--double_dqn'
+    assert as_flag('double_dqn', False) == '--no-double_dqn'

@@ -8,6 +8,7 @@ from pipelines.errors import UsageError
 from pipelines.experiment import command_line, presets
 from pipelines.preflight import resources
 from pipelines.storage.run_directory import RunDirectory
+from pipelines.storage.space import require_disk
 
 GB = 1_000_000_000
 REPLAY_BYTES = 100_000 * resources.BYTES_PER_TRANSITION
@@ -113,3 +114,8 @@ def test_checkpoints_of_a_resumed_run_are_not_asked_for_again(tmp_path, monkeypa
     resources.require_room(config(), launch(f'--run_dir={run_dir}'))
     resources.require_room(config(), launch(f'--run_dir={run_dir}', '--resume'))
     assert asked[0] - asked[1] == 1000
+
+
+def test_a_directory_that_cannot_be_written_is_not_blamed_on_its_space():
+    with pytest.raises(UsageError, match='/proc/runs: cannot be written .*choose another dir'):
+        require_disk('/proc/runs', 1)
