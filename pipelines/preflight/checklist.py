@@ -141,7 +141,7 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
             shown = ', '.join(str(list(part.shape)) for part in tree.flatten(observation))
             raise UsageError(
                 f'{as_flag(name, values[name])}: no effect on the network for observations {shown}.'
-                f' Fix: omit {as_flag(name, values[name])}.'
+                ' Fix: omit it.'
             )
 
 
