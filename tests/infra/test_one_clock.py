@@ -152,7 +152,7 @@ class TestFinite:
         for server in shards.servers[:1]:
             server.shard._slice.parameters[:] = np.nan
         snapshot = shards.push(1)
-        assert snapshot.version == _PERIOD + 10  # the clock goes on
+        assert snapshot.version == _PERIOD + 10  # the clock continues
         values = shards.client.pull_target().parts[0]
         np.testing.assert_allclose(values, -_PERIOD, atol=1e-2)
         with connect(shards.addresses) as other:

@@ -173,7 +173,7 @@ def test_read_checkpoint_gives_the_whole_network(saved):
 
 
 @pytest.mark.parametrize('num_shards', [1, 2, 3])
-def test_a_checkpoint_holds_the_average_which_goes_on_after_a_restart(
+def test_a_checkpoint_holds_the_average_and_a_restart_continues_it(
     tmp_path, num_shards, exit_stack
 ):
     gradients = _gradients(20)
