@@ -132,6 +132,7 @@ def test_a_run_whose_terminal_goes_away_ends_in_order_and_keeps_logs_of_failures
 
 
 HANG_SECONDS = 20
+SDK_WORKER = 'apache_beam.runners.worker.sdk_worker_main'
 HANGS = """
 import pathlib, sys, time
 if any('sdk_worker_main' in part for part in sys.orig_argv):
@@ -149,13 +150,24 @@ if any('sdk_worker_main' in part for part in sys.orig_argv):
 
 
 def bundles_of(run_dir):
-    """The processes of the bundles' job that works now."""
+    """Beam's workers of the bundles' job that works now, without the shells that start them."""
     found = []
     for job in launching.processes_of(run_dir):
         with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile
             if any(flag.startswith('--bundles=') for flag in job.cmdline()):
-                found += job.children(recursive=True)
+                workers = job.children(recursive=True)
+                found += [w for w in workers if SDK_WORKER in w.cmdline()]
     return found
+
+
+def both_bundles_of(run_dir, other_than=()):
+    """Waits for the processes of two bundles; the first starts some time before the second."""
+
+    def new():
+        return [worker for worker in bundles_of(run_dir) if worker not in other_than]
+
+    assert eventually(lambda: len(new()) == 2, 60.0), launching.output(run_dir)
+    return new()
 
 
 def test_hung_and_killed_bundles_and_a_killed_shard_with_the_clock_are_replaced(
@@ -169,7 +181,7 @@ def test_hung_and_killed_bundles_and_a_killed_shard_with_the_clock_are_replaced(
     more = ('--wandb_project=gorila', f'--hang_seconds={HANG_SECONDS}')
     process = launching.start(run_dir, *flags, *more, *launching.SMALL)
     launching.wait_for_updates(process, run_dir)
-    hung = {worker.pid for worker in bundles_of(run_dir)}
+    hung = both_bundles_of(run_dir)
     (tmp_path / 'hang').touch()
 
     def log():
@@ -180,11 +192,7 @@ def test_hung_and_killed_bundles_and_a_killed_shard_with_the_clock_are_replaced(
     (tmp_path / 'hang').unlink()
     assert 'in step_frames\n    time.sleep(600)' in log()  # where it stood
 
-    def replaced():
-        return [worker for worker in bundles_of(run_dir) if worker.pid not in hung]
-
-    assert eventually(lambda: bool(replaced()), 60.0), launching.output(run_dir)
-    for worker in replaced():
+    for worker in both_bundles_of(run_dir, other_than=hung):
         worker.kill()
     ready = json.loads((run_dir / 'servers' / 'parameter_server_0.ready').read_text())
     psutil.Process(ready['pid']).kill()
