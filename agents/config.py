@@ -129,6 +129,12 @@ class NetworkConfig:
         "Subtract each observation's mean and divide by its standard deviation, so that a few"
         ' pixels on a plain background weigh as much as a full picture (not in the papers).',
     )
+    centralize_gradient: bool = described(
+        False,
+        'Subtract from the gradient of each filter of a convolution its mean, so that what all'
+        ' pictures have in common turns no filter off for good (Yong et al. 2020). Allows larger'
+        ' step sizes.',
+    )
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'
     )

@@ -102,6 +102,20 @@ def _dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     return tf.transpose(tf.matmul(kernel, x, transpose_b=True)), gradient
 
 
+@tf.custom_gradient
+def _centralized(kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """A convolution's kernel, with a gradient whose mean over each filter is 0.
+
+    What all inputs have in common then moves no filter, which could be turned off for good by it
+    (Yong et al. 2020, section 3.2).
+    """
+
+    def gradient(dy: tf.Tensor) -> tf.Tensor:
+        return dy - tf.reduce_mean(dy, axis=[0, 1, 2], keepdims=True)
+
+    return tf.identity(kernel), gradient
+
+
 class _Layer(tf.Module):
     """A kernel and a bias, uniform in +-1/sqrt(fan_in); `part` is of an observation's arrays."""
 
@@ -153,6 +167,7 @@ class _PartLayers(tf.Module):
         self._low, self._scale = _scaling(spec)
         self._standardize = config.standardize_input
         self._center = config.center_input or self._standardize
+        self._centralize = config.centralize_gradient
         self._bfloat16 = config.precision == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
@@ -170,22 +185,28 @@ class _PartLayers(tf.Module):
         if not self._convolutions:
             x = (x - self._low) * self._scale if self._low or self._scale != 1.0 else x
         for index, (layer, stride) in enumerate(zip(self._convolutions, self._strides)):
-            x = self._first(x, layer, stride) if index == 0 else _convolution(x, layer, stride)
+            kernel, bias = self._kernel(layer), layer.bias
+            convolve = self._first if index == 0 else _convolution
+            x = convolve(x, kernel, bias, stride)
         return tf.cast(tf.reshape(x, (-1, math.prod(x.shape[1:]))), tf.float32)
 
-    def _first(self, x: tf.Tensor, layer: _Layer, stride: int) -> tf.Tensor:
+    def _kernel(self, layer: _Layer) -> tf.Tensor:
+        kernel = tf.convert_to_tensor(layer.kernel)
+        return _centralized(kernel) if self._centralize else kernel
+
+    def _first(self, x: tf.Tensor, kernel: tf.Tensor, bias: Any, stride: int) -> tf.Tensor:
         """The first convolution, of (x - offset) * factor * scale.
 
         Without padding that equals a convolution of x by the scaled kernel, another factor and
         another bias. So 20 x 20 values per filter are written instead of 84 x 84 per frame.
         """
-        kernel = layer.kernel * self._scale
+        kernel = kernel * self._scale
         offset, factor = self._offset_and_factor(x)
         if self._bfloat16:  # which is too coarse to take one large sum from another
-            return _convolution(tf.cast((x - offset) * factor, tf.bfloat16), layer, stride, kernel)
+            return _convolution(tf.cast((x - offset) * factor, tf.bfloat16), kernel, bias, stride)
         if not self._center and not offset:
-            return _convolution(x, layer, stride, kernel)
-        bias = layer.bias - factor * offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
+            return _convolution(x, kernel, bias, stride)
+        bias = bias - factor * offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
         return tf.nn.relu(tf.nn.conv2d(x, kernel, stride, 'VALID') * factor + bias)
 
     def _offset_and_factor(self, x: tf.Tensor) -> tuple[Any, Any]:
@@ -198,11 +219,9 @@ class _PartLayers(tf.Module):
         return mean, tf.math.rsqrt(variance * self._scale**2 + _LEAST_VARIANCE)
 
 
-def _convolution(x: tf.Tensor, layer: _Layer, stride: int, kernel: Any = None) -> tf.Tensor:
-    """An unpadded convolution with ReLU, of x's type; `kernel` replaces the layer's own."""
-    kernel, bias = (
-        tf.cast(each, x.dtype) for each in (layer.kernel if kernel is None else kernel, layer.bias)
-    )
+def _convolution(x: tf.Tensor, kernel: Any, bias: Any, stride: int) -> tf.Tensor:
+    """An unpadded convolution with ReLU, of x's type."""
+    kernel, bias = tf.cast(kernel, x.dtype), tf.cast(bias, x.dtype)
     return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, 'VALID'), bias))
 
 

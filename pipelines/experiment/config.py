@@ -282,6 +282,7 @@ _ADDED = {
     ('environment', 'env_processes'): False,
     ('environment', 'screen_size'): 84,
     ('network', 'standardize_input'): False,
+    ('network', 'centralize_gradient'): False,
     ('network', 'precision'): 'float32',
     ('network', 'dense_layers'): '256,256',
     ('network', 'q_network'): 'builtin',

@@ -99,6 +99,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
         lambda config: _BUILTIN[1](config) and not config.network.standardize_input,
     ),
     'standardize_input': _BUILTIN,
+    'centralize_gradient': _BUILTIN,
     'precision': _BUILTIN,
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }

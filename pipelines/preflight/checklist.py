@@ -123,7 +123,7 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
     Raises:
       UsageError: a flag configures layers that the network for such observations does not have.
     """
-    of_convolutions = 'center_input', 'standardize_input', 'precision'
+    of_convolutions = 'center_input', 'standardize_input', 'centralize_gradient', 'precision'
     given = [name for name in ('torso', *of_convolutions, 'dense_layers') if name in values]
     if not given or FACTORY.fullmatch(config.agent.agent):  # see `require_agent`
         return

@@ -156,6 +156,17 @@ def test_standardized_input_equals_dividing_by_the_deviation_first_whatever_the_
     assert np.isfinite(standardized(np.zeros((1, 84, 84, 4), np.uint8))[0]).all()
 
 
+@pytest.mark.parametrize('settings', [{}, {'standardize_input': True}])
+def test_a_centralized_gradient_lacks_the_mean_of_each_filter_and_nothing_else(settings):
+    outputs, gradients = _outputs_and_gradients(**settings)
+    same, centralized = _outputs_and_gradients(**settings, centralize_gradient=True)
+    np.testing.assert_array_equal(outputs, same)
+    assert sum(gradient.ndim == 4 for gradient in gradients) == 2
+    for gradient, other in zip(gradients, centralized, strict=True):
+        mean = gradient.mean(axis=(0, 1, 2)) if gradient.ndim == 4 else 0  # [h, w, in, filters]
+        np.testing.assert_allclose(other, gradient - mean, atol=1e-5 * np.abs(gradient).max())
+
+
 @pytest.mark.parametrize(
     ('settings', 'tolerance'),
     [({}, 2e-2), ({'center_input': True}, 4e-3), ({'standardize_input': True}, 1e-2)],
@@ -173,6 +184,11 @@ def test_convolutions_in_bfloat16_keep_values_and_gradients_to_its_rounding(sett
 
 
 def _outputs_and_gradient(**settings: Any) -> tuple[np.ndarray, np.ndarray]:
+    outputs, gradients = _outputs_and_gradients(**settings)
+    return outputs, np.concatenate([np.ravel(each) for each in gradients])
+
+
+def _outputs_and_gradients(**settings: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     """Of a bright background with sparse other pixels, whose mean is most of each sum."""
     pictures = _observation(5)
     pictures[np.random.default_rng(1).random(pictures.shape) > 0.05] = 200
@@ -182,7 +198,7 @@ def _outputs_and_gradient(**settings: Any) -> tuple[np.ndarray, np.ndarray]:
         loss = tf.reduce_sum(outputs**2)
     gradients = tape.gradient(loss, network.trainable_variables)
     assert {each.dtype for each in (outputs, *gradients)} == {tf.float32}
-    return outputs.numpy(), np.concatenate([np.ravel(each) for each in gradients])
+    return outputs.numpy(), [each.numpy() for each in gradients]
 
 
 @pytest.mark.parametrize(

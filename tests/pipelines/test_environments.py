@@ -226,6 +226,8 @@ STRUCTURES = (f'--environment={STRUCTURED}',)
         ((*MINATAR, '--precision=bfloat16'), ''),
         ((*CART_POLE, '--standardize_input'), '--standardize_input: no effect'),
         ((*MINATAR, '--standardize_input'), ''),
+        ((*CART_POLE, '--centralize_gradient'), '--centralize_gradient: no effect'),
+        ((*MINATAR, '--centralize_gradient'), ''),
         ((*CART_POLE, '--no-center_input'), '--no-center_input: no effect'),
         ((*PICTURES, '--torso=dqn2013'), ''),
         ((*PICTURES, '--dense_layers=8'), '--dense_layers 8: no effect'),
