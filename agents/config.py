@@ -135,6 +135,11 @@ class NetworkConfig:
         ' pictures have in common turns no filter off for good (Yong et al. 2020). Allows larger'
         ' step sizes.',
     )
+    negative_slope: float = described(
+        0.0,
+        'Slope of ReLU below 0; 0.01 or so lets units recover that are off in all states (Maas et'
+        ' al. 2013; Mnih et al. 2015: 0).',
+    )
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'
     )
@@ -158,6 +163,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         require_choice(self, 'torso', TORSOS)
         require_choice(self, 'precision', PRECISIONS)
+        require_fraction(self, 'negative_slope')
         known = bool(_LAYERS.fullmatch(self.dense_layers))
         require(self, 'dense_layers', known, 'sizes of layers, such as 256,256')
         known = self.q_network == BUILTIN or bool(FACTORY.fullmatch(self.q_network))

@@ -7,6 +7,7 @@ the published code of Mnih et al. (2015) (Torch's default).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,9 +30,12 @@ _FIRST_HIDDEN = 50  # of the first hidden layer
 _EMBEDDING = 90  # of the embedding of fractions
 
 
+Activation = Callable[[tf.Tensor], tf.Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Torso:
-    """Convolutions, unpadded, and dense layers, all with ReLU.
+    """Convolutions, unpadded, and dense layers, all with ReLU or leaky ReLU.
 
     Attributes:
       convolutions: filters, kernel size and stride of each.
@@ -81,6 +85,13 @@ def _convolved(shape: Sequence[int], torso: Torso) -> tuple[int, ...]:
         height, width = (max(0, side - size + stride) // stride for side in shape[:2])
         shape = height, width, filters
     return tuple(shape)
+
+
+def _activation(config: NetworkConfig) -> Activation:
+    """ReLU, leaky with a `negative_slope` (Maas et al. 2013, equation 4)."""
+    if not config.negative_slope:
+        return tf.nn.relu
+    return functools.partial(tf.nn.leaky_relu, alpha=config.negative_slope)
 
 
 def dense(x: tf.Tensor, kernel: Any) -> tf.Tensor:
@@ -136,25 +147,34 @@ class _Layer(tf.Module):
 
 
 class _Stream(tf.Module):
-    """A dense layer with ReLU and a linear one: float32 [B, inputs] to float32 [B, outputs].
+    """A dense layer and a linear one: float32 [B, inputs] to float32 [B, outputs].
 
     With 0 units it is the linear one alone.
     """
 
-    def __init__(self, inputs: int, units: int, outputs: int, seed: int, prefix: str) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        units: int,
+        outputs: int,
+        seed: int,
+        prefix: str,
+        activation: Activation,
+    ) -> None:
         super().__init__()
+        self._activation = activation
         self._dense = _Layer((units, inputs), units, seed, f'{prefix}dense') if units else None
         shape = (outputs, units or inputs)
         self._values = _Layer(shape, outputs, seed + 1, f'{prefix}q_values')
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         if self._dense is not None:
-            x = _rectified(x, self._dense)
+            x = _activated(x, self._dense, self._activation)
         return tf.nn.bias_add(dense(x, self._values.kernel), self._values.bias)
 
 
-def _rectified(x: tf.Tensor, layer: _Layer) -> tf.Tensor:
-    return tf.nn.relu(tf.nn.bias_add(dense(x, layer.kernel), layer.bias))
+def _activated(x: tf.Tensor, layer: _Layer, activation: Activation) -> tf.Tensor:
+    return activation(tf.nn.bias_add(dense(x, layer.kernel), layer.bias))
 
 
 class _PartLayers(tf.Module):
@@ -168,6 +188,7 @@ class _PartLayers(tf.Module):
         self._standardize = config.standardize_input
         self._center = config.center_input or self._standardize
         self._centralize = config.centralize_gradient
+        self._activation = _activation(config)
         self._bfloat16 = config.precision == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
@@ -185,9 +206,8 @@ class _PartLayers(tf.Module):
         if not self._convolutions:
             x = (x - self._low) * self._scale if self._low or self._scale != 1.0 else x
         for index, (layer, stride) in enumerate(zip(self._convolutions, self._strides)):
-            kernel, bias = self._kernel(layer), layer.bias
             convolve = self._first if index == 0 else _convolution
-            x = convolve(x, kernel, bias, stride)
+            x = self._activation(convolve(x, self._kernel(layer), layer.bias, stride))
         return tf.cast(tf.reshape(x, (-1, math.prod(x.shape[1:]))), tf.float32)
 
     def _kernel(self, layer: _Layer) -> tf.Tensor:
@@ -207,7 +227,7 @@ class _PartLayers(tf.Module):
         if not self._center and not offset:
             return _convolution(x, kernel, bias, stride)
         bias = bias - factor * offset * tf.reduce_sum(kernel, axis=[0, 1, 2])
-        return tf.nn.relu(tf.nn.conv2d(x, kernel, stride, 'VALID') * factor + bias)
+        return tf.nn.conv2d(x, kernel, stride, 'VALID') * factor + bias
 
     def _offset_and_factor(self, x: tf.Tensor) -> tuple[Any, Any]:
         """Of pictures [B, height, width, channels]: numbers, or float32 [B, 1, 1, 1]."""
@@ -220,16 +240,17 @@ class _PartLayers(tf.Module):
 
 
 def _convolution(x: tf.Tensor, kernel: Any, bias: Any, stride: int) -> tf.Tensor:
-    """An unpadded convolution with ReLU, of x's type."""
+    """An unpadded convolution of x's type, without activation."""
     kernel, bias = tf.cast(kernel, x.dtype), tf.cast(bias, x.dtype)
-    return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, 'VALID'), bias))
+    return tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, 'VALID'), bias)
 
 
 class _Embedding(tf.Module):
     """Embeds fractions by their cosines (Dabney et al. 2018b, equation 4)."""
 
-    def __init__(self, num_cosines: int, width: int, seed: int) -> None:
+    def __init__(self, num_cosines: int, width: int, seed: int, activation: Activation) -> None:
         super().__init__()
+        self._activation = activation
         self._layer = _Layer((width, num_cosines), width, seed, 'fractions')
         self._width = width
         self._frequencies = np.pi * np.arange(num_cosines, dtype=np.float32)
@@ -237,7 +258,7 @@ class _Embedding(tf.Module):
     def __call__(self, x: tf.Tensor, fractions: tf.Tensor) -> tf.Tensor:
         """Features float32 [B * N, width] of x [B, width] at fractions [B, N], or [1, N]."""
         cosines = tf.cos(tf.reshape(fractions, (-1, 1)) * self._frequencies)
-        embedded = _rectified(cosines, self._layer)
+        embedded = _activated(cosines, self._layer, self._activation)
         embedded = tf.reshape(embedded, (-1, fractions.shape[1], self._width))
         return tf.reshape(x[:, None] * embedded, (-1, self._width))
 
@@ -261,6 +282,7 @@ class _TorsoLayers(tf.Module):
         ]
         self.width = sum(part.width for part in self._parts)
         self.dense_units = joined.dense_units
+        self._activation = _activation(config)
         self._hidden = []
         for index, units in enumerate(joined.hidden):
             layer_seed = _layer_seed(seed, _FIRST_HIDDEN + index)
@@ -272,7 +294,7 @@ class _TorsoLayers(tf.Module):
         features = [part(array) for part, array in zip(self._parts, tf.nest.flatten(observation))]
         x = tf.concat(features, axis=1) if len(features) > 1 else features[0]
         for layer in self._hidden:
-            x = _rectified(x, layer)
+            x = _activated(x, layer, self._activation)
         return x
 
 
@@ -345,14 +367,18 @@ class QNetwork(Network):
             units, depth = self._features.dense_units, self._features.depth
         width = _width(self._features, input_tensor_spec, config.q_network)
         shape = (width, units)
+        activation = _activation(config)
         self._embedding = None
         if num_cosines:
-            self._embedding = _Embedding(num_cosines, width, _layer_seed(seed, _EMBEDDING))
+            embedding_seed = _layer_seed(seed, _EMBEDDING)
+            self._embedding = _Embedding(num_cosines, width, embedding_seed, activation)
         first_seed = _layer_seed(seed, depth)
         per_action = 1 if num_cosines else math.prod(output_shape)
-        self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '')
+        self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '', activation)
         self._state_value = (
-            _Stream(*shape, per_action, first_seed + 2, 'state_') if config.dueling else None
+            _Stream(*shape, per_action, first_seed + 2, 'state_', activation)
+            if config.dueling
+            else None
         )
 
     def call(

@@ -283,6 +283,7 @@ _ADDED = {
     ('environment', 'screen_size'): 84,
     ('network', 'standardize_input'): False,
     ('network', 'centralize_gradient'): False,
+    ('network', 'negative_slope'): 0.0,
     ('network', 'precision'): 'float32',
     ('network', 'dense_layers'): '256,256',
     ('network', 'q_network'): 'builtin',

@@ -100,6 +100,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     ),
     'standardize_input': _BUILTIN,
     'centralize_gradient': _BUILTIN,
+    'negative_slope': _BUILTIN,
     'precision': _BUILTIN,
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }

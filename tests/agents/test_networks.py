@@ -156,6 +156,20 @@ def test_standardized_input_equals_dividing_by_the_deviation_first_whatever_the_
     assert np.isfinite(standardized(np.zeros((1, 84, 84, 4), np.uint8))[0]).all()
 
 
+def test_a_network_with_a_negative_slope_learns_where_all_its_units_are_off():
+    for slope, learned in ((0.0, False), (0.01, True)):
+        network = _network_of(_ATARI, torso='dqn2013', negative_slope=slope)
+        for variable in network.trainable_variables:
+            if variable.name.endswith('bias:0') and 'q_values' not in variable.name:
+                variable.assign(tf.fill(variable.shape, -100.0))
+        with tf.GradientTape() as tape:
+            outputs = network(_observation(5))[0]
+        gradients = tape.gradient(outputs, network.trainable_variables)
+        of_kernels = [gradient for gradient in gradients if len(gradient.shape) > 1]
+        # Off behind biases of -100, a unit is 0, or -100 * 0.01.
+        assert [bool(np.any(gradient)) for gradient in of_kernels] == [learned] * len(of_kernels)
+
+
 @pytest.mark.parametrize('settings', [{}, {'standardize_input': True}])
 def test_a_centralized_gradient_lacks_the_mean_of_each_filter_and_nothing_else(settings):
     outputs, gradients = _outputs_and_gradients(**settings)

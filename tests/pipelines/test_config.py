@@ -114,6 +114,7 @@ def test_the_configuration_of_a_run_of_95d57f4_is_read_with_the_values_that_it_l
         ('environment', 'env_processes'): False,
         ('network', 'standardize_input'): False,
         ('network', 'centralize_gradient'): False,
+        ('network', 'negative_slope'): 0.0,
         ('network', 'precision'): 'float32',
         ('network', 'dense_layers'): '256,256',
         ('network', 'q_network'): 'builtin',
