@@ -137,8 +137,8 @@ class NetworkConfig:
     )
     negative_slope: float = described(
         0.0,
-        'Slope of ReLU below 0; 0.01 or so lets units recover that are off in all states (Maas et'
-        ' al. 2013; Mnih et al. 2015: 0).',
+        'Slope below 0 of the ReLU of dense layers; 0.01 or so lets units recover that are off in'
+        ' all states (Maas et al. 2013; Mnih et al. 2015: 0).',
     )
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'

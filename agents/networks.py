@@ -35,7 +35,7 @@ Activation = Callable[[tf.Tensor], tf.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Torso:
-    """Convolutions, unpadded, and dense layers, all with ReLU or leaky ReLU.
+    """Convolutions, unpadded, with ReLU, and dense layers with ReLU, plain or leaky.
 
     Attributes:
       convolutions: filters, kernel size and stride of each.
@@ -88,7 +88,7 @@ def _convolved(shape: Sequence[int], torso: Torso) -> tuple[int, ...]:
 
 
 def _activation(config: NetworkConfig) -> Activation:
-    """ReLU, leaky with a `negative_slope` (Maas et al. 2013, equation 4)."""
+    """ReLU of dense layers, leaky with a `negative_slope` (Maas et al. 2013, equation 4)."""
     if not config.negative_slope:
         return tf.nn.relu
     return functools.partial(tf.nn.leaky_relu, alpha=config.negative_slope)
@@ -188,7 +188,6 @@ class _PartLayers(tf.Module):
         self._standardize = config.standardize_input
         self._center = config.center_input or self._standardize
         self._centralize = config.centralize_gradient
-        self._activation = _activation(config)
         self._bfloat16 = config.precision == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
@@ -207,7 +206,7 @@ class _PartLayers(tf.Module):
             x = (x - self._low) * self._scale if self._low or self._scale != 1.0 else x
         for index, (layer, stride) in enumerate(zip(self._convolutions, self._strides)):
             convolve = self._first if index == 0 else _convolution
-            x = self._activation(convolve(x, self._kernel(layer), layer.bias, stride))
+            x = tf.nn.relu(convolve(x, self._kernel(layer), layer.bias, stride))
         return tf.cast(tf.reshape(x, (-1, math.prod(x.shape[1:]))), tf.float32)
 
     def _kernel(self, layer: _Layer) -> tf.Tensor:

@@ -127,7 +127,7 @@ LAPTOP: Mapping[str, Any] = {
     'optimizer': 'adam',
     'learning_rate': 0.0006,
     'learning_rate_end': 0.0001,
-    'learning_rate_updates': 60_000,
+    'learning_rate_updates': 187_500,  # the whole run
     'average_updates': 3_000,
     'optimizer_epsilon': 1e-8,
     'agent_steps_per_update': 4.0,

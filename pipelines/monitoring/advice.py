@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from agents.config import BUILTIN, NetworkConfig
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.monitoring.run_state import RunState
 
@@ -23,7 +24,7 @@ def advice(state: RunState, config: ExperimentConfig) -> Iterator[tuple[str, str
             ' rewards. Fix: --outlier_rule lone, or --outlier_deviations 0.',
         )
     if state.updates >= _enough_updates(config) and config.agent.agent == 'dqn':
-        yield from _equal_values(state)
+        yield from _equal_values(state, config.network)
 
 
 def _enough_updates(config: ExperimentConfig) -> int:
@@ -33,16 +34,19 @@ def _enough_updates(config: ExperimentConfig) -> int:
     return max(_FEW_UPDATES, targets, annealing)
 
 
-def _equal_values(state: RunState) -> Iterator[tuple[str, str]]:
+def _equal_values(state: RunState, network: NetworkConfig) -> Iterator[tuple[str, str]]:
     """A warning if the largest value of a batch is hardly above the mean."""
     names = 'mean_q', 'max_q', 'mean_absolute_error'
     if not all(name in state.learner for name in names):  # no batch yet
         return
     mean, largest, error = (state.learner[name] for name in names)
+    recovers = network.negative_slope > 0 or network.q_network != BUILTIN
+    slope = '' if recovers else '--negative_slope 0.01, or with '
     if largest - mean < _EQUAL_VALUES * error:
         yield (
             'values',
             f'nearly equal in all states (mean {mean:.3f}, largest {largest:.3f}, mean error'
             f' {error:.3f}); large steps may have killed units of the network. Fix: if the return'
-            ' does not rise, start again with a lower --learning_rate and --learning_rate_end.',
+            f' does not rise, start again with {slope}a lower --learning_rate and'
+            ' --learning_rate_end.',
         )

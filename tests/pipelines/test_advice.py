@@ -59,7 +59,9 @@ def test_runs_that_differ_in_value_later_are_given_more_updates(settings, first)
 def test_the_warning_names_the_values_and_the_remedy():
     text = _warnings(updates=20_000, learner=_values(0.009))['values']
     assert 'mean 0.334, largest 0.343, mean error 0.300' in text
-    assert '--learning_rate and --learning_rate_end' in text
+    assert 'start again with a lower --learning_rate and --learning_rate_end.' in text
+    plain = _warnings(updates=20_000, learner=_values(0.009), negative_slope=0.0)['values']
+    assert 'start again with --negative_slope 0.01, or with a lower --learning_rate' in plain
 
 
 @pytest.mark.parametrize('agent', ['c51', 'iqn'])

@@ -60,7 +60,7 @@ def test_new_servers_of_the_same_experiment_pass(servers):
     [
         ('--optimizer=rmsprop', '--optimizer adam'),
         ('--target_update_period=7', '--target_update_period 500'),
-        ('--learning_rate_updates=7', '--learning_rate_updates 60000'),
+        ('--learning_rate_updates=7', '--learning_rate_updates 187500'),
         ('--average_updates=700', '--average_updates 3000'),
         ('--n_step=3', 'rows and bytes of an item'),
         ('--replay_capacity=2000', 'capacity 1000'),
