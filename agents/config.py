@@ -131,14 +131,13 @@ class NetworkConfig:
     )
     centralize_gradient: bool = described(
         False,
-        'Subtract from the gradient of each filter of a convolution its mean, so that what all'
-        ' pictures have in common turns no filter off for good (Yong et al. 2020). Allows larger'
-        ' step sizes.',
+        'Subtract from the gradient of each filter of a convolution its mean (Yong et al. 2020), so'
+        ' that fewer filters die at large step sizes.',
     )
     negative_slope: float = described(
         0.0,
-        'Slope below 0 of the ReLU of dense layers; 0.01 or so lets units recover that are off in'
-        ' all states (Maas et al. 2013; Mnih et al. 2015: 0).',
+        "Slope below 0 of the ReLU of dense layers, but for iqn's embedding; with 0.01 units that"
+        ' are dead, off in all states, can recover (Maas et al. 2013; Mnih et al. 2015: 0).',
     )
     dueling: bool = described(
         False, 'Separate streams for state value and advantages (Wang et al. 2016).'

@@ -88,7 +88,7 @@ def _convolved(shape: Sequence[int], torso: Torso) -> tuple[int, ...]:
 
 
 def _activation(config: NetworkConfig) -> Activation:
-    """ReLU of dense layers, leaky with a `negative_slope` (Maas et al. 2013, equation 4)."""
+    """ReLU of dense layers, leaky with a `negative_slope` (Maas et al. 2013)."""
     if not config.negative_slope:
         return tf.nn.relu
     return functools.partial(tf.nn.leaky_relu, alpha=config.negative_slope)
@@ -115,10 +115,9 @@ def _dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
 
 @tf.custom_gradient
 def _centralized(kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """A convolution's kernel, with a gradient whose mean over each filter is 0.
+    """A convolution's kernel whose gradient has mean 0 over each filter (Yong et al. 2020).
 
-    What all inputs have in common then moves no filter, which could be turned off for good by it
-    (Yong et al. 2020, section 3.2).
+    What its inputs have in common, such as their brightness, then moves no filter as a whole.
     """
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
@@ -147,7 +146,7 @@ class _Layer(tf.Module):
 
 
 class _Stream(tf.Module):
-    """A dense layer and a linear one: float32 [B, inputs] to float32 [B, outputs].
+    """A dense layer with `activation` and a linear one: float32 [B, inputs] to [B, outputs].
 
     With 0 units it is the linear one alone.
     """
@@ -247,9 +246,8 @@ def _convolution(x: tf.Tensor, kernel: Any, bias: Any, stride: int) -> tf.Tensor
 class _Embedding(tf.Module):
     """Embeds fractions by their cosines (Dabney et al. 2018b, equation 4)."""
 
-    def __init__(self, num_cosines: int, width: int, seed: int, activation: Activation) -> None:
+    def __init__(self, num_cosines: int, width: int, seed: int) -> None:
         super().__init__()
-        self._activation = activation
         self._layer = _Layer((width, num_cosines), width, seed, 'fractions')
         self._width = width
         self._frequencies = np.pi * np.arange(num_cosines, dtype=np.float32)
@@ -257,7 +255,7 @@ class _Embedding(tf.Module):
     def __call__(self, x: tf.Tensor, fractions: tf.Tensor) -> tf.Tensor:
         """Features float32 [B * N, width] of x [B, width] at fractions [B, N], or [1, N]."""
         cosines = tf.cos(tf.reshape(fractions, (-1, 1)) * self._frequencies)
-        embedded = _activated(cosines, self._layer, self._activation)
+        embedded = _activated(cosines, self._layer, tf.nn.relu)
         embedded = tf.reshape(embedded, (-1, fractions.shape[1], self._width))
         return tf.reshape(x[:, None] * embedded, (-1, self._width))
 
@@ -366,11 +364,10 @@ class QNetwork(Network):
             units, depth = self._features.dense_units, self._features.depth
         width = _width(self._features, input_tensor_spec, config.q_network)
         shape = (width, units)
-        activation = _activation(config)
         self._embedding = None
         if num_cosines:
-            embedding_seed = _layer_seed(seed, _EMBEDDING)
-            self._embedding = _Embedding(num_cosines, width, embedding_seed, activation)
+            self._embedding = _Embedding(num_cosines, width, _layer_seed(seed, _EMBEDDING))
+        activation = _activation(config)
         first_seed = _layer_seed(seed, depth)
         per_action = 1 if num_cosines else math.prod(output_shape)
         self._q_values = _Stream(*shape, num_actions * per_action, first_seed, '', activation)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from agents.config import BUILTIN, NetworkConfig
+from agents.config import BUILTIN
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.monitoring.run_state import RunState
 
@@ -24,7 +24,7 @@ def advice(state: RunState, config: ExperimentConfig) -> Iterator[tuple[str, str
             ' rewards. Fix: --outlier_rule lone, or --outlier_deviations 0.',
         )
     if state.updates >= _enough_updates(config) and config.agent.agent == 'dqn':
-        yield from _equal_values(state, config.network)
+        yield from _equal_values(state, config)
 
 
 def _enough_updates(config: ExperimentConfig) -> int:
@@ -34,19 +34,29 @@ def _enough_updates(config: ExperimentConfig) -> int:
     return max(_FEW_UPDATES, targets, annealing)
 
 
-def _equal_values(state: RunState, network: NetworkConfig) -> Iterator[tuple[str, str]]:
+def _remedies(config: ExperimentConfig) -> str:
+    """Flags that keep units alive, as far as the network has them and the run has not."""
+    network, flags = config.network, []
+    if network.q_network != BUILTIN:
+        return ''
+    if config.environment.is_atari and not network.centralize_gradient:
+        flags.append('--centralize_gradient')
+    if not network.negative_slope:
+        flags.append('--negative_slope 0.01')
+    return f'{" ".join(flags)}, or with ' * bool(flags)
+
+
+def _equal_values(state: RunState, config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """A warning if the largest value of a batch is hardly above the mean."""
     names = 'mean_q', 'max_q', 'mean_absolute_error'
     if not all(name in state.learner for name in names):  # no batch yet
         return
     mean, largest, error = (state.learner[name] for name in names)
-    recovers = network.negative_slope > 0 or network.q_network != BUILTIN
-    slope = '' if recovers else '--negative_slope 0.01, or with '
     if largest - mean < _EQUAL_VALUES * error:
         yield (
             'values',
             f'nearly equal in all states (mean {mean:.3f}, largest {largest:.3f}, mean error'
             f' {error:.3f}); large steps may have killed units of the network. Fix: if the return'
-            f' does not rise, start again with {slope}a lower --learning_rate and'
+            f' does not rise, start again with {_remedies(config)}a lower --learning_rate and'
             ' --learning_rate_end.',
         )

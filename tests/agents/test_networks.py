@@ -156,18 +156,42 @@ def test_standardized_input_equals_dividing_by_the_deviation_first_whatever_the_
     assert np.isfinite(standardized(np.zeros((1, 84, 84, 4), np.uint8))[0]).all()
 
 
-def test_a_network_with_a_negative_slope_learns_where_its_dense_layer_is_off():
-    for slope, learned in ((0.0, False), (0.01, True)):
-        network = _network_of(_ATARI, torso='dqn2013', negative_slope=slope)
-        for variable in network.trainable_variables:
-            if variable.name == 'dense/bias:0':
-                variable.assign(tf.fill(variable.shape, -100.0))
-        with tf.GradientTape() as tape:
-            outputs = network(_observation(5))[0]
-        gradients = tape.gradient(outputs, network.trainable_variables)
-        of_kernels = [gradient for gradient in gradients if len(gradient.shape) > 1]
-        # Off behind biases of -100, a unit is 0, or -100 * 0.01.
-        assert [bool(np.any(gradient)) for gradient in of_kernels] == [learned] * len(of_kernels)
+@pytest.mark.parametrize('dueling', [False, True])
+def test_dense_layers_that_are_off_have_gradients_in_proportion_to_the_negative_slope(dueling):
+    # One layer is off, of a dueling network one in each stream, so the factor enters once.
+    flat, low, high = (
+        _gradients_when_off(_ATARI, 'dense', negative_slope=slope, dueling=dueling)
+        for slope in (0.0, 0.01, 0.02)
+    )
+    before = [name for name in flat if 'q_values' not in name]
+    assert before
+    for name in before:
+        assert not flat[name].any()
+        assert low[name].any()
+        np.testing.assert_allclose(high[name], 2 * low[name], rtol=1e-3, atol=1e-12)
+
+
+def test_hidden_layers_have_the_negative_slope_and_convolutions_have_none():
+    for slope, learns in ((0.0, False), (0.01, True)):
+        settings = {'dense_layers': '8,8', 'negative_slope': slope}
+        gradients = _gradients_when_off(_VECTOR, 'hidden_1', **settings)
+        assert gradients['hidden_1/kernel:0'].any() == learns
+    gradients = _gradients_when_off(_ATARI, 'convolution_2', negative_slope=0.01)
+    assert not gradients['convolution_1/kernel:0'].any()
+    assert gradients['q_values/bias:0'].any()
+
+
+def _gradients_when_off(observation, layer: str, **settings: Any) -> dict[str, np.ndarray]:
+    """Gradients by variable, where biases of -100 turn the layers of this name off."""
+    network = _network_of(observation, torso='dqn2013', **settings)
+    for variable in network.trainable_variables:
+        if variable.name.endswith(f'{layer}/bias:0'):
+            variable.assign(tf.fill(variable.shape, -100.0))
+    with tf.GradientTape() as tape:
+        outputs = network(_batch(observation, 5))[0]
+        loss = tf.reduce_sum(outputs[:, 0])
+    gradients = tape.gradient(loss, network.trainable_variables)
+    return {each.name: np.asarray(g) for each, g in zip(network.trainable_variables, gradients)}
 
 
 @pytest.mark.parametrize('settings', [{}, {'standardize_input': True}])

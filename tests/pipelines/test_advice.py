@@ -60,8 +60,21 @@ def test_the_warning_names_the_values_and_the_remedy():
     text = _warnings(updates=20_000, learner=_values(0.009))['values']
     assert 'mean 0.334, largest 0.343, mean error 0.300' in text
     assert 'start again with a lower --learning_rate and --learning_rate_end.' in text
-    plain = _warnings(updates=20_000, learner=_values(0.009), negative_slope=0.0)['values']
-    assert 'start again with --negative_slope 0.01, or with a lower --learning_rate' in plain
+
+
+@pytest.mark.parametrize(
+    ('settings', 'first'),
+    [
+        ({}, 'a lower --learning_rate'),  # has both flags
+        ({'negative_slope': 0.0}, '--negative_slope 0.01, or with a lower'),
+        ({'preset': 'paper'}, '--centralize_gradient --negative_slope 0.01, or with a lower'),
+        ({'preset': 'classic', 'game': 'CartPole-v1'}, '--negative_slope 0.01, or with a lower'),
+        ({'preset': 'paper', 'q_network': 'mine:make'}, 'a lower --learning_rate'),
+    ],
+)
+def test_the_warning_names_the_flags_that_the_run_lacks(settings, first):
+    text = _warnings(updates=2_000_000, learner=_values(0.0), **settings)['values']
+    assert f'start again with {first}' in text
 
 
 @pytest.mark.parametrize('agent', ['c51', 'iqn'])

@@ -98,6 +98,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--n_step=0',), '--n_step'),
         (('--discount=1.5',), '--discount'),
         (('--epsilon_end=2',), '--epsilon_end'),
+        (('--negative_slope=2',), '--negative_slope 2.0: must be from 0 to 1'),
         (('--learning_rate=-1',), '--learning_rate'),
         (('--learning_rate=inf',), '--learning_rate inf: must be a finite number'),
         (('--gradient_clip_norm=nan',), '--gradient_clip_norm nan: must be a finite number'),

@@ -92,6 +92,8 @@ def test_a_run_is_resumed_with_a_larger_budget_of_steps(tmp_path):
         (['--env_processes'], '--env_processes'),
         (['--dense_layers=64'], '--dense_layers 64: no effect without an environment outside'),
         (['--q_network=mine:make', '--torso=nature'], '--torso nature: no effect without'),
+        (['--q_network=mine:make', '--negative_slope=0'], '--negative_slope 0.0: no effect'),
+        (['--q_network=mine:make', '--centralize_gradient'], '--centralize_gradient: no effect'),
         (['--environment=CartPole-v7'], 'did you mean CartPole-v1'),
         (['--environment=envs:'], '--environment: envs:: not module:function. Fix: name both.'),
         (['--environment=:make'], '--environment: :make: not module:function. Fix: name both.'),
