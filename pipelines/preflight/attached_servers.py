@@ -22,7 +22,7 @@ from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.frames import trajectory_spec
 from pipelines.experiment.launch import Launch
 
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS = 10.0
 _REASON_CHARACTERS = 300
 _CLIENT_SETTINGS = frozenset({'wire', 'shared_memory'})  # may differ from the server's
 _RESTART = 'restart it, or attach to another one'

@@ -245,12 +245,12 @@ def _render(*paths):
 class TestResults:
     def test_seeds_are_one_variant_and_settings_distinguish_variants(self, tmp_path):
         paths = [make_run(tmp_path / f'a{seed}', 'pong', seed, 1.0) for seed in (1, 2)]
-        paths.append(make_run(tmp_path / 'b', 'pong', 1, 2.0, learning_rate=1e-4 * 6))
+        paths.append(make_run(tmp_path / 'b', 'pong', 1, 2.0, learning_rate=1e-4 * 3))
         paths.append(make_run(tmp_path / 'c', 'pong', 1, 2.0, preset='apex', games=0))
         variants = results.variants([read(path) for path in paths])
         assert [(v.key, v.name, len(v.runs)) for v in variants] == [
-            ('A', 'laptop, learning_rate 0.0003', 2),
-            ('B', 'laptop, learning_rate 0.0006', 1),  # 1e-4 * 6 == 0.0006000000000000001
+            ('A', 'laptop, learning_rate 0.0006', 2),
+            ('B', 'laptop, learning_rate 0.0003', 1),  # 1e-4 * 3 == 0.00030000000000000003
             ('C', 'apex', 1),  # its other settings follow from the preset
         ]
 
