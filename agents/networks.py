@@ -115,9 +115,10 @@ def _dense(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
 
 @tf.custom_gradient
 def _centralized(kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """A convolution's kernel whose gradient has mean 0 over each filter (Yong et al. 2020).
+    """A kernel [height, width, in, filters] whose gradient has mean 0 over each filter.
 
-    What its inputs have in common, such as their brightness, then moves no filter as a whole.
+    Gradient centralization (Yong et al. 2020), float32: what the inputs have in common, such as
+    their brightness, then moves no filter as a whole.
     """
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
