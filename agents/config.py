@@ -19,7 +19,7 @@ from infra.fields import (
 )
 
 PRECISIONS = ('float32', 'bfloat16')
-TORSOS = ('nature', 'dqn2013', 'nature_half', 'dqn2013_half')
+TORSOS = ('nature', 'dqn2013', 'narrow', 'nature_half', 'dqn2013_half', 'narrow_half')
 LOSSES = ('huber', 'squared')
 OUTLIER_RULES = ('lone', 'every')
 AGENTS = ('dqn', 'c51', 'qr_dqn', 'iqn')
@@ -114,10 +114,11 @@ class NetworkConfig:
 
     torso: str = described(
         'nature',
-        "Convolutions and dense layer for pictures: 'nature' (Mnih et al. 2015) or the smaller"
-        " 'dqn2013' (Mnih et al. 2013). Those with '_half' convolve 4 x 4 pixels first in place of"
-        ' 8 x 8, every 2 in place of 4, for --screen_size 42. Pictures too small for them get a'
-        ' convolution of 16 filters and a dense layer of 128 (Young and Tian 2019).',
+        "Convolutions and dense layer for pictures: 'nature' (Mnih et al. 2015), the smaller"
+        " 'dqn2013' (Mnih et al. 2013), or 'narrow', which is nature with half the filters and"
+        " units and stride 2 in the last convolution. Those with '_half' convolve 4 x 4 pixels"
+        ' first in place of 8 x 8, every 2 in place of 4, for --screen_size 42. Pictures too small'
+        ' for them get a convolution of 16 filters and a dense layer of 128 (Young and Tian 2019).',
     )
     center_input: bool = described(
         False,
@@ -144,8 +145,9 @@ class NetworkConfig:
     )
     precision: str = described(
         'float32',
-        "Numbers in the convolutions: 'float32' or 'bfloat16', whose products are faster where the"
-        ' processor has them (AVX512_BF16, AMX, GPUs), and much slower elsewhere. Parameters,'
+        "Numbers in the convolutions: 'float32', 'bfloat16', whose products are faster where the"
+        " processor has them (AVX512_BF16, AMX, GPUs) and much slower elsewhere, or 'auto', which"
+        ' is bfloat16 on processors that have them and float32 on others and on GPUs. Parameters,'
         ' gradients and all else stay float32.',
     )
     dense_layers: str = described(
@@ -161,7 +163,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         require_choice(self, 'torso', TORSOS)
-        require_choice(self, 'precision', PRECISIONS)
+        require_choice(self, 'precision', (*PRECISIONS, 'auto'))
         require_fraction(self, 'negative_slope')
         known = bool(_LAYERS.fullmatch(self.dense_layers))
         require(self, 'dense_layers', known, 'sizes of layers, such as 256,256')

@@ -49,8 +49,22 @@ def require(wanted: str) -> None:
 
 def multiplies_bfloat16(wanted: str) -> bool:
     """Whether a device of this machine (see `choose`) has products of bfloat16, as GPUs do."""
-    if not wanted.startswith('cpu') and tf.config.list_physical_devices('GPU'):
-        return True
+    return _has_gpu(wanted) or _processor_multiplies_bfloat16()
+
+
+def precision(wanted: str) -> str:
+    """'float32' or 'bfloat16'; 'auto' is what a network computes faster in on this machine."""
+    if wanted != 'auto':
+        return wanted
+    faster = _processor_multiplies_bfloat16() and not _has_gpu('auto')
+    return 'bfloat16' if faster else 'float32'
+
+
+def _has_gpu(wanted: str) -> bool:
+    return not wanted.startswith('cpu') and bool(tf.config.list_physical_devices('GPU'))
+
+
+def _processor_multiplies_bfloat16() -> bool:
     return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(_CPU_INFO.read_text().split())
 
 

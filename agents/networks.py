@@ -18,6 +18,7 @@ from tf_agents.networks import network
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories.time_step import StepType
 
+from agents import device
 from agents.config import BUILTIN, NetworkConfig
 from agents.fractions import midpoints
 from infra.named_function import NoFunctionError, brief, load_function
@@ -51,9 +52,12 @@ class Torso:
 TORSOS = {
     'nature': Torso(((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),  # Mnih et al. 2015, Methods
     'dqn2013': Torso(((16, 8, 4), (32, 4, 2)), 256),  # Mnih et al. 2013, section 4.1
+    # [here] Half of Nature's filters and units, and stride 2 in the last convolution.
+    'narrow': Torso(((16, 8, 4), (32, 4, 2), (32, 3, 2)), 256),
     # [here] For half the pixels each way: the layers after the first have the same sizes.
     'nature_half': Torso(((32, 4, 2), (64, 4, 2), (64, 3, 1)), 512),
     'dqn2013_half': Torso(((16, 4, 2), (32, 4, 2)), 256),
+    'narrow_half': Torso(((16, 4, 2), (32, 4, 2), (32, 3, 2)), 256),
 }
 
 SMALL_PICTURES = Torso(((16, 3, 1),), 128)
@@ -188,7 +192,7 @@ class _PartLayers(tf.Module):
         self._standardize = config.standardize_input
         self._center = config.center_input or self._standardize
         self._centralize = config.centralize_gradient
-        self._bfloat16 = config.precision == 'bfloat16'
+        self._bfloat16 = device.precision(config.precision) == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
         for index, (filters, size, _) in enumerate(torso.convolutions):

@@ -85,7 +85,7 @@ def require_device(config: ExperimentConfig, launch: Launch) -> None:
 
 def warn_of_precision(config: ExperimentConfig, launch: Launch) -> None:
     """Warns if this machine, which runs the learners, multiplies bfloat16 slowly."""
-    if not launch.engine.runs_locally or config.network.precision == 'float32':
+    if not launch.engine.runs_locally or config.network.precision != 'bfloat16':
         return
     from agents import device
 

@@ -15,8 +15,9 @@ from agents.config import NetworkConfig
 _NUM_ACTIONS = 6
 # Weights and biases. Nature: 8*8*4*32 + 32 + 4*4*32*64 + 64 + 3*3*64*64 + 64
 #   + 7*7*64*512 + 512 + 512*6 + 6; DQN 2013: 8*8*4*16 + 16 + 4*4*16*32 + 32
-#   + 9*9*32*256 + 256 + 256*6 + 6.
-_PARAMETERS = {'nature': 1_687_206, 'dqn2013': 677_686}
+#   + 9*9*32*256 + 256 + 256*6 + 6. Narrow: 8*8*4*16 + 16 + 4*4*16*32 + 32 + 3*3*32*32
+#   + 32 + 4*4*32*256 + 256 + 256*6 + 6.
+_PARAMETERS = {'nature': 1_687_206, 'dqn2013': 677_686, 'narrow': 154_454}
 
 
 def _network(torso: str = 'nature', seed: int = 0, center_input: bool = False) -> networks.QNetwork:
@@ -88,7 +89,7 @@ class TestQNetwork:
             assert other.dtype == tf.float32
             np.testing.assert_array_equal(one, other)
 
-    def test_number_of_parameters_is_the_papers(self, torso):
+    def test_number_of_parameters_is_that_of_the_layers_described(self, torso):
         count = sum(variable.shape.num_elements() for variable in _network(torso).variables)
         assert count == _PARAMETERS[torso]
 
@@ -261,7 +262,7 @@ def test_first_weights_for_atari_and_their_order_are_those_of_earlier_versions(
     assert hashlib.sha1(weights).hexdigest()[:12] == expected
 
 
-@pytest.mark.parametrize(('torso', 'filters'), [('nature', 32), ('dqn2013', 16)])
+@pytest.mark.parametrize(('torso', 'filters'), [('nature', 32), ('dqn2013', 16), ('narrow', 16)])
 def test_torsos_for_half_the_size_differ_in_the_first_kernel_alone(torso, filters):
     # (84 - 8) / 4 + 1 = (42 - 4) / 2 + 1 = 20 positions, so all later layers are those of 84 x 84.
     half = tensor_spec.BoundedTensorSpec((42, 42, 4), tf.uint8, 0, 255)

@@ -76,7 +76,7 @@ def test_a_whole_number_in_config_json_passes_for_a_float():
 
 def test_outside_atari_a_preset_has_no_torso_for_half_of_ataris_screen_unless_it_is_named():
     elsewhere = presets.experiment('laptop', {'game': 'CartPole-v1'})
-    assert (elsewhere.network.torso, elsewhere.environment.screen_size) == ('dqn2013', 84)
+    assert (elsewhere.network.torso, elsewhere.environment.screen_size) == ('narrow', 84)
     named = presets.experiment('laptop', {'game': 'CartPole-v1', 'torso': 'nature_half'})
     assert named.network.torso == 'nature_half'
 
@@ -152,7 +152,7 @@ def test_help_shows_the_default_presets_value(capsys):
     text = ' '.join(capsys.readouterr().out.split())
     assert 'Convolutions and dense layer' in text
     assert (
-        'a dense layer of 128 (Young and Tian 2019). Default: dqn2013_half.' in text
+        'a dense layer of 128 (Young and Tian 2019). Default: narrow_half.' in text
     )  # the default of the field itself is nature
 
 

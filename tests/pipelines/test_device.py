@@ -34,11 +34,13 @@ def test_a_processor_without_products_of_bfloat16_is_warned_of_them(
 ):
     (tmp_path / 'cpuinfo').write_text(f'flags\t\t: fpu {flags} fma\n')
     monkeypatch.setattr(device, '_CPU_INFO', tmp_path / 'cpuinfo')
-    for precision in ('float32', 'bfloat16'):
+    for precision in ('float32', 'bfloat16', 'auto'):
         argv = [f'--precision={precision}', '--learner_device=cpu']
         launch, _, values = command_line.parse(argv)
         checklist.warn_of_precision(presets.experiment('laptop', values), launch)
     assert capsys.readouterr().out.count('neither AVX512_BF16 nor AMX') == warned
+    assert device.precision('auto') == ('float32' if warned else 'bfloat16')
+    assert device.precision('bfloat16') == 'bfloat16'
 
 
 _SETTINGS = """
