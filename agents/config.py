@@ -146,9 +146,9 @@ class NetworkConfig:
     precision: str = described(
         'float32',
         "Numbers in the convolutions: 'float32', 'bfloat16', whose products are faster where the"
-        " processor has them (AVX512_BF16, AMX, GPUs) and much slower elsewhere, or 'auto', which"
-        ' is bfloat16 on processors that have them and float32 on others and on GPUs. Parameters,'
-        ' gradients and all else stay float32.',
+        " processor has them (AVX512_BF16, AMX, GPUs) and much slower elsewhere, or 'auto':"
+        ' bfloat16 for gradients on a processor that has them, float32 elsewhere. Parameters and'
+        ' all else stay float32.',
     )
     dense_layers: str = described(
         '256,256',

@@ -1,5 +1,6 @@
-"""Chooses the learner's device: value of --learner_device in, TensorFlow device name out."""
+"""The learner's device and numbers: --learner_device, --precision in, names of TensorFlow out."""
 
+import os
 import pathlib
 
 import tensorflow as tf
@@ -49,23 +50,30 @@ def require(wanted: str) -> None:
 
 def multiplies_bfloat16(wanted: str) -> bool:
     """Whether a device of this machine (see `choose`) has products of bfloat16, as GPUs do."""
-    return _has_gpu(wanted) or _processor_multiplies_bfloat16()
+    if not wanted.startswith('cpu') and tf.config.list_physical_devices('GPU'):
+        return True
+    return _processor_multiplies_bfloat16()
 
 
-def precision(wanted: str) -> str:
-    """'float32' or 'bfloat16'; 'auto' is what a network computes faster in on this machine."""
+def precision(wanted: str, device: str) -> str:
+    """The numbers of a gradient's convolutions on a device that TensorFlow names so.
+
+    'auto' is 'bfloat16' on a processor that multiplies it, else 'float32'.
+    """
     if wanted != 'auto':
         return wanted
-    faster = _processor_multiplies_bfloat16() and not _has_gpu('auto')
-    return 'bfloat16' if faster else 'float32'
-
-
-def _has_gpu(wanted: str) -> bool:
-    return not wanted.startswith('cpu') and bool(tf.config.list_physical_devices('GPU'))
+    return 'bfloat16' if is_host(device) and _processor_multiplies_bfloat16() else 'float32'
 
 
 def _processor_multiplies_bfloat16() -> bool:
-    return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(_CPU_INFO.read_text().split())
+    """Whether oneDNN, which has the kernels, is on, and the processor has the instructions."""
+    if os.environ.get('TF_ENABLE_ONEDNN_OPTS') == '0':
+        return False
+    try:
+        flags = _CPU_INFO.read_text().split()
+    except OSError:  # unknown
+        return False
+    return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(flags)
 
 
 def _absent(wanted: str, there: int) -> DeviceError:

@@ -18,7 +18,6 @@ from tf_agents.networks import network
 from tf_agents.specs import tensor_spec
 from tf_agents.trajectories.time_step import StepType
 
-from agents import device
 from agents.config import BUILTIN, NetworkConfig
 from agents.fractions import midpoints
 from infra.named_function import NoFunctionError, brief, load_function
@@ -192,7 +191,7 @@ class _PartLayers(tf.Module):
         self._standardize = config.standardize_input
         self._center = config.center_input or self._standardize
         self._centralize = config.centralize_gradient
-        self._bfloat16 = device.precision(config.precision) == 'bfloat16'
+        self._bfloat16 = config.precision == 'bfloat16'
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
         for index, (filters, size, _) in enumerate(torso.convolutions):

@@ -25,7 +25,8 @@ from infra.sealed import parse_object
 from pipelines.errors import UsageError, one_line_errors, reason_of
 
 COSTS = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'costs_laptop.json'
-"""Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24)."""
+"""Measured with `benchmark_run --flags="--preset laptop --min_replay_size=2000"` (2026-11-24), the
+first values of the preset (docs/results.md)."""
 
 _LEAST, _MOST = 1e-6, 1e12  # values of flags
 
@@ -173,7 +174,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=pathlib.Path,
         default=COSTS,
         help='JSON file with the costs of an agent step and an update on your machines, printed by'
-        ' tests/benchmarks/benchmark_run.py. Default: docs/costs_laptop.json, of two cores.',
+        ' tests/benchmarks/benchmark_run.py. Default: docs/costs_laptop.json, of two cores and the'
+        ' first values of laptop.',
     )
     parser.add_argument(
         '--machine_cores', type=integer, default=4, help='Cores per machine. Default: 4.'

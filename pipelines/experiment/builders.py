@@ -1,5 +1,6 @@
 """Experiment configuration in; model, gradient, policy and behaviour out."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,14 @@ def _first_gradient(model: Model, config: ExperimentConfig) -> np.ndarray:
 
 
 def build_learner(config: ExperimentConfig, device_name: str = device.HOST) -> AgentGradient:
-    """Builds the gradient computation of a learner on the named device."""
+    """Builds the gradient computation of a learner on the named device.
+
+    Here `--precision auto` is decided; policies, which must act alike everywhere, have float32.
+    """
+    precision = device.precision(config.network.precision, device_name)
+    config = dataclasses.replace(
+        config, network=dataclasses.replace(config.network, precision=precision)
+    )
     weighted = config.replay.prioritized
     with tf.device(device_name):
         return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)

@@ -48,7 +48,9 @@ class RunConfig:
         1, 'Actors, one worker process each. Add some when learners wait for data.'
     )
     num_learners: int = described(
-        2, 'Learners, one worker process each. Add some when actors wait for learners.'
+        2,
+        'Learners, one worker process each. Add some when actors wait for learners; each makes'
+        ' gradients two updates older.',
     )
     worker_threads: int = described(
         1,

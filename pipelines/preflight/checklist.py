@@ -92,7 +92,7 @@ def warn_of_precision(config: ExperimentConfig, launch: Launch) -> None:
     if not device.multiplies_bfloat16(config.learner.learner_device):
         print(
             '--precision bfloat16: slow on this processor (it has neither AVX512_BF16 nor AMX;'
-            ' a gradient may take six times as long as with float32). Fix: omit it.',
+            ' a gradient may take six times as long as with float32). Fix: --precision auto.',
             flush=True,
         )
 

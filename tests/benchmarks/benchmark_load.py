@@ -30,7 +30,7 @@ from infra.replay.trajectory import Steps, TrajectorySpec
 from tests.benchmarks.benchmark_parameter_server import cpu_seconds, server_processes
 from tests.support.replay_shard import ShardProcess
 
-# The network of 2013 with six actions, the preset `laptop`'s: 0.68 million parameters.
+# The network of 2013 with six actions, `laptop`'s until 2026-11-30: 0.68 million parameters.
 _SHAPES = (
     (8, 8, 4, 16), (16,), (4, 4, 16, 32), (32,), (2592, 256), (256,), (256, 6), (6,),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The whole: a real run's rates, each process's CPU time, and its efficiency; prints JSON.
 
-    python -m tests.benchmarks.benchmark_run                      # plain DQN, default topology
+    python -m tests.benchmarks.benchmark_run                      # plain DQN, two learners
     python -m tests.benchmarks.benchmark_run --flags="--preset laptop"
 
 Efficiency is the CPU time nobody here can avoid (gradient, environment, inference, apply; each
@@ -36,7 +36,7 @@ from pipelines.experiment import builders, command_line
 from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 
-# Mnih et al. 2015 with the project's default topology: what CleanRL's dqn_atari computes.
+# Mnih et al. 2015 with two learners: what CleanRL's dqn_atari computes.
 PLAIN_DQN = (
     '--preset=nature --num_learners=2 --overlap_push --envs_per_actor=8 --min_replay_size=2000'
 )

@@ -5,11 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from agents import device
 from pipelines import run
-from pipelines.experiment import command_line, presets
+from pipelines.experiment import builders, command_line, presets
 from pipelines.preflight import checklist
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -39,8 +40,34 @@ def test_a_processor_without_products_of_bfloat16_is_warned_of_them(
         launch, _, values = command_line.parse(argv)
         checklist.warn_of_precision(presets.experiment('laptop', values), launch)
     assert capsys.readouterr().out.count('neither AVX512_BF16 nor AMX') == warned
-    assert device.precision('auto') == ('float32' if warned else 'bfloat16')
-    assert device.precision('bfloat16') == 'bfloat16'
+    assert device.precision('auto', device.HOST) == ('float32' if warned else 'bfloat16')
+    assert device.precision('auto', '/device:GPU:0') == 'float32'
+    assert device.precision('bfloat16', device.HOST) == 'bfloat16'
+    monkeypatch.setenv('TF_ENABLE_ONEDNN_OPTS', '0')
+    assert device.precision('auto', device.HOST) == 'float32'
+
+
+def test_auto_is_float32_where_the_processor_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, '_CPU_INFO', tmp_path / 'absent')
+    assert device.precision('auto', device.HOST) == 'float32'
+
+
+@pytest.mark.parametrize(('flags', 'chosen'), [('avx2', 'float32'), ('avx512_bf16', 'bfloat16')])
+def test_auto_is_decided_for_the_learner_and_policies_keep_float32(
+    flags, chosen, tmp_path, monkeypatch
+):
+    (tmp_path / 'cpuinfo').write_text(f'flags : {flags}\n')
+    monkeypatch.setattr(device, '_CPU_INFO', tmp_path / 'cpuinfo')
+
+    def values(build, precision):
+        config = presets.experiment('laptop', {'precision': precision})
+        frames = np.random.default_rng(0).integers(256, size=(2, 42, 42, 4), dtype=np.uint8)
+        return build(config).model.outputs(frames).numpy()
+
+    learner, policy = builders.build_learner, builders.build_policy
+    np.testing.assert_array_equal(values(learner, 'auto'), values(learner, chosen))
+    np.testing.assert_array_equal(values(policy, 'auto'), values(policy, 'float32'))
+    assert (values(learner, 'bfloat16') != values(learner, 'float32')).any()
 
 
 _SETTINGS = """

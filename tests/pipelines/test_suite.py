@@ -662,7 +662,8 @@ def test_one_run_is_no_plural(monkeypatch, tmp_path, capsys):
 
 
 def test_as_many_runs_at_once_as_cores_and_memory_allow(monkeypatch):
-    prepared = plan.prepare(plan.expand(sweep(seeds=(1, 2, 3, 4))))  # three workers each
+    two_actors = sweep(seeds=(1, 2, 3, 4), flags=('--num_actors=2',))
+    prepared = plan.prepare(plan.expand(two_actors))  # three workers each
     monkeypatch.setattr(room, 'whole_cores', lambda: 9)
     need = room.memory_bytes(prepared[0].config, prepared[0].launch)
     for memory, runs in ((10 * need, 3), (2 * need, 2), (need // 2, 1)):

@@ -8,7 +8,7 @@ import sys
 import tempfile
 
 _FLAGS = (
-    '--max_frames=6000', '--torso=dqn2013_half', '--min_replay_size=400', '--replay_capacity=20000',
+    '--max_frames=6000', '--num_learners=2', '--min_replay_size=400', '--replay_capacity=20000',
     '--envs_per_actor=4', '--evaluation_episodes=1', '--evaluation_max_frames=400',
 )  # fmt: skip
 
