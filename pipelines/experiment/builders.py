@@ -1,6 +1,5 @@
 """Experiment configuration in; model, gradient, policy and behaviour out."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from agents.munchausen import munchausen_of
 from agents.policy import GreedyPolicy
 from infra.parameter_server.layout import Layout
 from infra.replay.trajectory import Transition
-from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.config import ExperimentConfig, replace
 from pipelines.experiment.frames import described
 
 
@@ -104,12 +103,11 @@ def _first_gradient(model: Model, config: ExperimentConfig) -> np.ndarray:
 def build_learner(config: ExperimentConfig, device_name: str = device.HOST) -> AgentGradient:
     """Builds the gradient computation of a learner on the named device.
 
-    Here `--precision auto` is decided; policies, which must act alike everywhere, have float32.
+    Here `--precision auto` is decided. Policies of their own, which must act alike everywhere, have
+    float32; a bundle's actor shares its learner's network.
     """
     precision = device.precision(config.network.precision, device_name)
-    config = dataclasses.replace(
-        config, network=dataclasses.replace(config.network, precision=precision)
-    )
+    config = replace(config, {'precision': precision})
     weighted = config.replay.prioritized
     with tf.device(device_name):
         return AgentGradient(build_model(config), config.agent.gradient_clip_norm, weighted)

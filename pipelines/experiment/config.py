@@ -49,8 +49,8 @@ class RunConfig:
     )
     num_learners: int = described(
         2,
-        'Learners, one worker process each. Add some when actors wait for learners; each makes'
-        ' gradients two updates older.',
+        'Learners, one worker process each. Add some when actors wait for learners; with each'
+        ' gradients become one update older, two with overlap_push.',
     )
     worker_threads: int = described(
         1,

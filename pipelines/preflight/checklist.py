@@ -91,7 +91,8 @@ def warn_of_precision(config: ExperimentConfig, launch: Launch) -> None:
 
     if not device.multiplies_bfloat16(config.learner.learner_device):
         print(
-            '--precision bfloat16: slow on this processor (it has neither AVX512_BF16 nor AMX;'
+            '--precision bfloat16: slow on this processor (it has neither AVX512_BF16 nor AMX,'
+            ' or TF_ENABLE_ONEDNN_OPTS is 0;'
             ' a gradient may take six times as long as with float32). Fix: --precision auto.',
             flush=True,
         )

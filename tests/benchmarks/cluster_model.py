@@ -1,7 +1,8 @@
 """A cluster, event by event: costs and a topology in, rates, loads and staleness out; prints JSON.
 
-    python -m tests.benchmarks.benchmark_parameter_server --parameters 151382 --shards 1 31 > m.json
-    python -m tests.benchmarks.benchmark_run --flags="--preset laptop" > r.json
+    python -m tests.benchmarks.benchmark_parameter_server --parameters 677686 --shards 1 31 > m.json
+    python -m tests.benchmarks.benchmark_run \\
+        --flags="--preset laptop --torso dqn2013 --screen_size 84" > r.json
     python -m tests.benchmarks.cluster_model --messages m.json --run r.json --actors 100 \\
         --learners 100 --shards 31
     python -m tests.benchmarks.cluster_model --messages m.json --check
