@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from infra.cores import whole_cores
 from infra.process import exit_with_launcher
 from pipelines.events import beat
 from pipelines.experiment.config import ExperimentConfig
@@ -36,10 +37,21 @@ def prepare_process(config: ExperimentConfig, learns: bool = True) -> None:
     with contextlib.suppress(RuntimeError):  # another worker in this process came first
         if not learns:
             tf.config.set_visible_devices([], 'GPU')
+        # With an accelerator, batches and gradients are copied during the computation.
         accelerated = bool(tf.config.get_visible_devices('GPU'))
         tf.config.threading.set_intra_op_parallelism_threads(config.run.worker_threads)
-        # With an accelerator, batches and gradients are copied during the computation.
-        tf.config.threading.set_inter_op_parallelism_threads(3 if accelerated else 1)
+        operations = 3 if accelerated else _operations_at_once(config, learns)
+        tf.config.threading.set_inter_op_parallelism_threads(operations)
+
+
+def _operations_at_once(config: ExperimentConfig, learns: bool) -> int:
+    """TensorFlow's operations that a process on the CPU computes at a time.
+
+    A learner computes two if some core has no learner. Double DQN's three forward passes, and a
+    layer's gradients of weights and input, do not depend on each other: laptop's gradient takes 0.6
+    times as long (tests/benchmarks/benchmark_gradient.py). The results stay the same to the bit.
+    """
+    return 2 if learns and whole_cores() > config.run.num_learners else 1
 
 
 def budget_reached(config: ExperimentConfig) -> Callable[[Any], bool]:

@@ -1,6 +1,7 @@
 """CPU time of a learner's gradient and an actor's inference on one core; prints JSON.
 
 Run it on one core: taskset -c 0 python -m tests.benchmarks.benchmark_gradient
+With --operations=2 it prints wall time, since operations run beside each other: leave it two cores.
 
 oneDNN's kernels are chosen when TensorFlow is loaded, so each setting has processes of its own,
 taken in turn; within a process the measurements interleave, and times are medians over all rounds.
@@ -89,12 +90,13 @@ def _dense_actions() -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(repeats: int) -> dict[str, list[float]]:
-    """CPU ms of each action, one number a repeat."""
+def measure(repeats: int, operations: int) -> dict[str, list[float]]:
+    """ms of each action, one number a repeat: of CPU for one operation at a time, else of wall."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(operations)
+    clock = time.process_time if operations == 1 else time.perf_counter
     actions = _dense_actions()
     for agent in itertools.product(TORSOS, (False, True), PRECISIONS):
         actions |= _agent_actions(*agent)
@@ -103,22 +105,23 @@ def measure(repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
-            start = time.process_time()
+            start = clock()
             action()
-            times[name].append(1e3 * (time.process_time() - start))
+            times[name].append(1e3 * (clock() - start))
     return times
 
 
-def measure_both(rounds: int, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Median and least CPU ms, without and with oneDNN, in processes taken in turn."""
+def measure_both(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Median and least ms, without and with oneDNN, in processes taken in turn."""
     times: dict[str, dict[str, list[float]]] = {
         '0': defaultdict(list),
         '1': defaultdict(list),
     }
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for setting, collected in times.items():
             environment = {'TF_CPP_MIN_LOG_LEVEL': '3', **os.environ, _ONEDNN: setting}
-            command = [sys.executable, '-m', _MODULE, '--repeats', str(repeats), '--child']
+            numbers = f'--repeats={options.repeats}', f'--operations={options.operations}'
+            command = [sys.executable, '-m', _MODULE, *numbers, '--child']
             output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             for name, values in json.loads(output.stdout).items():
                 collected[name] += values
@@ -136,13 +139,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--rounds', type=int, default=2, help='processes per setting')
     parser.add_argument('--repeats', type=int, default=25, help='measurements per process')
+    parser.add_argument(
+        '--operations',
+        type=int,
+        default=1,
+        help="TensorFlow's operations at a time, each one thread",
+    )
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.repeats)))
+        print(json.dumps(measure(options.repeats, options.operations)))
         return
-    result = measure_both(options.rounds, options.repeats)
-    print(json.dumps({'unit': 'CPU ms on one core', 'batch_size': _BATCH, **result}, indent=2))
+    result = measure_both(options)
+    unit = 'CPU ms on one core' if options.operations == 1 else 'wall ms'
+    print(json.dumps({'unit': unit, 'batch_size': _BATCH, **result}, indent=2))
 
 
 if __name__ == '__main__':

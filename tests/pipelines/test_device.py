@@ -74,23 +74,30 @@ _SETTINGS = """
 import os
 from pipelines.experiment import presets
 from pipelines.workers import process
-process.prepare_process(presets.experiment('laptop', {}), learns=%s)
+process.whole_cores = lambda: 4
+config = presets.experiment('laptop', {'num_learners': %s})
+process.prepare_process(config, learns=%s)
 import tensorflow as tf
 print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'], len(tf.config.get_visible_devices('GPU')))
+print(tf.config.threading.get_inter_op_parallelism_threads())
 """
 
 
-@pytest.mark.parametrize('learns', [True, False])
-def test_workers_take_memory_of_an_accelerator_as_they_need_it(learns):
+@pytest.mark.parametrize(
+    ('num_learners', 'learns', 'operations'), [(3, True, 2), (4, True, 1), (3, False, 1)]
+)
+def test_workers_share_an_accelerators_memory_and_learners_use_a_core_without_learner(
+    num_learners, learns, operations
+):
     environment = {k: v for k, v in os.environ.items() if k != 'TF_FORCE_GPU_ALLOW_GROWTH'}
     result = subprocess.run(
-        [sys.executable, '-c', _SETTINGS % learns],
+        [sys.executable, '-c', _SETTINGS % (num_learners, learns)],
         cwd=_ROOT,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert result.stdout.split() == ['true', '0'], result.stderr
+    assert result.stdout.split() == ['true', '0', str(operations)], result.stderr
 
 
 @pytest.mark.parametrize('value', ['gpu', 'gpu:3'])
