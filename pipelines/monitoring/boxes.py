@@ -84,14 +84,16 @@ class LearnerTally:
 
     Attributes:
       staleness: of the gradients it pushed.
-      summary: {'gradients', 'outliers', 'staleness'} (see `StalenessTally.summary`).
+      precision: in which it computes, 'float32' or 'bfloat16'; None: not known.
+      summary: {'gradients', 'outliers', 'precision', 'staleness'} (see `StalenessTally.summary`).
     """
 
     def __init__(self, before: Mapping[str, Any]):
         """`before`: its `counters` in the checkpoint that the run resumed from, or empty."""
         self.staleness = StalenessTally(before)
         self._totals = SessionTotals([count(before.get(name)) or 0 for name in _COUNTED])
-        self.summary: dict[str, Any] = {**self._counts(), 'staleness': self.staleness.summary()}
+        self.precision: str | None = None
+        self.summary = self._summary()
 
     def record(self, session: Hashable, numbers: Sequence[int], bins: Sequence[int] | None) -> None:
         """Records the `_COUNTED` numbers of a session, and its histogram of staleness."""
@@ -99,7 +101,7 @@ class LearnerTally:
         if bins is not None:
             self.staleness.record(session, bins)
         # Here, since it is read more often than it changes.
-        self.summary = {**self._counts(), 'staleness': self.staleness.summary()}
+        self.summary = self._summary()
 
     def counters(self) -> dict[str, Any]:
         """The counters for a checkpoint."""
@@ -107,6 +109,10 @@ class LearnerTally:
 
     def _counts(self) -> dict[str, int]:
         return dict(zip(_COUNTED, self._totals.values))
+
+    def _summary(self) -> dict[str, Any]:
+        rest = {'precision': self.precision, 'staleness': self.staleness.summary()}
+        return {**self._counts(), **rest}
 
 
 class Learners:
@@ -120,10 +126,16 @@ class Learners:
         )
 
     def record(
-        self, name: str, session: Hashable, numbers: Sequence[int], bins: Sequence[int] | None
+        self,
+        name: str,
+        session: Hashable,
+        numbers: Sequence[int],
+        bins: Sequence[int] | None,
+        precision: str | None = None,
     ) -> None:
         """Records gradients, outliers and histogram of a learner's session (see `LearnerTally`)."""
         tally = self._tallies.get(name) or LearnerTally({})
+        tally.precision = precision or tally.precision
         tally.record(session, numbers, bins)
         remember(self._tallies, name, tally, MOST_BOXES)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from agents.config import STALENESS_BOUNDS
+from agents.config import PRECISIONS, STALENESS_BOUNDS
 from infra.cluster import PARAMETER_SERVER, REPLAY
 from infra.disk import write_json
 from infra.memory import resident_bytes
@@ -278,7 +278,8 @@ class Monitor:
         if staleness is not None:
             self._staleness.record(key, staleness)
         name, gradients = f'learner_{worker[1]}', count(event.get('gradients'))
-        self._learners.record(name, key, (gradients or 0, outliers or 0), staleness)
+        precision = event.get('precision') if event.get('precision') in PRECISIONS else None
+        self._learners.record(name, key, (gradients or 0, outliers or 0), staleness, precision)
         if gradients is not None:
             self._box_rates.record(self._monotonic(), name, gradients)
         for name, value in event.items():

@@ -84,7 +84,8 @@ class RunState:
       outlier_share: gradients dropped as outliers, as a share of those computed.
       staleness: of the gradients pushed (see `StalenessTally.summary`).
       learner_staleness: median and 99th percentile of each learner.
-      learners: each learner's gradients, outliers and staleness (see `LearnerTally.summary`).
+      learners: each learner's gradients, outliers, precision and staleness (see
+        `LearnerTally.summary`).
       recent_rates, rates: of each box, over the recent window and over this launch: an actor's
         agent steps/s, a learner's gradients/s, a parameter shard's pushes/s, a replay shard's
         inserts/s.

@@ -143,8 +143,12 @@ class ActorWorker:
 class LearnerWorker:
     """Runs a learner in segments and reports its losses."""
 
-    def __init__(self, learner: 'Learner', config: ExperimentConfig, telemetry: 'Telemetry'):
+    def __init__(
+        self, learner: 'Learner', config: ExperimentConfig, telemetry: 'Telemetry', precision: str
+    ):
+        """`precision`: in which the learner computes."""
         self._learner = learner
+        self._precision = precision
         # A bundle's learner shares its thread with its actor, so it must not wait for data.
         self._patient = config.run.topology == 'separate'
         self._status = Status(telemetry, 'learner')
@@ -195,6 +199,7 @@ class LearnerWorker:
         counters = self._learner.counters
         return {
             **self._learner.describe(),
+            'precision': self._precision,
             'gradients': counters.gradients,
             'rejected_outlier': counters.outliers,
             'staleness': counters.staleness,
@@ -424,6 +429,7 @@ def learning(
     config: ExperimentConfig, replay: tuple[str, ...], worker: Enlisted, samples: Iterator['Sample']
 ) -> Iterator[LearnerWorker]:
     """Opens a worker's learner, which learns from `samples` of the shards at `replay`."""
+    from agents import device
     from agents.gradient_pipeline import InTurn, stream_on
     from agents.learner import Learner
     from infra.parameter_server.lanes import PushLanes
@@ -438,6 +444,7 @@ def learning(
         parameters = stack.enter_context(lanes)
         learner = Learner(config.learner, worker.network, samples, parameters, priorities, stream)
         stack.callback(learner.close)
-        learner_worker = LearnerWorker(learner, config, worker.telemetry)
+        precision = device.precision(config.network.precision, worker.network.device)
+        learner_worker = LearnerWorker(learner, config, worker.telemetry, precision)
         stack.callback(learner_worker.report)
         yield learner_worker

@@ -83,6 +83,7 @@ def assert_says_where_it_comes_from(run_dir: pathlib.Path) -> None:
     summary = launching.summary(run_dir)
     assert summary['learner'].keys() >= set(figures)
     assert summary['learners']['learner_0']['gradients'] > 0
+    assert summary['learners']['learner_0']['precision'] == 'float32'
     assert all(summary['rates'][box] > 0 for box in boxes)
     assert all(size > 10_000_000 for size in summary['memory_bytes'].values())
 

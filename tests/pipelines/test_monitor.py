@@ -267,6 +267,12 @@ class TestBoxes:
         assert table['learner_1']['staleness']['median'] == 10
         assert monitor.state().scalars()['staleness/learner_0/median'] == 0
 
+    def test_the_table_of_learners_keeps_the_last_precision_that_is_one(self, monitor):
+        for precision in ('bfloat16', ['float32'], 'float8'):
+            monitor.fold([event('learner', 0, precision=precision), event('learner', 1)])
+        table = monitor.state().learners
+        assert [table[f'learner_{i}']['precision'] for i in (0, 1)] == ['bfloat16', None]
+
     def test_the_number_of_boxes_is_bounded(self, monitor):
         for worker in range(5000):
             monitor.fold([event('learner', worker, gradients=1), event('heartbeat', worker, pid=1)])
