@@ -31,6 +31,8 @@ class Model:
       outputs: maps observations to outputs of all actions float32 [B, num_actions, ...]; None for a
         user's agent, whose outputs are unknown.
       head: interprets the outputs; None for a user's agent.
+      precision: of the convolutions, 'float32' (also without any) or 'bfloat16'; None for a user's
+        agent or network, whose precision is unknown.
     """
 
     agent: tf_agent.TFAgent
@@ -39,6 +41,7 @@ class Model:
     best_action: Callable[[Any], tf.Tensor]
     outputs: Callable[[Any], tf.Tensor] | None = None
     head: Head | None = None
+    precision: str | None = None
 
     @property
     def observations(self) -> Any:
@@ -75,7 +78,8 @@ def family_model(agent: DqnAgent) -> Model:
         return Losses(info.loss, info.extra.td_loss, tf.abs(info.extra.td_error))
 
     variables = tuple(agent.q_network.trainable_variables)
-    return Model(agent, variables, loss, best_action, outputs, agent.head)
+    precision = agent.q_network.precision
+    return Model(agent, variables, loss, best_action, outputs, agent.head, precision)
 
 
 def tf_agents_transition(transition: Any) -> trajectory.Transition:

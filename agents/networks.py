@@ -270,6 +270,7 @@ class _TorsoLayers(tf.Module):
     Attributes:
       depth: convolutions of the part that has the most.
       width: number of features.
+      precision: of the convolutions, 'float32' (also without any) or 'bfloat16'.
       dense_units: of the last layer.
     """
 
@@ -282,6 +283,9 @@ class _TorsoLayers(tf.Module):
             for part, (array, torso) in enumerate(zip(tf.nest.flatten(spec), torsos))
         ]
         self.width = sum(part.width for part in self._parts)
+        # 'auto' is decided for learners alone (see pipelines/experiment/builders.py).
+        rounded = self.depth and config.precision == 'bfloat16'
+        self.precision = 'bfloat16' if rounded else 'float32'
         self.dense_units = joined.dense_units
         self._activation = _activation(config)
         self._hidden = []
@@ -404,6 +408,11 @@ class QNetwork(Network):
         outputs = self._outputs(self._embedding(x, fractions), (num_actions,))
         outputs = tf.reshape(outputs, (-1, fractions.shape[1], num_actions))
         return tf.transpose(outputs, (0, 2, 1)), network_state
+
+    @property
+    def precision(self) -> str | None:
+        """In which it computes convolutions, 'bfloat16' or 'float32'; None: the user's network."""
+        return self._features.precision if isinstance(self._features, _TorsoLayers) else None
 
     def untrained(self) -> list[str]:
         """Names of the variables that training leaves as they are: fixed ones, and hidden ones."""

@@ -84,7 +84,7 @@ class LearnerTally:
 
     Attributes:
       staleness: of the gradients it pushed.
-      precision: in which it computes, 'float32' or 'bfloat16'; None: not known.
+      precision: of its convolutions, 'float32' or 'bfloat16'; None: not known.
       summary: {'gradients', 'outliers', 'precision', 'staleness'} (see `StalenessTally.summary`).
     """
 

@@ -144,9 +144,13 @@ class LearnerWorker:
     """Runs a learner in segments and reports its losses."""
 
     def __init__(
-        self, learner: 'Learner', config: ExperimentConfig, telemetry: 'Telemetry', precision: str
+        self,
+        learner: 'Learner',
+        config: ExperimentConfig,
+        telemetry: 'Telemetry',
+        precision: str | None,
     ):
-        """`precision`: in which the learner computes."""
+        """`precision`: in which the learner computes (see `agents.model.Model`)."""
         self._learner = learner
         self._precision = precision
         # A bundle's learner shares its thread with its actor, so it must not wait for data.
@@ -429,7 +433,6 @@ def learning(
     config: ExperimentConfig, replay: tuple[str, ...], worker: Enlisted, samples: Iterator['Sample']
 ) -> Iterator[LearnerWorker]:
     """Opens a worker's learner, which learns from `samples` of the shards at `replay`."""
-    from agents import device
     from agents.gradient_pipeline import InTurn, stream_on
     from agents.learner import Learner
     from infra.parameter_server.lanes import PushLanes
@@ -444,7 +447,7 @@ def learning(
         parameters = stack.enter_context(lanes)
         learner = Learner(config.learner, worker.network, samples, parameters, priorities, stream)
         stack.callback(learner.close)
-        precision = device.precision(config.network.precision, worker.network.device)
+        precision = worker.network.model.precision
         learner_worker = LearnerWorker(learner, config, worker.telemetry, precision)
         stack.callback(learner_worker.report)
         yield learner_worker

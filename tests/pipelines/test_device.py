@@ -68,6 +68,9 @@ def test_auto_is_decided_for_the_learner_and_policies_keep_float32(
     np.testing.assert_array_equal(values(learner, 'auto'), values(learner, chosen))
     np.testing.assert_array_equal(values(policy, 'auto'), values(policy, 'float32'))
     assert (values(learner, 'bfloat16') != values(learner, 'float32')).any()
+    config = presets.experiment('laptop', {'precision': 'auto'})
+    assert learner(config).model.precision == chosen
+    assert policy(config).model.precision == 'float32'
 
 
 _SETTINGS = """
