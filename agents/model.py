@@ -31,8 +31,8 @@ class Model:
       outputs: maps observations to outputs of all actions float32 [B, num_actions, ...]; None for a
         user's agent, whose outputs are unknown.
       head: interprets the outputs; None for a user's agent.
-      precision: of the convolutions, 'float32' (also without any) or 'bfloat16'; None for a user's
-        agent or network, whose precision is unknown.
+      precision: numbers of the convolutions, 'float32' (also without any) or 'bfloat16'; None for a
+        user's agent or network, where they are unknown.
     """
 
     agent: tf_agent.TFAgent
@@ -78,7 +78,7 @@ def family_model(agent: DqnAgent) -> Model:
         return Losses(info.loss, info.extra.td_loss, tf.abs(info.extra.td_error))
 
     variables = tuple(agent.q_network.trainable_variables)
-    precision = agent.q_network.precision
+    precision = getattr(agent.q_network, 'precision', None)  # others' networks have none
     return Model(agent, variables, loss, best_action, outputs, agent.head, precision)
 
 

@@ -181,7 +181,12 @@ def _activated(x: tf.Tensor, layer: _Layer, activation: Activation) -> tf.Tensor
 
 
 class _PartLayers(tf.Module):
-    """The convolutions of a picture, none for other arrays: [B, ...] to float32 [B, width]."""
+    """The convolutions of a picture, none for other arrays: [B, ...] to float32 [B, width].
+
+    Attributes:
+      rounds: whether it convolves in bfloat16.
+      width: number of features.
+    """
 
     def __init__(
         self, spec: Any, torso: Torso, config: NetworkConfig, seed: int, part: int
@@ -191,7 +196,8 @@ class _PartLayers(tf.Module):
         self._standardize = config.standardize_input
         self._center = config.center_input or self._standardize
         self._centralize = config.centralize_gradient
-        self._bfloat16 = config.precision == 'bfloat16'
+        # 'auto' is decided for learners alone (see pipelines/experiment/builders.py).
+        self.rounds = config.precision == 'bfloat16' and bool(torso.convolutions)
         self._convolutions, channels = [], spec.shape[-1]
         prefix = f'part_{part + 1}_' if part else ''
         for index, (filters, size, _) in enumerate(torso.convolutions):
@@ -224,7 +230,7 @@ class _PartLayers(tf.Module):
         """
         kernel = kernel * self._scale
         offset, factor = self._offset_and_factor(x)
-        if self._bfloat16:  # which is too coarse to take one large sum from another
+        if self.rounds:  # bfloat16 is too coarse to take one large sum from another
             return _convolution(tf.cast((x - offset) * factor, tf.bfloat16), kernel, bias, stride)
         if not self._center and not offset:
             return _convolution(x, kernel, bias, stride)
@@ -283,9 +289,7 @@ class _TorsoLayers(tf.Module):
             for part, (array, torso) in enumerate(zip(tf.nest.flatten(spec), torsos))
         ]
         self.width = sum(part.width for part in self._parts)
-        # 'auto' is decided for learners alone (see pipelines/experiment/builders.py).
-        rounded = self.depth and config.precision == 'bfloat16'
-        self.precision = 'bfloat16' if rounded else 'float32'
+        self.precision = 'bfloat16' if any(part.rounds for part in self._parts) else 'float32'
         self.dense_units = joined.dense_units
         self._activation = _activation(config)
         self._hidden = []
@@ -411,7 +415,7 @@ class QNetwork(Network):
 
     @property
     def precision(self) -> str | None:
-        """In which it computes convolutions, 'bfloat16' or 'float32'; None: the user's network."""
+        """Numbers of the convolutions, 'float32' or 'bfloat16'; None for the user's network."""
         return self._features.precision if isinstance(self._features, _TorsoLayers) else None
 
     def untrained(self) -> list[str]:

@@ -63,7 +63,7 @@ class Plan:
 
     Attributes:
       agent_steps_per_second, updates_per_second: the target.
-      actors, learners, parameter_shards, replay_shards: processes, each using at most one core.
+      actors, learners, parameter_shards, replay_shards: processes, each counted as one core.
       cores: cores that all of them need at `UTILISATION`.
       parameter_gbit_per_second: traffic of parameters and gradients if each process has its own
         host.

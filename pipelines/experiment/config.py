@@ -54,8 +54,8 @@ class RunConfig:
     )
     worker_threads: int = described(
         1,
-        'TensorFlow threads per worker. Another learner uses a spare core better than another'
-        ' thread.',
+        'Threads of a TensorFlow operation. A learner also computes two operations at a time'
+        ' where the machine has more cores than the run has learners.',
     )
     max_frames: int = described(
         4_000_000, 'Emulator frames of all actors after which the run ends.'

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from agents.config import PRECISIONS
 from pipelines.events import count
 from pipelines.monitoring.counters import (
     RATE_SAMPLE_SECONDS,
@@ -84,7 +85,8 @@ class LearnerTally:
 
     Attributes:
       staleness: of the gradients it pushed.
-      precision: of its convolutions, 'float32' or 'bfloat16'; None: not known.
+      precision: of the convolutions in its newest session, 'float32' or 'bfloat16'; None: unknown,
+        as with a user's agent or network.
       summary: {'gradients', 'outliers', 'precision', 'staleness'} (see `StalenessTally.summary`).
     """
 
@@ -92,11 +94,19 @@ class LearnerTally:
         """`before`: its `counters` in the checkpoint that the run resumed from, or empty."""
         self.staleness = StalenessTally(before)
         self._totals = SessionTotals([count(before.get(name)) or 0 for name in _COUNTED])
-        self.precision: str | None = None
+        precision = before.get('precision')
+        self.precision = precision if precision in PRECISIONS else None
         self.summary = self._summary()
 
-    def record(self, session: Hashable, numbers: Sequence[int], bins: Sequence[int] | None) -> None:
-        """Records the `_COUNTED` numbers of a session, and its histogram of staleness."""
+    def record(
+        self,
+        session: Hashable,
+        numbers: Sequence[int],
+        bins: Sequence[int] | None,
+        precision: str | None,
+    ) -> None:
+        """Records a session's `_COUNTED` numbers, histogram of staleness, and known precision."""
+        self.precision = precision or self.precision
         self._totals.record(session, numbers)
         if bins is not None:
             self.staleness.record(session, bins)
@@ -105,7 +115,8 @@ class LearnerTally:
 
     def counters(self) -> dict[str, Any]:
         """The counters for a checkpoint."""
-        return {**self._counts(), 'staleness': self.staleness.bins}
+        rest = {'precision': self.precision, 'staleness': self.staleness.bins}
+        return {**self._counts(), **rest}
 
     def _counts(self) -> dict[str, int]:
         return dict(zip(_COUNTED, self._totals.values))
@@ -131,12 +142,11 @@ class Learners:
         session: Hashable,
         numbers: Sequence[int],
         bins: Sequence[int] | None,
-        precision: str | None = None,
+        precision: str | None,
     ) -> None:
-        """Records gradients, outliers and histogram of a learner's session (see `LearnerTally`)."""
+        """Records what `LearnerTally.record` takes of a learner's session."""
         tally = self._tallies.get(name) or LearnerTally({})
-        tally.precision = precision or tally.precision
-        tally.record(session, numbers, bins)
+        tally.record(session, numbers, bins, precision)
         remember(self._tallies, name, tally, MOST_BOXES)
 
     def counters(self) -> dict[str, Any]:

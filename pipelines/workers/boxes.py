@@ -150,7 +150,7 @@ class LearnerWorker:
         telemetry: 'Telemetry',
         precision: str | None,
     ):
-        """`precision`: in which the learner computes (see `agents.model.Model`)."""
+        """`precision`: numbers of the learner's convolutions (see `agents.model.Model`)."""
         self._learner = learner
         self._precision = precision
         # A bundle's learner shares its thread with its actor, so it must not wait for data.

@@ -23,8 +23,9 @@ STATUS_SECONDS = 2.0
 def prepare_process(config: ExperimentConfig, learns: bool = True) -> None:
     """Sets the process's threads and devices and ends it with its launcher.
 
-    Call it before any TensorFlow operation. A process that does not learn sees no accelerator; one
-    that learns allocates its memory on demand, so that learners can share an accelerator.
+    Call it before any TensorFlow operation; of several workers in a process the first one decides.
+    A process that does not learn sees no accelerator; one that learns, or in which learners may
+    work later, allocates its memory on demand, so that learners can share an accelerator.
     """
     exit_with_launcher()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -45,13 +46,15 @@ def prepare_process(config: ExperimentConfig, learns: bool = True) -> None:
 
 
 def _operations_at_once(config: ExperimentConfig, learns: bool) -> int:
-    """TensorFlow's operations that a process on the CPU computes at a time.
+    """Returns how many TensorFlow operations a process computes at a time without an accelerator.
 
-    A learner computes two if some core has no learner. Double DQN's three forward passes, and a
-    layer's gradients of weights and input, do not depend on each other: laptop's gradient takes 0.6
-    times as long (tests/benchmarks/benchmark_gradient.py). The results stay the same to the bit.
+    A learner computes two if this machine has more cores than the run's learners have threads;
+    other runs on the machine, actors and servers do not count. Double DQN's three forward passes,
+    and a layer's gradients of weights and input, do not depend on each other (time of a gradient:
+    docs/performance.md). The results stay the same to the bit.
     """
-    return 2 if learns and whole_cores() > config.run.num_learners else 1
+    threads = config.run.num_learners * config.run.worker_threads
+    return 2 if learns and whole_cores() > threads else 1
 
 
 def budget_reached(config: ExperimentConfig) -> Callable[[Any], bool]:

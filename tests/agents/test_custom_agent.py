@@ -207,7 +207,9 @@ def test_an_agent_that_only_workers_would_stumble_on_is_refused_before(factory, 
 def test_a_good_agent_passes_the_trial():
     for factory, exponent in (('stock_dqn', 0.6), ('stock_c51', 0.0)):
         values = {'agent': f'tests.support.foreign_agents:{factory}', 'priority_exponent': exponent}
-        builders.try_agent(presets.experiment('laptop', values))
+        config = presets.experiment('laptop', values)
+        builders.try_agent(config)
+        assert builders.build_learner(config).model.precision is None  # unknown
 
 
 def test_a_module_that_cannot_be_imported_is_named():

@@ -222,6 +222,20 @@ def test_convolutions_in_bfloat16_keep_values_and_gradients_to_its_rounding(sett
     np.testing.assert_allclose(*lengths, rtol=0.02)
 
 
+@pytest.mark.parametrize(
+    ('precision', 'of_pictures'),
+    [('float32', 'float32'), ('auto', 'float32'), ('bfloat16', 'bfloat16')],
+)
+def test_a_network_says_the_precision_of_its_convolutions(precision, of_pictures):
+    numbers = tensor_spec.TensorSpec((4,), tf.float32)
+    own = {'q_network': 'tests.support.own_network:of_a_dictionary'}
+    dictionary = {'camera': _PICTURE, 'velocity': numbers}
+    assert _network_of(_ATARI, precision=precision).precision == of_pictures
+    assert _network_of(dictionary, precision=precision).precision == of_pictures
+    assert _network_of(numbers, precision=precision).precision == 'float32'
+    assert _network_of(dictionary, precision=precision, **own).precision is None
+
+
 def _outputs_and_gradient(**settings: Any) -> tuple[np.ndarray, np.ndarray]:
     outputs, gradients = _outputs_and_gradients(**settings)
     return outputs, np.concatenate([np.ravel(each) for each in gradients])

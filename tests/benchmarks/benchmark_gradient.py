@@ -1,7 +1,7 @@
-"""CPU time of a learner's gradient and an actor's inference on one core; prints JSON.
+"""Time of a learner's gradient and of an actor's inference; prints JSON.
 
-Run it on one core: taskset -c 0 python -m tests.benchmarks.benchmark_gradient
-With --operations=2 it prints wall time, since operations run beside each other: leave it two cores.
+    taskset -c 0 python -m tests.benchmarks.benchmark_gradient      # CPU time on one core
+    python -m tests.benchmarks.benchmark_gradient --operations 2    # wall time on two cores
 
 oneDNN's kernels are chosen when TensorFlow is loaded, so each setting has processes of its own,
 taken in turn; within a process the measurements interleave, and times are medians over all rounds.
@@ -143,6 +143,7 @@ def main() -> None:
         '--operations',
         type=int,
         default=1,
+        choices=range(1, 9),
         help="TensorFlow's operations at a time, each one thread",
     )
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)

@@ -210,7 +210,7 @@ def main() -> None:
     flags = [*shlex.split(options.flags), *topology]
     _, preset, values = command_line.parse(flags)
     config = command_line.experiment(preset, values)
-    prepare_process(config)
+    prepare_process(config, learns=False)  # one core: one operation at a time
     wires = options.wires.split(',') if options.wires else [config.parameter_server.wire]
     servers = [dataclasses.replace(config.parameter_server, wire=wire) for wire in wires]
     numbers = map(int, options.staleness.split(',')), map(int, options.seeds.split(','))

@@ -2,16 +2,17 @@
 
     python -m tests.benchmarks.benchmark_parameter_server --parameters 677686 --shards 1 31 > m.json
     python -m tests.benchmarks.benchmark_run \\
-        --flags="--preset laptop --torso dqn2013 --screen_size 84" > r.json
+        --flags="--preset laptop --precision float32 --torso dqn2013 --screen_size 84" > r.json
     python -m tests.benchmarks.cluster_model --messages m.json --run r.json --actors 100 \\
         --learners 100 --shards 31
     python -m tests.benchmarks.cluster_model --messages m.json --check
 
-Each actor, learner, shard of the parameter server and replay shard has a core. Learners sample,
-compute, push and pull as theirs do; actors play and pull; the replay holds both to the ratio of the
-preset. What is not modelled: failures, stragglers, the time that messages take on the way through
-switches. `--check` compares the model of one host, whose cores all share, with
-`benchmark_load` at small topologies; a ratio is the model's figure over the measured one.
+Each actor, learner, shard of the parameter server and replay shard has a core, so its CPU time is
+its duration. Learners sample, compute, push and pull as theirs do; actors play and pull; the replay
+holds both to the ratio of the preset. What is not modelled: failures, stragglers, the time that
+messages take on the way through switches. `--check` compares the model of one host, whose cores all
+share, with `benchmark_load` at small topologies; a ratio is the model's figure over the measured
+one.
 """
 
 import argparse

@@ -68,39 +68,50 @@ def test_auto_is_decided_for_the_learner_and_policies_keep_float32(
     np.testing.assert_array_equal(values(learner, 'auto'), values(learner, chosen))
     np.testing.assert_array_equal(values(policy, 'auto'), values(policy, 'float32'))
     assert (values(learner, 'bfloat16') != values(learner, 'float32')).any()
-    config = presets.experiment('laptop', {'precision': 'auto'})
+    config = presets.experiment('laptop', {})  # it has 'auto'
     assert learner(config).model.precision == chosen
     assert policy(config).model.precision == 'float32'
 
 
 _SETTINGS = """
-import os
+import hashlib, os, sys
 from pipelines.experiment import presets
 from pipelines.workers import process
-process.whole_cores = lambda: 4
-config = presets.experiment('laptop', {'num_learners': %s})
-process.prepare_process(config, learns=%s)
+process.whole_cores = lambda: 6
+threads = {'num_learners': int(sys.argv[1]), 'worker_threads': int(sys.argv[2])}
+config = presets.experiment('laptop', threads)
+process.prepare_process(config, learns=sys.argv[3] == 'learns')
+import numpy as np
 import tensorflow as tf
+from infra.replay.trajectory import Transition
+from pipelines.experiment import builders
+random = np.random.default_rng(0)
+frames = random.integers(256, size=(2, 32, 42, 42, 4), dtype=np.uint8)
+numbers = random.random((3, 32), np.float32)
+batch = Transition(frames[0], np.zeros(32, np.int32), numbers[0], numbers[1], frames[1])
+gradient = builders.build_learner(config).gradient(batch, numbers[2])[0]
 print(os.environ['TF_FORCE_GPU_ALLOW_GROWTH'], len(tf.config.get_visible_devices('GPU')))
 print(tf.config.threading.get_inter_op_parallelism_threads())
+print(hashlib.sha256(gradient.tobytes()).hexdigest(), np.count_nonzero(gradient) > 1000)
 """
 
 
-@pytest.mark.parametrize(
-    ('num_learners', 'learns', 'operations'), [(3, True, 2), (4, True, 1), (3, False, 1)]
-)
-def test_workers_share_an_accelerators_memory_and_learners_use_a_core_without_learner(
-    num_learners, learns, operations
-):
+def test_a_learner_computes_two_operations_at_a_time_on_spare_cores_with_the_same_gradient():
+    # Six cores: five learners leave one, six none, nor do three of two threads each.
+    cases = [(5, 1, 'learns', 2), (6, 1, 'learns', 1), (3, 2, 'learns', 1), (5, 1, 'acts', 1)]
     environment = {k: v for k, v in os.environ.items() if k != 'TF_FORCE_GPU_ALLOW_GROWTH'}
-    result = subprocess.run(
-        [sys.executable, '-c', _SETTINGS % (num_learners, learns)],
-        cwd=_ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.stdout.split() == ['true', '0', str(operations)], result.stderr
+    gradients = set()
+    for *arguments, operations in cases:
+        result = subprocess.run(
+            [sys.executable, '-c', _SETTINGS, *map(str, arguments)],
+            cwd=_ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout.split()[:3] == ['true', '0', str(operations)], result.stderr
+        gradients.add(tuple(result.stdout.split()[3:]))
+    assert [computed for _, computed in gradients] == ['True']  # one gradient, not of zeros
 
 
 @pytest.mark.parametrize('value', ['gpu', 'gpu:3'])

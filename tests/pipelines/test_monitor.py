@@ -256,7 +256,9 @@ class TestBoxes:
             bins = [first, *[0] * 11, 0]
             figures = {'gradients': first + 1, 'rejected_outlier': 1, 'staleness': bins}
             monitor.fold([event('learner', worker, session, **figures)] * 2)
+        monitor.fold([event('learner', 0, 'e', precision='bfloat16')])
         monitor = make_monitor(json.loads(json.dumps(monitor.counters())))
+        assert monitor.state().learners['learner_0']['precision'] == 'bfloat16'
         monitor.fold([event('learner', 1, 'd', gradients=9, staleness=[0] * 5 + [9] + [0] * 7)])
         table = monitor.state().learners
         assert {name: (row['gradients'], row['outliers']) for name, row in table.items()} == {
