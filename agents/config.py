@@ -147,8 +147,8 @@ class NetworkConfig:
         'float32',
         "Numbers in the convolutions: 'float32', 'bfloat16', whose products are faster where the"
         " processor has them (AVX512_BF16, AMX, GPUs) and much slower elsewhere, or 'auto':"
-        ' bfloat16 for gradients on a processor that has them, float32 elsewhere. Parameters and'
-        ' all else stay float32.',
+        ' bfloat16 for gradients on a CPU that has them, otherwise float32, also on GPUs and for'
+        ' actors and evaluations of their own. Parameters and all else stay float32.',
     )
     dense_layers: str = described(
         '256,256',

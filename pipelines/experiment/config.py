@@ -54,8 +54,8 @@ class RunConfig:
     )
     worker_threads: int = described(
         1,
-        'Threads of a TensorFlow operation. A learner also computes two operations at a time'
-        ' where the machine has more cores than the run has learners.',
+        'Threads of a TensorFlow operation in each worker. A learner also computes two operations'
+        " at a time where the machine has more cores than the run's learners have such threads.",
     )
     max_frames: int = described(
         4_000_000, 'Emulator frames of all actors after which the run ends.'

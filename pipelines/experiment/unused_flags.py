@@ -101,7 +101,10 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'standardize_input': _BUILTIN,
     'centralize_gradient': _BUILTIN,
     'negative_slope': _BUILTIN,
-    'precision': _BUILTIN,
+    'precision': (
+        '--q_network builtin',
+        lambda config: _BUILTIN[1](config) or config.network.precision == 'auto',
+    ),
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),
 }
 

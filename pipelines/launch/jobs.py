@@ -378,7 +378,10 @@ class Jobs:
                 name=f'{name} job {number}',
                 argv=self._command(workers, number),
                 log_file=self._directory.logs / f'{name}-{number}.log',
-                environment={'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '1'},
+                environment={
+                    'TF_CPP_MIN_LOG_LEVEL': '2',
+                    'TF_ENABLE_ONEDNN_OPTS': os.environ.get('TF_ENABLE_ONEDNN_OPTS', '1'),
+                },
                 unset=('PYTHONDONTWRITEBYTECODE',),
             )
         )

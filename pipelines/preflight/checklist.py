@@ -126,6 +126,8 @@ def _require_layers(config: ExperimentConfig, observation: Any, values: Mapping[
     """
     of_convolutions = 'center_input', 'standardize_input', 'centralize_gradient', 'precision'
     given = [name for name in ('torso', *of_convolutions, 'dense_layers') if name in values]
+    if values.get('precision') == 'auto':  # suits every network
+        given.remove('precision')
     if not given or FACTORY.fullmatch(config.agent.agent):  # see `require_agent`
         return
     from agents.networks import TORSOS, torsos_of

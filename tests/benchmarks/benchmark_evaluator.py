@@ -35,7 +35,9 @@ def rates(flags: list[str], seconds: float) -> dict[str, float]:
 
 def main() -> None:
     """Prints the rates of each run, and the ratio of their medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--flags', default='', help='flags of the runs')
     parser.add_argument('--cpu_share', type=float, default=0.03, help='with the evaluator')
     parser.add_argument('--seconds', type=float, default=300.0, help='how long to observe each')

@@ -149,7 +149,9 @@ def measure(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str,
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--repeats', type=int, default=60, help='measurements of each')
     repeats = parser.parse_args().repeats
     tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -136,7 +136,9 @@ def measure_both(options: argparse.Namespace) -> dict[str, dict[str, dict[str, f
 
 def main() -> None:
     """Measures, or, as a child, measures under one setting."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--rounds', type=int, default=2, help='processes per setting')
     parser.add_argument('--repeats', type=int, default=25, help='measurements per process')
     parser.add_argument(

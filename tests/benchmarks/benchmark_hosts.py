@@ -71,7 +71,9 @@ def rates(round_trip_ms: float, loss: float, flags: list[str], seconds: float) -
 
 def main() -> None:
     """Prints one measurement for each round-trip time."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--round_trips_ms', default='0,1,10,50', help='separated by commas')
     parser.add_argument('--loss', type=float, default=0.0, help='probability of a segment')
     parser.add_argument('--seconds', type=float, default=45.0, help='how long to observe each')

@@ -229,7 +229,9 @@ def summarise(every: Tally, seconds: float, cpu: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures one load and prints it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--actors', type=int, default=8)
     parser.add_argument('--learners', type=int, default=8)
     parser.add_argument('--parameter_shards', type=int, default=1)

@@ -110,7 +110,9 @@ def measure_samples(shard: ShardProcess, options: argparse.Namespace) -> dict[st
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--game', default='pong')
     parser.add_argument('--steps', type=int, default=20_000, help='agent steps inserted')
     parser.add_argument('--batches', type=int, default=400, help=f'of {BATCH_SIZE} transitions')

@@ -170,7 +170,9 @@ def unavoidable(experiment: ExperimentConfig, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints the measurements of one run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--flags', default=PLAIN_DQN, help='flags of the run')
     parser.add_argument('--seconds', type=float, default=60.0, help='how long to observe it')
     parser.add_argument('--repeats', type=int, default=50, help='measurements of each box alone')

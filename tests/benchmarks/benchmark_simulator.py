@@ -133,7 +133,9 @@ def observe(engine: str, actors: int, flags: Sequence[str], seconds: float) -> d
 
 def main() -> None:
     """Prints the measurements of one run for each engine and number of actors."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--engines', default='DirectRunner,DaskRunner,PrismRunner')
     parser.add_argument('--actors', default='1,4,16', help='numbers of actors')
     parser.add_argument('--flags', default='', help='further flags of the runs')

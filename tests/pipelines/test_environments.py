@@ -225,6 +225,7 @@ STRUCTURES = (f'--environment={STRUCTURED}',)
         ((*MINATAR, '--torso=dqn2013'), '--torso dqn2013: no effect'),  # 10 x 10 are too few
         ((*MINATAR, '--dense_layers=8'), '--dense_layers 8: no effect'),
         ((*CART_POLE, '--precision=bfloat16'), '--precision bfloat16: no effect'),
+        ((*CART_POLE, '--precision=auto'), ''),
         ((*MINATAR, '--precision=bfloat16'), ''),
         ((*CART_POLE, '--standardize_input'), '--standardize_input: no effect'),
         ((*MINATAR, '--standardize_input'), ''),

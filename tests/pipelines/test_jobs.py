@@ -122,6 +122,18 @@ def make_run(tmp_path):
         run.directory.close()
 
 
+@pytest.mark.parametrize(('users', 'jobs'), [(None, '1'), ('0', '0')])
+def test_jobs_have_onednn_unless_the_user_switched_it_off(users, jobs, make_run, monkeypatch):
+    monkeypatch.delenv('TF_ENABLE_ONEDNN_OPTS', raising=False)
+    if users is not None:
+        monkeypatch.setenv('TF_ENABLE_ONEDNN_OPTS', users)
+    run = make_run()
+    run.scripts['learner'] = 'echo onednn=$TF_ENABLE_ONEDNN_OPTS.; sleep 100'
+    run.jobs.start(0.0)
+    log = run.directory.logs / 'learner-1.log'
+    assert eventually(lambda: log.exists() and f'onednn={jobs}.' in log.read_text())
+
+
 def test_a_silent_worker_is_killed_and_submitted_once_after_the_back_off(make_run):
     run = make_run()
     run.jobs.start(0.0)
