@@ -102,7 +102,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'centralize_gradient': _BUILTIN,
     'negative_slope': _BUILTIN,
     'precision': (
-        '--q_network builtin',
+        _BUILTIN[0],
         lambda config: _BUILTIN[1](config) or config.network.precision == 'auto',
     ),
     'adagrad_initial_accumulator': ('--optimizer adagrad', _optimizer('adagrad')),

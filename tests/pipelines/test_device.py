@@ -1,5 +1,6 @@
 """A learner on a device of its own, and the devices that a process sees."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from agents import device
 from pipelines import run
-from pipelines.experiment import builders, command_line, presets
+from pipelines.errors import UsageError
+from pipelines.experiment import builders, command_line, presets, unused_flags
 from pipelines.preflight import checklist
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -71,6 +73,15 @@ def test_auto_is_decided_for_the_learner_and_policies_keep_float32(
     config = presets.experiment('laptop', {})  # it has 'auto'
     assert learner(config).model.precision == chosen
     assert policy(config).model.precision == 'float32'
+
+
+def test_auto_suits_a_network_of_the_user_and_bfloat16_is_refused_there():
+    for precision, refused in (('auto', False), ('bfloat16', True)):
+        values = {'q_network': 'tests.support.own_network:dense', 'precision': precision}
+        config = presets.experiment('laptop', values)
+        expected = pytest.raises(UsageError, match='--precision bfloat16: no effect without')
+        with expected if refused else contextlib.nullcontext():
+            unused_flags.require_effect(config, {'precision': precision})
 
 
 _SETTINGS = """
