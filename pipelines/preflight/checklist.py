@@ -27,6 +27,7 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
     Raises:
       UsageError: a check fails.
     """
+    require_freshness(config, launch)
     require_device(config, launch)
     warn_of_precision(config, launch)
     require_environment(config, values, launch.jobs.hang_seconds)
@@ -52,6 +53,27 @@ def require_restorable(launch: Launch) -> None:
             ' --parameter_addresses and --replay_addresses of servers that hold the state of this'
             ' run.'
         )
+
+
+def require_freshness(config: ExperimentConfig, launch: Launch) -> None:
+    """Checks that the shards of a new run accept the gradients of a lone learner.
+
+    Raises:
+      UsageError: they are older than `max_staleness`.
+    """
+    learner, most = config.learner, config.parameter_server.max_staleness
+    ages = {'learner_pull_period': learner.learner_pull_period - 1}
+    if learner.overlap_push:
+        ages['pushes_in_flight'] = 2 * learner.pushes_in_flight - 1
+    name = max(ages, key=lambda each: ages[each])
+    if launch.resume or ages[name] <= most:  # an earlier version accepted such settings
+        return
+    raise UsageError(
+        f'--max_staleness {most}: the shards would reject gradients of every learner, which are up'
+        f' to {ages[name]} updates old with --{name} {getattr(learner, name)}. Fix: raise it to at'
+        f' least {ages[name]}, more for several learners'
+        + (f', or lower --{name}.' if getattr(learner, name) > 1 else ', or add --no-overlap_push.')
+    )
 
 
 def require_engine(config: ExperimentConfig, launch: Launch) -> None:

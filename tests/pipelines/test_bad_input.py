@@ -133,6 +133,12 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--ladder_epsilon=0.1',), '--epsilon_ladder'),
         (('--preset=nature', '--importance_updates=9'), '--priority_exponent'),
         (('--optimizer=adagrad', '--adam_beta_1=0.5'), '--optimizer adam'),
+        (
+            ('--max_staleness=0',),
+            '1 updates old with --pushes_in_flight 1. Fix: raise it to at least 1,',
+        ),
+        (('--max_staleness=6', '--pushes_in_flight=4'), 'raise it to at least 7, more for'),
+        (('--learner_pull_period=102',), '--max_staleness 100: the shards would reject gradients'),
         (('--direct_num_workers=3',), 'reserved, since the number of workers determines it'),
         (('--direct_running_mode', 'in_memory'), '--direct_running_mode'),
     ],
