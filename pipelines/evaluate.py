@@ -23,6 +23,7 @@ from pipelines.errors import one_line_errors, require_effect
 from pipelines.evaluation.entrants import Request
 from pipelines.evaluation.policies import RANDOM
 from pipelines.experiment.games import games_of
+from pipelines.experiment.job_settings import JobSettings, require_hang_seconds
 from pipelines.experiment.protocols import PROTOCOLS
 from pipelines.launch.evaluation import Work, evaluate, require_valid
 from pipelines.launch.interrupts import stoppable
@@ -122,6 +123,13 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         help='Games at a time; of threads, DirectRunner, DaskRunner and DataflowRunner: other'
         ' engines decide by themselves. Default: the cores that this process may use.',
     )
+    parser.add_argument(
+        '--hang_seconds',
+        type=float,
+        default=JobSettings.hang_seconds,
+        help='Time without a step, or for the begin of a game, after which it fails. Default:'
+        f' {JobSettings.hang_seconds:g}.',
+    )
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     exit_with_launcher()
     require_valid(arguments.episodes, arguments.epsilon, arguments.seed)
+    require_hang_seconds(arguments.hang_seconds)
     _require_effect(arguments)
     request = Request(
         run_dirs=arguments.run_dir,
@@ -162,7 +171,9 @@ def main(argv: Sequence[str]) -> int:
         epsilon=arguments.epsilon,
         seed=arguments.seed,
     )
-    work = Work(arguments.runner, arguments.num_workers, arguments.beam_flags)
+    work = Work(
+        arguments.runner, arguments.num_workers, arguments.beam_flags, arguments.hang_seconds
+    )
     # Beam removes its own files as the process ends, after this block.
     with temporary_files() if work.runner is None else contextlib.nullcontext():
         film = _film(arguments)

@@ -1,9 +1,9 @@
 """Exports and evaluates the newest policy of a run and films it, in one separate process.
 
-The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION` while
-the workers end, and releases it once they and the servers have ended. One process for all, since
-each would import TensorFlow and build the agent. Exports the best parameters too, if evaluations
-during training have found some.
+The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION
+HANG_SECONDS` while the workers end, and releases it once they and the servers have ended. One
+process for all, since each would import TensorFlow and build the agent. Exports the best parameters
+too, if evaluations during training have found some.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     Waits for its release first; returns 0 if the launcher ends without it.
     """
-    run_dir, output = argv
+    run_dir, output, hang_seconds = argv
     exit_with_launcher()
     _import_all()
     if not await_release():
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     commands: list[tuple[Main, list[str]]] = [(export.main, [run])]
     if pathlib.Path(run_dir, BEST).is_dir():
         commands.append((export.main, [run, '--checkpoint=best']))
-    commands.append((evaluate.main, [run, f'--output={output}']))
+    commands.append((evaluate.main, [run, f'--output={output}', f'--hang_seconds={hang_seconds}']))
     worst = 0
     for command, arguments in commands:
         if (code := _code_of(command, arguments)) >= _SIGNALLED:

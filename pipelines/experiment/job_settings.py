@@ -96,12 +96,22 @@ def from_arguments(known: argparse.Namespace) -> JobSettings:
     """
     names = [field.name for field in dataclasses.fields(JobSettings)]
     settings = JobSettings(**{name: getattr(known, name) for name in names})
-    for name, least in (('element_seconds', 0.0), ('hang_seconds', 10.0)):
-        if not least <= (value := getattr(settings, name)) <= 86_400:
-            raise UsageError(
-                f'--{name} {value:g}: must be from {least:g} to 86400. Fix: correct it.'
-            )
+    _require_from('element_seconds', 0.0, settings.element_seconds)
+    require_hang_seconds(settings.hang_seconds)
     return settings
+
+
+def require_hang_seconds(value: float) -> None:
+    """
+    Raises:
+      UsageError: the value of --hang_seconds is out of range.
+    """
+    _require_from('hang_seconds', 10.0, value)
+
+
+def _require_from(name: str, least: float, value: float) -> None:
+    if not least <= value <= 86_400:
+        raise UsageError(f'--{name} {value:g}: must be from {least:g} to 86400. Fix: correct it.')
 
 
 def beam_flags(settings: JobSettings, continues_elements: bool) -> list[str]:

@@ -18,6 +18,7 @@ from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import Policy
 from pipelines.evaluation.results import PROGRESS_SECONDS, by_policy, combined, file_name
 from pipelines.experiment import config as config_lib
+from pipelines.experiment.job_settings import JobSettings
 from pipelines.preflight.engine import require_flags, require_reachable
 from pipelines.storage import evaluations, provenance
 
@@ -33,11 +34,13 @@ class Work:
       runner: Beam's engine; None: threads of this process.
       num_workers: games at a time; None: the cores that this process may use.
       beam_flags: of the engine.
+      hang_seconds: after so long without a step a game fails.
     """
 
     runner: str | None = None
     num_workers: int | None = None
     beam_flags: Sequence[str] = ()
+    hang_seconds: float = JobSettings.hang_seconds
 
     @property
     def workers(self) -> int | None:
@@ -179,11 +182,13 @@ def _play(
     """Plays all games; returns the scores of each entrant by its index."""
     games = [game for index, entrant in enumerate(found) for game in entrant.games(index)]
     if work.runner is None:
-        return _play_here(found, games, work.workers or 1, files)
+        return _play_here(found, games, work, files)
     from pipelines.launch import evaluation_job  # imports Beam
 
     workers = min(work.workers or 1, len(games))
-    return evaluation_job.run(found, games, work.runner, workers, work.beam_flags, notify)
+    return evaluation_job.run(
+        found, games, work.runner, workers, work.beam_flags, work.hang_seconds, notify
+    )
 
 
 def _files(found: Sequence[Entrant], output: str | None) -> list[str]:
@@ -256,7 +261,7 @@ def _write(file: str, result: Mapping[str, Any]) -> None:
 
 
 def _play_here(
-    found: Sequence[Entrant], games: Sequence[Game], num_threads: int, files: Sequence[str]
+    found: Sequence[Entrant], games: Sequence[Game], work: Work, files: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
     """Plays in this process and shows progress; returns the scores by policy."""
     records: list[Score | Failure] = []
@@ -266,7 +271,8 @@ def _play_here(
         progress = evaluations.progress_file(pathlib.Path(files[0]))  # the launcher reads it
     try:
         policies = [entrant.policy for entrant in found]
-        for record in local.play_all(policies, games, num_threads):
+        threads = work.workers or 1
+        for record in local.play_all(policies, games, threads, work.hang_seconds):
             records.append(record)
             if progress is not None:
                 with contextlib.suppress(OSError):  # only for show
@@ -282,6 +288,8 @@ def _play_here(
 
 def _progress(records: Sequence[Score | Failure], total: int, single: bool) -> str:
     done = f'{len(records)} of {total} episodes'
+    if failures := [record for record in records if isinstance(record, Failure)]:
+        done += f', {len(failures)} failed (last: {failures[-1].reason})'
     mean = combined(records)['mean']
     return f'{done}, mean return {mean:.1f}' if single and mean is not None else done
 

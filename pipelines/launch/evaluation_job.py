@@ -44,6 +44,7 @@ def run(
     runner: str,
     num_workers: int,
     flags: Sequence[str],
+    hang_seconds: float,
     notify: Callable[[str], None],
 ) -> Mapping[int, Mapping[str, Any]]:
     """Runs the Beam job; returns each entrant's scores (see `results.combined`) by its index.
@@ -57,7 +58,7 @@ def run(
     engine = catalog.engine(runner)
     engine.register_flags()
     options = PipelineOptions(engine.job_flags('evaluation', num_workers, flags))
-    job = _Job(runner, engine, options)
+    job = _Job(runner, engine, options, hang_seconds)
     with _shared_directory(engine, flags) as directory, _environment_of_children():
         shared = Shared(directory)
         _put(entrants, shared)
@@ -128,11 +129,13 @@ class _Job:
       runner: value of --runner.
       engine: of that name.
       options: of Beam.
+      hang_seconds: after so long without a step a game fails.
     """
 
     runner: str
     engine: Engine
     options: PipelineOptions
+    hang_seconds: float
 
     def play(self, games: Sequence[Game], shared: Shared) -> None:
         """Plays games to the end and shows progress.
@@ -141,7 +144,7 @@ class _Job:
           JobFailedError: the engine reports a failure.
         """
         pipeline = beam.Pipeline(options=self.options)
-        scores = pipeline | 'Evaluate' >> Evaluate(games, shared)
+        scores = pipeline | 'Evaluate' >> Evaluate(games, shared, self.hang_seconds)
         _ = scores | 'Write scores' >> beam.ParDo(Write(shared))
         total = len(_records(shared)) + len(games)  # a job before it may have played some
         with _logged(self.runner) as shown, _progress(shared, total, shown):

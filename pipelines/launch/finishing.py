@@ -24,7 +24,7 @@ from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import BEST, RunDirectory, command, loading_hint
 
 _POLL_SECONDS = 0.5
-_FINISH_SECONDS = 1_800.0
+_FINISH_SECONDS = 3_600.0  # without the end of a game, of which a slow simulator's takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Finishing:
       directory: the run's, locked by this process.
       display: shows progress.
       signals: whether the user has requested the end.
+      hang_seconds: after so long without a step a game of the evaluation fails.
     """
 
     config: ExperimentConfig
     directory: RunDirectory
     display: Display
     signals: Signals
+    hang_seconds: float
 
     def prepare(self) -> None:
         """Starts the process of `evaluate`, whose imports take seconds, while the workers end."""
@@ -103,21 +105,23 @@ class Finishing:
 
     def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:
         """Shows the progress until the child has ended, or a signal arrives."""
-        evaluated = time.monotonic()
-        deadline = evaluated + _FINISH_SECONDS
+        since = time.monotonic()
         done, episodes = 0, self.config.run.evaluation_episodes
         progress, before = progress_file(evaluation), _identity(evaluation)
+        seen: Any = (done, before)
         while child.poll() is None and not self.signals.received:
-            now = time.monotonic()
-            if now > deadline:
-                self.display.message(f'evaluation: stopped after {_FINISH_SECONDS:g} s')
-                return
             done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
+            now, found = time.monotonic(), (done, _identity(evaluation))
+            if found != seen:
+                seen, since = found, now
+            if now - since > _FINISH_SECONDS:
+                self.display.message(
+                    f'evaluation: stopped, since no game ended for {_FINISH_SECONDS:g} s'
+                )
+                return
             phase = f'evaluating {done}/{episodes}'
-            if self.config.run.video and _identity(evaluation) != before:
-                phase = f'filming {now - evaluated:.0f} s'
-            else:
-                evaluated = now
+            if self.config.run.video and found[1] != before:
+                phase = f'filming {now - since:.0f} s'
             self.display.phase(phase)
             time.sleep(_POLL_SECONDS)
 
@@ -130,11 +134,12 @@ class Finishing:
 
     @functools.cached_property
     def _child(self) -> SupervisedProcess:
-        run_dir, evaluation = str(self.directory.path), self.directory.path / EVALUATION_FILE
+        path = self.directory.path
+        arguments = [str(path), str(path / EVALUATION_FILE), f'{self.hang_seconds:g}']
         return SupervisedProcess(
             ProcessSpec(
                 name='evaluation and export',
-                argv=[sys.executable, '-m', 'pipelines.finish', run_dir, str(evaluation)],
+                argv=[sys.executable, '-m', 'pipelines.finish', *arguments],
                 log_file=self.directory.logs / 'finish.log',
                 environment={
                     'TF_CPP_MIN_LOG_LEVEL': '2',

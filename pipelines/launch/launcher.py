@@ -79,7 +79,9 @@ class Launcher:
     failures: int = 0
 
     def __post_init__(self) -> None:
-        self._finishing = Finishing(self.config, self.directory, self.display, self.signals)
+        self._finishing = Finishing(
+            self.config, self.directory, self.display, self.signals, self.launch.jobs.hang_seconds
+        )
 
     def run(self) -> int:
         """Trains, evaluates and writes the summary; returns the exit code."""

@@ -13,7 +13,8 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
-from pipelines.evaluation.play import Failure, Game, Score, play
+from pipelines.evaluation.bounded import play_within
+from pipelines.evaluation.play import Failure, Game, Score
 from pipelines.evaluation.policies import Player, unpacked
 from pipelines.evaluation.results import combined, encoded
 from pipelines.evaluation.starts import Start
@@ -77,8 +78,8 @@ class Play(beam.DoFn):
     _failures = Metrics.counter('evaluation', 'failures')
     _frames = Metrics.distribution('evaluation', 'frames_per_game')
 
-    def __init__(self, shared: Shared):
-        self._shared = shared
+    def __init__(self, shared: Shared, hang_seconds: float):
+        self._shared, self._hang_seconds = shared, hang_seconds
 
     def setup(self) -> None:
         self._players: dict[int, Player] = {}
@@ -92,7 +93,8 @@ class Play(beam.DoFn):
 
     def _played(self, game: Game) -> Record:
         try:
-            score = play(self._with_start(game), self._player(game.policy)())
+            act = self._player(game.policy)()
+            score = play_within(self._hang_seconds, self._with_start(game), act)
         except Exception as error:  # of any kind: a policy may be the user's own
             self._failures.inc()
             return Failure.of(game, error)
@@ -142,18 +144,18 @@ class Evaluate(beam.PTransform):
     Input: a pipeline. Output: (policy's index, its scores).
     """
 
-    def __init__(self, games: Iterable[Game], shared: Shared):
+    def __init__(self, games: Iterable[Game], shared: Shared, hang_seconds: float):
         super().__init__()
         # Start points are in the shared directory: a job's size is limited.
         self._games = [dataclasses.replace(game, start=None) for game in games]
-        self._shared = shared
+        self._shared, self._hang_seconds = shared, hang_seconds
 
     def expand(self, pipeline):
         return (
             pipeline
             | 'Games' >> beam.Create(self._games)
             | 'Spread' >> beam.Reshuffle()  # prevents fusion: games run in all workers
-            | 'Play' >> beam.ParDo(Play(self._shared))
+            | 'Play' >> beam.ParDo(Play(self._shared, self._hang_seconds))
             | 'Key by policy' >> beam.Map(lambda record: (record.policy, record))
             | 'Combine' >> beam.CombinePerKey(Combine())
         )

@@ -196,11 +196,12 @@ def test_a_policy_that_cannot_be_exported_is_evaluated_all_the_same(monkeypatch,
 
     monkeypatch.setattr(finish.evaluate, 'main', evaluate_nothing)
     monkeypatch.setattr(finish, 'await_release', lambda: False)
-    assert finish.main(['runs/a', 'runs/a/evaluation.json']) == 0
+    assert finish.main(['runs/a', 'runs/a/evaluation.json', '120']) == 0
     assert not evaluated  # its launcher has ended
     monkeypatch.setattr(finish, 'await_release', lambda: True)
-    assert finish.main(['runs/a', 'runs/a/evaluation.json']) == 1
-    assert evaluated == [['--run_dir=runs/a', '--output=runs/a/evaluation.json']]
+    assert finish.main(['runs/a', 'runs/a/evaluation.json', '120']) == 1
+    output, hang = '--output=runs/a/evaluation.json', '--hang_seconds=120'
+    assert evaluated == [['--run_dir=runs/a', output, hang]]
     assert "TypeError: the agent's own" in capsys.readouterr().err
 
 

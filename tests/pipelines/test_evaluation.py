@@ -21,6 +21,7 @@ from infra.process import descendants
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
 from pipelines.evaluation import local, policies, results, starts
+from pipelines.evaluation.bounded import HungError, play_within
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
 from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.starts import Start, StartFile
@@ -206,23 +207,75 @@ class TestThreads:
         rules = dataclasses.replace(SHORT, epsilon=1.0)
         games = [game(episode, rules) for episode in range(6)]
         one, three = (
-            results.by_policy(local.play_all([chance], games, threads)) for threads in (1, 3)
+            results.by_policy(local.play_all([chance], games, threads, 60.0)) for threads in (1, 3)
         )
         assert one == three
         assert one[0]['episodes'] == 6
 
     def test_report_a_policy_that_cannot_be_opened(self):
         broken = Policy('nowhere', PONG, saved_model=b'no archive')
-        (failure,) = local.play_all([broken], [game()], 1)
+        (failure,) = local.play_all([broken], [game()], 1, 60.0)
         assert isinstance(failure, Failure)
         assert 'cannot be loaded' in failure.reason
 
     def test_end_with_the_iterator(self):
         chance = of_chance('pong', full_action_space=False)
         rules = dataclasses.replace(PROTOCOLS['noop'], epsilon=1.0)
-        records = local.play_all([chance], [game(episode, rules) for episode in range(50)], 2)
+        records = local.play_all([chance], [game(episode, rules) for episode in range(50)], 2, 60.0)
         next(records)
         records.close()  # type: ignore[attr-defined]  # returns within a step, not after 50 games
+
+
+@pytest.fixture
+def hanging(tmp_path, monkeypatch):
+    """Two policies; the environment of the first hangs in its second step."""
+    monkeypatch.setenv('NOTES_OF_ENVIRONMENTS', str(tmp_path / 'notes'))
+    of = 'tests.support.environments'
+    return [of_chance(f'{of}:{name}', full_action_space=False) for name in ('hanging', 'counter')]
+
+
+class TestHungGames:
+    _RULES = dataclasses.replace(PROTOCOLS['plain'], max_frames=4, epsilon=1.0)
+
+    def _game(self, policies, index):
+        return Game(index, 0, 7, policies[index].environment, self._RULES)
+
+    @pytest.mark.parametrize('name', ['hanging', 'hanging_reset'])
+    def test_fail_with_the_place_where_they_stand(self, hanging, name):
+        of = f'tests.support.environments:{name}'
+        environment = of_chance(of, full_action_space=False).environment
+        with pytest.raises(
+            HungError, match=r'no step for 0\.5 s .*, at .*support/environments\.py:'
+        ):
+            play_within(0.5, Game(0, 0, 7, environment, self._RULES), lambda _: 0)
+
+    def test_leave_their_thread_to_the_others(self, hanging):
+        games = [self._game(hanging, index) for index in (0, 0, 1)]
+        records = list(local.play_all(hanging, games, 1, 0.5))
+        first, second, third = records
+        assert isinstance(first, Failure)
+        assert first.reason.startswith('HungError: no step for 0.5 s')
+        assert isinstance(second, Failure)
+        assert isinstance(third, Score)
+
+    def test_do_not_keep_an_evaluation_that_is_interrupted(self, hanging):
+        games = [self._game(hanging, index) for index in (0, 1)]
+        records = local.play_all(hanging, games, 2, 600.0)
+        assert isinstance(next(records), Score)
+        began = time.monotonic()
+        records.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - began < 60.0  # not 600
+
+    def test_fail_on_an_engine_too(self, hanging, tmp_path):
+        shared = Shared(str(tmp_path))
+        for index, policy in enumerate(hanging):
+            pathlib.Path(shared.policy(index)).write_bytes(policies.packed(policy))
+        games = [self._game(hanging, index) for index in (0, 1)]
+        with TestPipeline(runner=FnApiRunner()) as pipeline:
+            _ = pipeline | Evaluate(games, shared, 0.5) | beam.ParDo(Write(shared))
+        failed, played = (read_json(shared.scores(index)) for index in (0, 1))
+        assert 'HungError: no step for 0.5 s' in failed['failures'][0]['reason']
+        assert played['episodes'] == 1
 
 
 def test_start_points_of_another_rom_are_refused(tmp_path, monkeypatch):
@@ -243,10 +296,10 @@ def test_on_an_engine_a_game_that_fails_is_told_and_the_others_stand(tmp_path):
     pathlib.Path(shared.policy(0)).write_bytes(policies.packed(chance))
     write_json(shared.starts(0), [point.actions.hex() for point in points])
     with TestPipeline(runner=FnApiRunner()) as pipeline:
-        scores = pipeline | Evaluate(games, shared)
+        scores = pipeline | Evaluate(games, shared, 60.0)
         _ = scores | beam.ParDo(Write(shared))
     written = json.loads((tmp_path / 'scores-0.json').read_text())
-    assert written == results.by_policy(local.play_all([chance], games, 1))[0]
+    assert written == results.by_policy(local.play_all([chance], games, 1, 60.0))[0]
     assert (written['episodes'], written['failed']) == (2, 1)
     assert written['failures'][0]['episode'] == 1
     assert "outside the policy's action set" in written['failures'][0]['reason']
@@ -281,7 +334,7 @@ def test_the_progress_of_a_second_job_counts_the_games_of_the_first(tmp_path, mo
     monkeypatch.setattr(beam_job, 'run', play_none)
     engine = catalog.engine('DirectRunner')
     options = PipelineOptions(engine.job_flags('evaluation', 1, []))
-    evaluation_job._Job('DirectRunner', engine, options).play([game(2)], shared)
+    evaluation_job._Job('DirectRunner', engine, options, 60.0).play([game(2)], shared)
     assert 'evaluate.py: 2 of 3 episodes\n' in ''.join(shown)
 
 
@@ -368,7 +421,8 @@ def test_a_job_that_failed_after_its_last_game_plays_none_again(tmp_path, monkey
     shared, notes = Shared(str(tmp_path)), []
     write_json(shared.played(0, 0), results.encoded(Failure(0, 0, 'as one of any score')))
     monkeypatch.setattr(evaluation_job._Job, 'play', lambda *_: pytest.fail('played again'))
-    job = evaluation_job._Job('DirectRunner', catalog.engine('DirectRunner'), PipelineOptions([]))
+    engine = catalog.engine('DirectRunner')
+    job = evaluation_job._Job('DirectRunner', engine, PipelineOptions([]), 60.0)
     error = evaluation_job.JobFailedError('the combination failed')
     (record,) = evaluation_job._rescued(job, [game(0)], shared, error, notes.append)
     assert (record.episode, notes) == (0, [])

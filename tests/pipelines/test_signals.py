@@ -123,9 +123,8 @@ def child_that(start):
 
 
 def finishing_in(directory, signals):
-    return Finishing(
-        command_line.experiment('laptop', {}), directory, PlainDisplay(sys.stdout), signals
-    )
+    display = PlainDisplay(sys.stdout)
+    return Finishing(command_line.experiment('laptop', {}), directory, display, signals, 120.0)
 
 
 def write_checkpoint(directory, counters):
@@ -328,7 +327,27 @@ def test_the_display_says_for_how_long_a_run_films(directory, signals, monkeypat
     child: Any = types.SimpleNamespace(poll=poll)
     finishing_in(directory, signals)._await(child, evaluation)
     # Looked at after 4, 8, 12, 16 and 20 s; the evaluation was written between 8 and 12 s.
-    assert phases == [*['evaluating 0/30'] * 2, *(f'filming {seconds} s' for seconds in (4, 8, 12))]
+    assert phases == [*['evaluating 0/30'] * 2, *(f'filming {seconds} s' for seconds in (0, 4, 8))]
+
+
+def test_an_evaluation_is_stopped_an_hour_after_the_end_of_its_last_game(
+    directory, signals, monkeypatch, capsys
+):
+    evaluation = directory.path / 'evaluation.json'
+    now = 0.0
+
+    def poll():
+        nonlocal now
+        now += 1_700.0
+        games = min(4, now // 1_700)  # the fourth ends after 6,800 s
+        evaluations.progress_file(evaluation).write_text(json.dumps({'episodes': games}))
+
+    clock = types.SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
+    monkeypatch.setattr(finishing, 'time', clock)
+    child: Any = types.SimpleNamespace(poll=poll)
+    finishing_in(directory, signals)._await(child, evaluation)
+    assert now == 7 * 1_700.0  # the first look more than 3,600 s after the fourth game's end
+    assert 'stopped, since no game ended for 3600 s' in capsys.readouterr().out
 
 
 def test_a_resumed_run_at_its_budget_is_only_evaluated(directory, signals, capsys, monkeypatch):
