@@ -29,6 +29,7 @@ from pipelines.evaluation.entrants import Request
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
 from pipelines.experiment.config import ExperimentConfig
+from pipelines.experiment.job_settings import JobSettings, require_hang_seconds
 from pipelines.launch.evaluation import Work, require_valid
 from pipelines.launch.evaluation import evaluate as play_and_write
 from pipelines.storage.run_directory import default_path
@@ -101,6 +102,7 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     protocol: str | None = None,
     checkpoint: str = 'newest',
+    hang_seconds: float = JobSettings.hang_seconds,
 ) -> dict[str, Any]:
     """Evaluates a run in this process; returns the result.
 
@@ -108,6 +110,7 @@ def evaluate(
       run_dir: directory of the run, or gs://...
       episodes, epsilon, seed, protocol, checkpoint: like the flags of evaluate.py; None: the run's
         own.
+      hang_seconds: after so long without a step a game fails.
       output: new JSON file for the result; None: one in `run_dir`.
 
     Raises:
@@ -118,6 +121,7 @@ def evaluate(
         if path is not None and not os.fspath(path):
             raise UsageError(f'{name}: empty. Fix: name a path.')
     require_valid(episodes, epsilon, seed)
+    require_hang_seconds(hang_seconds)
     request = Request(
         run_dirs=[os.fspath(run_dir)],
         checkpoint=checkpoint,
@@ -127,7 +131,7 @@ def evaluate(
         seed=seed,
     )
     file = None if output is None else os.fspath(output)
-    work = Work()
+    work = Work(hang_seconds=hang_seconds)
     (result,) = play_and_write(request, file, work, ['api.evaluate']).values()
     return result
 

@@ -127,7 +127,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         '--hang_seconds',
         type=float,
         default=JobSettings.hang_seconds,
-        help='Time without a step, or for the begin of a game, after which it fails. Default:'
+        help='Time for a game to start, and without a step, after which it fails. Default:'
         f' {JobSettings.hang_seconds:g}.',
     )
 
@@ -212,7 +212,7 @@ def _film(arguments: argparse.Namespace) -> 'Film | None':
 
     path = video.new_file(arguments.video)
     overlay = bool(arguments.video_overlay)
-    return video.Film(path, arguments.video_episode or 0, overlay, new=True)
+    return video.Film(path, arguments.video_episode or 0, overlay, True, arguments.hang_seconds)
 
 
 if __name__ == '__main__':

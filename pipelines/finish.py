@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         if (code := _code_of(command, arguments)) >= _SIGNALLED:
             return code
         worst = max(worst, code)
-    _code_of(film, [run_dir])
+    _code_of(film, [run_dir, hang_seconds])
     return worst
 
 
@@ -56,11 +56,11 @@ def _import_all() -> None:
 @one_line_errors('video.mp4', OSError)
 @stoppable('video.mp4', 'No video is written.')
 def film(argv: Sequence[str]) -> int:
-    """Makes the video of the run in the directory `argv`; returns the exit code."""
+    """Makes a run's video (run directory, --hang_seconds); returns the exit code."""
     from pipelines.evaluation import video  # imports FFmpeg
 
-    (run_dir,) = argv
-    video.record_run(run_dir, _notify)
+    run_dir, hang_seconds = argv
+    video.record_run(run_dir, float(hang_seconds), _notify)
     return 0
 
 

@@ -3,15 +3,21 @@
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from pipelines.evaluation.bounded import play_within
-from pipelines.evaluation.play import CancelledError, Failure, Game, Score
-from pipelines.evaluation.policies import Player, Policy
+from pipelines.evaluation.play import Failure, Game, Score
+from pipelines.evaluation.players import Players
+from pipelines.evaluation.policies import Policy
+
+_TICK_SECONDS = 1.0
 
 
 def play_all(
-    policies: Sequence[Policy], games: Sequence[Game], num_threads: int, hang_seconds: float
+    policies: Sequence[Policy],
+    games: Sequence[Game],
+    num_threads: int,
+    hang_seconds: float,
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Score | Failure]:
     """Plays in threads; TensorFlow and the emulators compute without Python's lock.
 
@@ -20,11 +26,12 @@ def play_all(
       games: to play.
       num_threads: each opens the policies that it needs.
       hang_seconds: after so long without a step a game fails.
+      tick: called once a second while no game ends.
 
     Yields:
       A record for each game, in the order in which they end.
 
-    Leaving the iterator early ends the threads at their next step, or after seconds without one.
+    Leaving the iterator early ends the threads at their next step, or within seconds.
     """
     os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
     waiting: queue.SimpleQueue[Game] = queue.SimpleQueue()
@@ -33,51 +40,38 @@ def play_all(
         waiting.put(game)
     cancelled = threading.Event()
     threads = [
-        threading.Thread(
-            target=_play_waiting, args=(policies, hang_seconds, waiting, ended, cancelled)
-        )
-        for _ in range(min(num_threads, len(games)))
+        threading.Thread(target=_play_waiting, args=(players, waiting, ended, cancelled))
+        for players in [Players(policies.__getitem__, hang_seconds) for _ in games[:num_threads]]
     ]
     try:
         for thread in threads:
             thread.start()
         for _ in games:
-            yield ended.get()
+            yield _next(ended, tick)
     finally:
         cancelled.set()
         for thread in threads:
             thread.join()
 
 
+def _next(ended: 'queue.SimpleQueue[Score | Failure]', tick: Callable[[], None]) -> Score | Failure:
+    while True:
+        try:
+            return ended.get(timeout=_TICK_SECONDS)
+        except queue.Empty:
+            tick()
+
+
 def _play_waiting(
-    policies: Sequence[Policy],
-    hang_seconds: float,
+    players: Players,
     waiting: 'queue.SimpleQueue[Game]',
     ended: 'queue.SimpleQueue[Score | Failure]',
     cancelled: threading.Event,
 ) -> None:
     """Plays waiting games until there are none."""
-    players: dict[int, Player] = {}
     while not cancelled.is_set():
         try:
             game = waiting.get_nowait()
         except queue.Empty:
             return
-        ended.put(_played(policies, players, hang_seconds, game, cancelled))
-
-
-def _played(
-    policies: Sequence[Policy],
-    players: dict[int, Player],
-    hang_seconds: float,
-    game: Game,
-    cancelled: threading.Event,
-) -> Score | Failure:
-    try:
-        if game.policy not in players:
-            players[game.policy] = policies[game.policy].player()
-        return play_within(hang_seconds, game, players[game.policy](), cancelled.is_set)
-    except CancelledError:
-        return Failure(game.policy, game.episode, 'interrupted')
-    except Exception as error:  # of any kind: a policy may be the user's own
-        return Failure.of(game, error)
+        ended.put(players.played(game, cancelled.is_set))

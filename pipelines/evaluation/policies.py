@@ -75,7 +75,7 @@ class Policy:
         }
 
     def player(self) -> Player:
-        """Opens the policy; use it in one thread.
+        """Opens the policy; use it in one thread at a time.
 
         Raises:
           ValueError: the parameters are of another network.

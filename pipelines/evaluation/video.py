@@ -6,6 +6,7 @@ that takes the same actions.
 
 import dataclasses
 import fractions
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -15,6 +16,7 @@ import numpy as np
 
 from agents.environments.errors import EnvironmentFailedError
 from pipelines.errors import UsageError
+from pipelines.evaluation.bounded import HungError, within
 from pipelines.evaluation.encoder import SUFFIXES, encoder
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.panel import Panel
@@ -31,6 +33,7 @@ from pipelines.evaluation.play import (
 from pipelines.evaluation.policies import Policy, Values
 from pipelines.evaluation.starts import action_codes
 from pipelines.experiment import config as config_lib
+from pipelines.experiment.job_settings import JobSettings
 from pipelines.storage.outputs import existing, require_new
 from pipelines.storage.run_directory import RunDirectory
 
@@ -51,12 +54,14 @@ class Film:
       episode: number of the game.
       overlay: whether score, actions and expected returns stand beside the screen.
       new: whether to replace no file.
+      hang_seconds: after so long without a step there is no video.
     """
 
     path: pathlib.Path
     episode: int = 0
     overlay: bool = False
     new: bool = False
+    hang_seconds: float = JobSettings.hang_seconds
 
 
 def new_file(path: str) -> pathlib.Path:
@@ -103,10 +108,20 @@ def record(
       cancelled: whether to stop without a video; asked at every step.
 
     Raises:
-      UsageError: the file cannot be written, or the policy cannot be opened; no file is left.
+      UsageError: the file cannot be written, the policy cannot be opened, or a step hangs; no file
+        is left.
       CancelledError: `cancelled()` returned True.
       ValueError: see `Policy.player` and `play`.
     """
+    try:
+        work = functools.partial(_record, policy, game, film)
+        work = functools.partial(_record, policy, game, film)
+        return within(film.hang_seconds, work, cancelled)
+    except HungError as error:
+        raise UsageError(f'--video {film.path}: {error}') from error
+
+
+def _record(policy: Policy, game: Game, film: Film, cancelled: Callable[[], bool]) -> Score:
     player, values = policy.opened()
     repeat = game.environment.action_repeat if game.environment.is_atari else _STEP_FRAMES
     rate = fractions.Fraction(FRAMES_PER_SECOND, repeat)
@@ -133,13 +148,14 @@ def record(
     return score
 
 
-def record_run(run_dir: str, notify: Callable[[str], None]) -> None:
+def record_run(run_dir: str, hang_seconds: float, notify: Callable[[str], None]) -> None:
     """Films the first evaluation game of a run's best policy, or of its newest, as `video.mp4`.
 
     Does nothing if the run's setting `video` is false.
 
     Args:
       run_dir: its directory, on this machine.
+      hang_seconds: after so long without a step there is no video.
       notify: receives a line for each damaged checkpoint that is skipped.
 
     Raises:
@@ -153,7 +169,7 @@ def record_run(run_dir: str, notify: Callable[[str], None]) -> None:
     game = next(entrant.games(0))
     frames = min(game.protocol.max_frames, _RUN_FRAMES)
     shown = dataclasses.replace(game.protocol, max_frames=frames)
-    film = Film(directory.video, overlay=True)
+    film = Film(directory.video, overlay=True, hang_seconds=hang_seconds)
     deadline = monotonic() + RUN_SECONDS
     try:
         game = dataclasses.replace(game, protocol=shown)

@@ -269,14 +269,17 @@ def _play_here(
     progress = None
     if [pathlib.Path(file).name for file in files] == [evaluations.EVALUATION_FILE]:
         progress = evaluations.progress_file(pathlib.Path(files[0]))  # the launcher reads it
+
+    def tell() -> None:
+        if progress is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                write_json(progress, {'episodes': len(records)})
+
     try:
-        policies = [entrant.policy for entrant in found]
-        threads = work.workers or 1
-        for record in local.play_all(policies, games, threads, work.hang_seconds):
+        policies, threads = [entrant.policy for entrant in found], work.workers or 1
+        for record in local.play_all(policies, games, threads, work.hang_seconds, tell):
             records.append(record)
-            if progress is not None:
-                with contextlib.suppress(OSError):  # only for show
-                    write_json(progress, {'episodes': len(records)})
+            tell()
             if monotonic() >= due:
                 due = monotonic() + PROGRESS_SECONDS
                 notify(_progress(records, len(games), single=len(found) == 1))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.disk import read_json, remove_leftovers
+from infra.own_time import OwnTime
 from infra.process import ProcessSpec, SupervisedProcess
 from pipelines.errors import reason_of, with_remedy
 from pipelines.events import count
@@ -24,7 +25,7 @@ from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import BEST, RunDirectory, command, loading_hint
 
 _POLL_SECONDS = 0.5
-_FINISH_SECONDS = 3_600.0  # without the end of a game, of which a slow simulator's takes minutes
+_SILENCE_SECONDS = 1_800.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,23 +106,23 @@ class Finishing:
 
     def _await(self, child: SupervisedProcess, evaluation: pathlib.Path) -> None:
         """Shows the progress until the child has ended, or a signal arrives."""
-        since = time.monotonic()
+        most = _SILENCE_SECONDS + self.hang_seconds
+        own_time, since = OwnTime(), 0.0
         done, episodes = 0, self.config.run.evaluation_episodes
         progress, before = progress_file(evaluation), _identity(evaluation)
-        seen: Any = (done, before)
+        seen: Any = None
         while child.poll() is None and not self.signals.received:
             done = max(done, count((read_json(progress) or {}).get('episodes')) or 0)
-            now, found = time.monotonic(), (done, _identity(evaluation))
+            # While games are played, the first of these files is written every second.
+            now, found = own_time.look(), (_identity(progress), _identity(evaluation))
             if found != seen:
                 seen, since = found, now
-            if now - since > _FINISH_SECONDS:
-                self.display.message(
-                    f'evaluation: stopped, since no game ended for {_FINISH_SECONDS:g} s'
-                )
-                return
             phase = f'evaluating {done}/{episodes}'
             if self.config.run.video and found[1] != before:
                 phase = f'filming {now - since:.0f} s'
+            if now - since > most:
+                self.display.message(f'{phase}: stopped, no sign of life for {most:g} s')
+                return
             self.display.phase(phase)
             time.sleep(_POLL_SECONDS)
 

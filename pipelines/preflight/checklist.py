@@ -27,7 +27,7 @@ def require_fit(config: ExperimentConfig, launch: Launch, values: Mapping[str, A
     Raises:
       UsageError: a check fails.
     """
-    require_freshness(config, launch)
+    require_freshness(config, launch, values)
     require_device(config, launch)
     warn_of_precision(config, launch)
     require_environment(config, values, launch.jobs.hang_seconds)
@@ -55,24 +55,29 @@ def require_restorable(launch: Launch) -> None:
         )
 
 
-def require_freshness(config: ExperimentConfig, launch: Launch) -> None:
-    """Checks that the shards of a new run accept the gradients of a lone learner.
+def require_freshness(config: ExperimentConfig, launch: Launch, values: Mapping[str, Any]) -> None:
+    """Checks that the shards accept the gradients of a lone learner, however far away they are.
 
     Raises:
-      UsageError: they are older than `max_staleness`.
+      UsageError: its oldest ones exceed `max_staleness`, unless the run began with these settings.
     """
-    learner, most = config.learner, config.parameter_server.max_staleness
-    ages = {'learner_pull_period': learner.learner_pull_period - 1}
-    if learner.overlap_push:
-        ages['pushes_in_flight'] = 2 * learner.pushes_in_flight - 1
-    name = max(ages, key=lambda each: ages[each])
-    if launch.resume or ages[name] <= most:  # an earlier version accepted such settings
+    names = {'max_staleness', 'learner_pull_period', 'overlap_push', 'pushes_in_flight'}
+    if launch.resume and names.isdisjoint(values):  # an earlier version accepted them
         return
+    learner, most = config.learner, config.parameter_server.max_staleness
+    # A bundle's learner pulls before each of its turns, which are short.
+    pulls = 0 if config.run.topology == 'bundled' else learner.learner_pull_period - 1
+    pushes = learner.pushes_in_flight if learner.overlap_push else 0
+    if pulls + pushes <= most:
+        return
+    causes = [f'--learner_pull_period {learner.learner_pull_period}'] * bool(pulls)
+    causes += [f'--overlap_push --pushes_in_flight {pushes}'] * bool(pushes)
+    # Later pushes may overtake one: `LearnerConfig.pushes_in_flight`.
+    enough = pulls + max(0, 2 * pushes - 1)
     raise UsageError(
         f'--max_staleness {most}: the shards would reject gradients of every learner, which are up'
-        f' to {ages[name]} updates old with --{name} {getattr(learner, name)}. Fix: raise it to at'
-        f' least {ages[name]}, more for several learners'
-        + (f', or lower --{name}.' if getattr(learner, name) > 1 else ', or add --no-overlap_push.')
+        f' to {pulls + pushes} update(s) old with {" and ".join(causes)}. Fix: raise it to'
+        f' {enough}, more for several learners, or lower the other(s) or add --no-overlap_push.'
     )
 
 

@@ -13,9 +13,9 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
-from pipelines.evaluation.bounded import play_within
 from pipelines.evaluation.play import Failure, Game, Score
-from pipelines.evaluation.policies import Player, unpacked
+from pipelines.evaluation.players import Players
+from pipelines.evaluation.policies import Policy, unpacked
 from pipelines.evaluation.results import combined, encoded
 from pipelines.evaluation.starts import Start
 from pipelines.experiment.config import ExperimentConfig
@@ -82,7 +82,7 @@ class Play(beam.DoFn):
         self._shared, self._hang_seconds = shared, hang_seconds
 
     def setup(self) -> None:
-        self._players: dict[int, Player] = {}
+        self._players = Players(self._policy, self._hang_seconds)
         self._starts: dict[int, list[Start]] = {}
 
     def process(self, game: Game) -> Iterator[Record]:
@@ -93,14 +93,15 @@ class Play(beam.DoFn):
 
     def _played(self, game: Game) -> Record:
         try:
-            act = self._player(game.policy)()
-            score = play_within(self._hang_seconds, self._with_start(game), act)
-        except Exception as error:  # of any kind: a policy may be the user's own
+            record: Record = self._players.played(self._with_start(game))
+        except (OSError, ValueError) as error:
+            record = Failure.of(game, error)
+        if isinstance(record, Failure):
             self._failures.inc()
-            return Failure.of(game, error)
-        self._games.inc()
-        self._frames.update(score.frames)
-        return score
+        else:
+            self._games.inc()
+            self._frames.update(record.frames)
+        return record
 
     def _with_start(self, game: Game) -> Game:
         if game.start_index is None:
@@ -110,15 +111,12 @@ class Play(beam.DoFn):
             self._starts[game.policy] = [Start(bytes.fromhex(text)) for text in texts]
         return dataclasses.replace(game, start=self._starts[game.policy][game.start_index])
 
-    def _player(self, policy: int) -> Player:
-        """The policy, opened once in a process."""
-        if policy not in self._players:
-            with FileSystems.open(self._shared.policy(policy)) as file:
-                opened = unpacked(file.read())
-            if opened.experiment is not None or opened.saved_model is not None:
-                prepare_process(opened.experiment or ExperimentConfig(), learns=False)
-            self._players[policy] = opened.player()
-        return self._players[policy]
+    def _policy(self, index: int) -> Policy:
+        with FileSystems.open(self._shared.policy(index)) as file:
+            found = unpacked(file.read())
+        if found.experiment is not None or found.saved_model is not None:
+            prepare_process(found.experiment or ExperimentConfig(), learns=False)
+        return found
 
 
 class Combine(beam.CombineFn):

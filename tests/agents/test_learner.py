@@ -252,6 +252,28 @@ def test_overlapped_pushes_lose_no_update(connected, in_flight):
     assert sum(learner.counters.staleness) == 10
 
 
+@pytest.mark.parametrize(('pull_period', 'overlap'), [(1, True), (4, False), (4, True)])
+@pytest.mark.parametrize('short', [0, 1])
+def test_gradients_are_as_old_as_the_updates_since_the_pull_and_the_push_under_way(
+    connected, pull_period, overlap, short
+):
+    age = pull_period - 1 + overlap
+    learner, _, _ = connected(
+        our_samples(10),
+        LearnerConfig(
+            batch_size=BATCH,
+            learner_pull_period=pull_period,
+            overlap_push=overlap,
+            outlier_deviations=0.0,
+        ),
+        max_staleness=age - short,
+    )
+    for _ in range(10):
+        learner.update()
+    learner.finish_push()
+    assert (learner.counters.stale > 0) == bool(short)
+
+
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_updates_leave_nothing_behind_in_learner_and_shards(connected, optimizer):
     # A tensor that Python saw in an update would be 100 blocks or more (infra/array_function.py);

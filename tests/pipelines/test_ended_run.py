@@ -213,7 +213,7 @@ class TestTheVideoOfARun:
 
     def test_shows_the_newest_policy_and_replaces_the_one_before(self, filmed):
         (filmed / 'video.mp4').write_text('the one before')
-        assert finish.film([str(filmed)]) == 0
+        assert finish.film([str(filmed), '60']) == 0
         with av.open(str(filmed / 'video.mp4')) as video:
             assert sum(1 for _ in video.decode(video=0)) == 200 / 4 + 1
 
@@ -222,14 +222,14 @@ class TestTheVideoOfARun:
         shutil.copytree(newest / 'parameters', filmed / 'best' / 'parameters')
         shown: list[str | None] = []
         monkeypatch.setattr(video, 'record', lambda policy, *_: shown.append(policy.checkpoint))
-        assert finish.film([str(filmed)]) == 0
+        assert finish.film([str(filmed), '60']) == 0
         assert shown == ['best']
 
     def test_names_itself_where_a_checkpoint_is_damaged(self, filmed, capsys):
         (newest,) = (filmed / 'checkpoints').iterdir()
         damaged = shutil.copytree(newest, newest.with_name('checkpoint-00000002'))
         next((damaged / 'parameters').glob('*.index')).unlink()
-        assert finish.film([str(filmed)]) == 0
+        assert finish.film([str(filmed), '60']) == 0
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith('video.mp4: ')
         assert line.endswith('; skipped')
@@ -237,11 +237,11 @@ class TestTheVideoOfARun:
     def test_is_not_made_without_the_setting(self, filmed):
         silent = config_lib.replace(CONFIG, {'video': False})
         (filmed / 'config.json').write_text(config_lib.to_json(silent))
-        assert finish.film([str(filmed)]) == 0
+        assert finish.film([str(filmed), '60']) == 0
         assert not (filmed / 'video.mp4').exists()
 
     def test_that_takes_too_long_is_one_line(self, filmed, monkeypatch, capsys):
         monkeypatch.setattr(video, 'RUN_SECONDS', -1.0)
-        assert finish.film([str(filmed)]) == 2
+        assert finish.film([str(filmed), '60']) == 2
         assert capsys.readouterr().err == 'video.mp4: not made within -1 s\n'
         assert not (filmed / 'video.mp4').exists()

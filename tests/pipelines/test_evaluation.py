@@ -1,13 +1,18 @@
 """Evaluation games: what a protocol changes, and what a game's score depends on."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import queue
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 
 import apache_beam as beam
 import numpy as np
@@ -21,7 +26,7 @@ from infra.process import descendants
 from pipelines.engines import catalog
 from pipelines.errors import UsageError
 from pipelines.evaluation import local, policies, results, starts
-from pipelines.evaluation.bounded import HungError, play_within
+from pipelines.evaluation.bounded import HungError, within
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
 from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.starts import Start, StartFile
@@ -226,12 +231,14 @@ class TestThreads:
         records.close()  # type: ignore[attr-defined]  # returns within a step, not after 50 games
 
 
+OF = 'tests.support.environments'
+
+
 @pytest.fixture
 def hanging(tmp_path, monkeypatch):
     """Two policies; the environment of the first hangs in its second step."""
     monkeypatch.setenv('NOTES_OF_ENVIRONMENTS', str(tmp_path / 'notes'))
-    of = 'tests.support.environments'
-    return [of_chance(f'{of}:{name}', full_action_space=False) for name in ('hanging', 'counter')]
+    return [of_chance(f'{OF}:{name}', full_action_space=False) for name in ('hanging', 'counter')]
 
 
 class TestHungGames:
@@ -240,23 +247,33 @@ class TestHungGames:
     def _game(self, policies, index):
         return Game(index, 0, 7, policies[index].environment, self._RULES)
 
-    @pytest.mark.parametrize('name', ['hanging', 'hanging_reset'])
+    @pytest.mark.parametrize('name', ['hanging', 'hanging_reset', 'hanging_opening'])
     def test_fail_with_the_place_where_they_stand(self, hanging, name):
-        of = f'tests.support.environments:{name}'
-        environment = of_chance(of, full_action_space=False).environment
-        with pytest.raises(
-            HungError, match=r'no step for 0\.5 s .*, at .*support/environments\.py:'
-        ):
-            play_within(0.5, Game(0, 0, 7, environment, self._RULES), lambda _: 0)
+        policy = of_chance(f'{OF}:{name}', full_action_space=False)
+        (failure,) = local.play_all([policy], [self._game([policy], 0)], 1, 0.5)
+        reason = r'HungError: no step for 0\.5 s .*, at .*support/environments\.py:\d+'
+        assert isinstance(failure, Failure)
+        assert re.fullmatch(reason, failure.reason)
 
-    def test_leave_their_thread_to_the_others(self, hanging):
-        games = [self._game(hanging, index) for index in (0, 0, 1)]
-        records = list(local.play_all(hanging, games, 1, 0.5))
-        first, second, third = records
-        assert isinstance(first, Failure)
-        assert first.reason.startswith('HungError: no step for 0.5 s')
-        assert isinstance(second, Failure)
-        assert isinstance(third, Score)
+    def test_are_those_of_a_policy_that_does_not_open_too(self):
+        # A run's policy opens its environment, to see its observations.
+        config = presets.experiment('laptop', {'game': f'{OF}:hanging_opening'})
+        policy = Policy(
+            'run', config.environment, experiment=config, parameters=np.zeros(1, np.float32)
+        )
+        (failure,) = local.play_all([policy], [self._game([policy], 0)], 1, 0.5)
+        assert isinstance(failure, Failure)
+        assert failure.reason.startswith('HungError: no step for 0.5 s')
+
+    def test_leave_the_others_to_be_played_but_for_those_of_their_policy(self, hanging):
+        games = [self._game(hanging, index) for index in (0, 0, 0, 0, 1)]
+        *failures, score = local.play_all(hanging, games, 1, 0.5)
+        assert isinstance(score, Score)
+        reasons = [failure.reason for failure in failures if isinstance(failure, Failure)]
+        assert [reason.split(',')[0] for reason in reasons] == [
+            *['HungError: no step for 0.5 s (--hang_seconds)'] * 3,
+            'HungError: not played',
+        ]
 
     def test_do_not_keep_an_evaluation_that_is_interrupted(self, hanging):
         games = [self._game(hanging, index) for index in (0, 1)]
@@ -276,6 +293,50 @@ class TestHungGames:
         failed, played = (read_json(shared.scores(index)) for index in (0, 1))
         assert 'HungError: no step for 0.5 s' in failed['failures'][0]['reason']
         assert played['episodes'] == 1
+
+
+class TestWorkWithinABound:
+    def test_may_take_long_if_it_goes_on(self):
+        def work(asked):
+            for _ in range(6):  # 3 s
+                time.sleep(0.5)
+                assert not asked()
+            return 'done'
+
+        assert within(2.0, work) == 'done'
+
+    def test_that_hung_ends_at_its_next_question(self):
+        go_on, answers = threading.Event(), queue.SimpleQueue[bool]()
+
+        def work(asked):
+            go_on.wait(60.0)
+            answers.put(asked())
+
+        with pytest.raises(HungError, match=r'at .*test_evaluation\.py:'):  # not threading.py
+            within(0.5, work)
+        go_on.set()
+        assert answers.get(timeout=60.0)
+
+    def test_that_ends_its_interpreter_is_an_error(self):
+        def work(_) -> None:
+            sys.exit(3)
+
+        with pytest.raises(RuntimeError, match=r'raised SystemExit\(3\)'):
+            within(60.0, work)
+
+    def test_is_let_go_with_its_error(self):
+        class Held:
+            pass
+
+        def work(asked):
+            held = Held()
+            references.append(weakref.ref(held))
+            raise ValueError
+
+        references: list[weakref.ref[Held]] = []
+        with contextlib.suppress(ValueError):
+            within(60.0, work)
+        assert references[0]() is None
 
 
 def test_start_points_of_another_rom_are_refused(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from infra.disk import write_json
+from infra.own_time import OwnTime
 from pipelines.experiment import command_line
 from pipelines.launch import finishing
 from pipelines.launch.finishing import Finishing, Outcome
@@ -309,45 +311,52 @@ def test_what_a_child_leaves_that_is_killed_while_it_films_is_removed(
     assert others in here
 
 
-def test_the_display_says_for_how_long_a_run_films(directory, signals, monkeypatch):
-    evaluation = directory.path / 'evaluation.json'
-    now = 0.0
+@pytest.fixture
+def awaited(directory, signals, monkeypatch):
+    """Waits for a child whose `poll` gets the seconds since the start, 4 more at each call."""
+
+    def wait(poll):
+        now = 0.0
+
+        def look():
+            nonlocal now
+            now += 4.0
+            return poll(now)
+
+        monkeypatch.setattr(finishing, 'OwnTime', lambda: OwnTime(lambda: now))
+        monkeypatch.setattr(finishing, 'time', types.SimpleNamespace(sleep=lambda _: None))
+        child: Any = types.SimpleNamespace(poll=look)
+        finishing_in(directory, signals)._await(child, directory.path / EVALUATION_FILE)
+        return now
+
+    return wait
+
+
+def test_the_display_says_for_how_long_a_run_films(directory, monkeypatch, awaited):
     phases: list[str] = []
 
-    def poll():
-        nonlocal now
-        now += 4.0
+    def poll(now):
         if now == 12.0:
-            evaluation.touch()
+            (directory.path / EVALUATION_FILE).touch()
         return 0 if now == 24.0 else None
 
-    clock = types.SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
-    monkeypatch.setattr(finishing, 'time', clock)
     monkeypatch.setattr(PlainDisplay, 'phase', lambda _, text: phases.append(text))
-    child: Any = types.SimpleNamespace(poll=poll)
-    finishing_in(directory, signals)._await(child, evaluation)
+    awaited(poll)
     # Looked at after 4, 8, 12, 16 and 20 s; the evaluation was written between 8 and 12 s.
     assert phases == [*['evaluating 0/30'] * 2, *(f'filming {seconds} s' for seconds in (0, 4, 8))]
 
 
-def test_an_evaluation_is_stopped_an_hour_after_the_end_of_its_last_game(
-    directory, signals, monkeypatch, capsys
+def test_an_evaluation_is_stopped_half_an_hour_after_its_last_sign_of_life(
+    directory, capsys, awaited
 ):
-    evaluation = directory.path / 'evaluation.json'
-    now = 0.0
+    def poll(now):
+        if now <= 3_000.0:  # its first game takes longer than the bound
+            file = evaluations.progress_file(directory.path / EVALUATION_FILE)
+            write_json(file, {'episodes': 0})
 
-    def poll():
-        nonlocal now
-        now += 1_700.0
-        games = min(4, now // 1_700)  # the fourth ends after 6,800 s
-        evaluations.progress_file(evaluation).write_text(json.dumps({'episodes': games}))
-
-    clock = types.SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
-    monkeypatch.setattr(finishing, 'time', clock)
-    child: Any = types.SimpleNamespace(poll=poll)
-    finishing_in(directory, signals)._await(child, evaluation)
-    assert now == 7 * 1_700.0  # the first look more than 3,600 s after the fourth game's end
-    assert 'stopped, since no game ended for 3600 s' in capsys.readouterr().out
+    # 3,000 s, 1,800 s, the 120 s of --hang_seconds, and the next look.
+    assert awaited(poll) == 3_000.0 + 1_800.0 + 120.0 + 4.0
+    assert 'evaluating 0/30: stopped, no sign of life for 1920 s' in capsys.readouterr().out
 
 
 def test_a_resumed_run_at_its_budget_is_only_evaluated(directory, signals, capsys, monkeypatch):

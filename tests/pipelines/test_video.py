@@ -272,8 +272,9 @@ class TestTheCommand:
         assert [file.name for file in tmp_path.iterdir()] == ['a.json']
 
     def test_that_a_signal_stops_keeps_the_scores(self, tmp_path, capsys, monkeypatch):
-        def stop(*_):
+        def stop(*arguments):
             os.kill(os.getpid(), signal.SIGINT)
+            return play(*arguments)
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(video, 'play', stop)

@@ -394,6 +394,12 @@ def hanging_reset(seed: int, opening: Opening) -> gymnasium.Env:
     return HangingReset(seed)
 
 
+def hanging_opening(seed: int, opening: Opening) -> gymnasium.Env:
+    """Takes ten minutes to open."""
+    time.sleep(600)
+    return Counter(seed)
+
+
 def hanging(seed: int, opening: Opening) -> gymnasium.Env:
     """See `Hanging`."""
     return Hanging(seed)
