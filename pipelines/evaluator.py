@@ -29,13 +29,20 @@ from pipelines.experiment import config as config_lib
 from pipelines.experiment.config import ExperimentConfig
 from pipelines.experiment.protocols import protocol
 from pipelines.storage.run_directory import RunDirectory
-from pipelines.storage.snapshots import ALIVE_FILE, WORK, Snapshot, Snapshots, keep_best, read_best
+from pipelines.storage.snapshots import (
+    ALIVE_FILE,
+    WORK,
+    Snapshot,
+    Snapshots,
+    is_best,
+    keep_best,
+    read_best,
+)
 
 _POLL_SECONDS = 5.0
 _SLICE_SECONDS = 0.2
 _ALIVE_SECONDS = 5.0
 _STREAM = 5  # of seeds; games, actors' environments and exploration have others
-_RULES = ('protocol', 'epsilon', 'max_frames', 'episodes')
 
 
 def seed_of_games(seed: int) -> int:
@@ -150,20 +157,10 @@ class Evaluator:
         }
         row['best'] = is_best(row, self._best)
         if row['best']:
-            keep_best(self._directory, snapshot, row)
+            keep_best(self._directory, snapshot.path, row)
             self._best = row
         append_line(self._directory.evaluations_file, row)
         self._updates = row['updates']
-
-
-def is_best(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
-    """Whether an evaluation is at least as good as the best so far; of equal ones the newer counts.
-
-    Scores by other rules do not compare: after a resume with other rules the best starts anew.
-    """
-    if best is None or any(row[name] != best.get(name) for name in _RULES):
-        return True
-    return row['mean'] >= best['mean']
 
 
 def append_line(file: pathlib.Path, row: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION
 HANG_SECONDS` while the workers end, and releases it once they and the servers have ended. One
-process for all, since each would import TensorFlow and build the agent. Exports the best parameters
-too, if evaluations during training have found some.
+process for all, since each would import TensorFlow and build the agent. If evaluations during
+training have found a best policy, this evaluation is compared with it, and the better one exported.
 """
 
 import contextlib
@@ -16,8 +16,11 @@ from infra.output import protect_output
 from infra.process import await_release, exit_with_launcher
 from pipelines import evaluate, export
 from pipelines.errors import Main, one_line_errors
+from pipelines.experiment import config as config_lib
 from pipelines.launch.interrupts import stoppable
-from pipelines.storage.run_directory import BEST
+from pipelines.storage.evaluations import read_result
+from pipelines.storage.run_directory import BEST, RunDirectory
+from pipelines.storage.snapshots import keep_checkpoint_if_best
 
 _SIGNALLED = 128  # exit codes above it: 128 + the signal
 
@@ -33,10 +36,12 @@ def main(argv: Sequence[str]) -> int:
     if not await_release():
         return 0
     run = f'--run_dir={run_dir}'
-    commands: list[tuple[Main, list[str]]] = [(export.main, [run])]
+    commands: list[tuple[Main, list[str]]] = [
+        (export.main, [run]),
+        (evaluate.main, [run, f'--output={output}', f'--hang_seconds={hang_seconds}']),
+    ]
     if pathlib.Path(run_dir, BEST).is_dir():
-        commands.append((export.main, [run, '--checkpoint=best']))
-    commands.append((evaluate.main, [run, f'--output={output}', f'--hang_seconds={hang_seconds}']))
+        commands += [(compare, [run_dir, output]), (export.main, [run, '--checkpoint=best'])]
     worst = 0
     for command, arguments in commands:
         if (code := _code_of(command, arguments)) >= _SIGNALLED:
@@ -51,6 +56,17 @@ def _import_all() -> None:
     with contextlib.suppress(Exception):
         import tensorflow  # noqa: F401
         from tf_agents.policies import policy_saver  # noqa: F401
+
+
+@one_line_errors('best/', OSError)
+def compare(argv: Sequence[str]) -> int:
+    """Keeps what has been evaluated as the best, if it is (run directory, result); returns 0."""
+    run_dir, output = argv
+    directory = RunDirectory.existing(run_dir)
+    if (result := read_result(pathlib.Path(output))) is not None:
+        config = config_lib.load(directory.config_file)
+        keep_checkpoint_if_best(directory, result, config.environment.action_repeat)
+    return 0
 
 
 @one_line_errors('video.mp4', OSError)

@@ -180,7 +180,8 @@ def _draw_evaluations(
         style = {'fmt': 'o-', 'color': 'C1', 'markersize': 4, 'elinewidth': 0.8, 'capsize': 2}
         axes.errorbar(positions, means, yerr=deviations, label='evaluation in training', **style)
     if best := [row for row in evaluations if row['best']]:
-        axes.plot(best[-1][name], best[-1]['mean'], '*', color='C1', markersize=13, label='best')
+        style = {'color': 'C1', 'markersize': 13, 'label': 'best in training'}
+        axes.plot(best[-1][name], best[-1]['mean'], '*', **style)
     if final is not None:
         games = f'{final["episodes"]} game{"s" * (final["episodes"] != 1)}'
         label = f'final evaluation: {final["mean"]:.1f} ({games})'

@@ -228,7 +228,7 @@ def read_parameters(
 
     Args:
       directory: of the run.
-      which: 'newest' (that is readable), 'best' (by the evaluations during training) or a number.
+      which: 'newest' (that is readable), 'best' (by the run's own evaluations) or a number.
       notify: receives a line for each damaged checkpoint that 'newest' skips.
 
     Raises:

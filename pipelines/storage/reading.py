@@ -21,8 +21,7 @@ def _checkpoint(text: str) -> str:
 CHECKPOINT_FLAG: Mapping[str, Any] = {
     'default': 'newest',
     'type': _checkpoint,
-    'help': "Of the run: 'newest' (default), 'best' (by the evaluations during training) or a"
-    ' number.',
+    'help': "Of the run: 'newest' (default), 'best' (by the run's own evaluations) or a number.",
 }
 """Arguments of `add_argument` for the flag that chooses the checkpoint of a run."""
 

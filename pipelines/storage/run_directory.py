@@ -229,7 +229,7 @@ class RunDirectory:
 
     @property
     def best(self) -> pathlib.Path:
-        """Checkpoint (parameters only) of the best evaluation during training."""
+        """Checkpoint (parameters only) of the best evaluation of the run."""
         return self.path / BEST
 
     def checkpoint(self, number: int) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Snapshots of an active run's parameters, and the best of them.
+"""Snapshots of a run's parameters, and the best of them.
 
 In: `servers/parameters-<n>` and `checkpoints/checkpoint-<n>/parameters`, which the launcher writes
 and prunes. Out: a private copy by hard links, and `best/` with `parameters/` and `evaluation.json`.
@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.storage.run_directory import SERVERS, RunDirectory
 
 WORK = SERVERS / 'evaluator'
 """The evaluator's own files, below the run directory."""
+_RULES = ('protocol', 'epsilon', 'max_frames')
 ALIVE_FILE = 'alive'
 """Touched every few seconds by an evaluator that does not hang; in `WORK`."""
 
@@ -117,16 +119,58 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
-def keep_best(directory: RunDirectory, snapshot: Snapshot, evaluation: Mapping[str, Any]) -> None:
-    """Replaces `best/` by a snapshot and its evaluation.
+def is_best(evaluation: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """Whether an evaluation is at least as good as the best so far; of equal ones the newer counts.
+
+    Scores by other rules do not compare: after a resume with other rules the best starts anew.
+    """
+    if best is None or any(evaluation[name] != best.get(name) for name in _RULES):
+        return True
+    return bool(evaluation['mean'] >= best['mean'])
+
+
+def keep_best(
+    directory: RunDirectory, parameters: pathlib.Path, evaluation: Mapping[str, Any]
+) -> None:
+    """Replaces `best/` by the files in `parameters` and their evaluation.
 
     Raises:
       OSError: the directory is not writable.
     """
     with replaced_directory(directory.best) as staging:
-        _link(snapshot.path, staging / PARAMETERS)
+        _link(parameters, staging / PARAMETERS)
         write_json(staging / EVALUATION_FILE, evaluation)
         sync(staging / PARAMETERS)
+
+
+def keep_checkpoint_if_best(
+    directory: RunDirectory, result: Mapping[str, Any], action_repeat: int
+) -> None:
+    """Replaces `best/` by the checkpoint of an evaluation after training, if it `is_best`.
+
+    Does nothing if games of it failed, or the checkpoint has been pruned.
+
+    Args:
+      directory: of the run.
+      result: as in `evaluation.json`.
+      action_repeat: emulator frames of an agent step.
+
+    Raises:
+      OSError: the directory is not writable.
+      DamagedCheckpointError: the checkpoint is damaged.
+    """
+    parameters = directory.checkpoints / result['policy']['checkpoint'] / PARAMETERS
+    if result['failed'] or not parameters.is_dir() or not is_best(result, read_best(directory)):
+        return
+    clock = checkpoint.read_clock(str(parameters))
+    evaluation = {
+        'time': round(time.time(), 3),
+        'frames': clock['agent_steps'] * action_repeat,
+        'updates': clock['updates'],
+        **{name: result[name] for name in ('episodes', 'mean', 'std', 'returns', *_RULES)},
+        'best': True,
+    }
+    keep_best(directory, parameters, evaluation)
 
 
 def read_best(directory: RunDirectory) -> dict[str, Any] | None:

@@ -205,6 +205,54 @@ def test_a_policy_that_cannot_be_exported_is_evaluated_all_the_same(monkeypatch,
     assert "TypeError: the agent's own" in capsys.readouterr().err
 
 
+class TestTheLastEvaluationOfARun:
+    """It has 30 games by default, those during training have five."""
+
+    @pytest.fixture
+    def ended(self, run_dir, tmp_path, monkeypatch):
+        """A copy of the run with a best policy of training, which ends."""
+        monkeypatch.setattr(finish, 'await_release', lambda: True)
+        path = pathlib.Path(shutil.copytree(run_dir, tmp_path / 'run'))
+        (path / 'config.json').write_text(
+            config_lib.to_json(config_lib.replace(CONFIG, {'video': False}))
+        )
+
+        def end(**best):
+            shutil.copytree(
+                path / 'checkpoints/checkpoint-00000001/parameters', path / 'best/parameters'
+            )
+            numbers = {'time': 1.0, 'frames': 40, 'updates': 3, 'episodes': 5, 'std': 0.0}
+            rules = {'protocol': 'noop', 'epsilon': 0.05, 'max_frames': 200}
+            row = {**numbers, **rules, **best}
+            (path / 'best/evaluation.json').write_text(json.dumps(row))
+            code = finish.main([str(path), str(path / 'evaluation.json'), '60'])
+            assert (path / 'policy_best/saved_model.pb').is_file()
+            return code, disk.read_json(path / 'best/evaluation.json') or {}
+
+        return end
+
+    def test_makes_the_trained_policy_the_best_one_if_it_is(self, ended):
+        code, best = ended(mean=-21.0)  # 50 agent steps lose fewer games
+        assert code == 0
+        # The shards of the saved run have applied no gradient.
+        assert (best['updates'], best['frames'], best['episodes']) == (0, 0, 2)
+        assert best['mean'] > -21.0
+        assert len(best['returns']) == 2
+
+    def test_leaves_a_better_one(self, ended):
+        assert ended(mean=21.0)[1]['updates'] == 3
+
+    def test_replaces_one_by_other_rules(self, ended):
+        assert ended(mean=21.0, max_frames=4_000)[1]['updates'] == 0
+
+    def test_with_games_that_failed_replaces_none(self, ended, monkeypatch):
+        def read(path):
+            return {**(evaluations.read_result(path) or {}), 'failed': 1}
+
+        monkeypatch.setattr(finish, 'read_result', read)
+        assert ended(mean=-21.0)[1]['updates'] == 3
+
+
 class TestTheVideoOfARun:
     @pytest.fixture
     def filmed(self, run_dir, tmp_path):

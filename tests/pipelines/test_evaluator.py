@@ -23,7 +23,7 @@ from pipelines.experiment import config as config_lib
 from pipelines.launch import evaluator as launch_evaluator
 from pipelines.storage.checkpoints import Checkpoints
 from pipelines.storage.run_directory import RunDirectory
-from pipelines.storage.snapshots import WORK, Snapshot, Snapshots, keep_best, read_best
+from pipelines.storage.snapshots import WORK, Snapshot, Snapshots, is_best, keep_best, read_best
 from tests.support import parameter_servers
 from tests.support.waiting import eventually, has_ended, pause
 
@@ -194,7 +194,7 @@ class TestTheBest:
         snapshots = Snapshots(run.directory, since=0.0)
         run.save(whole=True)
         first = taken(snapshots, 1)
-        keep_best(run.directory, first, {'mean': 3.0})
+        keep_best(run.directory, first.path, {'mean': 3.0})
         expected = first.checkpoint.parameters.copy()
         for _ in range(3):
             run.save(whole=True)
@@ -212,25 +212,25 @@ class TestTheBest:
         with opened(tmp_path, parameter_servers.LAYOUT, start, average_updates=100) as run:
             run.push(gradient=0.0, times=10)  # the tenth enters the average
             run.save(whole=True, gradient=1.0)
-            keep_best(run.directory, taken(Snapshots(run.directory, 0.0), 1), {'mean': 3.0})
+            keep_best(run.directory, taken(Snapshots(run.directory, 0.0), 1).path, {'mean': 3.0})
             best = of_run(str(run.directory.path), 'best', print)
         assert best.parameters is not None
         np.testing.assert_array_equal(best.parameters, start)
 
     def test_is_ignored_if_damaged(self, run):
         run.save()
-        keep_best(run.directory, taken(Snapshots(run.directory, 0.0), 1), {'mean': 3.0})
+        keep_best(run.directory, taken(Snapshots(run.directory, 0.0), 1).path, {'mean': 3.0})
         next((run.directory.best / 'parameters').glob('*.index')).unlink()
         assert read_best(run.directory) is None
 
     def test_is_the_newer_of_equal_ones(self):
-        rules = {'protocol': 'noop', 'epsilon': 0.05, 'max_frames': 80, 'episodes': 2}
-        best = {**rules, 'mean': 3.0}
-        assert evaluator.is_best(best, None)
-        assert evaluator.is_best({**rules, 'mean': 3.0}, best)
-        assert not evaluator.is_best({**rules, 'mean': 2.9}, best)
+        rules = {'protocol': 'noop', 'epsilon': 0.05, 'max_frames': 80}
+        best = {**rules, 'episodes': 2, 'mean': 3.0}
+        assert is_best(best, None)
+        assert is_best({**rules, 'mean': 3.0}, best)
+        assert not is_best({**rules, 'mean': 2.9}, best)
         # Scores of longer games do not compare.
-        assert evaluator.is_best({**rules, 'max_frames': 800, 'mean': 2.9}, best)
+        assert is_best({**rules, 'max_frames': 800, 'mean': 2.9}, best)
 
 
 def test_games_have_the_same_seed_at_each_evaluation_and_another_than_the_final_one(tmp_path):

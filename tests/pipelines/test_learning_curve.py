@@ -97,7 +97,7 @@ def test_three_panels_show_games_evaluations_and_the_final_one_from_zero(drawn):
         assert axes.get_xlim()[0] == 0
         lines = {line.get_label(): line for line in axes.lines}
         assert lines['training game'].get_xdata()[-1] == last
-        assert lines['best'].get_ydata() == [-9.0]
+        assert lines['best in training'].get_ydata() == [-9.0]
         during, ending = axes.containers
         assert during.lines[0].get_xdata().tolist() == evaluated
         assert ending.lines[0].get_xdata().tolist() == [final]

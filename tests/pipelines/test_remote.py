@@ -760,7 +760,7 @@ class TestReading:
         new.checkpoints.save_parameters(new._client)
         snapshot = Snapshots(new.directory, since=0.0).take(1)
         assert snapshot is not None
-        keep_best(new.directory, snapshot, {'mean': 3.0})
+        keep_best(new.directory, snapshot.path, {'mean': 3.0})
         new.mirror.copy()  # and the run goes on
         gcs.refuse = lambda _, address: 403 if 'checkpoint-' in address else None
         assert export.main([f'--run_dir={URL}', '--checkpoint=best']) == 0
@@ -776,7 +776,7 @@ class TestReading:
             new.checkpoints.save_parameters(new._client)
             snapshot = Snapshots(new.directory, since=0.0).take(1)
             assert snapshot is not None
-            keep_best(new.directory, snapshot, {'mean': float(updates)})
+            keep_best(new.directory, snapshot.path, {'mean': float(updates)})
             new.mirror.copy()
         part = next(name for name in gcs.names(BELOW) if 'best/' in name and '.data-' in name)
         whole = gcs.content(f'{BELOW}{part}')
