@@ -1,18 +1,30 @@
-"""An error of the user's, and how every command reports it: one line, exit code 2."""
+"""An error of the user's, or of the work, and how every command reports it: one line."""
 
 import errno
 import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 Main = Callable[[Sequence[str]], int]
 """Runs a command: arguments in, exit code out."""
 
 
 class UsageError(Exception):
-    """A mistake the user can fix; the message is one line that names value and remedy."""
+    """A mistake the user can fix; the message is one line that names value and remedy.
+
+    Attributes:
+      exit_code: of a command that it ends.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+
+class FailedError(UsageError):
+    """Work that was requested correctly failed; the message is as that of a `UsageError`."""
+
+    exit_code = 1
 
 
 _REMEDIES = {
@@ -90,9 +102,9 @@ def notes_on(error: BaseException) -> list[str]:
 
 
 def one_line_errors(program: str, *others: type[Exception]) -> Callable[[Main], Main]:
-    """Makes a `Main` report `UsageError` and `others` under the command's name, and return 2.
+    """Makes a `Main` report `UsageError` and `others` under the command's name.
 
-    Notes on the exception end the line.
+    It then returns the error's `exit_code`, 2 for `others`. Notes on the exception end the line.
     """
 
     kinds: tuple[type[Exception], ...] = (UsageError, *others)
@@ -104,7 +116,7 @@ def one_line_errors(program: str, *others: type[Exception]) -> Callable[[Main], 
                 return main(argv)
             except kinds as error:
                 print(f'{program}: {" ".join([str(error), *notes_on(error)])}', file=sys.stderr)
-                return 2
+                return error.exit_code if isinstance(error, UsageError) else 2
 
         return framed
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from infra.cores import whole_cores
 from infra.disk import write_json
 from pipelines.engines import catalog
-from pipelines.errors import UsageError, require_effect, unwritable
+from pipelines.errors import FailedError, UsageError, require_effect, unwritable
 from pipelines.evaluation import local
 from pipelines.evaluation.entrants import Entrant, Request, entrants
 from pipelines.evaluation.play import Failure, Game, Score
@@ -106,8 +106,8 @@ def evaluate(
       The results by the path of their file, which exists if a game was played (`episodes`).
 
     Raises:
-      UsageError: the request cannot be carried out, no game could be played, or a result or the
-        video cannot be written.
+      UsageError: the request cannot be carried out, or a result or the video cannot be written.
+      FailedError: no game could be played.
     """
     work.require_ready()
     found = entrants(request, notify)
@@ -301,7 +301,7 @@ def _report_failures(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Reports the games that failed.
 
     Raises:
-      UsageError: no game of any policy could be played.
+      FailedError: no game of any policy could be played.
     """
     for result in results.values():
         name = f'{result["policy"]["path"]} in {result["game"]}'
@@ -310,7 +310,7 @@ def _report_failures(results: Mapping[str, Mapping[str, Any]]) -> None:
         if not result['episodes']:
             notify(f'{name}: no game could be played; no result is written')
     if not any(result['episodes'] for result in results.values()):
-        raise UsageError('no game could be played. Fix: see the reasons above.')
+        raise FailedError('no game could be played. Fix: see the reasons above.')
 
 
 def notify(text: str) -> None:

@@ -25,7 +25,7 @@ from infra.flags import value_of
 from infra.process import descendants, own_code
 from pipelines.engines import catalog
 from pipelines.engines.catalog import Engine
-from pipelines.errors import UsageError
+from pipelines.errors import FailedError, UsageError
 from pipelines.evaluation import results
 from pipelines.evaluation.entrants import Entrant
 from pipelines.evaluation.play import Failure, Game, Score
@@ -53,7 +53,8 @@ def run(
     failed.
 
     Raises:
-      UsageError: no game was played, or the shared directory is not shared.
+      JobFailedError: no game was played.
+      UsageError: the shared directory is not shared.
     """
     engine = catalog.engine(runner)
     engine.register_flags()
@@ -117,7 +118,7 @@ def _raise_no_workers(*_: Any) -> None:
     raise NoWorkersError('no worker process could start')
 
 
-class JobFailedError(UsageError):
+class JobFailedError(FailedError):
     """The engine's job failed."""
 
 

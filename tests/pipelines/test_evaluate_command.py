@@ -250,7 +250,7 @@ def test_an_output_without_a_name_is_one_line(run_dir, capsys):
 
 def test_without_a_single_game_nothing_is_written(run_dir, monkeypatch, capsys):
     played(monkeypatch, [Failure(0, 0, 'OSError: gone')])
-    assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1']) == 2
+    assert evaluate.main([f'--run_dir={run_dir}', '--episodes=1']) == 1
     error = capsys.readouterr().err
     assert 'game 0 failed (OSError: gone)' in error
     assert 'no game could be played. Fix: ' in error
