@@ -16,7 +16,6 @@ from infra.output import protect_output
 from infra.process import await_release, exit_with_launcher
 from pipelines import evaluate, export
 from pipelines.errors import Main, one_line_errors
-from pipelines.experiment import config as config_lib
 from pipelines.launch.interrupts import stoppable
 from pipelines.storage.evaluations import read_result
 from pipelines.storage.run_directory import BEST, RunDirectory
@@ -64,8 +63,7 @@ def compare(argv: Sequence[str]) -> int:
     run_dir, output = argv
     directory = RunDirectory.existing(run_dir)
     if (result := read_result(pathlib.Path(output))) is not None:
-        config = config_lib.load(directory.config_file)
-        keep_checkpoint_if_best(directory, result, config.environment.action_repeat)
+        keep_checkpoint_if_best(directory, result)
     return 0
 
 

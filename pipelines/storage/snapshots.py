@@ -17,6 +17,7 @@ from infra.disk import Generations, read_json, replaced_directory, sync, write_j
 from infra.parameter_server import checkpoint
 from infra.parameter_server.checkpoint import Checkpoint, DamagedCheckpointError
 from pipelines.errors import UsageError
+from pipelines.experiment import config as config_lib
 from pipelines.storage.checkpoints import PARAMETERS
 from pipelines.storage.evaluations import EVALUATION_FILE
 from pipelines.storage.run_directory import SERVERS, RunDirectory
@@ -143,9 +144,7 @@ def keep_best(
         sync(staging / PARAMETERS)
 
 
-def keep_checkpoint_if_best(
-    directory: RunDirectory, result: Mapping[str, Any], action_repeat: int
-) -> None:
+def keep_checkpoint_if_best(directory: RunDirectory, result: Mapping[str, Any]) -> None:
     """Replaces `best/` by the checkpoint of an evaluation after training, if it `is_best`.
 
     Does nothing if games of it failed, or the checkpoint has been pruned.
@@ -153,16 +152,17 @@ def keep_checkpoint_if_best(
     Args:
       directory: of the run.
       result: as in `evaluation.json`.
-      action_repeat: emulator frames of an agent step.
 
     Raises:
       OSError: the directory is not writable.
       DamagedCheckpointError: the checkpoint is damaged.
+      UsageError: the configuration is not readable.
     """
     parameters = directory.checkpoints / result['policy']['checkpoint'] / PARAMETERS
     if result['failed'] or not parameters.is_dir() or not is_best(result, read_best(directory)):
         return
     clock = checkpoint.read_clock(str(parameters))
+    action_repeat = config_lib.load(directory.config_file).environment.action_repeat
     evaluation = {
         'time': round(time.time(), 3),
         'frames': clock['agent_steps'] * action_repeat,
