@@ -34,6 +34,7 @@ from pipelines.storage.snapshots import (
     WORK,
     Snapshot,
     Snapshots,
+    evaluation_row,
     is_best,
     keep_best,
     read_best,
@@ -144,17 +145,16 @@ class Evaluator:
 
     def _record(self, snapshot: Snapshot, scores: dict[str, Any]) -> None:
         """Writes a line of `evaluations.jsonl`, after `best/` if the score is the highest."""
-        clock = snapshot.checkpoint.clock
-        row = {
-            'time': round(time.time(), 3),
-            'frames': clock['agent_steps'] * self._config.environment.action_repeat,
-            'updates': clock['updates'],
-            'wall_seconds': round(max(0.0, snapshot.time - self._origin), 3),
-            **{name: scores[name] for name in ('episodes', 'mean', 'std', 'returns')},
-            'protocol': self._rules.name,
-            'epsilon': self._rules.epsilon,
-            'max_frames': self._rules.max_frames,
+        rules = self._rules
+        result = {
+            **scores,
+            'protocol': rules.name,
+            'epsilon': rules.epsilon,
+            'max_frames': rules.max_frames,
         }
+        action_repeat = self._config.environment.action_repeat
+        row = evaluation_row(snapshot.checkpoint.clock, action_repeat, result)
+        row['wall_seconds'] = round(max(0.0, snapshot.time - self._origin), 3)
         row['best'] = is_best(row, self._best)
         if row['best']:
             keep_best(self._directory, snapshot.path, row)

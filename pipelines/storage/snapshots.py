@@ -24,9 +24,9 @@ from pipelines.storage.run_directory import SERVERS, RunDirectory
 
 WORK = SERVERS / 'evaluator'
 """The evaluator's own files, below the run directory."""
-_RULES = ('protocol', 'epsilon', 'max_frames')
 ALIVE_FILE = 'alive'
 """Touched every few seconds by an evaluator that does not hang; in `WORK`."""
+_RULES = ('protocol', 'epsilon', 'max_frames')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,24 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
+def evaluation_row(
+    clock: Mapping[str, int], action_repeat: int, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An evaluation as in `evaluations.jsonl` and `best/`.
+
+    Args:
+      clock: of the checkpoint that played: its `agent_steps` and `updates`.
+      action_repeat: emulator frames of an agent step.
+      result: scores and rules.
+    """
+    return {
+        'time': round(time.time(), 3),
+        'frames': clock['agent_steps'] * action_repeat,
+        'updates': clock['updates'],
+        **{name: result[name] for name in ('episodes', 'mean', 'std', 'returns', *_RULES)},
+    }
+
+
 def is_best(evaluation: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
     """Whether an evaluation is at least as good as the best so far; of equal ones the newer counts.
 
@@ -163,14 +181,7 @@ def keep_checkpoint_if_best(directory: RunDirectory, result: Mapping[str, Any]) 
         return
     clock = checkpoint.read_clock(str(parameters))
     action_repeat = config_lib.load(directory.config_file).environment.action_repeat
-    evaluation = {
-        'time': round(time.time(), 3),
-        'frames': clock['agent_steps'] * action_repeat,
-        'updates': clock['updates'],
-        **{name: result[name] for name in ('episodes', 'mean', 'std', 'returns', *_RULES)},
-        'best': True,
-    }
-    keep_best(directory, parameters, evaluation)
+    keep_best(directory, parameters, evaluation_row(clock, action_repeat, result) | {'best': True})
 
 
 def read_best(directory: RunDirectory) -> dict[str, Any] | None:

@@ -95,7 +95,9 @@ def test_an_interrupted_run_at_a_bucket_exits_130_and_goes_on_from_the_bucket_al
         assert second['wall_seconds'] > first['wall_seconds']
         best, last = first['evaluations']['best'], second['evaluation']
         best = last if last['mean'] >= best['mean'] else best
-        assert second['evaluations']['best']['updates'] == best['updates']
+        kept = second['evaluations']['best']
+        for name in ('updates', 'episodes', 'mean', 'std'):
+            assert kept[name] == best[name]
         assert evaluations(elsewhere) == evaluations(copy)
         assert 'policy_best/saved_model.pb' in gcs.names(BELOW)
         newest = max(name for name in gcs.names(BELOW) if name.endswith('/run.json'))

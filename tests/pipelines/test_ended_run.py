@@ -19,6 +19,7 @@ from pipelines.experiment import config as config_lib
 from pipelines.storage import evaluations, provenance
 from pipelines.storage.resuming import resuming
 from pipelines.storage.run_directory import RunDirectory, command
+from pipelines.storage.snapshots import keep_checkpoint_if_best
 from tests.support import saved_run, sharing
 
 CONFIG = presets.experiment(
@@ -232,7 +233,7 @@ class TestTheLastEvaluationOfARun:
         return end
 
     def test_makes_the_trained_policy_the_best_one_if_it_is(self, ended):
-        code, best = ended(mean=-21.0)  # 50 agent steps lose fewer games
+        code, best = ended(mean=-21.0)  # 50 agent steps lose fewer points
         assert code == 0
         # The shards of the saved run have applied no gradient.
         assert (best['updates'], best['frames'], best['episodes']) == (0, 0, 2)
@@ -245,12 +246,15 @@ class TestTheLastEvaluationOfARun:
     def test_replaces_one_by_other_rules(self, ended):
         assert ended(mean=21.0, max_frames=4_000)[1]['updates'] == 0
 
-    def test_with_games_that_failed_replaces_none(self, ended, monkeypatch):
-        def read(path):
-            return {**(evaluations.read_result(path) or {}), 'failed': 1}
-
-        monkeypatch.setattr(finish, 'read_result', read)
-        assert ended(mean=-21.0)[1]['updates'] == 3
+    def test_with_games_that_failed_replaces_none(self, ended, tmp_path):
+        assert ended(mean=21.0)[1]['updates'] == 3
+        path = tmp_path / 'run'
+        result = disk.read_json(path / 'evaluation.json') or {}
+        for failed, updates in ((1, 3), (0, 0)):
+            best = {**result, 'mean': 21.0, 'failed': failed}
+            keep_checkpoint_if_best(RunDirectory.existing(str(path)), best)
+            kept = disk.read_json(path / 'best/evaluation.json') or {}
+            assert kept['updates'] == updates
 
 
 class TestTheVideoOfARun:
