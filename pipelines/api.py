@@ -24,7 +24,7 @@ from typing import Any
 from infra.disk import is_remote
 from infra.process import LAUNCHER_VARIABLE, own_code
 from infra.sealed import parse_object
-from pipelines.errors import UsageError
+from pipelines.errors import FailedError, UsageError
 from pipelines.evaluation.entrants import Request
 from pipelines.experiment import config as config_lib
 from pipelines.experiment import presets
@@ -34,7 +34,7 @@ from pipelines.launch.evaluation import Work, require_valid
 from pipelines.launch.evaluation import evaluate as play_and_write
 from pipelines.storage.run_directory import default_path
 
-__all__ = ['RunFailedError', 'UsageError', 'evaluate', 'experiment', 'train']
+__all__ = ['FailedError', 'RunFailedError', 'UsageError', 'evaluate', 'experiment', 'train']
 
 _REFUSED = 2  # exit code
 _LAST_LINES = 20
@@ -108,13 +108,13 @@ def evaluate(
 
     Args:
       run_dir: directory of the run, or gs://...
-      episodes, epsilon, seed, protocol, checkpoint: like the flags of evaluate.py; None: the run's
-        own.
+      episodes, epsilon, seed, protocol, checkpoint: like evaluate.py's flags; None: the run's own.
       hang_seconds: after so long without a step a game fails.
       output: new JSON file for the result; None: one in `run_dir`.
 
     Raises:
       UsageError: evaluate.py refuses an argument or the run.
+      FailedError: a UsageError; no game could be played.
       OSError: the parent directory of `output` cannot be created.
     """
     for name, path in (('run_dir', run_dir), ('output', output)):

@@ -12,7 +12,7 @@ Main = Callable[[Sequence[str]], int]
 
 
 class UsageError(Exception):
-    """A mistake the user can fix; the message is one line that names value and remedy.
+    """A mistake the user can fix, or a subclass's; one line that names value and remedy.
 
     Attributes:
       exit_code: of a command that it ends.
@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 
 class FailedError(UsageError):
-    """Work that was requested correctly failed; the message is as that of a `UsageError`."""
+    """Work failed that was requested correctly; commands report it like a `UsageError`."""
 
     exit_code = 1
 

@@ -212,7 +212,8 @@ def _film(arguments: argparse.Namespace) -> 'Film | None':
 
     path = video.new_file(arguments.video)
     overlay = bool(arguments.video_overlay)
-    return video.Film(path, arguments.video_episode or 0, overlay, True, arguments.hang_seconds)
+    episode, hang_seconds = arguments.video_episode or 0, arguments.hang_seconds
+    return video.Film(path, episode, overlay, new=True, hang_seconds=hang_seconds)
 
 
 if __name__ == '__main__':

@@ -49,8 +49,8 @@ _STREAM = 5  # of seeds; games, actors' environments and exploration have others
 def seed_of_games(seed: int) -> int:
     """The seed of the evaluations during training, the same for all of a run.
 
-    Equal seeds make the scores of two snapshots comparable. It differs from the run's own, which
-    the final evaluation has: the best policy was selected by these games.
+    Equal seeds make the scores of two snapshots comparable. It differs from the run's own, so that
+    the final evaluation has games by which no snapshot was selected.
     """
     return int(np.random.SeedSequence([seed, _STREAM]).generate_state(1, np.uint64)[0])
 

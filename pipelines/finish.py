@@ -3,7 +3,8 @@
 The launcher (pipelines/run.py) starts it as `python -m pipelines.finish RUN_DIR EVALUATION
 HANG_SECONDS` while the workers end, and releases it once they and the servers have ended. One
 process for all, since each would import TensorFlow and build the agent. If evaluations during
-training have found a best policy, this evaluation is compared with it, and the better one exported.
+training have found a best policy, this evaluation is compared with it, and the policy of the higher
+mean exported.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from typing import Protocol
 import av
 import numpy as np
 
-from infra.disk import beside, put_new
+from infra.disk import put_new
 
 SUFFIXES = ('.mp4', '.gif')
 
@@ -35,13 +35,16 @@ class _Pictures(Protocol):
 
 
 @contextlib.contextmanager
-def encoder(path: pathlib.Path, rate: fractions.Fraction, new: bool = False) -> Iterator[Add]:
+def encoder(
+    path: pathlib.Path, temporary: pathlib.Path, rate: fractions.Fraction, new: bool = False
+) -> Iterator[Add]:
     """Yields a function that appends pictures; `path` appears, or is replaced, when complete.
 
     Holds a few pictures in memory, whatever the length.
 
     Args:
       path: ends with one of `SUFFIXES`.
+      temporary: path in the same directory, where the file grows; removed with an error.
       rate: pictures a second.
       new: whether to replace nothing.
 
@@ -50,7 +53,6 @@ def encoder(path: pathlib.Path, rate: fractions.Fraction, new: bool = False) -> 
       OSError: the file cannot be written; `path` is unchanged.
     """
     kind, options = _KINDS[path.suffix.lower()]
-    temporary = beside(path)
     try:
         temporary.touch(exist_ok=False)  # FFmpeg reports an unwritable directory late
         with av.open(str(temporary), 'w', format=path.suffix[1:].lower(), options=options) as file:

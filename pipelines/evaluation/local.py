@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from pipelines.evaluation.play import Failure, Game, Score
@@ -29,19 +30,19 @@ def play_all(
       tick: called once a second while no game ends.
 
     Yields:
-      A record for each game, in the order in which they end.
-
-    Leaving the iterator early ends the threads at their next step, or within seconds.
+      A record for each game, in the order in which they end. Leaving the iterator early ends the
+      threads at their next step, or within seconds.
     """
     os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
     waiting: queue.SimpleQueue[Game] = queue.SimpleQueue()
     ended: queue.SimpleQueue[Score | Failure] = queue.SimpleQueue()
     for game in games:
         waiting.put(game)
-    cancelled = threading.Event()
+    cancelled, hung = threading.Event(), Counter[int]()
+    players = [Players(policies.__getitem__, hang_seconds, hung) for _ in games[:num_threads]]
     threads = [
-        threading.Thread(target=_play_waiting, args=(players, waiting, ended, cancelled))
-        for players in [Players(policies.__getitem__, hang_seconds) for _ in games[:num_threads]]
+        threading.Thread(target=_play_waiting, args=(each, waiting, ended, cancelled))
+        for each in players
     ]
     try:
         for thread in threads:

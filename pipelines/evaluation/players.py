@@ -13,15 +13,21 @@ _MOST_HUNG = 3  # games in a row; each leaves a thread and an environment behind
 class Players:
     """Policies, each opened at its first game; not thread-safe."""
 
-    def __init__(self, policy: Callable[[int], Policy], hang_seconds: float):
+    def __init__(
+        self,
+        policy: Callable[[int], Policy],
+        hang_seconds: float,
+        hung: Counter[int] | None = None,
+    ):
         """
         Args:
           policy: returns one by the index in `Game.policy`; called once for each.
           hang_seconds: without a step after which a game fails, and for a policy to open.
+          hung: counts the games of each policy that hung in a row, with those of other threads.
         """
         self._policy, self._hang_seconds = policy, hang_seconds
         self._players: dict[int, Player] = {}
-        self._hung: Counter[int] = Counter()  # games in a row
+        self._hung = Counter() if hung is None else hung
 
     def played(self, game: Game, cancelled: Asked = lambda: False) -> Score | Failure:
         """Plays a game; after three in a row that hang its policy plays no more."""
@@ -32,7 +38,8 @@ class Players:
         except CancelledError:
             return Failure(game.policy, game.episode, 'interrupted')
         except Exception as error:  # of any kind: a policy may be the user's own
-            self._hung[game.policy] += isinstance(error, HungError)
+            hung = self._hung[game.policy] + 1
+            self._hung[game.policy] = hung if isinstance(error, HungError) else 0
             return Failure.of(game, error)
         self._hung[game.policy] = 0
         return score

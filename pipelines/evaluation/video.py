@@ -4,6 +4,7 @@ A game is determined by its description, so it is played again with a second emu
 that takes the same actions.
 """
 
+import contextlib
 import dataclasses
 import fractions
 import functools
@@ -15,7 +16,8 @@ import ale_py
 import numpy as np
 
 from agents.environments.errors import EnvironmentFailedError
-from pipelines.errors import UsageError
+from infra.disk import beside
+from pipelines.errors import FailedError, UsageError
 from pipelines.evaluation.bounded import HungError, within
 from pipelines.evaluation.encoder import SUFFIXES, encoder
 from pipelines.evaluation.entrants import Entrant, Request, entrants
@@ -108,20 +110,31 @@ def record(
       cancelled: whether to stop without a video; asked at every step.
 
     Raises:
-      UsageError: the file cannot be written, the policy cannot be opened, or a step hangs; no file
-        is left.
+      UsageError: the file cannot be written, or the policy cannot be opened.
+      FailedError: a step hangs.
       CancelledError: `cancelled()` returned True.
       ValueError: see `Policy.player` and `play`.
+
+    An error leaves no file.
     """
+    temporary = beside(film.path)
     try:
-        work = functools.partial(_record, policy, game, film)
-        work = functools.partial(_record, policy, game, film)
+        work = functools.partial(_record, policy, game, film, temporary)
         return within(film.hang_seconds, work, cancelled)
     except HungError as error:
-        raise UsageError(f'--video {film.path}: {error}') from error
+        raise FailedError(f'--video {film.path}: {error}') from error
+    finally:
+        with contextlib.suppress(OSError):  # work that is left alone cannot remove it
+            temporary.unlink(missing_ok=True)
 
 
-def _record(policy: Policy, game: Game, film: Film, cancelled: Callable[[], bool]) -> Score:
+def _record(
+    policy: Policy,
+    game: Game,
+    film: Film,
+    temporary: pathlib.Path,
+    cancelled: Callable[[], bool],
+) -> Score:
     player, values = policy.opened()
     repeat = game.environment.action_repeat if game.environment.is_atari else _STEP_FRAMES
     rate = fractions.Fraction(FRAMES_PER_SECOND, repeat)
@@ -129,7 +142,7 @@ def _record(policy: Policy, game: Game, film: Film, cancelled: Callable[[], bool
         film.path.parent.mkdir(parents=True, exist_ok=True)
         with (
             open_game(game, colour=True) as screen,
-            encoder(film.path, rate, film.new) as add,
+            encoder(film.path, temporary, rate, film.new) as add,
         ):
             view = _View(screen, _action_names(game, screen), values, film.overlay)
 
@@ -159,7 +172,8 @@ def record_run(run_dir: str, hang_seconds: float, notify: Callable[[str], None])
       notify: receives a line for each damaged checkpoint that is skipped.
 
     Raises:
-      UsageError: it takes too long, the file cannot be written, or the run is not readable.
+      UsageError: the file cannot be written, or the run is not readable.
+      FailedError: it takes too long, or a step hangs.
     """
     directory = RunDirectory.existing(run_dir)
     if not config_lib.load(directory.config_file).run.video:
@@ -175,7 +189,7 @@ def record_run(run_dir: str, hang_seconds: float, notify: Callable[[str], None])
         game = dataclasses.replace(game, protocol=shown)
         record(entrant.policy, game, film, lambda: monotonic() > deadline)
     except CancelledError as error:
-        raise UsageError(f'not made within {RUN_SECONDS:g} s') from error
+        raise FailedError(f'not made within {RUN_SECONDS:g} s') from error
 
 
 def _not_written(path: str | pathlib.Path, error: OSError) -> UsageError:

@@ -168,6 +168,7 @@ def _record(policy: Policy, game: Game, film: 'Film') -> None:
 
     Raises:
       UsageError: it cannot be written.
+      FailedError: a step hangs.
     """
     from pipelines.evaluation import video
 
@@ -270,16 +271,16 @@ def _play_here(
     if [pathlib.Path(file).name for file in files] == [evaluations.EVALUATION_FILE]:
         progress = evaluations.progress_file(pathlib.Path(files[0]))  # the launcher reads it
 
-    def tell() -> None:
+    def show_count() -> None:
         if progress is not None:
             with contextlib.suppress(OSError):  # a full disk
                 write_json(progress, {'episodes': len(records)})
 
     try:
         policies, threads = [entrant.policy for entrant in found], work.workers or 1
-        for record in local.play_all(policies, games, threads, work.hang_seconds, tell):
+        for record in local.play_all(policies, games, threads, work.hang_seconds, show_count):
             records.append(record)
-            tell()
+            show_count()
             if monotonic() >= due:
                 due = monotonic() + PROGRESS_SECONDS
                 notify(_progress(records, len(games), single=len(found) == 1))

@@ -97,9 +97,10 @@ class Finishing:
         written = [_identity(path) != old for path, old in zip(outputs, before)]
         evaluated, exported, filmed, best_exported = written
         missing = ['evaluate'] * (not evaluated) + ['export'] * (not exported)
-        if missing and not self.signals.received:
+        interrupted = missing and self.signals.received  # a resume makes up for all
+        if missing and not interrupted:
             self.display.message(child.describe_failure())
-        if directory.best.is_dir() and not best_exported and not self.signals.received:
+        if directory.best.is_dir() and not best_exported and not interrupted:
             fix = command('export', directory.path, '--checkpoint', BEST)
             self.display.message(f'policy_best/: not exported. Fix: run {fix}.')
         return Outcome(read_result(file) if evaluated else None, exported, filmed, missing)
@@ -128,10 +129,11 @@ class Finishing:
 
     def _remove_leftovers(self, evaluation: pathlib.Path, *others: pathlib.Path) -> None:
         """Removes temporary files of a child that was killed while it wrote these."""
-        names = (path.name for path in (evaluation, *others))
+        progress = progress_file(evaluation)
+        paths = (evaluation, *others, progress, self.directory.best)
         with contextlib.suppress(OSError):  # the summary follows
-            progress_file(evaluation).unlink(missing_ok=True)
-            remove_leftovers(self.directory.path, *names)
+            progress.unlink(missing_ok=True)
+            remove_leftovers(self.directory.path, *(path.name for path in paths))
 
     @functools.cached_property
     def _child(self) -> SupervisedProcess:

@@ -90,8 +90,9 @@ class RunState:
         agent steps/s, a learner's gradients/s, a parameter shard's pushes/s, a replay shard's
         inserts/s.
       memory_bytes: latest resident memory of each process.
-      evaluations: during training: number, last, best, and the evaluator's CPU time in seconds and
-        as a share of what the launcher may use over `wall_seconds`.
+      evaluations: during training: number, last, best (the final one too may be), and the
+        evaluator's CPU time in seconds and as a share of what the launcher may use over
+        `wall_seconds`.
       restarts: by component.
       eta_seconds: until `max_frames` at the current rate.
       wall_seconds: since the launch, earlier sessions included.

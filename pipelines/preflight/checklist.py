@@ -56,7 +56,7 @@ def require_restorable(launch: Launch) -> None:
 
 
 def require_freshness(config: ExperimentConfig, launch: Launch, values: Mapping[str, Any]) -> None:
-    """Checks that the shards accept the gradients of a lone learner, however far away they are.
+    """Checks that the shards accept the gradients of a lone learner, however far away it is.
 
     Raises:
       UsageError: its oldest ones exceed `max_staleness`, unless the run began with these settings.
@@ -68,16 +68,17 @@ def require_freshness(config: ExperimentConfig, launch: Launch, values: Mapping[
     # A bundle's learner pulls before each of its turns, which are short.
     pulls = 0 if config.run.topology == 'bundled' else learner.learner_pull_period - 1
     pushes = learner.pushes_in_flight if learner.overlap_push else 0
-    if pulls + pushes <= most:
+    # Later pushes may overtake one: `LearnerConfig.pushes_in_flight`.
+    oldest = pulls + max(0, 2 * pushes - 1)
+    if oldest <= most:
         return
     causes = [f'--learner_pull_period {learner.learner_pull_period}'] * bool(pulls)
     causes += [f'--overlap_push --pushes_in_flight {pushes}'] * bool(pushes)
-    # Later pushes may overtake one: `LearnerConfig.pushes_in_flight`.
-    enough = pulls + max(0, 2 * pushes - 1)
+    others = 'lower the other(s)' + ' or add --no-overlap_push' * bool(pushes)
     raise UsageError(
         f'--max_staleness {most}: the shards would reject gradients of every learner, which are up'
-        f' to {pulls + pushes} update(s) old with {" and ".join(causes)}. Fix: raise it to'
-        f' {enough}, more for several learners, or lower the other(s) or add --no-overlap_push.'
+        f' to {oldest} update(s) old with {" and ".join(causes)}. Fix: raise it to {oldest},'
+        f' more for several learners, or {others}.'
     )
 
 

@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def best(self) -> bool:
-        """Whether the checkpoint was selected by the evaluations during training."""
+        """Whether the checkpoint was selected by the run's own evaluations."""
         return self.checkpoint == BEST
 
 

@@ -51,7 +51,7 @@ class Protocol:
       starts: kind of published scores that are shown beside, one of `reference.STARTS`.
       comparable: whether they were taken under the same rules.
       note: says what the rules are, and how they differ from those of the published scores.
-      best: whether the scores are of checkpoints that evaluations during training selected.
+      best: whether the scores are of checkpoints that the run's own evaluations selected.
     """
 
     name: str
@@ -257,7 +257,7 @@ def protocol(evaluation: Evaluation, settings: Mapping[str, Any]) -> Protocol:
     rules = _protocol(evaluation, settings)
     if not evaluation.best:
         return rules
-    note = f'{rules.note}; of the checkpoint that evaluations during training found best'
+    note = f"{rules.note}; of the checkpoint that the run's own evaluations found best"
     return dataclasses.replace(rules, name=f'{rules.name}, best checkpoint', note=note, best=True)
 
 

@@ -123,7 +123,7 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
 def evaluation_row(
     clock: Mapping[str, int], action_repeat: int, result: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """An evaluation as in `evaluations.jsonl` and `best/`.
+    """What `evaluations.jsonl` and `best/` have in common about an evaluation.
 
     Args:
       clock: of the checkpoint that played: its `agent_steps` and `updates`.

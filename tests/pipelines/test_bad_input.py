@@ -137,13 +137,14 @@ def test_value_of_the_wrong_type_is_named(rejected):
             ('--max_staleness=0',),
             'up to 1 update(s) old with --overlap_push --pushes_in_flight 1. ',
         ),
-        (('--max_staleness=3', '--pushes_in_flight=4'), '4 update(s) old with --overlap_push '),
+        # Computed while 4 pushes are under way; the 3 sent after it may arrive before it.
+        (('--max_staleness=6', '--pushes_in_flight=4'), '7 update(s) old with --overlap_push '),
         # 100 updates without a pull, and the push under way.
         (
             ('--learner_pull_period=101',),
             '101 update(s) old with --learner_pull_period 101 and --o',
         ),
-        (('--learner_pull_period=102', '--no-overlap_push'), 'Fix: raise it to 101, more for '),
+        (('--learner_pull_period=102', '--no-overlap_push'), 'learners, or lower the other(s).'),
         (('--direct_num_workers=3',), 'reserved, since the number of workers determines it'),
         (('--direct_running_mode', 'in_memory'), '--direct_running_mode'),
     ],

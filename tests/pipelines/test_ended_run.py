@@ -294,6 +294,6 @@ class TestTheVideoOfARun:
 
     def test_that_takes_too_long_is_one_line(self, filmed, monkeypatch, capsys):
         monkeypatch.setattr(video, 'RUN_SECONDS', -1.0)
-        assert finish.film([str(filmed), '60']) == 2
+        assert finish.film([str(filmed), '60']) == 1
         assert capsys.readouterr().err == 'video.mp4: not made within -1 s\n'
         assert not (filmed / 'video.mp4').exists()

@@ -22,7 +22,7 @@ from tf_agents.trajectories import time_step as ts
 from agents.config import EnvironmentConfig
 from infra import sealed
 from infra.parameter_server.checkpoint import Checkpoint
-from pipelines import evaluate, export
+from pipelines import api, evaluate, export
 from pipelines.errors import UsageError
 from pipelines.evaluation import entrants, local, policies, results, starts
 from pipelines.evaluation.play import Failure, Score
@@ -186,6 +186,30 @@ def test_a_result_says_what_was_played_with_what(run_dir, monkeypatch, capsys):
         ' most 18,000 frames; deviations: epsilon 0.1, episodes 2)'
     )
     assert place.startswith(f'policy {run_dir}; written to {run_dir}/evaluation-noop-')
+
+
+@pytest.mark.parametrize('command', ['evaluate.py', 'api'])
+def test_the_games_have_the_bound_of_the_command(run_dir, monkeypatch, command):
+    seen = []
+
+    def play_all(policies, games, num_threads, hang_seconds, tick):
+        seen.append(hang_seconds)
+        yield from scores(1.0)
+
+    monkeypatch.setattr(local, 'play_all', play_all)
+    if command == 'api':
+        api.evaluate(run_dir, hang_seconds=33.0)
+    else:
+        evaluate.main([f'--run_dir={run_dir}', '--hang_seconds=33'])
+    assert seen == [33.0]
+
+
+def test_a_video_has_the_bound_of_the_command(tmp_path):
+    path = tmp_path / 'a.mp4'
+    flags = ['--policy=random', '--games=pong', f'--video={path}', '--hang_seconds=33']
+    film = evaluate._film(evaluate.parse(flags))
+    assert film is not None
+    assert (film.hang_seconds, film.new) == (33.0, True)
 
 
 def test_a_failed_game_is_counted_and_named_and_the_rest_stands(run_dir, monkeypatch, capsys):
@@ -643,6 +667,12 @@ class TestBadInput:
         (line,) = capsys.readouterr().err.splitlines()
         assert flag.partition('=')[0] in line
         assert 'Fix: ' in line
+
+    def test_a_bound_that_a_slow_start_would_exceed(self, capsys):
+        flags = ['--policy=random', '--games=pong', '--hang_seconds=1']
+        assert '--hang_seconds 1: must be from 10 to 86400. Fix: ' in self.refused(flags, capsys)
+        with pytest.raises(UsageError, match='--hang_seconds 1: must be'):
+            api.evaluate('runs/a', hang_seconds=1)
 
     def test_an_unknown_protocol(self, capsys):
         with pytest.raises(SystemExit) as ended:

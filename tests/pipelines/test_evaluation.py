@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 
 import apache_beam as beam
 import numpy as np
@@ -28,6 +29,7 @@ from pipelines.errors import UsageError
 from pipelines.evaluation import local, policies, results, starts
 from pipelines.evaluation.bounded import HungError, within
 from pipelines.evaluation.play import CancelledError, Failure, Game, Score, Step, play
+from pipelines.evaluation.players import Players
 from pipelines.evaluation.policies import Policy, of_chance
 from pipelines.evaluation.starts import Start, StartFile
 from pipelines.experiment import presets
@@ -274,6 +276,24 @@ class TestHungGames:
             *['HungError: no step for 0.5 s (--hang_seconds)'] * 3,
             'HungError: not played',
         ]
+
+    def test_count_over_all_threads(self, hanging):
+        failures = list(local.play_all(hanging, [self._game(hanging, 0)] * 8, 2, 0.5))
+        reasons = [failure.reason for failure in failures if isinstance(failure, Failure)]
+        hung = [reason for reason in reasons if 'no step for' in reason]
+        assert len(reasons) == 8
+        assert len(hung) in (3, 4)  # the other thread may have begun a fourth before the third hung
+
+    @pytest.mark.parametrize('fails', [False, True])
+    def test_are_not_in_a_row_with_another_end_between(self, hanging, fails):
+        game = self._game(hanging, 1)
+        if fails:
+            unknown = dataclasses.replace(game.environment, game='nosuch')
+            game = dataclasses.replace(game, environment=unknown)
+        hung = Counter({1: 2})
+        record = Players(hanging.__getitem__, 0.5, hung).played(game)
+        assert isinstance(record, Failure) == fails
+        assert hung[1] == 0
 
     def test_do_not_keep_an_evaluation_that_is_interrupted(self, hanging):
         games = [self._game(hanging, index) for index in (0, 1)]

@@ -295,7 +295,8 @@ def test_a_run_that_trains_further_keeps_the_evaluation_of_before_under_another_
 def test_what_a_child_leaves_that_is_killed_while_it_films_is_removed(
     directory, signals, capsys, monkeypatch
 ):
-    left = ['.video.mp4.0123456789ab', '.policy.0123456789ab', 'evaluation.partial.json']
+    unnamed = ('video.mp4', 'policy', 'best', 'evaluation.partial.json')
+    left = ['evaluation.partial.json', *(f'.{name}.0123456789ab' for name in unnamed)]
     others = '.mine.mp4.0123456789ab'  # that another process writes
 
     def write():

@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import signal
+import time
 from collections.abc import Iterator
 
 import av
@@ -18,7 +19,7 @@ from PIL import Image, ImageSequence
 from agents.config import EnvironmentConfig
 from agents.games import loaded
 from pipelines import evaluate
-from pipelines.errors import UsageError
+from pipelines.errors import FailedError, UsageError
 from pipelines.evaluation import panel, video
 from pipelines.evaluation.encoder import encoder
 from pipelines.evaluation.play import CancelledError, Emulator, Game, Step, play
@@ -28,6 +29,7 @@ from pipelines.experiment import builders, presets
 from pipelines.experiment.protocols import PROTOCOLS, Protocol
 
 SHORT = Protocol('noop', epsilon=1.0, max_frames=120)
+STILL = dataclasses.replace(SHORT, max_noops=0, epsilon=0.0)
 PONG = EnvironmentConfig(game='pong')
 CHANCE = of_chance('pong', full_action_space=False)
 
@@ -89,8 +91,7 @@ class TestAVideo:
 
     def test_shows_the_emulators_screen(self, tmp_path):
         path = tmp_path / 'pong.gif'
-        still = dataclasses.replace(SHORT, max_noops=0, epsilon=0.0)
-        video.record(CHANCE_THAT_WAITS, game(still), video.Film(path))
+        video.record(CHANCE_THAT_WAITS, game(STILL), video.Film(path))
         pictures = gif_pictures(path)
         for step in (0, 10, 29):
             expected = screen_after(step).repeat(3, 0).repeat(3, 1)
@@ -100,6 +101,13 @@ class TestAVideo:
         with pytest.raises(CancelledError):
             video.record(CHANCE, game(), video.Film(tmp_path / 'a.mp4'), lambda: True)
         assert list(tmp_path.iterdir()) == []
+
+    def test_that_hangs_fails_and_leaves_no_file(self, tmp_path):
+        film = video.Film(tmp_path / 'a' / 'a.mp4', hang_seconds=0.5)
+        with pytest.raises(FailedError, match=r'--video .*a\.mp4: no step for 0\.5 s') as failed:
+            video.record(CHANCE_THAT_HANGS, game(STILL), film)
+        assert failed.value.exit_code == 1
+        assert list(film.path.parent.iterdir()) == []
 
     @pytest.mark.parametrize('name', ['a.mp4', 'a.gif'])
     def test_without_space_is_one_line_and_leaves_no_file(self, name, tmp_path):
@@ -120,7 +128,15 @@ class Waits(Policy):
         return (lambda: lambda observation: 0), None
 
 
+class Hangs(Policy):
+    """Takes five seconds for its first action."""
+
+    def opened(self):
+        return (lambda: lambda observation: time.sleep(5)), None
+
+
 CHANCE_THAT_WAITS = Waits('waits', PONG)
+CHANCE_THAT_HANGS = Hangs('hangs', PONG)
 
 
 def gif_pictures(path: pathlib.Path) -> list[np.ndarray]:
@@ -146,7 +162,7 @@ class TestAnEncoder:
         # 300 colours in two pictures: the palette is begun again.
         colours = rng.integers(256, size=(300, 3)).astype(np.uint8)
         pictures = [colours[rng.integers(low, low + 150, (20, 30))] for low in (0, 150)]
-        with encoder(tmp_path / 'a.gif', fractions.Fraction(15)) as add:
+        with encoder(tmp_path / 'a.gif', tmp_path / 'b', fractions.Fraction(15)) as add:
             for picture in [*pictures, pictures[0]]:
                 add(picture)
         found = gif_pictures(tmp_path / 'a.gif')
@@ -155,7 +171,7 @@ class TestAnEncoder:
 
     def test_of_gifs_reduces_more_than_256_colours_to_the_nearest(self, tmp_path):
         picture = np.random.default_rng(0).integers(256, size=(20, 30, 3)).astype(np.uint8)
-        with encoder(tmp_path / 'a.gif', fractions.Fraction(15)) as add:
+        with encoder(tmp_path / 'a.gif', tmp_path / 'b', fractions.Fraction(15)) as add:
             add(picture)
         (found,) = gif_pictures(tmp_path / 'a.gif')
         # Of 8 bits 3, 3 and 2 are kept.
@@ -165,7 +181,7 @@ class TestAnEncoder:
     def test_replaces_no_file_that_came_meanwhile(self, tmp_path):
         path, black = tmp_path / 'a.gif', np.zeros((20, 30, 3), np.uint8)
         with pytest.raises(FileExistsError):
-            with encoder(path, fractions.Fraction(15), new=True) as add:
+            with encoder(path, tmp_path / 'b', fractions.Fraction(15), new=True) as add:
                 add(black)
                 path.write_text("another command's")
         assert [file.name for file in tmp_path.iterdir()] == ['a.gif']
@@ -177,7 +193,7 @@ class TestAnEncoder:
         pictures = np.random.default_rng(0).integers(9, size=(5, 32, 32, 3)).astype(np.uint8)
 
         def encode() -> None:
-            with encoder(path, fractions.Fraction(15)) as add:
+            with encoder(path, tmp_path / 'b', fractions.Fraction(15)) as add:
                 for picture in pictures:
                     add(picture)
 
