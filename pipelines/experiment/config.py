@@ -32,6 +32,7 @@ from pipelines.experiment.protocols import RUN_PROTOCOLS
 CONFIG_FILE = 'config.json'
 """Name of the file in the directory of a run."""
 TOPOLOGIES = ('separate', 'bundled')
+BUNDLE_REPLAYS = ('worker', 'servers')
 _MOST_EPISODES = 100_000  # of an evaluation; far above what is of use
 
 
@@ -42,7 +43,12 @@ class RunConfig:
     topology: str = described(
         'separate',
         "'separate': actors and learners, in Beam jobs of their own, share a replay; 'bundled':"
-        ' bundles, each an actor with its own replay and a learner (paper, section 4).',
+        ' bundles, each an actor and a learner that take turns (paper, section 4).',
+    )
+    bundle_replay: str = described(
+        'worker',
+        "Where bundles have their replay. 'worker': each in its own process (paper, section 4);"
+        " checkpoints do not hold it. 'servers': at the run's replay shards, as replay_mode says.",
     )
     num_actors: int = described(
         1, 'Actors, one worker process each. Add some when learners wait for data.'
@@ -102,6 +108,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_choice(self, 'topology', TOPOLOGIES)
+        require_choice(self, 'bundle_replay', BUNDLE_REPLAYS)
         if self.evaluation_protocol == 'human':
             raise ValueError(
                 '--evaluation_protocol human: the end of training has no start points. Fix: omit'
@@ -126,6 +133,11 @@ class RunConfig:
             'max_frames': self.evaluation_max_frames,
             'episodes': self.evaluation_episodes,
         }
+
+    @property
+    def replay_in_workers(self) -> bool:
+        """Whether each worker has a replay of its own, so that servers hold none."""
+        return self.topology == 'bundled' and self.bundle_replay == 'worker'
 
     @property
     def workers(self) -> dict[str, int]:
@@ -160,7 +172,7 @@ class ExperimentConfig:
                 f'--topology bundled: a bundle is one actor and one learner (--num_actors'
                 f' {run.num_actors}, --num_learners {run.num_learners}). Fix: make them equal.'
             )
-        if run.topology == 'separate' and replay.replay_mode == 'local':
+        if not run.replay_in_workers and replay.replay_mode == 'local':
             shards = replay.num_replay_shards
             if shards != run.num_actors or shards != run.num_learners:
                 raise ValueError(
@@ -168,7 +180,7 @@ class ExperimentConfig:
                     f' {run.num_actors}, --num_learners {run.num_learners}, --num_replay_shards'
                     f' {shards}). Fix: make them equal.'
                 )
-        elif replay.num_replay_shards > run.num_actors and run.topology == 'separate':
+        elif replay.num_replay_shards > run.num_actors and not run.replay_in_workers:
             raise ValueError(
                 f'--num_replay_shards {replay.num_replay_shards}: a shard would stay empty'
                 f' (--num_actors {run.num_actors}). Fix: use fewer shards or more actors.'
@@ -185,6 +197,18 @@ class ExperimentConfig:
                 f' ({self.max_agent_steps} agent steps, --min_replay_size'
                 f' {replay.min_replay_size}). Fix: raise the first or lower the second.'
             )
+
+    @property
+    def served_replay(self) -> ReplayConfig:
+        """The replay as its servers have it.
+
+        Bundles keep minimum size and ratio by taking turns: a limiter would block their only
+        thread, and a table counts confirmed transitions alone, which lag behind the steps.
+        """
+        if self.run.topology == 'separate' or self.run.replay_in_workers:
+            return self.replay
+        shards = self.replay.num_replay_shards
+        return dataclasses.replace(self.replay, min_replay_size=shards, agent_steps_per_update=0.0)
 
     @property
     def max_agent_steps(self) -> int:
@@ -299,6 +323,7 @@ _ADDED = {
     ('parameter_server', 'learning_rate_end'): 0.0,
     ('parameter_server', 'learning_rate_updates'): 0,
     ('parameter_server', 'average_updates'): 0,
+    ('run', 'bundle_replay'): 'worker',
     ('run', 'evaluation_protocol'): 'noop',
     ('run', 'evaluator_cpu_share'): 0.03,
     ('run', 'evaluator_episodes'): 5,

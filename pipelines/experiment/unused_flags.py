@@ -28,6 +28,11 @@ _EVALUATOR = (
     lambda config: config.run.evaluator_cpu_share > 0,
 )
 _SEPARATE = ('--topology separate', lambda config: config.run.topology == 'separate')
+_BUNDLED = ('--topology bundled', lambda config: config.run.topology == 'bundled')
+_SERVED = (
+    '--topology separate or --bundle_replay servers',
+    lambda config: not config.run.replay_in_workers,
+)
 _ATARI = ('an Atari game', lambda config: config.environment.is_atari)
 _ELSEWHERE = ('an environment outside Atari', lambda config: not config.environment.is_atari)
 _BUILTIN = ('--q_network builtin', lambda config: config.network.q_network == BUILTIN)
@@ -58,9 +63,10 @@ _NEEDS: Mapping[str, tuple[str, Callable[[ExperimentConfig], bool]]] = {
     'actor_priorities': _PRIORITIZED,
     'evaluator_episodes': _EVALUATOR,
     'evaluation_period_updates': _EVALUATOR,
-    'replay_mode': _SEPARATE,
+    'bundle_replay': _BUNDLED,
+    'replay_mode': _SERVED,
     'sample_insert_tolerance': _SEPARATE,
-    'checkpoint_replay': _SEPARATE,
+    'checkpoint_replay': _SERVED,
     'batches_in_flight': _SEPARATE,
     'pushes_in_flight': _OVERLAPPED,
     'outlier_decay': (

@@ -16,10 +16,10 @@ def cluster_config(
     return ClusterConfig(
         run_directory=directory,
         parameter_server=config.parameter_server,
-        replay=config.replay,
+        replay=config.served_replay,
         trajectory=trajectory_spec(config),
         batch_size=config.learner.batch_size,
-        experience=config.run.topology != 'bundled',
+        experience=not config.run.replay_in_workers,
         host=launch.host,
         replay_checkpoint_directory=directory / SHARD_CHECKPOINTS,
         parameter_addresses=launch.parameter_addresses,

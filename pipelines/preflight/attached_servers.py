@@ -52,7 +52,7 @@ def require_servers(config: ExperimentConfig, launch: Launch) -> None:
     for shard, address in enumerate(launch.replay_addresses):
         tables = _answer(address, 'replay shard', _ask_replay_shard)
         _check_replay_shard(tables, config, shard, address)
-        if not launch.resume and config.run.topology != 'bundled':
+        if not launch.resume and not config.run.replay_in_workers:
             _require_empty(tables[EXPERIENCE_TABLE].current_size, address)
 
 
@@ -157,14 +157,13 @@ def _check_owner(
 def _check_replay_shard(
     tables: Mapping[str, Any], config: ExperimentConfig, shard: int, address: str
 ) -> None:
-    bundled = config.run.topology == 'bundled'
     if shard == 0 and TELEMETRY_TABLE not in tables:
         raise UsageError(
             f'{address}: is first in --replay_addresses, but has no telemetry queue. Fix: list'
             ' shard 0 first.'
         )
-    if bundled:
-        return  # each bundle has its own replay
+    if config.run.replay_in_workers:
+        return
     if EXPERIENCE_TABLE not in tables:
         raise UsageError(
             f'{address}: has no table {EXPERIENCE_TABLE!r} (is it the server of a bundled run?).'
@@ -201,12 +200,13 @@ def _expected(config: ExperimentConfig) -> dict[str, Any]:
     """Properties that the table must have for this experiment."""
     spec = trajectory_spec(config)
     # Reverb reports 1 for a table without a ratio.
-    ratio = config.replay.samples_per_insert(config.learner.batch_size) or 1.0
+    replay = config.served_replay
+    ratio = replay.samples_per_insert(config.learner.batch_size) or 1.0
     return {
         'rows and bytes of an item': [spec.window, spec.row_bytes],
         'frames': spec.rows_name,
-        'capacity': config.replay.shard_capacity,
-        'minimum size': config.replay.shard_min_size,
+        'capacity': replay.shard_capacity,
+        'minimum size': replay.shard_min_size,
         'samples per insert': ratio,
-        'priority exponent': config.replay.priority_exponent,
+        'priority exponent': replay.priority_exponent,
     }

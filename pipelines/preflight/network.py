@@ -36,7 +36,7 @@ def require_ports(config: ExperimentConfig, launch: Launch) -> None:
     _require_host(launch)
     shards = {
         'parameter': config.parameter_server.num_parameter_shards,
-        'replay': 1 if config.run.topology == 'bundled' else config.replay.num_replay_shards,
+        'replay': 1 if config.run.replay_in_workers else config.replay.num_replay_shards,
     }
     if both := set(launch.parameter_ports) & set(launch.replay_ports):
         raise UsageError(

@@ -34,7 +34,7 @@ def memory_bytes(config: ExperimentConfig, launch: Launch) -> int:
         total += sum(run.workers.values()) * _BYTES_PER_WORKER
         total += run.num_actors * config.actor.envs_per_actor * _BYTES_PER_ENVIRONMENT
         total += run.num_learners * config.learner.batch_size * _BYTES_PER_BATCHED_TRANSITION
-        if run.topology == 'bundled':  # the workers hold the replay
+        if run.replay_in_workers:
             total += replay_bytes(config)
     return total
 
@@ -46,7 +46,7 @@ def servers_bytes(config: ExperimentConfig, launch: Launch) -> int:
         total += config.parameter_server.num_parameter_shards * _BYTES_PER_SERVER
     if launch.replay_addresses:
         return total
-    if config.run.topology == 'bundled':
+    if config.run.replay_in_workers:
         return total + _BYTES_PER_SERVER  # telemetry
     total += config.replay.num_replay_shards * _BYTES_PER_SERVER
     return total + replay_bytes(config)
@@ -62,7 +62,7 @@ def replay_bytes(config: ExperimentConfig) -> int:
 
 def disk_bytes(config: ExperimentConfig, launch: Launch) -> int:
     """Disk space of a run directory, in bytes."""
-    saved = config.run.checkpoint_replay and config.run.topology != 'bundled'
+    saved = config.run.checkpoint_replay and not config.run.replay_in_workers
     replay = replay_bytes(config) if saved and not launch.replay_addresses else 0
     return _KEPT_CHECKPOINTS * replay + _BYTES_WITHOUT_REPLAY
 

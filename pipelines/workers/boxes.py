@@ -383,10 +383,18 @@ def acting(
         behaviour = builders.build_behaviour(config, policy, spec.worker, environment.num_actions)
         stack_size = config.environment.frame_stack
         actor = Actor(config.actor, environment, behaviour, adder, parameters, stack_size)
-        own_replay = StatusReader(replay) if config.run.topology == 'bundled' else None
+        own_replay = StatusReader(replay) if config.run.replay_in_workers else None
         exploration = (*seeds, _EXPLORATION_STREAM)
         yield ActorWorker(actor, exploration, config, worker.telemetry, adder, own_replay)
         actor.sync()  # reports the last agent steps
+
+
+def shards_of(config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec) -> tuple[str, ...]:
+    """Addresses of the replay shards that a learning worker samples."""
+    shards = addresses.replay
+    if config.replay.replay_mode == 'local':
+        shards = (shards[shard_of_worker(spec.worker, len(shards))],)
+    return shards
 
 
 def samples_of(config: ExperimentConfig, shards: tuple[str, ...]) -> 'ReplayDataset':
@@ -409,9 +417,7 @@ def open_learner(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
 ) -> Iterator[OpenWorker]:
     """Opens a learner with its network, sample stream and connections."""
-    shards = addresses.replay
-    if config.replay.replay_mode == 'local':
-        shards = (shards[shard_of_worker(spec.worker, len(shards))],)
+    shards = shards_of(config, addresses, spec)
     with contextlib.ExitStack() as stack:
         build = functools.partial(learners_network, config, spec)
         worker = stack.enter_context(enlisted(config, addresses, spec, 'learner', build))

@@ -1,10 +1,10 @@
-"""A bundle in its worker: experiment and addresses in; actor, replay and learner in turn out."""
+"""A bundle in its worker: experiment and addresses in; actor and learner in turn out."""
 
 import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipelines.experiment.config import ExperimentConfig
@@ -64,30 +64,39 @@ class Bundle:
 def open_bundle(
     config: ExperimentConfig, addresses: Addresses, spec: WorkerSpec
 ) -> Iterator[OpenWorker]:
-    """Opens a bundle with its replay, environments, network and connections."""
+    """Opens a bundle with its environments, network, connections and, if own, its replay."""
     build = functools.partial(boxes.learners_network, config, spec)
+    own = config.run.replay_in_workers
+    shards = () if own else boxes.shards_of(config, addresses, spec)
     with (
         boxes.enlisted(config, addresses, spec, 'bundle', build) as worker,
-        bundled(config, worker) as bundle,
+        bundled(config, worker, shards) as bundle,
     ):
         yield OpenWorker('bundle', worker, bundle)
 
 
 @contextlib.contextmanager
-def bundled(config: ExperimentConfig, worker: Enlisted) -> Iterator[Bundle]:
-    """Opens an enlisted worker's replay, environments, actor and learner."""
+def bundled(
+    config: ExperimentConfig, worker: Enlisted, shards: tuple[str, ...] = ()
+) -> Iterator[Bundle]:
+    """Opens an enlisted worker's environments, actor and learner.
+
+    Their replay is at `shards`, or, without any, in this process.
+    """
     from agents.policy import GreedyPolicy
 
     own = bundle_config(config)
     with contextlib.ExitStack() as stack:
-        replay = (stack.enter_context(open_local_replay(own)),)
+        replay = shards or (stack.enter_context(open_local_replay(own)),)
         samples = Later(lambda: stack.enter_context(boxes.samples_of(own, replay)))
         learner = stack.enter_context(boxes.learning(own, replay, worker, samples))
         policy = GreedyPolicy(worker.network.model)
         actor = stack.enter_context(
             boxes.acting(own, replay, worker, policy, LearnersParameters(learner))
         )
-        owed = UpdatesOwed(own.replay.min_replay_size, config.replay.agent_steps_per_update)
+        missing = config.replay.min_replay_size - held(replay)
+        share = max(0, -(-missing // config.run.num_actors))
+        owed = UpdatesOwed(share, config.replay.agent_steps_per_update)
         yield Bundle(actor, learner, owed)
 
 
@@ -127,11 +136,18 @@ class Later:
         return next(self._iterator)
 
 
-class UpdatesOwed:
-    """Converts agent steps to updates at the configured ratio, from the minimum replay size on."""
+def held(shards: Sequence[str]) -> int:
+    """Transitions at the replay shards, as far as they answer: those of a resumed run have some."""
+    from infra.replay.status import StatusReader
 
-    def __init__(self, min_replay_size: int, agent_steps_per_update: float):
-        self._unlearned = min_replay_size
+    return sum(status.get('size', 0) for status in StatusReader(shards).read())
+
+
+class UpdatesOwed:
+    """Converts agent steps to updates at the configured ratio, after the first `unlearned`."""
+
+    def __init__(self, unlearned: int, agent_steps_per_update: float):
+        self._unlearned = unlearned
         self._steps_per_update = agent_steps_per_update
         self._steps = 0.0
         self._carried = 0

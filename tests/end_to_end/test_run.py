@@ -179,7 +179,7 @@ def test_hung_and_killed_bundles_and_a_killed_shard_with_the_clock_are_replaced(
     monkeypatch.setenv('WANDB_MODE', 'offline')
     run_dir = tmp_path / 'run'
     flags = ('--topology=bundled', '--num_actors=2', '--num_learners=2', '--max_frames=12000')
-    more = ('--wandb_project=gorila', f'--hang_seconds={HANG_SECONDS}')
+    more = ('--bundle_replay=servers', '--wandb_project=gorila', f'--hang_seconds={HANG_SECONDS}')
     process = launching.start(run_dir, *flags, *more, *launching.SMALL)
     launching.wait_for_updates(process, run_dir)
     hung = both_bundles_of(run_dir)
@@ -200,6 +200,7 @@ def test_hung_and_killed_bundles_and_a_killed_shard_with_the_clock_are_replaced(
     assert launching.finish(process, run_dir) == 0, launching.output(run_dir)
     restarts = launching.check_run_directory(run_dir, 12_000)['restarts']
     assert restarts.get('bundle', 0) >= 4  # both, twice
+    assert [*run_dir.glob('checkpoints/*/replay/shard-0')]
     assert restarts.get('parameter_server', 0) >= 1
     (launch,) = provenance.launches(run_dir / 'launches.jsonl')
     (logged,) = run_dir.glob(f'wandb/offline-run-*-{launch["wandb"]["id"]}/*.wandb')

@@ -27,7 +27,7 @@ def servers():
             config = command_line.experiment(preset, values)
             shards = stack.enter_context(parameter_servers.serve(config.parameter_server))
             settings = ShardConfig(
-                config.replay,
+                config.served_replay,
                 trajectory_spec(config),
                 config.learner.batch_size,
                 telemetry,
@@ -211,6 +211,15 @@ def test_a_bundled_runs_server_fits_a_bundled_run_only(servers):
     _, addresses = servers(experience=False)
     check('--topology=bundled', '--num_actors=2', '--num_learners=2', *addresses)
     with pytest.raises(UsageError, match="no table 'experience'"):
+        check(*addresses)
+
+
+def test_bundles_at_servers_fit_a_replay_that_waits_for_nothing(servers):
+    bundles = ('--topology=bundled', '--num_actors=2', '--num_learners=2')
+    at_servers = (*bundles, '--bundle_replay=servers')
+    _, addresses = servers(*at_servers)
+    check(*at_servers, *addresses)
+    with pytest.raises(UsageError, match='started with minimum size 1, but this run uses 100'):
         check(*addresses)
 
 

@@ -43,6 +43,7 @@ def run_dir(tmp_path):
     return directory
 
 
+BUNDLED = ('--topology=bundled', '--num_actors=2', '--num_learners=2')
 RUN_COMMANDS = ((run, '--resume'), (evaluate,), (export,))
 
 
@@ -131,6 +132,13 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--num_quantiles=9', '--agent=dqn'), '--agent qr_dqn'),
         (('--preset=apex', '--epsilon_updates=9'), '--no-epsilon_ladder'),
         (('--ladder_epsilon=0.1',), '--epsilon_ladder'),
+        (('--bundle_replay=servers',), '--topology bundled'),
+        (('--bundle_replay=all',), "'all'"),
+        (
+            (*BUNDLED, '--bundle_replay=servers', '--replay_mode=local'),
+            'Fix: make them equal',
+        ),
+        ((*BUNDLED, '--replay_mode=local'), '--topology separate or --bundle_replay servers'),
         (('--preset=nature', '--importance_updates=9'), '--priority_exponent'),
         (('--optimizer=adagrad', '--adam_beta_1=0.5'), '--optimizer adam'),
         (

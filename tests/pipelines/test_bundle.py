@@ -9,7 +9,10 @@ import reverb
 from agents import policy as policy_lib
 from infra import telemetry
 from infra.parameter_server import client as client_lib
+from infra.replay.server import ShardConfig, build_tables, start_server, stop_server
+from infra.replay.status import StatusReader
 from pipelines.experiment import presets
+from pipelines.experiment.frames import trajectory_spec
 from pipelines.experiment.launch import Addresses
 from pipelines.workers import boxes
 from pipelines.workers import bundle as bundle_lib
@@ -54,6 +57,15 @@ class Tape(client_lib.ParameterClient):
         return [reply().staleness for reply in self.pushes]
 
 
+def served(stack, config):
+    """Starts the replay shards of an experiment; returns their addresses."""
+    shard = ShardConfig(config.served_replay, trajectory_spec(config), telemetry=False)
+    servers = [start_server(build_tables(shard, i)) for i in range(config.replay.num_replay_shards)]
+    for server in servers:
+        stack.callback(stop_server, server)
+    return tuple(f'127.0.0.1:{server.port}' for server in servers)
+
+
 @pytest.fixture
 def opened(monkeypatch):
     """Opens two bundles on one pair of shards; gives each with its tape, and the shards."""
@@ -64,16 +76,20 @@ def opened(monkeypatch):
         queue = reverb.Server([telemetry.build_table()])
         stack.callback(queue.stop)
 
-        def opened(**overrides):
+        def opened(replay=(), **overrides):
             small = {
                 'torso': 'dqn2013', 'num_actors': 2, 'num_learners': 2, 'num_parameter_shards': 2,
                 'replay_capacity': 2_000, 'min_replay_size': 2,
             }  # fmt: skip
             config = presets.experiment('paper', {**small, **overrides})
             shards = stack.enter_context(parameter_servers.serve(config.parameter_server))
+            if not config.run.replay_in_workers:
+                opened.replay = replay or served(stack, config)  # type: ignore[attr-defined]
+                replay = opened.replay  # type: ignore[attr-defined]
             servers = Addresses(
-                tuple(shard.address for shard in shards), (), f'127.0.0.1:{queue.port}'
+                tuple(shard.address for shard in shards), replay, f'127.0.0.1:{queue.port}'
             )
+            Tape.tapes.clear()
             workers = [
                 stack.enter_context(open_bundle(config, servers, WorkerSpec(number, 0)))
                 for number in range(2)
@@ -82,6 +98,28 @@ def opened(monkeypatch):
             return zip([worker.box for worker in workers], Tape.tapes, strict=True)
 
         yield opened
+
+
+@pytest.mark.parametrize(('mode', 'num_shards'), [('global', 1), ('local', 2)])
+def test_bundles_at_servers_learn_from_what_their_shards_hold(opened, mode, num_shards):
+    # 64 agent steps each are the minimum; the two environments have begun 5 windows each.
+    at_servers = {'bundle_replay': 'servers', 'replay_mode': mode, 'num_replay_shards': num_shards}
+    (first, _), (second, _) = opened(**at_servers, min_replay_size=2 * TURN_AGENT_STEPS)
+    assert [turn(first, 0), turn(first, 1)] == [0, BURST]
+    sizes = [status['size'] for status in StatusReader(opened.replay).read()]
+    assert sizes == pytest.approx([2 * TURN_AGENT_STEPS, 0][:num_shards], abs=20)
+    assert [turn(second, 0), turn(second, 1)] == [0, BURST]
+    sizes = [status['size'] for status in StatusReader(opened.replay).read()]
+    assert sum(sizes) == pytest.approx(4 * TURN_AGENT_STEPS, abs=40)
+
+
+def test_a_bundle_that_begins_again_learns_at_once_from_what_the_servers_hold(opened):
+    at_servers = {'bundle_replay': 'servers', 'min_replay_size': TURN_AGENT_STEPS}
+    (bundle, _), _ = opened(**at_servers)
+    for segment in range(2):
+        turn(bundle, segment)
+    (again, _), _ = opened(**at_servers, replay=opened.replay)
+    assert turn(again, 0) == BURST
 
 
 def results(monkeypatch, module, name):

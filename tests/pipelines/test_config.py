@@ -118,6 +118,7 @@ def test_the_configuration_of_a_run_of_95d57f4_is_read_with_the_values_that_it_l
         ('network', 'precision'): 'float32',
         ('network', 'dense_layers'): '256,256',
         ('network', 'q_network'): 'builtin',
+        ('run', 'bundle_replay'): 'worker',
         ('agent', 'munchausen'): False,
         ('agent', 'munchausen_temperature'): 0.03,
         ('agent', 'munchausen_scale'): 0.9,

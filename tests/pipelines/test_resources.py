@@ -49,12 +49,16 @@ def one_core():
         ('bundled', (), 4.2576 * GB + REPLAY_BYTES),
         ('separate', ('--replay_addresses=host:1',), 5.5076 * GB),
         ('separate', ('--parameter_addresses=host:1',), 5.5076 * GB + REPLAY_BYTES),
+        ('served', (), 4.2576 * GB + REPLAY_BYTES),
+        ('served', ('--replay_addresses=host:1',), 3.7076 * GB),
         # Bundles hold the replay, whoever holds the telemetry.
         ('bundled', ('--replay_addresses=host:1',), 3.7076 * GB + REPLAY_BYTES),
     ],
 )
 def test_memory_counts_each_process_on_this_machine_once(topology, flags, expected):
-    found = resources.memory_bytes(config(topology=topology), launch(*flags))
+    served = {'topology': 'bundled', 'bundle_replay': 'servers'}
+    values = served if topology == 'served' else {'topology': topology}
+    found = resources.memory_bytes(config(**values), launch(*flags))
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -92,6 +96,8 @@ def test_disk_counts_the_replay_only_where_it_is_saved():
     assert with_replay - without == 3 * REPLAY_BYTES  # two kept, one being written
     assert resources.disk_bytes(config(), launch('--replay_addresses=host:1')) == without
     assert resources.disk_bytes(config(topology='bundled'), launch()) == without
+    served = config(topology='bundled', bundle_replay='servers')
+    assert resources.disk_bytes(served, launch()) == with_replay
 
 
 def test_attached_replay_does_not_switch_off_the_check(monkeypatch):

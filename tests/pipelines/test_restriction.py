@@ -102,7 +102,7 @@ def test_a_drain_leaves_nothing_of_the_rest_so_that_workers_without_an_end_end()
 
 
 def test_updates_are_owed_at_the_ratio_once_the_replay_is_filled():
-    owed = UpdatesOwed(min_replay_size=100, agent_steps_per_update=4.0)
+    owed = UpdatesOwed(unlearned=100, agent_steps_per_update=4.0)
     assert owed.after(64) == 0
     # 36 of these 64 still fill the replay; 28 / 4 = 7 updates.
     assert owed.after(TURN_AGENT_STEPS) == 7
@@ -113,5 +113,5 @@ def test_updates_are_owed_at_the_ratio_once_the_replay_is_filled():
 
 
 def test_without_a_ratio_every_segment_owes_one_update():
-    owed = UpdatesOwed(min_replay_size=10, agent_steps_per_update=0.0)
+    owed = UpdatesOwed(unlearned=10, agent_steps_per_update=0.0)
     assert [owed.after(8), owed.after(8), owed.after(8)] == [0, 1, 1]
