@@ -95,6 +95,7 @@ class ParameterServerConfig:
         require_choice(self, 'wire', WIRE_NAMES)
         require_at_least(self, 1, 'num_parameter_shards', 'target_update_period')
         require_at_least(self, 0, 'max_staleness', 'optimizer_epsilon')
+        require_positive(self, 'learning_rate', 'adagrad_initial_accumulator')
         require_at_least(self, 0, 'learning_rate_end', 'learning_rate_updates')
         if self.learning_rate_updates and self.learning_rate_end > self.learning_rate:
             raise ValueError(
@@ -112,7 +113,6 @@ class ParameterServerConfig:
         # Every tenth update enters the average (see optimizers.py).
         averages = self.average_updates == 0 or self.average_updates >= 100
         require(self, 'average_updates', averages, '0 or at least 100')
-        require_positive(self, 'learning_rate', 'adagrad_initial_accumulator')
         for name in ('optimizer_decay', 'optimizer_momentum', 'adam_beta_1', 'adam_beta_2'):
             value = getattr(self, name)
             require(self, name, 0 <= value < 1, 'at least 0 and less than 1')

@@ -162,7 +162,8 @@ class Finishing:
             self.display.message(
                 f'{" and ".join(outcome.missing)}: not finished. Fix: {resuming(self.directory)}.'
             )
-        filmed = outcome.filmed or not self.config.run.video or self.signals.received
+        interrupted = outcome.missing and self.signals.received  # a resume makes up for all
+        filmed = outcome.filmed or not self.config.run.video or interrupted
         if outcome.evaluation is not None and not filmed:
             self.display.message(
                 'video.mp4: not made (logs/finish.log has the reason). Fix: run'

@@ -17,6 +17,7 @@ from infra.disk import Generations, read_json, replaced_directory, sync, write_j
 from infra.parameter_server import checkpoint
 from infra.parameter_server.checkpoint import Checkpoint, DamagedCheckpointError
 from pipelines.errors import UsageError
+from pipelines.events import finite
 from pipelines.experiment import config as config_lib
 from pipelines.storage.checkpoints import PARAMETERS
 from pipelines.storage.evaluations import EVALUATION_FILE
@@ -141,11 +142,13 @@ def evaluation_row(
 def is_best(evaluation: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
     """Whether an evaluation is at least as good as the best so far; of equal ones the newer counts.
 
-    Scores by other rules do not compare: after a resume with other rules the best starts anew.
+    So it does for the same parameters. Scores by other rules do not compare: after a resume with
+    other rules the best starts anew.
     """
     if best is None or any(evaluation[name] != best.get(name) for name in _RULES):
         return True
-    return bool(evaluation['mean'] >= best['mean'])
+    same = evaluation['updates'] == best.get('updates')
+    return same or bool(evaluation['mean'] >= best['mean'])
 
 
 def keep_best(
@@ -177,11 +180,13 @@ def keep_checkpoint_if_best(directory: RunDirectory, result: Mapping[str, Any]) 
       UsageError: the configuration is not readable.
     """
     parameters = directory.checkpoints / result['policy']['checkpoint'] / PARAMETERS
-    if result['failed'] or not parameters.is_dir() or not is_best(result, read_best(directory)):
+    if result['failed'] or not parameters.is_dir():
         return
     clock = checkpoint.read_clock(str(parameters))
     action_repeat = config_lib.load(directory.config_file).environment.action_repeat
-    keep_best(directory, parameters, evaluation_row(clock, action_repeat, result) | {'best': True})
+    row = evaluation_row(clock, action_repeat, result)
+    if is_best(row, read_best(directory)):
+        keep_best(directory, parameters, row | {'best': True})
 
 
 def read_best(directory: RunDirectory) -> dict[str, Any] | None:
@@ -190,4 +195,5 @@ def read_best(directory: RunDirectory) -> dict[str, Any] | None:
         checkpoint.validate(str(directory.best / PARAMETERS))
     except DamagedCheckpointError:
         return None
-    return read_json(directory.best / EVALUATION_FILE)
+    best = read_json(directory.best / EVALUATION_FILE) or {}
+    return best if finite(best.get('mean')) is not None else None

@@ -240,6 +240,12 @@ class TestTheLastEvaluationOfARun:
         assert best['mean'] > -21.0
         assert len(best['returns']) == 2
 
+    def test_replaces_one_whose_score_is_damaged(self, ended):
+        assert ended(mean=None)[1]['episodes'] == 2
+
+    def test_replaces_one_of_the_same_parameters(self, ended):
+        assert ended(mean=21.0, updates=0)[1]['episodes'] == 2
+
     def test_leaves_a_better_one(self, ended):
         assert ended(mean=21.0)[1]['updates'] == 3
 

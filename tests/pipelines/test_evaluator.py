@@ -225,12 +225,13 @@ class TestTheBest:
 
     def test_is_the_newer_of_equal_ones(self):
         rules = {'protocol': 'noop', 'epsilon': 0.05, 'max_frames': 80}
-        best = {**rules, 'episodes': 2, 'mean': 3.0}
+        best = {**rules, 'episodes': 2, 'mean': 3.0, 'updates': 7}
         assert is_best(best, None)
-        assert is_best({**rules, 'mean': 3.0}, best)
-        assert not is_best({**rules, 'mean': 2.9}, best)
+        assert is_best({**rules, 'mean': 3.0, 'updates': 8}, best)
+        assert not is_best({**rules, 'mean': 2.9, 'updates': 8}, best)
+        assert is_best({**rules, 'mean': 2.9, 'updates': 7}, best)
         # Scores of longer games do not compare.
-        assert is_best({**rules, 'max_frames': 800, 'mean': 2.9}, best)
+        assert is_best({**rules, 'max_frames': 800, 'mean': 2.9, 'updates': 8}, best)
 
 
 def test_games_have_the_same_seed_at_each_evaluation_and_another_than_the_final_one(tmp_path):

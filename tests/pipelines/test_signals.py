@@ -152,6 +152,29 @@ def test_servers_that_already_run_are_not_said_to_start(
     assert f'] {phase}\n' in capsys.readouterr().out
 
 
+RESULT = {
+    'protocol': 'noop',
+    'deviations': {},
+    'epsilon': 0.05,
+    'max_frames': 18_000,
+    'episodes': 2,
+    'failed': 0,
+    'mean': 3.0,
+    'std': 0.5,
+    'standard_error': 0.5,
+}
+
+
+@pytest.mark.parametrize(('missing', 'told'), [((), True), (('export',), False)])
+def test_a_video_that_a_signal_prevents_has_its_command_unless_a_resume_films_it(
+    directory, capsys, missing, told
+):
+    outcome = Outcome({**RESULT, 'game': 'pong'}, exported=True, missing=missing)
+    signalled: Any = types.SimpleNamespace(received=True)
+    finishing_in(directory, signalled).tell_result(outcome, True)
+    assert ('video.mp4: not made' in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize('exported', [True, False])
 def test_no_policy_is_spoken_of_but_one_that_is_there(tmp_path, signals, capsys, exported):
     with RunDirectory.open(tmp_path / 'a[1]') as directory:  # from where it cannot be loaded
@@ -364,24 +387,13 @@ def test_a_resumed_run_at_its_budget_is_only_evaluated(directory, signals, capsy
     counters = {'updates': 7, 'agent_steps': 100, 'wall_seconds': 60.0}
     monkeypatch.setattr(Checkpoints, 'open', lambda *_: counters)
     monkeypatch.setattr(Launcher, '_train', lambda *_: pytest.fail('the training has begun'))
-    result = {
-        'protocol': 'noop',
-        'deviations': {},
-        'epsilon': 0.05,
-        'max_frames': 18_000,
-        'episodes': 2,
-        'failed': 0,
-        'mean': 3.0,
-        'std': 0.5,
-        'standard_error': 0.5,
-    }
-    outcome = Outcome({**result, 'game': 'pong', 'returns': [2.5, 3.5]}, exported=True)
+    outcome = Outcome({**RESULT, 'game': 'pong', 'returns': [2.5, 3.5]}, exported=True)
     monkeypatch.setattr(Finishing, 'evaluate', lambda *_: outcome)
     launcher = launcher_in(directory, signals, '--max_frames=400', '--min_replay_size=1')
     assert launcher.run() == 0
     summary = json.loads(directory.summary_file.read_text())
     assert (summary['exit_reason'], summary['frames']) == ('max_frames', 400)
-    assert summary['evaluation'] == result
+    assert summary['evaluation'] == RESULT
     assert summary['exported']
     *_, last = capsys.readouterr().out.splitlines()
     assert (
