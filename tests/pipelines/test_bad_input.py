@@ -134,6 +134,7 @@ def test_value_of_the_wrong_type_is_named(rejected):
         (('--ladder_epsilon=0.1',), '--epsilon_ladder'),
         (('--bundle_replay=servers',), '--topology bundled'),
         (('--bundle_replay=all',), "'all'"),
+        (('--learning_rate=-1',), '--learning_rate -1.0: must be more than 0'),
         (
             (*BUNDLED, '--bundle_replay=servers', '--replay_mode=local'),
             'Fix: make them equal',

@@ -165,14 +165,14 @@ RESULT = {
 }
 
 
-@pytest.mark.parametrize(('missing', 'told'), [((), True), (('export',), False)])
+@pytest.mark.parametrize(('missing', 'shown'), [((), True), (('export',), False)])
 def test_a_video_that_a_signal_prevents_has_its_command_unless_a_resume_films_it(
-    directory, capsys, missing, told
+    directory, capsys, missing, shown
 ):
     outcome = Outcome({**RESULT, 'game': 'pong'}, exported=True, missing=missing)
     signalled: Any = types.SimpleNamespace(received=True)
     finishing_in(directory, signalled).tell_result(outcome, True)
-    assert ('video.mp4: not made' in capsys.readouterr().out) == told
+    assert ('video.mp4: not made' in capsys.readouterr().out) == shown
 
 
 @pytest.mark.parametrize('exported', [True, False])
